@@ -1,0 +1,103 @@
+"""CLIP's vision transformer: pictures -> hidden states of the layers that are asked for.
+
+Follows openai/CLIP and Hugging Face's CLIPVisionModel: patch convolution without bias, class token
+first, pre-LN blocks, quick-GELU. LLaVA-1.5 reads the patches of hidden state -2.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from typing import cast
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from .config import VisionConfig
+
+
+class Attention(nn.Module):
+    def __init__(self, config: VisionConfig) -> None:
+        super().__init__()
+        self.n_heads = config.num_attention_heads
+        self.q_proj = nn.Linear(config.hidden_size, config.hidden_size)
+        self.k_proj = nn.Linear(config.hidden_size, config.hidden_size)
+        self.v_proj = nn.Linear(config.hidden_size, config.hidden_size)
+        self.out_proj = nn.Linear(config.hidden_size, config.hidden_size)
+
+    def forward(self, x: Tensor) -> Tensor:
+        B, T, C = x.shape
+        q, k, v = (
+            proj(x).view(B, T, self.n_heads, -1).transpose(1, 2)  # (B, H, T, Dh)
+            for proj in (self.q_proj, self.k_proj, self.v_proj)
+        )
+        y = F.scaled_dot_product_attention(q, k, v)  # (B, H, T, Dh)
+        return self.out_proj(y.transpose(1, 2).reshape(B, T, C))  # (B, T, C)
+
+
+class MLP(nn.Module):
+    def __init__(self, config: VisionConfig) -> None:
+        super().__init__()
+        self.fc1 = nn.Linear(config.hidden_size, config.intermediate_size)
+        self.fc2 = nn.Linear(config.intermediate_size, config.hidden_size)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.fc1(x)
+        return self.fc2(x * torch.sigmoid(1.702 * x))  # quick-GELU
+
+
+class Block(nn.Module):
+    def __init__(self, config: VisionConfig) -> None:
+        super().__init__()
+        self.norm1 = nn.LayerNorm(config.hidden_size, config.layer_norm_eps)
+        self.attn = Attention(config)
+        self.norm2 = nn.LayerNorm(config.hidden_size, config.layer_norm_eps)
+        self.mlp = MLP(config)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x + self.attn(self.norm1(x))  # (B, T, C)
+        return x + self.mlp(self.norm2(x))  # (B, T, C)
+
+
+class CLIPVision(nn.Module):
+    """The vision tower. `norm_post` and the last block serve only methods that ask for them."""
+
+    def __init__(self, config: VisionConfig) -> None:
+        super().__init__()
+        C = config.hidden_size
+        self.config = config
+        self.class_embedding = nn.Parameter(torch.empty(C))
+        self.patch_embedding = nn.Conv2d(
+            3, C, config.patch_size, stride=config.patch_size, bias=False
+        )
+        self.position_embedding = nn.Embedding(config.num_patches + 1, C)
+        self.norm_pre = nn.LayerNorm(C, config.layer_norm_eps)
+        self.blocks = nn.ModuleList(Block(config) for _ in range(config.num_hidden_layers))
+        self.norm_post = nn.LayerNorm(C, config.layer_norm_eps)
+
+    def forward(self, pixels: Tensor, layers: Collection[int]) -> dict[int, Tensor]:
+        """Hidden states by number: 0 after the embeddings, i after block i-1 (and before block i).
+
+        pixels (B, 3, S, S), normalised; each hidden state (B, 1 + N, C), class token first.
+        No block beyond the highest number asked for is run.
+        """
+        patches = self.patch_embedding(pixels).flatten(2).transpose(1, 2)  # (B, N, C)
+        first = self.class_embedding.expand(len(pixels), 1, -1)  # (B, 1, C)
+        x = torch.cat((first, patches), dim=1) + self.position_embedding.weight
+        x = self.norm_pre(x)  # (B, 1 + N, C)
+
+        states = {0: x} if 0 in layers else {}
+        for i in range(max(layers, default=0)):
+            x = self.blocks[i](x)
+            if i + 1 in layers:
+                states[i + 1] = x
+        return states
+
+    def heads(self, block: int, hidden: Tensor) -> tuple[Tensor, Tensor]:
+        """Queries and keys of one block from the hidden state entering it: each (B, T, H, Dh)."""
+        layer = cast(Block, self.blocks[block])
+        B, T, _ = hidden.shape
+        x = layer.norm1(hidden)
+        q = layer.attn.q_proj(x).view(B, T, layer.attn.n_heads, -1)
+        k = layer.attn.k_proj(x).view(B, T, layer.attn.n_heads, -1)
+        return q, k

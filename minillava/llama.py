@@ -1,0 +1,119 @@
+"""The Llama decoder, on packed rows.
+
+The rows of all sequences stand one behind the other in one (R, D) tensor, without padding: every
+layer but attention works on single rows and needs no more. Which rows attend to which is the
+caller's business: it hands each block an `attend` function (llava.py has the two of this project).
+Position is data beside the row, never a length.
+
+Follows Hugging Face's LlamaForCausalLM; RMSNorm and the rotary angles are float32 as there.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from .config import TextConfig
+
+Rope = tuple[Tensor, Tensor]  # cosine and sine, each (R, 1, Dh / 2)
+Attend = Callable[[Tensor, Tensor, Tensor], Tensor]  # q (R, H, Dh), k, v (R, Hkv, Dh) -> as q
+
+
+def rope(config: TextConfig, positions: Tensor, dtype: torch.dtype) -> Rope:
+    """Rotation of each row by its position (R,): cosine and sine, each (R, 1, Dh / 2)."""
+    Dh = config.head_dim
+    exponent = torch.arange(0, Dh, 2, device=positions.device).float() / Dh
+    frequency = 1.0 / (config.rope_theta**exponent) / config.rope_factor  # (Dh / 2,)
+    angle = (positions.float()[:, None] * frequency)[:, None]  # (R, 1, Dh / 2), in float32
+    return angle.cos().to(dtype), angle.sin().to(dtype)
+
+
+def rotate(x: Tensor, rope: Rope) -> Tensor:
+    """Rotate (R, H, Dh); the halves of a head are the two coordinates, as in Hugging Face's."""
+    cos, sin = rope
+    a, b = x.chunk(2, dim=-1)
+    return torch.cat((a * cos - b * sin, b * cos + a * sin), dim=-1)
+
+
+class RMSNorm(nn.Module):
+    def __init__(self, dim: int, eps: float) -> None:
+        super().__init__()
+        self.eps = eps
+        self.weight = nn.Parameter(torch.ones(dim))
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = x.float()
+        y = y * torch.rsqrt(y.square().mean(-1, keepdim=True) + self.eps)
+        return self.weight * y.to(x.dtype)
+
+
+class Attention(nn.Module):
+    def __init__(self, config: TextConfig) -> None:
+        super().__init__()
+        D, Dh = config.hidden_size, config.head_dim
+        self.head_dim = Dh
+        self.q_proj = nn.Linear(D, config.num_attention_heads * Dh, bias=False)
+        self.k_proj = nn.Linear(D, config.num_key_value_heads * Dh, bias=False)
+        self.v_proj = nn.Linear(D, config.num_key_value_heads * Dh, bias=False)
+        self.o_proj = nn.Linear(config.num_attention_heads * Dh, D, bias=False)
+
+    def query_key(self, x: Tensor, rope: Rope) -> tuple[Tensor, Tensor]:
+        """(R, D) -> rotated queries (R, H, Dh) and keys (R, Hkv, Dh)."""
+        q = self.q_proj(x).view(len(x), -1, self.head_dim)
+        k = self.k_proj(x).view(len(x), -1, self.head_dim)
+        return rotate(q, rope), rotate(k, rope)
+
+    def forward(self, x: Tensor, rope: Rope, attend: Attend) -> Tensor:
+        q, k = self.query_key(x, rope)  # (R, H, Dh), (R, Hkv, Dh)
+        v = self.v_proj(x).view(len(x), -1, self.head_dim)  # (R, Hkv, Dh)
+        return self.o_proj(attend(q, k, v).flatten(1))  # (R, D)
+
+
+class MLP(nn.Module):
+    def __init__(self, config: TextConfig) -> None:
+        super().__init__()
+        D, M = config.hidden_size, config.intermediate_size
+        self.gate_proj = nn.Linear(D, M, bias=False)
+        self.up_proj = nn.Linear(D, M, bias=False)
+        self.down_proj = nn.Linear(M, D, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+
+
+class Block(nn.Module):
+    def __init__(self, config: TextConfig) -> None:
+        super().__init__()
+        self.norm1 = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.attn = Attention(config)
+        self.norm2 = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.mlp = MLP(config)
+
+    def forward(self, x: Tensor, rope: Rope, attend: Attend) -> Tensor:
+        x = x + self.attn(self.norm1(x), rope, attend)  # (R, D)
+        return x + self.mlp(self.norm2(x))  # (R, D)
+
+
+class Llama(nn.Module):
+    """Weights of the decoder; the loop over its blocks is LLaVA's, because pruning is part of it."""
+
+    def __init__(self, config: TextConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.blocks = nn.ModuleList(Block(config) for _ in range(config.num_hidden_layers))
+        self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        if config.tie_word_embeddings:
+            self.lm_head.weight = self.embed_tokens.weight
+
+    def rope(self, positions: Tensor, dtype: torch.dtype = torch.float32) -> Rope:
+        """Rotation for rows at these positions (R,)."""
+        return rope(self.config, positions, dtype)
+
+    def logits(self, x: Tensor) -> Tensor:
+        """Rows after the last block (R, D) -> float32 logits (R, V)."""
+        return self.lm_head(self.norm(x)).float()
