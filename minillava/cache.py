@@ -1,15 +1,163 @@
-"""Keys and values of one generation: one tensor pair a layer, each layer with its own length.
+"""What one generation carries: the rows of each sample, and their keys and values.
 
 After pruning, layers hold different numbers of rows and samples differ within a layer, so a length
-says nothing about positions: those travel with the rows (keys are stored rotated).
+says nothing about positions: those travel with the rows, and keys are stored rotated.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass, replace
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
+
+from .pruning.base import Keep
+
+Spans = tuple[tuple[int, int], ...]  # [start, stop) in rows, one for each image
+
+@dataclass(frozen=True)
+class Mask:
+    """Rows hidden by one step of a plan: a table over row identities, and where it ends."""
+
+    step: int
+    until: int | None
+    hidden: Tensor  # (identities,) bool
+
+
+@dataclass(frozen=True)
+class Rows:
+    """The rows of one sample as they stand, without padding.
+
+    identity (S,): the row's place in the unpruned prompt; rows without a patch are numbered on
+    behind it. position (S,): the number RoPE uses; next_position: that of the next token.
+    """
+
+    identity: Tensor
+    position: Tensor
+    next_position: int
+    prompt: int  # length of the unpruned prompt
+    total: int  # the same with tokens generated since, where there is no cache to hold them
+    starts: tuple[int, ...]  # place of each image's first patch in the unpruned prompt
+    spans: Spans  # rows of each image
+    firsts: tuple[int, ...]  # position of each image's first patch, for rows without one
+    identities: int  # identities given out so far
+    masks: tuple[Mask, ...] = ()
+
+    def __len__(self) -> int:
+        return len(self.identity)
+
+    def hidden(self, layer: int, before: int | None = None) -> Tensor | None:
+        """Which rows (S,) this layer hides, by steps of the plan before the given one; None: none."""
+        result = None
+        for mask in self.masks:
+            if (mask.until is None or layer < mask.until) and (before is None or mask.step < before):
+                table = F.pad(mask.hidden, (0, self.identities - len(mask.hidden)))
+                rows = table[self.identity]
+                result = rows if result is None else result | rows
+        return result
+
+    def candidates(
+        self, layer: int, before: int | None = None, shift: int = 0
+    ) -> tuple[Tensor, ...]:
+        """Rows of each image that are present and visible, ascending; spans moved by `shift`."""
+        hidden = self.hidden(layer, before)
+        device, S = self.identity.device, len(self)
+        rows = [torch.arange(a + shift, min(b + shift, S), device=device) for a, b in self.spans]
+        return tuple(rows if hidden is None else [r[~hidden[r]] for r in rows])
+
+    def text_rows(self) -> Tensor:
+        """Prompt rows behind the last image; where there are none, all text rows but the first."""
+        device = self.identity.device
+        stop = len(self) - (self.total - self.prompt)
+        start = self.spans[-1][1] if self.spans else stop
+        if start < stop:
+            return torch.arange(start, stop, device=device)
+        is_text = torch.ones(stop, dtype=torch.bool, device=device)
+        is_text[:1] = False
+        for a, b in self.spans:
+            is_text[a:b] = False
+        return is_text.nonzero()[:, 0]
+
+    def patches(self, image: int, rows: Tensor, per_image: int) -> Tensor:
+        """Number 0..N-1 of the patch behind each row (n,) of an image; -1 for rows without one."""
+        number = self.identity[rows] - self.starts[image]
+        return torch.where((number >= 0) & (number < per_image), number, -1)
+
+    def image_positions(self, layer: int) -> tuple[list[int], int]:
+        """Original positions of the image rows present and visible, ascending; number of others."""
+        rows = torch.cat([*self.candidates(layer), self.identity.new_empty(0)])
+        ids = self.identity[rows].tolist()
+        found = sorted(i for i in ids if i < self.total)
+        return found, len(ids) - len(found)
+
+
+def splice(rows: Tensor, spans: Spans, pieces: Sequence[Tensor]) -> Tensor:
+    """Replace the spans of (S, ...) by the pieces, one for each."""
+    parts, at = [], 0
+    for (start, stop), piece in zip(spans, pieces, strict=True):
+        parts += [rows[at:start], piece]
+        at = stop
+    return torch.cat([*parts, rows[at:]])
+
+
+def place(kept: Tensor, extra: Tensor | None, first: bool) -> Tensor:
+    """Kept rows (K, ...) with the extra ones (M, ...) behind them, or before."""
+    if extra is None:
+        return kept
+    return torch.cat((extra, kept) if first else (kept, extra))
+
+
+def drop(
+    rows: Rows, spans: Spans, chosen: Sequence[tuple[Tensor, Keep]], compact: bool
+) -> tuple[Rows, list[tuple[Tensor, Keep]]]:
+    """Shorten each span to what was chosen among its candidates (row numbers of the sequence).
+
+    Returns the rows that are left, and for each span the row numbers kept and the Keep, both in
+    the order in which they now stand.
+    """
+    identity, position, ends, result = [], [], [], []
+    identities, shift = rows.identities, 0
+    for (start, stop), first, (candidates, keep) in zip(spans, rows.firsts, chosen, strict=True):
+        if not keep.ordered:
+            order = keep.index.argsort()
+            merged = None if keep.rows is None else keep.rows[order]
+            keep = replace(keep, index=keep.index[order], rows=merged)
+        kept = candidates[keep.index]
+        fresh = number = None
+        if keep.extra is not None:
+            M = len(keep.extra)
+            fresh = torch.arange(identities, identities + M, device=kept.device)
+            number = rows.position.new_full((M,), first)
+            identities += M
+        identity.append(place(rows.identity[kept], fresh, keep.extra_first))
+        position.append(place(rows.position[kept], number, keep.extra_first))
+        ends.append((start + shift, start + shift + len(identity[-1])))
+        shift += len(identity[-1]) - (stop - start)
+        result.append((kept, keep))
+    left = replace(
+        rows,
+        identity=splice(rows.identity, spans, identity),
+        position=splice(rows.position, spans, position),
+        spans=tuple(ends),
+        identities=identities,
+    )
+    if compact:
+        numbers = torch.arange(len(left), device=left.position.device)
+        firsts = tuple(start for start, _ in left.spans)
+        left = replace(left, position=numbers, firsts=firsts, next_position=len(left))
+    return left, result
+
+
+def hide(rows: Rows, step: int, until: int | None, chosen: Sequence[tuple[Tensor, Keep]]) -> Mask:
+    """The mask that hides the candidates that were not chosen."""
+    hidden = torch.zeros(rows.identities, dtype=torch.bool, device=rows.identity.device)
+    for candidates, keep in chosen:
+        ids = rows.identity[candidates]
+        hidden[ids] = True
+        hidden[ids[keep.index]] = False
+    return Mask(step, until, hidden)
 
 
 class KVCache:

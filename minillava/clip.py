@@ -66,7 +66,7 @@ class CLIPVision(nn.Module):
         super().__init__()
         C = config.hidden_size
         self.config = config
-        self.class_embedding = nn.Parameter(torch.empty(C))
+        self.class_embedding = nn.Parameter(torch.zeros(C))
         self.patch_embedding = nn.Conv2d(
             3, C, config.patch_size, stride=config.patch_size, bias=False
         )

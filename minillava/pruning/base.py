@@ -1,0 +1,281 @@
+"""What a pruning method is, what it sees, and how its choice shortens a sequence.
+
+A method is a frozen dataclass: its fields are its options, its class variables what it declares, and
+`choose` maps the Context of one image of one sample to a Keep. Everything else (batches, several
+images, cache, positions, masks, report) is done once, for all methods, by `apply` below and the
+layer loop in llava.py.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, ClassVar, Literal
+
+import torch
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from ..clip import CLIPVision
+
+Stage = Literal["vision", "embed", "decoder"]
+STAGES: tuple[Stage, ...] = ("vision", "embed", "decoder")  # in the order in which they run
+ROWS_AT_ONCE = 256  # attention weights are held for at most so many (row, head) pairs
+
+
+# ---------------------------------------------------------------- what a method says
+
+
+@dataclass(frozen=True)
+class Keep:
+    """The choice among n candidates.
+
+    index (K,): candidates that stay, counted 0..n-1; the engine sorts them unless `ordered`.
+    rows (K, C|D): what stands in their place afterwards (merging), in the order of `index`.
+    extra (M, C|D): further rows without a patch, behind the kept ones, or before if `extra_first`.
+    """
+
+    index: Tensor
+    rows: Tensor | None = None
+    extra: Tensor | None = None
+    extra_first: bool = False
+    ordered: bool = False
+
+
+@dataclass(frozen=True, kw_only=True)
+class Method:
+    """Base of all methods. The fields here are options that every method takes."""
+
+    mode: str = field(default="drop", metadata={"choices": ("drop", "mask")})
+    positions: str | None = field(default=None, metadata={"choices": ("original", "compact")})
+    scope: str = field(default="image", metadata={"choices": ("image", "all")})
+    until: int | None = None  # mask mode: the mask ends where this layer begins
+
+    name: ClassVar[str]
+    paper: ClassVar[str] = ""
+    source: ClassVar[str] = ""  # the released file it was checked against
+    acts: ClassVar[str] = ""  # where, in words
+    checked: ClassVar[str] = ""  # against what, in words
+    identity: ClassVar[str | None] = None  # options that keep everything
+    drops_only: ClassVar[bool] = True  # no new or merged rows
+    newest_row: ClassVar[bool] = False  # the score reads the newest row
+    numbering: ClassVar[str] = "original"  # positions, unless the option says otherwise
+    aliases: ClassVar[Mapping[str, str]] = {}  # other spellings of options
+
+    def __post_init__(self) -> None:
+        if self.mode == "mask" and not self.drops_only:
+            raise ValueError(f"{self.name}: mode=mask needs a method that only drops; use mode=drop")
+        if self.mode == "mask" and self.positions == "compact":
+            raise ValueError(f"{self.name}: mode=mask renumbers nothing; use positions=original")
+        if self.mode == "drop" and self.until is not None:
+            raise ValueError(f"{self.name}: until={self.until} ends a mask; it needs mode=mask")
+        if self.scope == "all" and not self.drops_only:
+            raise ValueError(f"{self.name}: scope=all needs a method that only drops")
+
+    def stages(self) -> tuple[tuple[Stage, int], ...]:
+        """Where it acts: stage and layer; layer is 0 before the decoder."""
+        raise NotImplementedError
+
+    def choose(self, c: Context) -> Keep:
+        """Choose among the candidates of one image (scope=all: of all images) of one sample."""
+        raise NotImplementedError
+
+    def check(self, n_layers: int, n_tokens: int, n_images: int) -> None:
+        """Refuse what cannot be run on this model and sample, before any forward (ValueError).
+
+        n_tokens: image tokens in one scope before pruning; n_images: the sample's images (> 0).
+        """
+        for _, layer in self.stages():
+            check_layer(self.name, layer, n_layers)
+        if self.until is not None and not self.stages()[0][1] < self.until <= n_layers:
+            raise ValueError(
+                f"{self.name}: until={self.until} must be a layer after {self.stages()[0][1]}, "
+                f"at most {n_layers}"
+            )
+
+    def most(self, n_tokens: int) -> int:
+        """Rows an image can have left after it; n_tokens unless the method knows better."""
+        return n_tokens
+
+    def vision_layers(self, n_layers: int) -> tuple[int, ...]:
+        """Hidden states of the vision tower it reads, besides LLaVA's feature layer."""
+        return ()
+
+    @property
+    def compact(self) -> bool:
+        return self.mode == "drop" and (self.positions or self.numbering) == "compact"
+
+
+def check_layer(name: str, layer: int, n_layers: int) -> None:
+    if not 0 <= layer < n_layers:
+        raise ValueError(
+            f"{name}: layer={layer}, but the decoder has layers 0 to {n_layers - 1}; "
+            f"what enters the layer is pruned"
+        )
+
+
+def check_keep(name: str, keep: float, n_tokens: int) -> None:
+    if isinstance(keep, int) and keep > n_tokens:
+        raise ValueError(f"{name}: keep={keep}, but there are {n_tokens} image tokens")
+
+
+def count(keep: float, total: int) -> int:
+    """Number of tokens: an int as it is, a float as share of `total` (half to even); 0 only for 0."""
+    n = keep if isinstance(keep, int) else round(total * keep)
+    return n if keep == 0 else max(1, n)
+
+
+def top(scores: Tensor, k: int, what: str) -> Tensor:
+    """Indices of the k highest of (n,): higher first, then lower index. NaN is refused."""
+    if scores.isnan().any():
+        raise ValueError(f"NaN among the scores of {what}: the weights or the input are broken")
+    return torch.sort(scores, descending=True, stable=True).indices[:k]
+
+
+# ---------------------------------------------------------------- what a method sees
+
+
+def received(q: Tensor, k: Tensor, at: Tensor | None, hidden: Tensor | None = None) -> Tensor:
+    """Attention that each column receives from the given rows: (H, S), float32, mean over the rows.
+
+    q (r, H, Dh) and k (S, Hkv, Dh) as attention uses them; at (r,): row i sees columns <= at[i]
+    (None: all); hidden (S,) bool: columns nobody sees. Softmax in float32, in blocks of rows.
+    """
+    (r, H, Dh), (S, Hkv, _) = q.shape, k.shape
+    total = q.new_zeros((H, S), dtype=torch.float32)
+    columns = torch.arange(S, device=k.device)
+    k = k.permute(1, 2, 0)  # (Hkv, Dh, S)
+    step = max(1, ROWS_AT_ONCE // H)
+    for a in range(0, r, step):
+        rows = q[a : a + step]  # (b, H, Dh)
+        b = len(rows)
+        rows = rows.view(b, Hkv, H // Hkv, Dh).permute(1, 2, 0, 3).reshape(Hkv, -1, Dh)
+        weights = (rows @ k).float().view(H, b, S) * Dh**-0.5
+        if at is not None:
+            weights = weights.masked_fill(columns > at[a : a + step, None], -torch.inf)
+        if hidden is not None:
+            weights = weights.masked_fill(hidden, -torch.inf)
+            # a row that sees nothing gives nothing; softmax would give NaN
+            weights = weights.softmax(-1).nan_to_num(0.0)
+        else:
+            weights = weights.softmax(-1)
+        total += weights.sum(1)
+    return total / r
+
+
+@dataclass(frozen=True)
+class VisionState:
+    """The vision tower as it ran for the image (scope=all: the images) of a Context."""
+
+    tower: CLIPVision
+    hidden: Mapping[int, Tensor]  # hidden state by number, (images, 1 + N, C) each
+    feature_layer: int
+
+    def attention(self, block: int, query: Literal["class", "mean"] = "class") -> Tensor:
+        """Attention the patches receive in a block, (H, images * N): from the class token, or the
+        mean over all tokens (Radford et al. 2021; softmax in float32 over 1 + N columns)."""
+        q, k = self.tower.heads(block, self.hidden[block])  # (I, T, H, Dh)
+        rows = q[:, :1] if query == "class" else q
+        each = [received(a, b, None)[:, 1:] for a, b in zip(rows, k, strict=True)]
+        return torch.cat(each, dim=1)
+
+    def keys(self, block: int) -> Tensor:
+        """Keys of the patches in a block, (images * N, H, Dh)."""
+        return self.tower.heads(block, self.hidden[block])[1][:, 1:].flatten(0, 1)
+
+    def class_token(self) -> Tensor:
+        """The class token at LLaVA's feature layer, (images, C)."""
+        return self.hidden[self.feature_layer][:, 0]
+
+
+@dataclass(frozen=True)
+class Context:
+    """What a method may look at: one image (scope=all: all images) of one sample, no padding.
+
+    Candidates are the image rows that are present and visible, n of them, in sequence order.
+    What stands behind a function is computed when it is asked for.
+    """
+
+    stage: Stage
+    layer: int
+    part: int  # which of the method's own stages() this is
+    total: int  # image tokens in scope before any pruning
+    grid: int  # patches along one side of an image
+    patches: Tensor  # (n,) 0..total-1, numbered through the images in scope; -1 without a patch
+    generator: torch.Generator  # the sample's own, on the CPU, seeded afresh for each forward
+    features: Callable[[], Tensor]  # candidates as they are here, (n, C), after the projector (n, D)
+    focus: Callable[[], Tensor]  # input embeddings (t, D) of the focus; without one those of `text`
+    vision: Callable[[], VisionState]
+    decoder: DecoderState | None = None
+
+    @property
+    def what(self) -> str:
+        """Where we are, for errors."""
+        return f"layer {self.layer}" if self.stage == "decoder" else f"the {self.stage} stage"
+
+
+@dataclass(frozen=True)
+class DecoderState:
+    """The sequence as it enters a decoder layer, S rows. While decoding with a cache only `rows`,
+    `text_rows`, `newest` and `attention` of the newest row can be had."""
+
+    rows: Tensor  # (n,) the candidates
+    text_rows: Tensor  # (t,) prompt rows behind the last image (none: all text but the first row)
+    newest: Tensor  # (1,) the last row
+    text: Callable[[], Tensor]  # input embeddings (t, D) of text_rows
+    hidden: Callable[[], Tensor]  # (S, D)
+    final_norm: Callable[[Tensor], Tensor]  # the norm behind the last layer
+    keys: Callable[[], Tensor]  # rotated keys (S, Hkv, Dh) of the layer before
+    received: Callable[[Tensor, int], Tensor]
+
+    def attention(self, rows: Tensor, layer: int = -1) -> Tensor:
+        """Mean attention of the given rows to all rows: (H, S), float32.
+
+        layer -1: as the layer before computed it (from layer 1 on); 0: as the coming layer would.
+        """
+        return self.received(rows, layer)
+
+
+# ---------------------------------------------------------------- several methods
+
+
+@dataclass(frozen=True)
+class Step:
+    """One act of one method of a plan."""
+
+    number: int  # in the order in which steps run
+    method: Method
+    part: int
+    stage: Stage
+    layer: int
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Methods to run, and how the prompt has to be made for them (presets say so)."""
+
+    methods: tuple[Method, ...] = ()
+    tokens: str | None = None
+    focus: str | None = None
+    text: str = ""  # as it was written
+
+    @property
+    def steps(self) -> tuple[Step, ...]:
+        """All acts in stage order; within a stage in the order of the plan."""
+        acts = [
+            (STAGES.index(stage), layer, method, part)
+            for method in self.methods
+            for part, (stage, layer) in enumerate(method.stages())
+        ]
+        acts.sort(key=lambda act: act[:2])
+        return tuple(
+            Step(number, method, part, STAGES[stage], layer)
+            for number, (stage, layer, method, part) in enumerate(acts)
+        )
+
+    def check(self, n_layers: int, per_image: int, n_images: int) -> None:
+        """Refuse what cannot run on such a model and a sample with so many images (ValueError)."""
+        if n_images:
+            for method in self.methods:
+                scope = per_image * (n_images if method.scope == "all" else 1)
+                method.check(n_layers, scope, n_images)
