@@ -17,6 +17,7 @@ from .pruning.base import Keep
 
 Spans = tuple[tuple[int, int], ...]  # [start, stop) in rows, one for each image
 
+
 @dataclass(frozen=True)
 class Mask:
     """Rows hidden by one step of a plan: a table over row identities, and where it ends."""
@@ -49,10 +50,12 @@ class Rows:
         return len(self.identity)
 
     def hidden(self, layer: int, before: int | None = None) -> Tensor | None:
-        """Which rows (S,) this layer hides, by steps of the plan before the given one; None: none."""
+        """Which rows (S,) this layer hides, by steps before the given one; None: none."""
         result = None
         for mask in self.masks:
-            if (mask.until is None or layer < mask.until) and (before is None or mask.step < before):
+            if (mask.until is None or layer < mask.until) and (
+                before is None or mask.step < before
+            ):
                 table = F.pad(mask.hidden, (0, self.identities - len(mask.hidden)))
                 rows = table[self.identity]
                 result = rows if result is None else result | rows

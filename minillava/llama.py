@@ -60,14 +60,16 @@ class Attention(nn.Module):
         self.v_proj = nn.Linear(D, config.num_key_value_heads * Dh, bias=False)
         self.o_proj = nn.Linear(config.num_attention_heads * Dh, D, bias=False)
 
-    def query_key(self, x: Tensor, rope: Rope) -> tuple[Tensor, Tensor]:
-        """(R, D) -> rotated queries (R, H, Dh) and keys (R, Hkv, Dh)."""
-        q = self.q_proj(x).view(len(x), -1, self.head_dim)
-        k = self.k_proj(x).view(len(x), -1, self.head_dim)
-        return rotate(q, rope), rotate(k, rope)
+    def query(self, x: Tensor) -> Tensor:
+        """(R, D) -> (R, H, Dh), not rotated yet."""
+        return self.q_proj(x).view(len(x), -1, self.head_dim)
+
+    def key(self, x: Tensor) -> Tensor:
+        """(R, D) -> (R, Hkv, Dh), not rotated yet."""
+        return self.k_proj(x).view(len(x), -1, self.head_dim)
 
     def forward(self, x: Tensor, rope: Rope, attend: Attend) -> Tensor:
-        q, k = self.query_key(x, rope)  # (R, H, Dh), (R, Hkv, Dh)
+        q, k = rotate(self.query(x), rope), rotate(self.key(x), rope)  # (R, H | Hkv, Dh)
         v = self.v_proj(x).view(len(x), -1, self.head_dim)  # (R, Hkv, Dh)
         return self.o_proj(attend(q, k, v).flatten(1))  # (R, D)
 
@@ -98,7 +100,7 @@ class Block(nn.Module):
 
 
 class Llama(nn.Module):
-    """Weights of the decoder; the loop over its blocks is LLaVA's, because pruning is part of it."""
+    """Weights of the decoder; the loop over its blocks is LLaVA's: pruning is part of it."""
 
     def __init__(self, config: TextConfig) -> None:
         super().__init__()

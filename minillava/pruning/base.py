@@ -1,9 +1,8 @@
 """What a pruning method is, what it sees, and how its choice shortens a sequence.
 
-A method is a frozen dataclass: its fields are its options, its class variables what it declares, and
-`choose` maps the Context of one image of one sample to a Keep. Everything else (batches, several
-images, cache, positions, masks, report) is done once, for all methods, by `apply` below and the
-layer loop in llava.py.
+A method is a frozen dataclass: its fields are its options, its class variables what it declares,
+and `choose` maps the Context of one image of one sample to a Keep. Everything else (batches,
+several images, cache, positions, masks, report) is done once, for all methods, in llava.py.
 """
 
 from __future__ import annotations
@@ -61,10 +60,13 @@ class Method:
     newest_row: ClassVar[bool] = False  # the score reads the newest row
     numbering: ClassVar[str] = "original"  # positions, unless the option says otherwise
     aliases: ClassVar[Mapping[str, str]] = {}  # other spellings of options
+    either: ClassVar[tuple[frozenset[str], ...]] = ()  # options of which only one may be given
 
     def __post_init__(self) -> None:
         if self.mode == "mask" and not self.drops_only:
-            raise ValueError(f"{self.name}: mode=mask needs a method that only drops; use mode=drop")
+            raise ValueError(
+                f"{self.name}: mode=mask needs a method that only drops; use mode=drop"
+            )
         if self.mode == "mask" and self.positions == "compact":
             raise ValueError(f"{self.name}: mode=mask renumbers nothing; use positions=original")
         if self.mode == "drop" and self.until is not None:
@@ -80,10 +82,11 @@ class Method:
         """Choose among the candidates of one image (scope=all: of all images) of one sample."""
         raise NotImplementedError
 
-    def check(self, n_layers: int, n_tokens: int, n_images: int) -> None:
+    def check(self, n_layers: int, n_tokens: int, starts: tuple[int, ...]) -> None:
         """Refuse what cannot be run on this model and sample, before any forward (ValueError).
 
-        n_tokens: image tokens in one scope before pruning; n_images: the sample's images (> 0).
+        n_tokens: image tokens in one scope before pruning; starts: place of each of the sample's
+        images (at least one) in its prompt.
         """
         for _, layer in self.stages():
             check_layer(self.name, layer, n_layers)
@@ -102,7 +105,13 @@ class Method:
         return ()
 
     @property
+    def shift(self) -> int:
+        """Rows by which its window begins behind the image's first patch (FastV as released: 1)."""
+        return 0
+
+    @property
     def compact(self) -> bool:
+        """Whether it renumbers the rows that are left."""
         return self.mode == "drop" and (self.positions or self.numbering) == "compact"
 
 
@@ -114,13 +123,20 @@ def check_layer(name: str, layer: int, n_layers: int) -> None:
         )
 
 
+def check_amount(name: str, keep: float) -> None:
+    if keep < 0 or (isinstance(keep, float) and keep > 1):
+        raise ValueError(
+            f"{name}: keep={keep} must be a whole number of tokens, or a share from 0.0 to 1.0"
+        )
+
+
 def check_keep(name: str, keep: float, n_tokens: int) -> None:
     if isinstance(keep, int) and keep > n_tokens:
         raise ValueError(f"{name}: keep={keep}, but there are {n_tokens} image tokens")
 
 
 def count(keep: float, total: int) -> int:
-    """Number of tokens: an int as it is, a float as share of `total` (half to even); 0 only for 0."""
+    """Number of tokens: an int as it is, a float as share of `total` (half to even), at least 1."""
     n = keep if isinstance(keep, int) else round(total * keep)
     return n if keep == 0 else max(1, n)
 
@@ -203,7 +219,9 @@ class Context:
     grid: int  # patches along one side of an image
     patches: Tensor  # (n,) 0..total-1, numbered through the images in scope; -1 without a patch
     generator: torch.Generator  # the sample's own, on the CPU, seeded afresh for each forward
-    features: Callable[[], Tensor]  # candidates as they are here, (n, C), after the projector (n, D)
+    features: Callable[
+        [], Tensor
+    ]  # candidates as they are here, (n, C), after the projector (n, D)
     focus: Callable[[], Tensor]  # input embeddings (t, D) of the focus; without one those of `text`
     vision: Callable[[], VisionState]
     decoder: DecoderState | None = None
@@ -273,9 +291,18 @@ class Plan:
             for number, (stage, layer, method, part) in enumerate(acts)
         )
 
-    def check(self, n_layers: int, per_image: int, n_images: int) -> None:
-        """Refuse what cannot run on such a model and a sample with so many images (ValueError)."""
-        if n_images:
-            for method in self.methods:
-                scope = per_image * (n_images if method.scope == "all" else 1)
-                method.check(n_layers, scope, n_images)
+    def check(self, n_layers: int, per_image: int, starts: tuple[int, ...]) -> None:
+        """Refuse what cannot run on such a model and a sample with images there (ValueError)."""
+        for method in self.methods if starts else ():
+            joint = len(starts) if method.scope == "all" else 1
+            method.check(n_layers, per_image * joint, starts)
+
+    def left(self, per_image: int, n_images: int) -> int:
+        """Image rows that can reach the decoder, of a sample with so many images."""
+        left = per_image * n_images
+        for step in self.steps:
+            if step.stage != "decoder" and step.method.mode == "drop":
+                joint = step.method.scope == "all"
+                most = step.method.most(per_image * n_images if joint else per_image)
+                left = min(left, most if joint else most * n_images)
+        return left

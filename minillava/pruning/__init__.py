@@ -1,0 +1,202 @@
+"""Visual-token pruning: the registry of methods, and plans as text.
+
+Grammar: `name:option=value,option=value`, several joined by `+`. Lists are written 8/16/24. Presets
+stand for a plan whose numbers a paper or its code states; options behind a preset's name replace
+that option in the method of the preset that has it.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, get_args, get_type_hints
+
+from .base import Context, Keep, Method, Plan
+from .baselines import Random, Uniform
+from .fastv import FastV
+from .simignore import Simignore
+
+__all__ = ["METHODS", "PRESETS", "Context", "Keep", "Method", "Plan", "Preset", "parse_plan"]
+
+METHODS: dict[str, type[Method]] = {
+    method.name: method for method in (FastV, Simignore, Random, Uniform)
+}
+
+
+@dataclass(frozen=True)
+class Preset:
+    """A plan by name. tokens, focus: what the processor is asked for (tokens: if released=1)."""
+
+    plan: str
+    source: str
+    focus: str | None = None
+    tokens: str | None = None
+
+
+PRESETS: dict[str, Preset] = {
+    "simignore-7b": Preset(
+        "simignore:keep=452,step=1,i_index=1,mode=mask,until=5+fastv:layer=5,keep=144",
+        "released ScienceQA script for LLaVA-1.5-7B, inference_sqa_llava_7b.py",
+        focus="options",
+        tokens="simignore",
+    ),
+    "simignore-13b": Preset(
+        "simignore:keep=451,step=2,i_index=0,mode=mask,until=4+fastv:layer=4,keep=144",
+        "released ScienceQA script for LLaVA-1.5-13B, inference_sqa_llava_13b.py",
+        focus="options-lettered",
+        tokens="simignore",
+    ),
+}
+
+
+def parse_plan(plan: str | Mapping[str, Any] | None) -> Plan:
+    """Read a plan: text, None (nothing is pruned), or FastV's `fastv_config` dict unchanged.
+
+    Unknown names and options, and values of the wrong kind, raise ValueError and list what exists.
+    """
+    if plan is None:
+        return Plan()
+    if isinstance(plan, Mapping):
+        return _fastv_config(plan)
+    if not isinstance(plan, str):
+        raise ValueError(f"a plan is a string, a fastv_config dict or None, not {plan!r}")
+    text = plan.strip()
+    if not text or text == "none":
+        return Plan(text=text)
+    methods: list[Method] = []
+    tokens = focus = None
+    for part in text.split("+"):
+        name, _, rest = part.strip().partition(":")
+        options = _options(name, rest)
+        if name in PRESETS:
+            preset = PRESETS[name]
+            made = _from_preset(name, preset, options)
+            methods += made
+            focus = preset.focus or focus
+            if any(getattr(m, "released", False) for m in made):
+                tokens = preset.tokens or tokens
+        else:
+            methods.append(_method(name, options))
+    return Plan(tuple(methods), tokens, focus, text)
+
+
+def option_fields(method: type[Method]) -> dict[str, dataclasses.Field[Any]]:
+    """The options a method takes, by name, its own first."""
+    fields = [f for f in dataclasses.fields(method) if f.metadata.get("option", True)]
+    own = {f.name for f in dataclasses.fields(Method)}
+    return {f.name: f for f in sorted(fields, key=lambda f: f.name in own)}
+
+
+def _options(name: str, text: str) -> dict[str, str]:
+    options: dict[str, str] = {}
+    for item in filter(None, (piece.strip() for piece in text.split(","))):
+        key, equals, value = (s.strip() for s in item.partition("="))
+        if not (key and equals and value):
+            raise ValueError(f"{name}: {item!r} is not option=value")
+        if key in options:
+            raise ValueError(f"{name}: option {key!r} is given twice")
+        options[key] = value
+    return options
+
+
+def _method(name: str, options: Mapping[str, str]) -> Method:
+    if name not in METHODS:
+        known = ", ".join([*METHODS, *PRESETS])
+        raise ValueError(f"no pruning method {name!r}; there are: {known}")
+    cls = METHODS[name]
+    fields, hints = option_fields(cls), get_type_hints(cls)
+    values: dict[str, Any] = {}
+    for given, text in options.items():
+        key = cls.aliases.get(given, given)
+        if key not in fields:
+            known = ", ".join([*fields, *cls.aliases])
+            raise ValueError(f"{name} has no option {given!r}; it has: {known}")
+        if key in values:
+            raise ValueError(f"{name}: {given} and {key} are the same option; give one")
+        values[key] = _value(f"{name}: {given}={text}", text, hints[key], fields[key])
+    for clash in cls.either:
+        if len(clash & options.keys()) > 1:
+            raise ValueError(f"{name}: {' and '.join(sorted(clash))} say the same; give one")
+    missing = [
+        key for key, f in fields.items() if f.default is dataclasses.MISSING and key not in values
+    ]
+    if missing:
+        raise ValueError(f"{name} needs {missing[0]}=, for example {name}:{missing[0]}=0.5")
+    return cls(**values)
+
+
+def _value(what: str, text: str, hint: Any, field: dataclasses.Field[Any]) -> Any:
+    """One option's value by the type of its field."""
+    choices = field.metadata.get("choices")
+    kinds = set(get_args(hint)) or {hint}
+    if choices:
+        if text not in choices:
+            raise ValueError(f"{what}: must be one of {', '.join(choices)}")
+        return text
+    if bool in kinds:
+        if text not in ("0", "1"):
+            raise ValueError(f"{what}: must be 0 or 1")
+        return text == "1"
+    items = text.split("/") if Ellipsis in kinds else [text]
+    numbers = [_number(what, item, float in kinds) for item in items]
+    return tuple(numbers) if Ellipsis in kinds else numbers[0]
+
+
+def _number(what: str, text: str, fraction: bool) -> int | float:
+    if re.fullmatch(r"-?\d{1,9}", text, re.ASCII):
+        return int(text)
+    if fraction and re.fullmatch(r"-?(\d{1,9}\.\d*|\.\d+)", text, re.ASCII):
+        return float(text)
+    allowed = "a whole number, or a share such as 0.5" if fraction else "a whole number"
+    raise ValueError(f"{what}: must be {allowed}")
+
+
+def _from_preset(name: str, preset: Preset, options: Mapping[str, str]) -> list[Method]:
+    parts = []
+    for part in preset.plan.split("+"):
+        method, _, rest = part.partition(":")
+        parts.append((method, _options(method, rest)))
+    for key, value in options.items():
+        owners = [
+            (method, given)
+            for method, given in parts
+            if METHODS[method].aliases.get(key, key) in option_fields(METHODS[method])
+            and key not in ("scope", "positions")
+        ]
+        if len(owners) != 1:
+            known = sorted({k for m, _ in parts for k in option_fields(METHODS[m])})
+            why = (
+                f"{' and '.join(m for m, _ in owners)} both have it"
+                if owners
+                else f"it has: {', '.join(known)}"
+            )
+            raise ValueError(f"{name}: {key}: {why}; the long form is {preset.plan}")
+        method, given = owners[0]
+        given[METHODS[method].aliases.get(key, key)] = value
+    return [_method(method, given) for method, given in parts]
+
+
+def _fastv_config(config: Mapping[str, Any]) -> Plan:
+    """The dict of FastV's Hugging Face demo."""
+    known: dict[str, Any] = {
+        "use_fastv": bool,
+        "fastv_k": int,
+        "fastv_r": (int, float),
+        "image_token_start_index": int,
+        "image_token_length": int,
+    }
+    for key, value in config.items():
+        if key not in known:
+            raise ValueError(f"fastv_config has no {key!r}; it has: {', '.join(known)}")
+        if not isinstance(value, known[key]) or (isinstance(value, bool) != (key == "use_fastv")):
+            raise ValueError(f"fastv_config: {key}={value!r} is of the wrong kind")
+    if not config.get("use_fastv", True):
+        return Plan()
+    missing = [key for key in known if key not in config and key != "use_fastv"]
+    if missing:
+        raise ValueError(f"fastv_config needs {', '.join(missing)}")
+    k, r = config["fastv_k"], float(config["fastv_r"])
+    window = (config["image_token_start_index"], config["image_token_length"])
+    return Plan((FastV(layer=k, r=r, window=window),), text=f"fastv:k={k},r={r}")
