@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -94,17 +94,17 @@ class Entries:
         if value % divisor:
             raise self.error(key, value, f"a multiple of {of}={divisor}", "correct the file")
 
-    def refuse_strangers(self) -> None:
+    def refuse_strangers(self, harmless: Collection[str] = HARMLESS) -> None:
         """Entries nobody has read may be switched off, private or known to be harmless."""
         for key, value in self.values.items():
-            if key in self.seen or key in HARMLESS or key.startswith("_"):
+            if key in self.seen or key in harmless or key.startswith("_"):
                 continue
             if value in (None, False, "", [], {}):  # switched off
                 continue
             raise ValueError(
                 f"{self.where(key)} is {value!r}, an entry that minillava does not know, so it may "
-                "change what the model computes; known entries are those of transformers' LLaVA, "
-                "CLIP and Llama configs; if it is of no consequence, remove it from the file"
+                "change what is computed; known are those that transformers writes for LLaVA-1.5; "
+                "if it is of no consequence, remove it from the file"
             )
 
 
