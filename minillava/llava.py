@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -175,6 +176,7 @@ class LLaVA(nn.Module):
                 for b in range(len(prompts)):
                     rows[b], features[b] = run.prune_features(step, b, rows[b], features[b])
                 history.append((step, list(rows)))
+        run.entered = features
         embedded = self.embed(torch.cat([p.ids for p in prompts]))
         x = torch.cat(
             [
@@ -346,6 +348,7 @@ class _Run:
     ) -> None:
         self.model, self.prompts, self.encoded = model, prompts, encoded
         self.generators = [torch.Generator().manual_seed(seed + b) for b in range(len(prompts))]
+        self.entered: list[list[Tensor]] = []  # [b][image] (n, D), as they entered layer 0
 
     def prune_features(
         self, step: Step, b: int, rows: Rows, features: list[Tensor]
@@ -472,6 +475,7 @@ class _Run:
             text_rows=text_rows,
             newest=torch.tensor([newest], device=device),
             text=lambda: model.embed(prompt.ids[rows.identity[text_rows]]),
+            entered=lambda: torch.empty(0),
             hidden=hidden,
             final_norm=model.llama.norm,
             keys=lambda: need_trace().keys(),
@@ -496,10 +500,6 @@ class _Run:
         groups = [everyone] if method.scope == "all" else [(i,) for i in everyone]
         chosen: list[tuple[Tensor, Keep]] = []
 
-        def focus() -> Tensor:
-            ids = prompt.focus
-            return model.embed(prompt.ids[rows.identity[rows.text_rows()]] if ids is None else ids)
-
         for group in groups:
             parts = [candidates[i] for i in group]
             numbers = [rows.patches(i, candidates[i], N) for i in group]
@@ -515,7 +515,11 @@ class _Run:
                 hidden = {k: h[which] for k, h in self.encoded.hidden.items()}
                 return VisionState(model.vision, hidden, model.feature_layer)
 
-            here = None if decoder is None else replace(decoder, rows=torch.cat(parts))
+            here = None
+            if decoder is not None:
+                here = replace(
+                    decoder, rows=torch.cat(parts), entered=partial(self._entered, b, group)
+                )
             context = Context(
                 stage=step.stage,
                 layer=step.layer,
@@ -525,12 +529,28 @@ class _Run:
                 patches=patches,
                 generator=self.generators[b],
                 features=rows_here,
-                focus=focus,
+                focus=lambda: model.embed(self._focus_ids(prompt, rows)),
+                focus_text=lambda: self._text_of(prompt, rows),
                 vision=vision,
                 decoder=here,
             )
             chosen += _by_image(parts, method.choose(context))
         return chosen
+
+    @staticmethod
+    def _focus_ids(prompt: Prompt, rows: Rows) -> Tensor:
+        """What text-guided methods look at: the focus, else the text behind the last image."""
+        if prompt.focus is not None:
+            return prompt.focus
+        return prompt.ids[rows.identity[rows.text_rows()]]
+
+    def _text_of(self, prompt: Prompt, rows: Rows) -> str:
+        if self.model.decode_text is None:
+            raise ValueError("this method reads text: it needs a model with a tokenizer (load)")
+        return self.model.decode_text(self._focus_ids(prompt, rows).tolist())
+
+    def _entered(self, b: int, group: Sequence[int]) -> Tensor:
+        return torch.cat([self.entered[b][i] for i in group])
 
 
 def _by_image(parts: Sequence[Tensor], keep: Keep) -> list[tuple[Tensor, Keep]]:

@@ -223,6 +223,7 @@ class Context:
         [], Tensor
     ]  # candidates as they are here, (n, C), after the projector (n, D)
     focus: Callable[[], Tensor]  # input embeddings (t, D) of the focus; without one those of `text`
+    focus_text: Callable[[], str]  # the same as text, for scorers with a tokeniser of their own
     vision: Callable[[], VisionState]
     decoder: DecoderState | None = None
 
@@ -241,6 +242,7 @@ class DecoderState:
     text_rows: Tensor  # (t,) prompt rows behind the last image (none: all text but the first row)
     newest: Tensor  # (1,) the last row
     text: Callable[[], Tensor]  # input embeddings (t, D) of text_rows
+    entered: Callable[[], Tensor]  # image rows in scope as they entered layer 0, (m, D)
     hidden: Callable[[], Tensor]  # (S, D)
     final_norm: Callable[[Tensor], Tensor]  # the norm behind the last layer
     keys: Callable[[], Tensor]  # rotated keys (S, Hkv, Dh) of the layer before
