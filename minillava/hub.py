@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from pathlib import Path
 
@@ -15,14 +16,15 @@ def find(path_or_hub_id: str | Path, revision: str | None = None) -> Path:
 
     Raises ValueError where there is neither a folder nor a repository of that name.
     """
-    name, folder = str(path_or_hub_id), Path(path_or_hub_id).expanduser()
-    if folder.is_dir():
+    name = str(path_or_hub_id)
+    folder = Path(os.path.expanduser(name))
+    if os.path.isdir(folder):  # not Path's, which raises for a name that is too long
         if revision is not None:
             raise ValueError(
                 f"revision={revision!r}, but {name} is a local folder, which has none; leave it out"
             )
         return folder
-    if folder.exists():
+    if os.path.exists(folder):
         raise ValueError(f"{name} is a file, not a checkpoint; give the folder that holds it")
     if not _HUB_ID.fullmatch(name):
         raise ValueError(

@@ -73,7 +73,9 @@ def _files(folder: Path) -> list[Path]:
 def _shards(index: Path) -> list[Path]:
     weight_map = read_json(index).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
-        raise ValueError(f"{index}: weight_map is {weight_map!r}, not an object of tensor: file")
+        raise ValueError(
+            f"{index}: weight_map is {weight_map!r}, not tensor: file pairs; fetch it again"
+        )
     names = list(dict.fromkeys(weight_map.values()))
     for name in names:
         if not isinstance(name, str) or Path(name).name != name or name in (".", ".."):
