@@ -1,0 +1,258 @@
+"""Write a trained demo model as a llava-hf folder, and measure it as its users will run it."""
+
+from __future__ import annotations
+
+import json
+from collections import defaultdict
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import sentencepiece
+import torch
+from PIL import Image
+from safetensors.torch import save_file
+from torch import Tensor
+
+from minillava.checkpoint import load, published_name
+from minillava.config import Config
+from minillava.generate import generate
+
+from . import scenes
+
+MEAN = (0.48145466, 0.4578275, 0.40821073)
+STD = (0.26862954, 0.26130258, 0.27577711)
+TEMPLATE = (
+    "{% for message in messages %}{% if message['role'] != 'system' %}"
+    "{{ message['role'].upper() + ': '}}{% endif %}{# Render all images first #}"
+    "{% for content in message['content'] | selectattr('type', 'equalto', 'image') %}"
+    "{{ '<image>\\n' }}{% endfor %}{# Render all text next #}"
+    "{% if message['role'] != 'assistant' %}"
+    "{% for content in message['content'] | selectattr('type', 'equalto', 'text') %}"
+    "{{ content['text'] + ' '}}{% endfor %}{% else %}"
+    "{% for content in message['content'] | selectattr('type', 'equalto', 'text') %}"
+    "{% generation %}{{ content['text'] + ' '}}{% endgeneration %}{% endfor %}{% endif %}"
+    "{% endfor %}{% if add_generation_prompt %}{{ 'ASSISTANT:' }}{% endif %}"
+)
+
+
+def export(folder: Path, config: Config, weights: Mapping[str, Tensor], pieces: bytes) -> None:
+    """Every file of the checkpoint: weights (our names, stored as float16), tokenizer, settings."""
+    folder.mkdir(parents=True, exist_ok=True)
+    tensors = {published_name(name): t.half().contiguous() for name, t in weights.items()}
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    (folder / "tokenizer.model").write_bytes(pieces)
+    for name, content in settings(config, pieces).items():
+        text = json.dumps(content, indent=None if name == "tokenizer.json" else 2)
+        (folder / name).write_text(text + "\n")
+
+
+def settings(config: Config, pieces: bytes) -> dict[str, Any]:
+    """File name -> content of every json file."""
+    vision, text, image_id = config.vision, config.text, config.image_token_id
+    pad_id = image_id + 1
+    special = {0: "<unk>", 1: "<s>", 2: "</s>", image_id: "<image>", pad_id: "<pad>"}
+    flags = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False)
+    return {
+        "config.json": {
+            "architectures": ["LlavaForConditionalGeneration"],
+            "ignore_index": -100,
+            "image_seq_length": vision.num_patches,
+            "image_token_index": image_id,
+            "model_type": "llava",
+            "pad_token_id": pad_id,
+            "projector_hidden_act": "gelu",
+            "text_config": {
+                "architectures": ["LlamaForCausalLM"],
+                "hidden_size": text.hidden_size,
+                "intermediate_size": text.intermediate_size,
+                "max_position_embeddings": text.max_position_embeddings,
+                "model_type": "llama",
+                "num_attention_heads": text.num_attention_heads,
+                "num_hidden_layers": text.num_hidden_layers,
+                "rms_norm_eps": text.rms_norm_eps,
+                "torch_dtype": "float16",
+                "vocab_size": text.vocab_size,
+            },
+            "tie_word_embeddings": False,
+            "torch_dtype": "float16",
+            "vision_config": {
+                "hidden_size": vision.hidden_size,
+                "image_size": vision.image_size,
+                "intermediate_size": vision.intermediate_size,
+                "model_type": "clip_vision_model",
+                "num_attention_heads": vision.num_attention_heads,
+                "num_hidden_layers": vision.num_hidden_layers,
+                "patch_size": vision.patch_size,
+                "projection_dim": vision.hidden_size,
+            },
+            "vision_feature_layer": config.vision_feature_layer,
+            "vision_feature_select_strategy": "default",
+            "vocab_size": text.vocab_size,
+        },
+        "generation_config.json": {
+            "_from_model_config": True,
+            "bos_token_id": 1,
+            "eos_token_id": 2,
+            "pad_token_id": pad_id,
+        },
+        "preprocessor_config.json": {
+            "crop_size": {"height": vision.image_size, "width": vision.image_size},
+            "do_center_crop": True,
+            "do_convert_rgb": True,
+            "do_normalize": True,
+            "do_rescale": True,
+            "do_resize": True,
+            "image_mean": MEAN,
+            "image_processor_type": "CLIPImageProcessor",
+            "image_std": STD,
+            "processor_class": "LlavaProcessor",
+            "resample": 3,
+            "rescale_factor": 1 / 255,
+            "size": {"shortest_edge": vision.image_size},
+        },
+        "processor_config.json": {
+            "image_token": "<image>",
+            "num_additional_image_tokens": 1,
+            "patch_size": vision.patch_size,
+            "processor_class": "LlavaProcessor",
+            "vision_feature_select_strategy": "default",
+        },
+        "tokenizer_config.json": {
+            "add_bos_token": True,
+            "add_eos_token": False,
+            "add_prefix_space": None,
+            "added_tokens_decoder": {
+                str(i): {"content": content, **flags, "special": True}
+                for i, content in special.items()
+            },
+            "bos_token": "<s>",
+            "clean_up_tokenization_spaces": False,
+            "eos_token": "</s>",
+            "extra_special_tokens": {"image_token": "<image>"},
+            "image_token": "<image>",
+            "legacy": False,
+            "model_max_length": text.max_position_embeddings,
+            "pad_token": "<pad>",
+            "padding_side": "left",
+            "processor_class": "LlavaProcessor",
+            "sp_model_kwargs": {},
+            "spaces_between_special_tokens": False,
+            "tokenizer_class": "LlamaTokenizer",
+            "unk_token": "<unk>",
+            "use_default_system_prompt": False,
+        },
+        "special_tokens_map.json": {
+            name: {"content": content, **flags}
+            for name, content in (
+                ("bos_token", "<s>"),
+                ("eos_token", "</s>"),
+                ("pad_token", "<pad>"),
+                ("unk_token", "<unk>"),
+            )
+        },
+        "added_tokens.json": {"<image>": image_id, "<pad>": pad_id},
+        "chat_template.json": {"chat_template": TEMPLATE},
+        "tokenizer.json": fast_tokenizer(pieces, special),
+    }
+
+
+def fast_tokenizer(pieces: bytes, special: Mapping[int, str]) -> dict[str, Any]:
+    """The SentencePiece model in the words of the tokenizers library."""
+    model = sentencepiece.SentencePieceProcessor(model_proto=pieces)
+    vocab = {model.id_to_piece(i): i for i in range(model.get_piece_size())}
+    merges = []
+    for piece, i in vocab.items():
+        if not (model.is_byte(i) or model.is_control(i) or model.is_unknown(i)):
+            for cut in range(1, len(piece)):
+                left, right = piece[:cut], piece[cut:]
+                if left in vocab and right in vocab:
+                    merges.append((i, vocab[left], vocab[right], f"{left} {right}"))
+    flags = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False)
+    first: list[dict[str, Any]] = [{"SpecialToken": {"id": "<s>", "type_id": 0}}]
+    again = {"SpecialToken": {"id": "<s>", "type_id": 1}}
+    one, two = ({"Sequence": {"id": name, "type_id": k}} for k, name in enumerate("AB"))
+    return {
+        "version": "1.0",
+        "truncation": None,
+        "padding": None,
+        "added_tokens": [
+            {"id": i, "content": content, **flags, "special": True}
+            for i, content in special.items()
+        ],
+        "normalizer": {
+            "type": "Sequence",
+            "normalizers": [
+                {"type": "Prepend", "prepend": "▁"},
+                {"type": "Replace", "pattern": {"String": " "}, "content": "▁"},
+            ],
+        },
+        "pre_tokenizer": None,
+        "post_processor": {
+            "type": "TemplateProcessing",
+            "single": [*first, one],
+            "pair": [*first, one, again, two],
+            "special_tokens": {"<s>": {"id": "<s>", "ids": [1], "tokens": ["<s>"]}},
+        },
+        "decoder": {
+            "type": "Sequence",
+            "decoders": [
+                {"type": "Replace", "pattern": {"String": "▁"}, "content": " "},
+                {"type": "ByteFallback"},
+                {"type": "Fuse"},
+                {"type": "Strip", "content": " ", "start": 1, "stop": 0},
+            ],
+        },
+        "model": {
+            "type": "BPE",
+            "dropout": None,
+            "unk_token": "<unk>",
+            "continuing_subword_prefix": None,
+            "end_of_word_suffix": None,
+            "fuse_unk": True,
+            "byte_fallback": True,
+            "vocab": vocab,
+            "merges": [text for *_, text in sorted(merges)],
+        },
+    }
+
+
+def measure(folder: Path, seed: int, n: int, blank: bool) -> dict[str, float]:
+    """Share of exactly right answers per kind on n fresh held-out questions, by generation.
+
+    With `blank` the model is shown an empty grey picture instead: what it answers without looking.
+    """
+    model, processor = load(folder)
+    right: dict[str, list[bool]] = defaultdict(list)
+    for group in _groups(scenes.held_out(seed, n), 32):
+        pictures = [Image.new("RGB", scene.image.size, (50, 50, 50)) if blank else scene.image
+                    for scene, _ in group]  # fmt: skip
+        batch = processor(
+            [f"USER: <image>\n{example.question} ASSISTANT:" for _, example in group],
+            images=[[picture] for picture in pictures],
+        )
+        result = generate(model, batch, max_new_tokens=48)
+        for (_, example), tokens in zip(group, result.tokens, strict=True):
+            right[example.kind].append(processor.decode(tokens) == example.answer)
+    return summary(right)
+
+
+def summary(right: Mapping[str, list[bool]]) -> dict[str, float]:
+    """Accuracy per kind, and over all but captions."""
+    answers = [x for kind, xs in right.items() if kind != "caption" for x in xs]
+    figures = {kind: float(np.mean(right[kind])) for kind in scenes.KINDS if right.get(kind)}
+    return {**figures, "all": float(np.mean(answers))}
+
+
+def _groups(
+    items: Iterable[tuple[scenes.Scene, scenes.Example]], size: int
+) -> Iterable[list[tuple[scenes.Scene, scenes.Example]]]:
+    group = []
+    for item in items:
+        group.append(item)
+        if len(group) == size:
+            yield group
+            group = []
+    if group:
+        yield group

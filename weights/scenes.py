@@ -1,0 +1,387 @@
+"""Pictures with known answers: coloured shapes and handwritten digits on a noisy canvas.
+
+A scene is a 112 x 112 picture with two to five things on it, at most one in each cell of a 3 x 3
+grid, and a question is text with exactly one right answer for that scene. Digits are the real
+handwriting of scikit-learn's `load_digits`; no image of the "held-out" split is ever drawn for the
+"train" split. Everything is a pure function of the generator passed in.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Literal, TypeVar
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image, ImageDraw
+
+Split = Literal["train", "held-out"]
+T = TypeVar("T")
+
+SIZE = 112
+COLOURS: dict[str, tuple[int, int, int]] = {
+    "red": (225, 35, 35),
+    "green": (40, 175, 50),
+    "blue": (50, 80, 235),
+    "yellow": (240, 225, 40),
+    "orange": (245, 135, 15),
+    "purple": (150, 45, 190),
+    "cyan": (40, 215, 225),
+    "white": (245, 245, 245),
+}
+SHAPES = ("circle", "square", "triangle", "star", "cross", "diamond")
+DIGITS = tuple("0123456789")
+PLACES = (
+    *("top left", "top", "top right"),
+    *("left", "center", "right"),
+    *("bottom left", "bottom", "bottom right"),
+)  # row by row
+LETTERS = "ABCD"
+CHOICE_TAIL = "Answer with the option's letter from the given choices directly."
+
+
+@dataclass(frozen=True)
+class Thing:
+    """One object of a scene."""
+
+    name: str  # a digit or a shape
+    colour: str
+    place: str
+    box: tuple[float, float, float, float]  # left, top, right, bottom in pixels
+    digit_index: int = -1  # row of load_digits, -1 for a shape
+
+    @property
+    def is_digit(self) -> bool:
+        return self.name in DIGITS
+
+
+@dataclass(frozen=True)
+class Scene:
+    """A picture and what is on it, in reading order."""
+
+    image: Image.Image
+    things: tuple[Thing, ...]
+
+
+@dataclass(frozen=True)
+class Example:
+    """A question about a scene, without any prompt template, and its only right answer."""
+
+    kind: str
+    question: str
+    answer: str
+
+
+def make_scene(rng: np.random.Generator, split: Split) -> Scene:
+    """A random scene; digits come from that split's handwriting."""
+    things = make_things(rng, split)
+    return Scene(draw(things, rng), things)
+
+
+def make_things(rng: np.random.Generator, split: Split) -> tuple[Thing, ...]:
+    """What is on the picture, before it is drawn: 2-5 things with different names."""
+    count = int(rng.integers(2, 6))
+    n_digits = int(rng.integers(0, count + 1))
+    names = [*rng.choice(DIGITS, n_digits, replace=False)]
+    names += [*rng.choice(SHAPES, count - n_digits, replace=False)]
+    boxes = _boxes(rng, count)
+    colours: list[str] = []
+    for _ in names:  # now and then a colour comes back, so that counting colours means something
+        again = colours and rng.random() < 0.3
+        colours.append(str(rng.choice(colours if again else list(COLOURS))))
+    things = []
+    for name, colour, cell in zip(names, colours, rng.permutation(sorted(boxes)), strict=True):
+        index = int(rng.choice(_digit_rows(split)[str(name)])) if name in DIGITS else -1
+        things.append(Thing(str(name), colour, PLACES[cell], boxes[int(cell)], index))
+    return tuple(sorted(things, key=lambda thing: PLACES.index(thing.place)))
+
+
+def draw(things: Sequence[Thing], rng: np.random.Generator) -> Image.Image:
+    """Things on a dim, uneven, noisy canvas: a 112 x 112 RGB picture."""
+    y, x = np.mgrid[0:SIZE, 0:SIZE].astype(np.float32) / SIZE - 0.5
+    tint = rng.uniform(15, 85) + rng.uniform(-12, 12, 3)
+    slope = rng.uniform(-45, 45, 2)
+    canvas = (tint + (slope[0] * x + slope[1] * y)[..., None]).astype(np.float32)  # (S, S, 3)
+    for thing in things:
+        left, top, right, bottom = (round(edge) for edge in thing.box)
+        side = max(right - left, bottom - top)
+        mask = _digit_mask(thing, side, rng) if thing.is_digit else _shape_mask(thing, side, rng)
+        alpha = mask[: bottom - top, : right - left, None]
+        ink = np.asarray(COLOURS[thing.colour]) + rng.uniform(-15, 15, 3)
+        region = canvas[top:bottom, left:right]
+        region += alpha * (ink.astype(np.float32) - region)
+    canvas += rng.uniform(3, 10) * rng.standard_normal(canvas.shape, dtype=np.float32)
+    return Image.fromarray(canvas.clip(0, 255).astype(np.uint8))
+
+
+def questions(
+    things: Sequence[Thing], rng: np.random.Generator, kinds: Sequence[str]
+) -> list[Example]:
+    """One example for each of the kinds (which may repeat) that this scene has an answer to."""
+    found = (KINDS[kind](things, rng) for kind in kinds)
+    return [example for example in found if example]
+
+
+def held_out(
+    seed: int, n: int, kinds: Sequence[str] | None = None
+) -> Iterator[tuple[Scene, Example]]:
+    """n questions, each about a new scene with held-out handwriting, the kinds in turn."""
+    kinds = tuple(kinds or KINDS)
+    for i in range(n):
+        rng = np.random.default_rng([seed, i])
+        found: list[Example] = []
+        while not found:
+            things = make_things(rng, "held-out")
+            found = questions(things, rng, [kinds[i % len(kinds)]])
+        yield Scene(draw(things, rng), things), found[0]
+
+
+# The questions. Each function returns None when the scene has no unambiguous one of its kind.
+
+
+def _which(things: Sequence[Thing], rng: np.random.Generator, digits: bool) -> Example | None:
+    candidates = [t for t in things if t.is_digit == digits]
+    unique = [t for t in candidates if sum(t.colour == u.colour for u in candidates) == 1]
+    if not unique:
+        return None
+    thing, word = _pick(rng, unique), _pick(rng, ("Which", "What"))
+    what = "digit" if digits else "shape"
+    return Example(what, f"{word} {what} is {thing.colour}?", thing.name)
+
+
+def _digit(things: Sequence[Thing], rng: np.random.Generator) -> Example | None:
+    return _which(things, rng, digits=True)
+
+
+def _shape(things: Sequence[Thing], rng: np.random.Generator) -> Example | None:
+    return _which(things, rng, digits=False)
+
+
+def _colour(things: Sequence[Thing], rng: np.random.Generator) -> Example:
+    thing, word = _pick(rng, things), _pick(rng, ("colour", "color"))
+    return Example("colour", f"What {word} is the {thing.name}?", thing.colour)
+
+
+def _what(things: Sequence[Thing], rng: np.random.Generator) -> Example:
+    if rng.random() < 0.12:
+        place = _pick(rng, [p for p in PLACES if all(t.place != p for t in things)])
+        return Example("what", f"What is at the {place}?", "nothing")
+    thing = _pick(rng, things)
+    return Example("what", f"What is at the {thing.place}?", f"{thing.colour} {thing.name}")
+
+
+def _where(things: Sequence[Thing], rng: np.random.Generator) -> Example:
+    thing = _pick(rng, things)
+    by_colour = sum(t.colour == thing.colour for t in things) == 1 and rng.random() < 0.5
+    what = f"{thing.colour} one" if by_colour else thing.name
+    return Example("where", f"Where is the {what}?", thing.place)
+
+
+def _count(things: Sequence[Thing], rng: np.random.Generator) -> Example:
+    what = _pick(rng, ("objects", "digits", "shapes", "colour"))
+    if what == "objects":
+        number = len(things)
+    elif what == "colour":
+        counts = {colour: sum(t.colour == colour for t in things) for colour in COLOURS}
+        number = _pick(rng, sorted(set(counts.values())))  # zero no more often than the others
+        what = _pick(rng, [c for c in COLOURS if counts[c] == number]) + " things"
+    else:
+        number = sum(t.is_digit == (what == "digits") for t in things)
+    return Example("count", f"How many {what} are there?", str(number))
+
+
+def _yes_no(things: Sequence[Thing], rng: np.random.Generator) -> Example:
+    thing, yes = _pick(rng, things), rng.random() < 0.5
+    form = _pick(rng, ("there", "colour", "place"))
+    colour, name, place = thing.colour, thing.name, thing.place
+    if not yes and form == "place":
+        place = _other(rng, place, [t.place for t in things], PLACES)
+    elif not yes and (form == "colour" or rng.random() < 0.5):
+        colour = _other(rng, colour, [t.colour for t in things], tuple(COLOURS))
+    elif not yes:
+        names = DIGITS if thing.is_digit else SHAPES
+        # any other name is wrong, unless a thing of that name happens to have the colour
+        taken = [t.name for t in things if t.colour == colour]
+        name = _pick(rng, [n for n in names if n not in taken])
+    if form == "there":
+        article = "an" if colour == "orange" else "a"
+        question = f"Is there {article} {colour} {name}?"
+    elif form == "colour":
+        question = f"Is the {name} {colour}?"
+    else:
+        question = f"Is the {name} at the {place}?"
+    return Example("yes-no", question, "yes" if yes else "no")
+
+
+def _choice(things: Sequence[Thing], rng: np.random.Generator) -> Example | None:
+    form = _pick(rng, ("digit", "shape", "colour", "where", "what"))
+    base = KINDS[form](things, rng)
+    if base is None or base.answer == "nothing":
+        return None
+    pools: dict[str, tuple[list[str], tuple[str, ...]]] = {
+        "digit": ([t.name for t in things if t.is_digit], DIGITS),
+        "shape": ([t.name for t in things if not t.is_digit], SHAPES),
+        "colour": ([t.colour for t in things], tuple(COLOURS)),
+        "where": ([t.place for t in things], PLACES),
+        "what": ([f"{t.colour} {t.name}" for t in things], _ALL_THINGS),
+    }
+    here, everywhere = pools[form]
+    options = [base.answer]
+    for _ in range(int(rng.integers(1, 4))):
+        options.append(_other(rng, base.answer, here, everywhere, without=options))
+    options = [options[i] for i in rng.permutation(len(options))]
+    lines = " ".join(f"({letter}) {text}" for letter, text in zip(LETTERS, options, strict=False))
+    question = f"{base.question}\nOptions: {lines}\n{CHOICE_TAIL}"
+    return Example("choice", question, LETTERS[options.index(base.answer)])
+
+
+def _caption(things: Sequence[Thing], rng: np.random.Generator) -> Example:
+    question = _pick(rng, ("Describe the picture.", "What is in the picture?"))
+    return Example("caption", question, describe(things))
+
+
+def describe(things: Sequence[Thing]) -> str:
+    """Every thing with its colour and place, in reading order."""
+    return ", ".join(f"{t.colour} {t.name} at {t.place}" for t in things)
+
+
+KINDS: dict[str, Callable[[Sequence[Thing], np.random.Generator], Example | None]] = {
+    "digit": _digit,
+    "shape": _shape,
+    "colour": _colour,
+    "what": _what,
+    "where": _where,
+    "count": _count,
+    "yes-no": _yes_no,
+    "choice": _choice,
+    "caption": _caption,
+}
+
+_ALL_THINGS = tuple(f"{colour} {name}" for colour in COLOURS for name in (*DIGITS, *SHAPES))
+
+
+def _pick(rng: np.random.Generator, items: Sequence[T]) -> T:
+    return items[int(rng.integers(len(items)))]
+
+
+def _other(
+    rng: np.random.Generator,
+    right: str,
+    here: Sequence[str],
+    everywhere: Sequence[str],
+    without: Sequence[str] = (),
+) -> str:
+    """A wrong answer: half the time one that is true of another thing in the picture."""
+    near = [text for text in here if text != right and text not in without]
+    if near and rng.random() < 0.5:
+        return _pick(rng, near)
+    return _pick(rng, [text for text in everywhere if text != right and text not in without])
+
+
+# Drawing.
+
+
+def _boxes(rng: np.random.Generator, count: int) -> dict[int, tuple[float, float, float, float]]:
+    """Cell number -> box; centres stay well inside their cell, boxes do not overlap."""
+    cell = SIZE / 3
+    while True:
+        boxes: dict[int, tuple[float, float, float, float]] = {}
+        for i in rng.choice(9, count, replace=False):
+            half = rng.uniform(13.5, 18.0)
+            x, y = (cell * (k + 0.5) + rng.uniform(-10, 10) for k in (i % 3, i // 3))
+            x, y = (min(max(v, half + 1), SIZE - half - 1) for v in (x, y))
+            boxes[int(i)] = (x - half, y - half, x + half, y + half)
+        if not any(_overlap(a, b) for i, a in boxes.items() for j, b in boxes.items() if i < j):
+            return boxes
+
+
+def _overlap(a: tuple[float, ...], b: tuple[float, ...]) -> bool:
+    return a[0] < b[2] and b[0] < a[2] and a[1] < b[3] and b[1] < a[3]
+
+
+def _digit_mask(thing: Thing, side: int, rng: np.random.Generator) -> NDArray[np.float32]:
+    """(side, side) in 0..1: the 8 x 8 handwriting, slightly turned, sheared, scaled, sharpened."""
+    turn, shear = rng.uniform(-0.2, 0.2), rng.uniform(-0.15, 0.15)
+    scale = np.exp(rng.uniform(-0.1, 0.1, 2)) * 9.5 / side  # the 8 pixels and a margin
+    cos, sin = math.cos(turn), math.sin(turn)
+    a, b = scale[0] * cos, scale[0] * (shear * cos - sin)
+    d, e = scale[1] * sin, scale[1] * (shear * sin + cos)
+    middle, half = 6.0, side / 2
+    affine = (a, b, middle - (a + b) * half, d, e, middle - (d + e) * half)
+    small = _digit_images()[thing.digit_index]
+    mask = small.transform((side, side), Image.Transform.AFFINE, affine, Image.Resampling.BICUBIC)
+    contrast = rng.uniform(1.2, 2.0)
+    values = np.asarray(mask, np.float32) / 255
+    return ((values - 0.35) * contrast + 0.4).clip(0, 1) * (values > 0.02)
+
+
+def _shape_mask(thing: Thing, side: int, rng: np.random.Generator) -> NDArray[np.float32]:
+    """(side, side) in 0..1: a filled shape with smooth edges."""
+    big = side * 4
+    centre, radius = big / 2, big / 2 * rng.uniform(0.82, 0.98)
+    turn = rng.uniform(-0.15, 0.15)
+    image = Image.new("L", (big, big))
+    pen = ImageDraw.Draw(image)
+    if thing.name == "circle":
+        pen.ellipse([centre - radius, centre - radius, centre + radius, centre + radius], fill=255)
+    else:
+        pen.polygon(
+            [
+                (
+                    centre + radius * r * math.sin(angle + turn),
+                    centre - radius * r * math.cos(angle + turn),
+                )
+                for r, angle in _outline(thing.name)
+            ],
+            fill=255,
+        )
+    return np.asarray(image.reduce(4), np.float32) / 255
+
+
+@lru_cache
+def _outline(name: str) -> tuple[tuple[float, float], ...]:
+    """Corners of a shape as (radius in 0..1, angle from the top, clockwise)."""
+    tau = 2 * math.pi
+    if name == "square":
+        return tuple((1.1, tau * (k + 0.5) / 4) for k in range(4))
+    if name == "diamond":
+        return tuple((1.0 if k % 2 == 0 else 0.62, tau * k / 4) for k in range(4))
+    if name == "triangle":
+        return tuple((1.0, tau * k / 3) for k in range(3))
+    if name == "star":
+        return tuple((1.0 if k % 2 == 0 else 0.42, tau * k / 10) for k in range(10))
+    arm = math.atan2(0.28, 1.0)  # cross: three corners for each arm
+    per_arm = ((1.04, -arm), (1.04, arm), (0.28 * math.sqrt(2), tau / 8))
+    return tuple((r, tau * k / 4 + angle) for k in range(4) for r, angle in per_arm)
+
+
+@lru_cache
+def _load_digits() -> tuple[NDArray[np.float64], NDArray[np.int64]]:
+    from sklearn.datasets import load_digits
+
+    digits = load_digits()
+    return digits.images, digits.target
+
+
+@lru_cache
+def _digit_images() -> list[Image.Image]:
+    """Every handwritten digit as a 12 x 12 grey picture, two empty pixels on each side."""
+    padded = np.pad(_load_digits()[0], ((0, 0), (2, 2), (2, 2)))
+    return [Image.fromarray((image * (255 / 16)).astype(np.uint8)) for image in padded]
+
+
+@lru_cache
+def _digit_rows(split: Split) -> dict[str, list[int]]:
+    """Digit -> rows of load_digits in a split: one image in five is held out, at random."""
+    targets = _load_digits()[1]
+    held = np.random.default_rng(20).permutation(len(targets)) % 5 == 0
+    return {
+        digit: [
+            int(i)
+            for i in np.flatnonzero((targets == int(digit)) & (held == (split == "held-out")))
+        ]
+        for digit in DIGITS
+    }

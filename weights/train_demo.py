@@ -1,0 +1,650 @@
+"""Train the demo checkpoint weights/demo from nothing, on a CPU.
+
+Four stages; each is seeded, writes weights/runs/<stage>.pt every few minutes and goes on from there
+when it is started again:
+
+1. tower: the vision tower and the projector learn to say, patch by patch, what is there, against a
+   fixed code: a patch should become the sum of the embeddings of the words for it.
+2. reader: the decoder learns to answer from exactly such sums, without any picture being drawn.
+   It needs nothing from stage 1 and can run beside it.
+3. joint: both together, from pictures to answers.
+4. finish: the same with the learning rate going to zero; then the checkpoint is written.
+
+    python -m weights.train_demo                     every stage that is not finished, then export
+    python -m weights.train_demo --stage reader      one stage
+    python -m weights.train_demo --export joint      write weights/demo from a stage's last state
+    python -m weights.train_demo --evaluate 7        accuracy on fresh held-out scenes, per kind
+
+All questions of a picture stand behind one shared prefix (`USER: <image>`): each sees the prefix
+and itself, its positions go on from the prefix, so that rows and gradients are those of separate
+prompts at a fraction of the cost.
+"""
+
+from __future__ import annotations
+
+import argparse
+import io
+import time
+from collections import defaultdict
+from collections.abc import Iterator, Sequence
+from concurrent.futures import Future, ProcessPoolExecutor
+from dataclasses import dataclass, replace
+from functools import lru_cache
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import sentencepiece
+import torch
+import torch.nn.functional as F
+from numpy.typing import NDArray
+from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from minillava.clip import CLIPVision
+from minillava.config import Config, TextConfig, VisionConfig
+from minillava.llama import Llama, RMSNorm
+from minillava.llava import Projector
+
+from . import scenes
+
+HERE = Path(__file__).parent
+RUNS = HERE / "runs"
+
+VOCAB = 640  # pieces, <image>, <pad>, and unused rows up to a multiple of 64
+PIECES = 600
+IMAGE_ID, PAD_ID, BOS, EOS = PIECES, PIECES + 1, 1, 2
+VISION = VisionConfig(
+    hidden_size=128,
+    intermediate_size=512,
+    num_hidden_layers=6,
+    num_attention_heads=4,
+    image_size=scenes.SIZE,
+    patch_size=14,
+)
+TEXT = TextConfig(
+    hidden_size=128,
+    intermediate_size=352,
+    num_hidden_layers=8,
+    num_attention_heads=4,
+    num_key_value_heads=4,
+    head_dim=32,
+    vocab_size=VOCAB,
+    max_position_embeddings=2048,
+)
+CONFIG = Config(vision=VISION, text=TEXT, image_token_id=IMAGE_ID)
+FEATURE = VISION.num_hidden_layers - 1  # hidden state -2 of the tower
+MEAN = (0.48145466, 0.4578275, 0.40821073)
+STD = (0.26862954, 0.26130258, 0.27577711)
+
+
+@dataclass(frozen=True)
+class Stage:
+    """What a stage trains and for how long."""
+
+    steps: int
+    pictures: int  # per step
+    muon: float  # learning rate of the matrices inside blocks
+    adam: float  # of everything else
+    tower_scale: float = 1.0  # the tower's learning rates relative to the decoder's
+    after: tuple[str, ...] = ()  # stages whose weights it starts from
+    decay: float = 0.3  # share of the steps in which the rates fall linearly to zero
+    warmup: int = 100
+
+
+STAGES = {
+    "tower": Stage(steps=2500, pictures=64, muon=0.02, adam=2e-3),
+    "reader": Stage(steps=3000, pictures=16, muon=0.02, adam=3e-3, decay=0.0),
+    "joint": Stage(
+        steps=4000, pictures=16, muon=0.015, adam=2e-3, tower_scale=0.2, decay=0.0,
+        after=("tower", "reader"),
+    ),
+    "finish": Stage(
+        steps=2500, pictures=16, muon=0.015, adam=2e-3, tower_scale=0.3, decay=1.0,
+        after=("joint",),
+    ),
+}
+
+
+# Text: a SentencePiece of our own, and prompts exactly as Hugging Face's processor encodes them.
+
+
+def train_tokenizer() -> bytes:
+    """Llama-style BPE with byte fallback whose pieces are the words of the scenes."""
+    words: dict[str, int] = defaultdict(int)
+    rng = np.random.default_rng(0)
+    for _ in range(400):
+        things = scenes.make_things(rng, "train")
+        for example in scenes.questions(things, rng, list(scenes.KINDS)):
+            for word in f"USER {example.question} ASSISTANT {example.answer}".split():
+                words[word.strip("?.,:()")] += 1
+    lines = []
+    for word, count in sorted(words.items()):
+        # "(Which" gives the piece without a space in front: a question's first word stands so
+        lines += [word] * min(count, 60) + ([f"({word}"] * 30 if word[0].isupper() else [])
+    lines += [f"{mark}" for mark in map(chr, range(33, 127))] * 3
+    written = io.BytesIO()
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(lines),
+        model_writer=written,
+        model_type="bpe",
+        vocab_size=PIECES,
+        character_coverage=1.0,
+        byte_fallback=True,
+        normalization_rule_name="identity",
+        remove_extra_whitespaces=False,
+        add_dummy_prefix=True,
+        hard_vocab_limit=False,
+        num_threads=1,
+        minloglevel=2,
+    )
+    return written.getvalue()
+
+
+@lru_cache
+def tokenizer() -> sentencepiece.SentencePieceProcessor:
+    path = RUNS / "tokenizer.model"
+    if not path.exists():
+        _write(path, train_tokenizer())
+    return sentencepiece.SentencePieceProcessor(model_proto=path.read_bytes())
+
+
+@lru_cache
+def prefix_ids() -> tuple[int, ...]:
+    """`USER: <image>` widened to its placeholders."""
+    return (BOS, *tokenizer().encode("USER: "), *[IMAGE_ID] * VISION.num_patches)
+
+
+def segment_ids(example: scenes.Example) -> tuple[list[int], list[int]]:
+    """Ids of what follows the picture in the prompt, and of the answer."""
+    question = tokenizer().encode(f"\n{example.question} ASSISTANT:")
+    return question, [*tokenizer().encode(example.answer), EOS]
+
+
+# Batches, made in another process: pure functions of (stage, step).
+
+
+@dataclass(frozen=True)
+class Batch:
+    """P pictures with T rows each: the prefix, then questions with answers, then padding."""
+
+    codes: Tensor  # (P, N, codes) which words belong to which patch
+    pixels: Tensor | None  # (P, 3, S, S) uint8
+    ids: Tensor  # (P, T)
+    segments: Tensor  # (P, T) 0 for the prefix, 1.. for the questions, -1 for padding
+    positions: Tensor  # (P, T)
+    targets: Tensor  # (P, T) the next id where it belongs to an answer, else -100
+    kinds: list[list[str]]  # per picture, the kind of each segment from 1 on
+
+
+ROWS = 192  # of questions and answers behind each prefix
+
+
+def make_batch(seed: int, step: int, pictures: int, draw: bool, split: scenes.Split) -> Batch:
+    rng = np.random.default_rng([seed, step])
+    drawn, packed, codes = [], [], []
+    for _ in range(pictures):
+        things = scenes.make_things(rng, split)
+        kinds = ["caption", *rng.choice(_PLAIN, 14)]
+        if rng.random() < 0.7:
+            kinds.insert(1, "choice")
+        packed.append(pack(scenes.questions(things, rng, kinds)))
+        codes.append(patch_codes(things))
+        if draw:
+            drawn.append(np.asarray(scenes.draw(things, rng)))
+    return collate(packed, codes, drawn)
+
+
+_PLAIN = [kind for kind in scenes.KINDS if kind not in ("caption", "choice")]
+
+
+def pack(examples: Sequence[scenes.Example]) -> tuple[NDArray[np.int64], list[str]]:
+    """As many examples as fit behind one prefix: (4, T) ids, segments, positions, targets."""
+    prefix = prefix_ids()
+    T = len(prefix) + ROWS
+    rows = np.full((4, T), -1, dtype=np.int64)
+    rows[0], rows[2], rows[3] = PAD_ID, 0, -100
+    rows[0, : len(prefix)] = prefix
+    rows[1, : len(prefix)] = 0
+    rows[2, : len(prefix)] = range(len(prefix))
+    at, kinds = len(prefix), []
+    for example in examples:
+        question, answer = segment_ids(example)
+        ids = question + answer[:-1]
+        end = at + len(ids)
+        if end > T:
+            continue
+        kinds.append(example.kind)
+        rows[0, at:end] = ids
+        rows[1, at:end] = len(kinds)
+        rows[2, at:end] = range(len(prefix), len(prefix) + len(ids))
+        rows[3, end - len(answer) : end] = answer
+        at = end
+    return rows, kinds
+
+
+def collate(
+    packed: Sequence[tuple[NDArray[np.int64], list[str]]],
+    codes: Sequence[NDArray[np.float32]],
+    drawn: Sequence[NDArray[np.uint8]],
+) -> Batch:
+    rows = torch.from_numpy(np.stack([rows for rows, _ in packed], axis=1))  # (4, P, T)
+    pixels = torch.from_numpy(np.stack(drawn)).permute(0, 3, 1, 2) if drawn else None
+    ids, segments, positions, targets = rows
+    kinds = [kinds for _, kinds in packed]
+    return Batch(
+        torch.from_numpy(np.stack(codes)), pixels, ids, segments, positions, targets, kinds
+    )
+
+
+def batches(stage: str, first: int, seed: int) -> Iterator[Batch]:
+    """The stage's batches from step `first` on, a few made ahead by a worker process."""
+    spec = STAGES[stage]
+    args = (spec.pictures, stage != "reader", "train")
+    numbered = [*STAGES].index(stage) + 10 * seed
+    with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
+        ahead: list[Future[Batch]] = []
+        for step in range(first, spec.steps):
+            while len(ahead) < 6:
+                ahead.append(pool.submit(make_batch, numbered, step + len(ahead), *args))
+            yield ahead.pop(0).result()
+
+
+# The code: which words are true of a patch.
+
+NAMES = (*scenes.DIGITS, *scenes.SHAPES)
+_WORDS = (*NAMES, *scenes.COLOURS, "top", "bottom", "left", "right", "center", "digit", "shape")
+_CENTRE, _EMPTY, _ROW = len(_WORDS), len(_WORDS) + 1, len(_WORDS) + 2
+N_CODES = _ROW + 2 * VISION.grid
+N_LABELS = len(NAMES) + len(scenes.COLOURS)
+
+
+def patch_codes(things: Sequence[scenes.Thing]) -> NDArray[np.float32]:
+    """(N, codes) of 0 and 1: the words of the thing that covers the patch, and where the patch is."""
+    grid, size = VISION.grid, VISION.patch_size
+    codes = np.zeros((grid, grid, N_CODES), np.float32)
+    codes[..., _EMPTY] = 1
+    for i in range(grid):
+        codes[i, :, _ROW + i] = 1
+        codes[:, i, _ROW + grid + i] = 1
+    middle = (np.arange(grid) + 0.5) * size
+    for thing in things:
+        left, top, right, bottom = thing.box
+        columns = np.flatnonzero((middle > left) & (middle < right))
+        rows = np.flatnonzero((middle > top) & (middle < bottom))
+        words = [thing.name, thing.colour, *thing.place.split()]
+        words.append("digit" if thing.is_digit else "shape")
+        area = codes[rows[0] : rows[-1] + 1, columns[0] : columns[-1] + 1]
+        area[..., _EMPTY] = 0
+        area[..., [_WORDS.index(word) for word in words]] = 1
+        codes[int((top + bottom) / 2 / size), int((left + right) / 2 / size), _CENTRE] = 1
+    return codes.reshape(-1, N_CODES)
+
+
+def code_vectors(embedding: Tensor, generator: torch.Generator) -> Tensor:
+    """(codes, D): the embeddings of the words, random vectors for the rest."""
+    ids = [tokenizer().encode(word) for word in _WORDS]
+    assert all(len(i) == 1 for i in ids), "every word of the code is one piece"
+    rest = torch.randn(N_CODES - len(_WORDS), embedding.shape[1], generator=generator)
+    return torch.cat((embedding[[i[0] for i in ids]], EMBEDDING_STD * rest))
+
+
+# The model in training.
+
+EMBEDDING_STD = 0.25
+
+
+class Heads(nn.Module):
+    """Read-outs that exist in training only."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.name = nn.Linear(VISION.hidden_size, len(NAMES) + 1)
+        self.colour = nn.Linear(VISION.hidden_size, len(scenes.COLOURS) + 1)
+        self.picture = nn.Linear(VISION.hidden_size, N_LABELS)  # from the class token
+
+
+class Demo(nn.Module):
+    def __init__(self, seed: int) -> None:
+        super().__init__()
+        generator = torch.Generator().manual_seed(seed)
+        self.vision = CLIPVision(VISION)
+        self.projector = Projector(CONFIG)
+        self.llama = Llama(TEXT)
+        self.heads = Heads()
+        for name, p in self.named_parameters():
+            if "norm" in name:
+                continue
+            if name.endswith("bias"):
+                nn.init.zeros_(p)
+            elif name.endswith(("out_proj.weight", "fc2.weight", "o_proj.weight", "down_proj.weight")):
+                nn.init.normal_(p, std=0.1 * p.shape[1] ** -0.5, generator=generator)
+            elif "embed" in name and p.ndim == 2:
+                nn.init.normal_(p, std=EMBEDDING_STD, generator=generator)
+            elif p.ndim == 1:
+                nn.init.normal_(p, std=EMBEDDING_STD, generator=generator)
+            else:
+                nn.init.normal_(p, std=p[0].numel() ** -0.5, generator=generator)
+        with torch.no_grad():  # copying a word is easy when reading and writing agree
+            self.llama.lm_head.weight.copy_(self.llama.embed_tokens.weight)
+        codes = code_vectors(self.llama.embed_tokens.weight.detach(), generator)
+        self.register_buffer("codes", codes)
+        self.codes: Tensor
+
+    def see(self, pixels: Tensor) -> Tensor:
+        """(P, 3, S, S) uint8 -> hidden state of the feature layer (P, 1 + N, C)."""
+        mean, std = torch.tensor(MEAN)[:, None, None], torch.tensor(STD)[:, None, None]
+        x = (pixels.float() / 255 - mean) / std
+        with sdpa_kernel(SDPBackend.MATH):  # the fast one for sequences as short as these
+            return self.vision(x, (FEATURE,))[FEATURE]
+
+    def read(self, image: Tensor, batch: Batch) -> Tensor:
+        """Image rows (P, N, D) in the place of the placeholders -> last hidden rows (P, T, D)."""
+        P, T = batch.ids.shape
+        x = self.llama.embed_tokens(batch.ids)  # (P, T, D)
+        a = len(prefix_ids()) - VISION.num_patches
+        x = torch.cat((x[:, :a], image.to(x.dtype), x[:, a + VISION.num_patches :]), dim=1)
+        dtype = torch.bfloat16 if torch.is_autocast_enabled("cpu") else torch.float32
+        hidden = _hidden(batch.segments, dtype)  # (P, 1, T, T)
+
+        def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+            # written out: with a mask, on a CPU, training through SDPA takes twice as long
+            q, k, v = (y.view(P, T, -1, TEXT.head_dim).transpose(1, 2) for y in (q, k, v))
+            scores = (q * TEXT.head_dim**-0.5) @ k.mT + hidden  # (P, H, T, T)
+            y = scores.softmax(-1) @ v  # (P, H, T, Dh)
+            return y.transpose(1, 2).reshape(P * T, -1, TEXT.head_dim)
+
+        rope = self.llama.rope(batch.positions.flatten(), dtype)
+        x = x.flatten(0, 1)
+        for block in self.llama.blocks:
+            x = block(x, rope, attend)
+        return x.view(P, T, -1)
+
+
+def _hidden(segments: Tensor, dtype: torch.dtype) -> Tensor:
+    """(P, T) -> (P, 1, T, T): 0 for what a row sees: the prefix and its own segment, up to itself."""
+    row, column = segments[:, :, None], segments[:, None, :]
+    before = torch.ones(segments.shape[1], segments.shape[1], dtype=torch.bool).tril()
+    seen = ((column == 0) | (row == column)) & before
+    return torch.zeros(seen.shape, dtype=dtype).masked_fill(~seen, -1e9)[:, None]
+
+
+def patch_loss(model: Demo, state: Tensor, codes: Tensor) -> tuple[Tensor, dict[str, float]]:
+    """How well the feature layer (P, 1 + N, C) says what each patch shows."""
+    patches = state[:, 1:]
+    split = len(NAMES), len(NAMES) + len(scenes.COLOURS)
+    empty = codes[..., _EMPTY]
+    weight = 1 - 0.7 * empty
+    weight = weight / weight.sum()
+    loss = torch.zeros(())
+    figures = {}
+    covered = empty == 0
+    centre = codes[..., _CENTRE] == 1
+    for what, part in (("name", codes[..., : split[0]]), ("colour", codes[..., split[0] : split[1]])):
+        label = torch.cat((part, empty[..., None]), dim=-1).argmax(-1)  # (P, N)
+        logits = getattr(model.heads, what)(patches).float()
+        each = F.cross_entropy(logits.flatten(0, 1), label.flatten(), reduction="none")
+        loss = loss + (each.view_as(weight) * weight).sum()
+        figures[what] = float((logits.argmax(-1) == label)[centre].float().mean())
+        digits = centre & (label < len(scenes.DIGITS))
+        if what == "name" and digits.any():
+            figures["digit"] = float((logits.argmax(-1) == label)[digits].float().mean())
+    target = codes @ model.codes
+    apart = (model.projector(patches).float() - target).square().mean(-1) / target.square().mean()
+    loss = loss + 2 * (apart * weight).sum()
+    figures["apart"] = float(apart[covered].mean().detach())
+    present = codes[..., : split[1]].amax(1)  # (P, labels)
+    loss = loss + 0.3 * F.binary_cross_entropy_with_logits(
+        model.heads.picture(state[:, 0]).float(), present
+    )
+    return loss, figures
+
+
+def answer_loss(model: Demo, image: Tensor, batch: Batch) -> Tensor:
+    hidden = model.read(image, batch)
+    asked = batch.targets >= 0
+    logits = model.llama.logits(hidden[asked])
+    return F.cross_entropy(logits, batch.targets[asked])
+
+
+def symbols(model: Demo, codes: Tensor, generator: torch.Generator) -> Tensor:
+    """(P, N, codes) -> (P, N, D): image rows as a good tower would give them, not quite clean."""
+    P, N, _ = codes.shape
+    blurred = codes.clone()
+    lost = torch.rand(P, N, generator=generator) < 0.15  # now and then a patch says nothing
+    blurred[..., :_CENTRE] *= ~lost[..., None]
+    clean = blurred @ model.codes
+    return clean + 0.3 * EMBEDDING_STD * torch.randn(clean.shape, generator=generator)
+
+
+# Optimisation.
+
+
+class Muon(torch.optim.Optimizer):
+    """Momentum whose update is made orthogonal (Jordan et al. 2024), matrices of a shape at once."""
+
+    def __init__(self, groups: list[dict[str, Any]]) -> None:
+        super().__init__(groups, {"lr": 0.02, "momentum": 0.95, "decay": 0.02})
+
+    @torch.no_grad()
+    def step(self, closure: None = None) -> None:  # type: ignore[override]
+        for group in self.param_groups:
+            by_shape: dict[torch.Size, list[nn.Parameter]] = defaultdict(list)
+            for p in group["params"]:
+                if p.grad is not None:
+                    by_shape[p.shape].append(p)
+            for shape, params in by_shape.items():
+                updates = []
+                for p in params:
+                    momentum = self.state[p].setdefault("momentum", torch.zeros_like(p))
+                    momentum.lerp_(p.grad, 1 - group["momentum"])
+                    updates.append(p.grad.lerp(momentum, group["momentum"]))
+                scale = group["lr"] * max(1, shape[0] / shape[1]) ** 0.5
+                for p, update in zip(params, orthogonal(torch.stack(updates)), strict=True):
+                    p.mul_(1 - group["lr"] * group["decay"]).add_(update, alpha=-scale)
+
+
+def orthogonal(x: Tensor) -> Tensor:
+    """Newton-Schulz: each (m, n) matrix of the stack with its singular values brought near one."""
+    wide = x.shape[1] <= x.shape[2]
+    y = (x if wide else x.mT).bfloat16()
+    y = y / (y.float().norm(dim=(1, 2), keepdim=True) + 1e-7).bfloat16()
+    for _ in range(5):
+        a = y @ y.mT
+        y = 3.4445 * y + (-4.7750 * a + 2.0315 * a @ a) @ y
+    return (y if wide else y.mT).to(x.dtype)
+
+
+def optimizers(model: Demo, stage: Stage) -> list[torch.optim.Optimizer]:
+    matrices: dict[bool, list[nn.Parameter]] = {True: [], False: []}
+    others: dict[bool, list[nn.Parameter]] = {True: [], False: []}
+    for name, p in model.named_parameters():
+        tower = name.startswith(("vision", "projector", "heads"))
+        (matrices if "blocks" in name and p.ndim == 2 else others)[tower].append(p)
+    scale = {True: stage.tower_scale, False: 1.0}
+    muon = Muon([{"params": matrices[t], "lr": stage.muon * scale[t]} for t in scale])
+    adam = torch.optim.AdamW(
+        [{"params": others[t], "lr": stage.adam * scale[t]} for t in scale],
+        betas=(0.9, 0.97),
+        weight_decay=0.0,
+    )
+    for optimizer in (muon, adam):
+        for group in optimizer.param_groups:
+            group["top"] = group["lr"]
+    return [muon, adam]
+
+
+def rate(stage: Stage, step: int) -> float:
+    """Learning rate relative to its top: warm-up, flat, linear fall to zero."""
+    falling = stage.steps * stage.decay
+    down = (stage.steps - step) / falling if falling else 1.0
+    return min(1.0, (step + 1) / stage.warmup, down)
+
+
+# Running a stage.
+
+
+def run(name: str, seed: int, threads: int, save_every: float = 120.0) -> None:
+    torch.set_num_threads(threads)
+    torch.backends.cuda.allow_fp16_bf16_reduction_math_sdp(True)  # holds for CPUs too
+    stage, path = STAGES[name], RUNS / f"{name}.pt"
+    model = Demo(seed)
+    step, seconds = 0, 0.0
+    opts = optimizers(model, stage)
+    average = {key: p.detach().clone() for key, p in model.named_parameters()}
+    if path.exists():
+        saved = torch.load(path, weights_only=True)
+        model.load_state_dict(saved["model"])
+        average = saved["average"]
+        step, seconds = saved["step"], saved["seconds"]
+        for optimizer, state in zip(opts, saved["optimizers"], strict=True):
+            optimizer.load_state_dict(state)
+    else:
+        for earlier in stage.after:
+            take(model, earlier)
+        average = {key: p.detach().clone() for key, p in model.named_parameters()}
+    if step >= stage.steps:
+        return
+    log(name, f"step {step}, seed {seed}, {threads} threads, {stage}")
+    began, last_saved, figures = time.monotonic() - seconds, time.monotonic(), {}
+    for batch in batches(name, step, seed):
+        generator = torch.Generator().manual_seed(seed * 1_000_003 + step)
+        for optimizer in opts:
+            for group in optimizer.param_groups:
+                group["lr"] = group["top"] * rate(stage, step)
+        with torch.autocast("cpu", torch.bfloat16):
+            loss, found = stage_loss(name, model, batch, generator)
+        loss.backward()
+        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        for optimizer in opts:
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+        step += 1
+        keep = min(0.998, step / (step + 50))
+        with torch.no_grad():
+            for key, p in model.named_parameters():
+                average[key].lerp_(p, 1 - keep)
+        for key, value in found.items():
+            figures[key] = 0.95 * figures.get(key, value) + 0.05 * value
+        if step % 50 == 0:
+            told = " ".join(f"{key} {value:.3f}" for key, value in figures.items())
+            log(name, f"step {step} {time.monotonic() - began:.0f} s {told}")
+        if time.monotonic() - last_saved > save_every or step == stage.steps:
+            save(path, model, average, opts, step, time.monotonic() - began)
+            last_saved = time.monotonic()
+            check(name, model, average, step)
+
+
+def stage_loss(
+    name: str, model: Demo, batch: Batch, generator: torch.Generator
+) -> tuple[Tensor, dict[str, float]]:
+    if name == "reader":
+        loss = answer_loss(model, symbols(model, batch.codes, generator), batch)
+        return loss, {"loss": float(loss.detach())}
+    assert batch.pixels is not None
+    state = model.see(batch.pixels)
+    loss, figures = patch_loss(model, state, batch.codes)
+    if name == "tower":
+        return loss, {"loss": float(loss.detach()), **figures}
+    answers = answer_loss(model, model.projector(state[:, 1:]), batch)
+    figures = {"loss": float(answers.detach()), "digit": figures.get("digit", 0.0)}
+    return answers + 0.1 * loss, figures
+
+
+def take(model: Demo, earlier: str) -> None:
+    """Start from an earlier stage's averaged weights: only those that it trained."""
+    saved = torch.load(RUNS / f"{earlier}.pt", weights_only=True)["average"]
+    parts = {"tower": ("vision", "projector", "heads"), "reader": ("llama",)}
+    wanted = parts.get(earlier, ("vision", "projector", "heads", "llama"))
+    state = {key: value for key, value in saved.items() if key.startswith(wanted)}
+    missing, extra = model.load_state_dict(state, strict=False)
+    assert not extra, extra
+    assert all(key == "codes" or not key.startswith(wanted) for key in missing), missing
+
+
+def save(
+    path: Path,
+    model: Demo,
+    average: dict[str, Tensor],
+    opts: list[torch.optim.Optimizer],
+    step: int,
+    seconds: float,
+) -> None:
+    state = {
+        "model": model.state_dict(),
+        "average": average,
+        "optimizers": [optimizer.state_dict() for optimizer in opts],
+        "step": step,
+        "seconds": seconds,
+    }
+    buffer = io.BytesIO()
+    torch.save(state, buffer)
+    _write(path, buffer.getvalue())
+
+
+def _write(path: Path, data: bytes) -> None:
+    """All or nothing, so that a kill leaves the file before."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_suffix(".part")
+    part.write_bytes(data)
+    part.replace(path)
+
+
+def log(name: str, text: str) -> None:
+    line = f"{time.strftime('%H:%M:%S')} {name}: {text}"
+    print(line, flush=True)
+    RUNS.mkdir(parents=True, exist_ok=True)
+    with (RUNS / f"{name}.log").open("a") as file:
+        file.write(line + "\n")
+
+
+# Accuracy.
+
+
+@torch.no_grad()
+def check(name: str, model: Demo, average: dict[str, Tensor], step: int) -> None:
+    """Log the averaged weights' accuracy per kind on a small held-out set."""
+    current = {key: p.detach().clone() for key, p in model.named_parameters()}
+    model.load_state_dict({**average, "codes": model.codes})
+    if name == "tower":
+        batch = make_batch(99, 0, 200, True, "held-out")
+        assert batch.pixels is not None
+        _, figures = patch_loss(model, model.see(batch.pixels), batch.codes)
+    else:
+        figures = accuracy(model, make_batch(99, 0, 60, name != "reader", "held-out"))
+    log(name, f"held out at {step}: " + " ".join(f"{k} {v:.3f}" for k, v in figures.items()))
+    model.load_state_dict({**current, "codes": model.codes})
+
+
+@torch.no_grad()
+def accuracy(model: Demo, batch: Batch) -> dict[str, float]:
+    """Share of answers whose every token is the most likely one, which is what greedy decoding
+    gives."""
+    if batch.pixels is None:
+        image = batch.codes @ model.codes
+    else:
+        image = model.projector(model.see(batch.pixels)[:, 1:])
+    best = model.llama.logits(model.read(image, batch)).argmax(-1)  # (P, T)
+    wrong = (best != batch.targets) & (batch.targets >= 0)
+    right: dict[str, list[bool]] = defaultdict(list)
+    for p, kinds in enumerate(batch.kinds):
+        for i, kind in enumerate(kinds, start=1):
+            right[kind].append(not bool(wrong[p, batch.segments[p] == i].any()))
+    figures = {kind: float(np.mean(right[kind])) for kind in scenes.KINDS if right[kind]}
+    answers = [x for kind, xs in right.items() if kind != "caption" for x in xs]
+    return {**figures, "all": float(np.mean(answers))}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--stage", choices=STAGES, help="only this one")
+    parser.add_argument("--seed", type=int, default=1)
+    parser.add_argument("--threads", type=int, default=2)
+    args = parser.parse_args()
+    for name in [args.stage] if args.stage else STAGES:
+        run(name, args.seed, args.threads)
+
+
+if __name__ == "__main__":
+    main()
