@@ -6,7 +6,7 @@ says nothing about positions: those travel with the rows, and keys are stored ro
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -60,6 +60,15 @@ class Rows:
                 rows = table[self.identity]
                 result = rows if result is None else result | rows
         return result
+
+    def masked(self, mask: Mask) -> Rows:
+        return replace(self, masks=(*self.masks, mask))
+
+    def with_masks(self, b: int, renewed: Mapping[tuple[int, int], Mask]) -> Rows:
+        """The same with the masks of sample b that were renewed, by step and sample."""
+        if not (self.masks and renewed):
+            return self
+        return replace(self, masks=tuple(renewed.get((m.step, b), m) for m in self.masks))
 
     def candidates(
         self, layer: int, before: int | None = None, shift: int = 0
@@ -199,6 +208,10 @@ class KVCache:
         self.lengths[layer] = [n + 1 for n in lengths]
         S = max(self.lengths[layer])
         return self.keys[layer][:, :, :S], self.values[layer][:, :, :S]
+
+    def held(self, layer: int, b: int) -> Tensor:
+        """Keys of one sample (S, Hkv, Dh)."""
+        return self.keys[layer][b, :, : self.lengths[layer][b]].transpose(0, 1)
 
     def used_bytes(self) -> int:
         """Bytes of the rows that are held; what is allocated for rows to come is not counted."""

@@ -1,8 +1,8 @@
 """Answers from a model: `generate` for batches, `stream` for text as it comes.
 
 One loop serves both: the prompt is prefilled, then tokens are drawn and fed one at a time. With a
-cache the choice of a dropping plan stands; without one (`use_cache=False`) the whole sequence is run
-again for every token and the plan chooses anew.
+cache the choice of a dropping plan stands; without one (`use_cache=False`) the whole sequence is
+run again for every token and the plan chooses anew.
 """
 
 from __future__ import annotations
@@ -168,7 +168,7 @@ def encode_images(model: LLaVA, batch: Batch, plan: Plan | None = None) -> Encod
 
 
 def prompts_of(model: LLaVA, batch: Batch) -> list[Prompt]:
-    """A batch without its padding, every picture with its place. ValueError where it is not sound."""
+    """A batch without padding, every picture with its place. ValueError where it is not sound."""
     config, ids, mask = model.config, batch.ids, batch.mask
     if ids.ndim != 2 or ids.dtype != torch.int64 or not len(ids):
         raise ValueError(f"ids must be (B, T) int64, not {tuple(ids.shape)} {ids.dtype}")

@@ -2,8 +2,8 @@
 
 The rows of all sequences stand one behind the other in one (R, D) tensor, without padding: every
 layer but attention works on single rows and needs no more. Which rows attend to which is the
-caller's business: it hands each block an `attend` function (llava.py has the two of this project).
-Position is data beside the row, never a length.
+caller's business: it hands each block an `attend` function; the two of this project, for prompts
+and for single new rows, stand at the end. Position is data beside the row, never a length.
 
 Follows Hugging Face's LlamaForCausalLM; RMSNorm and the rotary angles are float32 as there.
 """
@@ -11,13 +11,17 @@ Follows Hugging Face's LlamaForCausalLM; RMSNorm and the rotary angles are float
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from .cache import KVCache, Rows
 from .config import TextConfig
+from .pruning.base import received
 
+QUERY_ROWS = 256  # rows whose visibility is held as a mask at one time
 Rope = tuple[Tensor, Tensor]  # cosine and sine, each (R, 1, Dh / 2)
 Attend = Callable[[Tensor, Tensor, Tensor], Tensor]  # q (R, H, Dh), k, v (R, Hkv, Dh) -> as q
 
@@ -119,3 +123,130 @@ class Llama(nn.Module):
     def logits(self, x: Tensor) -> Tensor:
         """Rows after the last block (R, D) -> float32 logits (R, V)."""
         return self.lm_head(self.norm(x)).float()
+
+
+# ---------------------------------------------------------------- who sees whom
+
+
+@dataclass(frozen=True)
+class LayerView:
+    """One sample in the attention of a layer that has run, to be asked for single rows.
+
+    q (T, H, Dh): the rows of that call, the last T of S; k (S, Hkv, Dh); hidden (S,) bool or None;
+    rows: the prompt's, as they were in that layer (new tokens behind them are not in it).
+    """
+
+    q: Tensor
+    k: Tensor
+    hidden: Tensor | None
+    rows: Rows
+
+    def received(self, asked: Tensor, now: Rows) -> Tensor:
+        """Mean attention of rows to all rows, both counted as they stand now: (H, S'), float32."""
+        columns = self._columns(now)
+        at = asked if columns is None else columns[asked]
+        result = received(self.q[at - (len(self.k) - len(self.q))], self.k, at, self.hidden)
+        if columns is None:
+            return result
+        return result[:, columns] * (columns >= 0)
+
+    def keys(self, now: Rows) -> Tensor:
+        columns = self._columns(now)
+        return self.k if columns is None else self.k[columns]
+
+    def _columns(self, now: Rows) -> Tensor | None:
+        """For each row of now its row here, -1 if it is not here; None: they are the same."""
+        if self.rows.identity is now.identity:
+            return None
+        table = torch.full((now.identities,), -1, device=self.k.device)
+        table[self.rows.identity] = torch.arange(len(self.rows), device=self.k.device)
+        new = torch.arange(len(self.rows), len(self.k), device=self.k.device)
+        return torch.cat((table[now.identity], new))
+
+
+class PromptAttention:
+    """`attend` for prompts: every row sees the visible rows of its own sample up to itself."""
+
+    def __init__(self, layer: int, rows: list[Rows], cache: KVCache | None) -> None:
+        self.layer, self.rows, self.cache = layer, rows, cache
+        self.lengths = [len(r) for r in rows]
+        self.hidden = [r.hidden(layer) for r in rows]
+        self.q = self.k = torch.empty(0)
+
+    def __call__(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        self.q, self.k = q, k  # for methods that ask the layer before for single rows
+        if self.cache is not None:
+            self.cache.store(self.layer, k, v, self.lengths)
+        parts = zip(*(t.split(self.lengths) for t in (q, k, v)), self.hidden, strict=True)
+        seen = [causal_attention(*part) for part in parts]
+        return seen[0] if len(seen) == 1 else torch.cat(seen)
+
+    def view(self, b: int) -> LayerView:
+        q, k = self.q.split(self.lengths)[b], self.k.split(self.lengths)[b]
+        return LayerView(q, k, self.hidden[b], self.rows[b])
+
+
+def causal_attention(q: Tensor, k: Tensor, v: Tensor, hidden: Tensor | None = None) -> Tensor:
+    """One sample: q (S, H, Dh), k, v (S, Hkv, Dh), hidden (S,) bool -> (S, H, Dh).
+
+    Hidden rows are seen by no row, themselves included; a row that sees nothing returns zeros.
+    """
+    S, gqa = len(q), q.shape[1] != k.shape[1]
+    q, k, v = (t.transpose(0, 1)[None] for t in (q, k, v))  # (1, H, S, Dh)
+    if hidden is None:
+        y = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=gqa)
+        return y[0].transpose(0, 1)
+    seen = (~hidden).nonzero()[:, 0]  # (s,)
+    if not len(seen):
+        return torch.zeros_like(q[0].transpose(0, 1))
+    k, v = k[:, :, seen], v[:, :, seen]  # (1, Hkv, s, Dh)
+    blocks = []
+    for at in range(0, S, QUERY_ROWS):
+        part = q[:, :, at : at + QUERY_ROWS]
+        own = torch.arange(at, at + part.shape[2], device=q.device)
+        sees = seen <= own[:, None]  # (rows, s)
+        nothing = ~sees.any(-1, keepdim=True)  # (rows, 1)
+        y = F.scaled_dot_product_attention(part, k, v, attn_mask=sees | nothing, enable_gqa=gqa)
+        blocks.append(y.masked_fill(nothing, 0.0))
+    return torch.cat(blocks, dim=2)[0].transpose(0, 1)
+
+
+class StepAttention:
+    """`attend` for one new row per sample: it sees itself and the visible rows in the cache."""
+
+    def __init__(self, layer: int, rows: list[Rows], cache: KVCache) -> None:
+        self.layer, self.rows, self.cache = layer, rows, cache
+        self.hidden = [r.hidden(layer) for r in rows]
+        self.q = torch.empty(0)
+
+    def __call__(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        (B, H, Dh), Hkv = q.shape, k.shape[1]
+        self.q = q
+        k, v = self.cache.append(self.layer, k, v)  # (B, Hkv, S, Dh)
+        # the heads of a group are rows of one attention: no key is copied for them
+        q = q.view(B, Hkv, H // Hkv, Dh)
+        y = F.scaled_dot_product_attention(q, k, v, attn_mask=self._visible(k))
+        return y.reshape(B, H, Dh)
+
+    def _visible(self, k: Tensor) -> Tensor | None:
+        """(B, 1, 1, S) bool, or None where every row of every sample may be seen."""
+        lengths, S = self.cache.lengths[self.layer], k.shape[2]
+        if len(set(lengths)) == 1 and all(h is None for h in self.hidden):
+            return None
+        columns = torch.arange(S, device=k.device)
+        visible = columns < torch.tensor(lengths, device=k.device)[:, None]  # (B, S)
+        for b, hidden in enumerate(self.hidden):
+            if hidden is not None:
+                visible[b] &= ~longer(hidden, S)
+        return visible[:, None, None]
+
+    def view(self, b: int) -> LayerView:
+        k, hidden = self.cache.held(self.layer, b), self.hidden[b]
+        if hidden is not None:
+            hidden = longer(hidden, len(k))
+        return LayerView(self.q[b : b + 1], k, hidden, self.rows[b])
+
+
+def longer(hidden: Tensor, n: int) -> Tensor:
+    """Hidden rows (S,) with the visible rows that came since, (n,)."""
+    return F.pad(hidden, (0, n - len(hidden)))

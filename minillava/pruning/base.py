@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import TYPE_CHECKING, ClassVar, Literal
 
 import torch
@@ -279,7 +280,7 @@ class Plan:
     focus: str | None = None
     text: str = ""  # as it was written
 
-    @property
+    @cached_property
     def steps(self) -> tuple[Step, ...]:
         """All acts in stage order; within a stage in the order of the plan."""
         acts = [
@@ -292,6 +293,17 @@ class Plan:
             Step(number, method, part, STAGES[stage], layer)
             for number, (stage, layer, method, part) in enumerate(acts)
         )
+
+    def at(self, stage: Stage, layer: int = 0) -> list[Step]:
+        """Steps there, in order."""
+        return [s for s in self.steps if s.stage == stage and s.layer == layer]
+
+    def chosen_again(self, layer: int) -> list[Step]:
+        """Steps before a decoder layer that choose anew for every token in the cache: those that
+        mask (a dropped row cannot come back) by what the newest row sees."""
+        return [
+            s for s in self.at("decoder", layer) if s.method.mode == "mask" and s.method.newest_row
+        ]
 
     def check(self, n_layers: int, per_image: int, starts: tuple[int, ...]) -> None:
         """Refuse what cannot run on such a model and a sample with images there (ValueError)."""
