@@ -56,12 +56,25 @@ class Report:
 
 
 @dataclass(frozen=True)
+class Layout:
+    """Where pictures stand in the prompts, for those who draw what the report says."""
+
+    size: int  # S, pixels along a picture's side
+    grid: int  # patches along it
+    starts: list[list[int]]  # [b] position of the first token of each picture
+
+
+@dataclass(frozen=True)
 class Result:
-    """tokens: B lists of new ids, EOS included; logits (B, n_new, V) float32 or None, NaN after a
-    sample's end: what each token was chosen from."""
+    """tokens: B lists of new ids, EOS included; texts: the same decoded, None without a tokenizer;
+    logits (B, n_new, V) float32 or None, NaN after a sample's end: what each token was chosen from.
+    """
 
     tokens: list[list[int]]
+    texts: list[str] | None
     report: Report
+    plan: Plan
+    layout: Layout
     logits: Tensor | None = None
 
 
@@ -292,6 +305,7 @@ def _steps(
 ) -> Generator[list[int | None], None, Result]:
     """One step a token: yields the new id of each sample, None for those that have ended."""
     prompts = prompts_of(model, batch)
+    plan = plan.resolve(model.config.text.num_hidden_layers, model.config.vision.num_patches)
     check_plan(model, prompts, plan, settings)
     encoded = _check_encoded(model, batch, plan, encoded)
     if settings.stop and model.decode_text is None:
@@ -366,10 +380,14 @@ def _steps(
         cache_bytes=cache_bytes,
         peak_bytes=clock.peak_bytes(),
     )
-    if not output_logits:
-        return Result(tokens, report)
-    none = logits.new_empty((B, 0, logits.shape[1]))
-    return Result(tokens, report, torch.stack(chosen_from, dim=1) if chosen_from else none)
+    texts = [model.decode_text(ids) for ids in tokens] if model.decode_text else None
+    vision_config = model.config.vision
+    layout = Layout(vision_config.image_size, vision_config.grid, [list(p.starts) for p in prompts])
+    stacked = None
+    if output_logits:
+        none = logits.new_empty((B, 0, logits.shape[1]))
+        stacked = torch.stack(chosen_from, dim=1) if chosen_from else none
+    return Result(tokens, texts, report, plan, layout, stacked)
 
 
 def _draw(
@@ -485,3 +503,11 @@ def _beginning(text: str, stop: tuple[str, ...]) -> int:
         if any(s.startswith(text[-n:]) for s in stop):
             return n
     return 0
+
+
+if __name__ == "__main__":
+    import sys
+
+    from .cli import main
+
+    sys.exit(main())
