@@ -141,11 +141,13 @@ class LayerView:
     hidden: Tensor | None
     rows: Rows
 
-    def received(self, asked: Tensor, now: Rows) -> Tensor:
-        """Mean attention of rows to all rows, both counted as they stand now: (H, S'), float32."""
+    def received(self, asked: Tensor, now: Rows, strongest: bool) -> Tensor:
+        """Mean attention of rows to all rows, both counted as they stand now: (H, S'), float32;
+        strongest: of each row that of its strongest head, (1, S')."""
         columns = self._columns(now)
         at = asked if columns is None else columns[asked]
-        result = received(self.q[at - (len(self.k) - len(self.q))], self.k, at, self.hidden)
+        q = self.q[at - (len(self.k) - len(self.q))]
+        result = received(q, self.k, at, self.hidden, strongest)
         if columns is None:
             return result
         return result[:, columns] * (columns >= 0)

@@ -398,7 +398,7 @@ class _Run:
         newest = torch.tensor([before + len(here.x) - 1], device=here.x.device)
         text_rows = rows.text_rows()
 
-        def coming(asked: Tensor) -> Tensor:
+        def coming(asked: Tensor, strongest: bool) -> Tensor:
             h, (cos, sin) = here.block.norm1(here.x), model.llama.rope(here.position, here.x.dtype)
             own = asked - before
             q = rotate(here.block.attn.query(h[own]), (cos[own], sin[own]))
@@ -406,7 +406,9 @@ class _Run:
             if here.held is not None:
                 k = torch.cat((here.held, k))
             hidden = rows.hidden(step.layer)
-            return received(q, k, asked, None if hidden is None else longer(hidden, len(k)))
+            if hidden is not None:
+                hidden = longer(hidden, len(k))
+            return received(q, k, asked, hidden, strongest)
 
         def view() -> LayerView:
             assert previous is not None, f"{step.method.name}: layer 0 has no layer before it"
@@ -421,8 +423,10 @@ class _Run:
             hidden=lambda: self._whole(here),
             final_norm=model.llama.norm,
             keys=lambda: view().keys(rows),
-            received=lambda asked, layer: (
-                coming(asked) if layer == 0 else view().received(asked, rows)
+            received=lambda asked, layer, strongest: (
+                coming(asked, strongest)
+                if layer == 0
+                else view().received(asked, rows, strongest)
             ),
         )
 

@@ -8,7 +8,7 @@ several images, cache, positions, masks, report) is done once, for all methods, 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import TYPE_CHECKING, ClassVar, Literal
 
@@ -97,6 +97,13 @@ class Method:
                 f"at most {n_layers}"
             )
 
+    def resolve(self, n_layers: int, n_tokens: int) -> Method:
+        """The method with options that depend on the model made definite (ValueError: cannot be).
+
+        n_tokens: image tokens of one image before pruning.
+        """
+        return self
+
     def most(self, n_tokens: int) -> int:
         """Rows an image can have left after it; n_tokens unless the method knows better."""
         return n_tokens
@@ -152,14 +159,21 @@ def top(scores: Tensor, k: int, what: str) -> Tensor:
 # ---------------------------------------------------------------- what a method sees
 
 
-def received(q: Tensor, k: Tensor, at: Tensor | None, hidden: Tensor | None = None) -> Tensor:
+def received(
+    q: Tensor,
+    k: Tensor,
+    at: Tensor | None,
+    hidden: Tensor | None = None,
+    strongest: bool = False,
+) -> Tensor:
     """Attention that each column receives from the given rows: (H, S), float32, mean over the rows.
 
     q (r, H, Dh) and k (S, Hkv, Dh) as attention uses them; at (r,): row i sees columns <= at[i]
-    (None: all); hidden (S,) bool: columns nobody sees. Softmax in float32, in blocks of rows.
+    (None: all); hidden (S,) bool: columns nobody sees; strongest: (1, S), of each row the head
+    with the largest weight. Softmax in float32, in blocks of rows.
     """
     (r, H, Dh), (S, Hkv, _) = q.shape, k.shape
-    total = q.new_zeros((H, S), dtype=torch.float32)
+    total = q.new_zeros((1 if strongest else H, S), dtype=torch.float32)
     columns = torch.arange(S, device=k.device)
     k = k.permute(1, 2, 0)  # (Hkv, Dh, S)
     step = max(1, ROWS_AT_ONCE // H)
@@ -176,7 +190,7 @@ def received(q: Tensor, k: Tensor, at: Tensor | None, hidden: Tensor | None = No
             weights = weights.softmax(-1).nan_to_num(0.0)
         else:
             weights = weights.softmax(-1)
-        total += weights.sum(1)
+        total += (weights.amax(0, keepdim=True) if strongest else weights).sum(1)
     return total / r
 
 
@@ -247,14 +261,18 @@ class DecoderState:
     hidden: Callable[[], Tensor]  # (S, D)
     final_norm: Callable[[Tensor], Tensor]  # the norm behind the last layer
     keys: Callable[[], Tensor]  # rotated keys (S, Hkv, Dh) of the layer before
-    received: Callable[[Tensor, int], Tensor]
+    received: Callable[[Tensor, int, bool], Tensor]
 
     def attention(self, rows: Tensor, layer: int = -1) -> Tensor:
         """Mean attention of the given rows to all rows: (H, S), float32.
 
         layer -1: as the layer before computed it (from layer 1 on); 0: as the coming layer would.
         """
-        return self.received(rows, layer)
+        return self.received(rows, layer, False)
+
+    def strongest(self, rows: Tensor, layer: int = -1) -> Tensor:
+        """The same of the largest weight among a row's heads, then the mean over rows: (S,)."""
+        return self.received(rows, layer, True)[0]
 
 
 # ---------------------------------------------------------------- several methods
@@ -304,6 +322,17 @@ class Plan:
         return [
             s for s in self.at("decoder", layer) if s.method.mode == "mask" and s.method.newest_row
         ]
+
+    def resolve(self, n_layers: int, per_image: int) -> Plan:
+        """The plan as it runs on such a model: averages turned into what reaches them."""
+        methods = tuple(method.resolve(n_layers, per_image) for method in self.methods)
+        solved = [a.name for a, b in zip(self.methods, methods, strict=True) if a is not b]
+        if solved and len(methods) > 1:
+            raise ValueError(
+                f"{solved[0]}: average= is solved for one method alone, this plan has "
+                f"{len(methods)}; give its keep= or layers"
+            )
+        return replace(self, methods=methods) if solved else self
 
     def check(self, n_layers: int, per_image: int, starts: tuple[int, ...]) -> None:
         """Refuse what cannot run on such a model and a sample with images there (ValueError)."""
