@@ -1,0 +1,27 @@
+# `make demo` asks the bundled question about the bundled picture, `make test` runs the tests. Both
+# set up a virtual environment first where there is none; VENV=DIR puts it elsewhere.
+
+VENV ?= .venv
+PYTHON ?= $(shell for p in python3.11 python3; do \
+	$$p -c 'import ensurepip, sys; sys.exit(sys.version_info < (3, 10))' 2>/dev/null && echo $$p && break; done)
+RUN = $(VENV)/bin/python -m
+
+.PHONY: demo test
+
+demo: $(VENV)/.installed
+	@$(RUN) minillava.generate
+
+test: $(VENV)/.installed-test
+	@$(RUN) pytest -q
+
+$(VENV)/.installed: pyproject.toml | $(VENV)/bin/pip
+	@$(RUN) pip install --quiet --disable-pip-version-check --editable .
+	@touch $@
+
+$(VENV)/.installed-test: pyproject.toml | $(VENV)/bin/pip
+	@$(RUN) pip install --quiet --disable-pip-version-check --editable '.[test]'
+	@touch $(VENV)/.installed $@
+
+$(VENV)/bin/pip:
+	@test -n '$(PYTHON)' || { echo 'error: no Python 3.10 or newer with venv; name one with PYTHON=' >&2; exit 2; }
+	@$(PYTHON) -m venv '$(VENV)'
