@@ -347,5 +347,7 @@ class Plan:
             if step.stage != "decoder" and step.method.mode == "drop":
                 joint = step.method.scope == "all"
                 most = step.method.most(per_image * n_images if joint else per_image)
-                left = min(left, most if joint else most * n_images)
+                most = most if joint else most * n_images
+                # rows without a patch can make it more than there were
+                left = min(left, most) if step.method.drops_only else most
         return left
