@@ -14,14 +14,43 @@ from dataclasses import dataclass
 from typing import Any, get_args, get_type_hints
 
 from .base import Context, Keep, Method, Plan
-from .baselines import Random, Uniform
+from .baselines import Grid, Pool, Random, TextOnly, Uniform
+from .cls_attention import FasterVLM, HiRED
+from .divprune import DivPrune
 from .fastv import FastV
+from .hiprune import HiPrune
+from .holov import HoloV
+from .prumerge import PruMerge, PruMergePlus
 from .simignore import Simignore
+from .tome import ToMe
+from .visionzip import VisionZip
+from .vispruner import VisPruner
+from .vscan import VScan
 
 __all__ = ["METHODS", "PRESETS", "Context", "Keep", "Method", "Plan", "Preset", "parse_plan"]
 
 METHODS: dict[str, type[Method]] = {
-    method.name: method for method in (FastV, Simignore, Random, Uniform)
+    method.name: method
+    for method in (
+        FastV,
+        Simignore,
+        VisionZip,
+        PruMerge,
+        PruMergePlus,
+        FasterVLM,
+        HiRED,
+        VisPruner,
+        DivPrune,
+        HoloV,
+        HiPrune,
+        VScan,
+        ToMe,
+        Random,
+        Uniform,
+        Grid,
+        Pool,
+        TextOnly,
+    )
 }
 
 
@@ -47,6 +76,21 @@ PRESETS: dict[str, Preset] = {
         "released ScienceQA script for LLaVA-1.5-13B, inference_sqa_llava_13b.py",
         focus="options-lettered",
         tokens="simignore",
+    ),
+    "visionzip-64": Preset(
+        "visionzip:dominant=54,contextual=10", "README of the released code, for 64 tokens"
+    ),
+    "visionzip-128": Preset(
+        "visionzip:dominant=108,contextual=20",
+        "128 tokens, split as the README's 54 + 10; the split itself is not in the released code",
+    ),
+    "visionzip-192": Preset(
+        "visionzip:dominant=162,contextual=30",
+        "192 tokens, split as the README's 54 + 10; the split itself is not in the released code",
+    ),
+    "divprune-56": Preset("divprune:keep=0.098", "the paper's ratio: 56 of 576 tokens"),
+    "vscan-64": Preset(
+        "vscan:keep=96,layer=16,final=32", "released scripts: 64 tokens in the mean over 32 layers"
     ),
 }
 
