@@ -8,54 +8,21 @@ from __future__ import annotations
 
 import functools
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
+from torch.overrides import TorchFunctionMode
 
 from .config import Config
 from .hub import find
+from .linear import store_small, stored_names
 from .llava import LLaVA
+from .names import our_name, published_name
 from .processor import Processor
 from .shards import FLOATS, Stored, stored_tensors
-
-# Published name -> ours, in the words of the llava-hf repositories on the hub. {} is a layer's
-# number, * the rest of the name, None is left out on purpose; first match wins.
-KEYS: dict[str, str | None] = {
-    "vision_tower.vision_model.embeddings.position_ids": None,  # 0, 1, 2, ...
-    "vision_tower.vision_model.embeddings.class_embedding": "vision.class_embedding",
-    "vision_tower.vision_model.embeddings.patch_embedding.*": "vision.patch_embedding.*",
-    "vision_tower.vision_model.embeddings.position_embedding.*": "vision.position_embedding.*",
-    "vision_tower.vision_model.pre_layrnorm.*": "vision.norm_pre.*",  # their spelling
-    "vision_tower.vision_model.encoder.layers.{}.layer_norm1.*": "vision.blocks.{}.norm1.*",
-    "vision_tower.vision_model.encoder.layers.{}.self_attn.*": "vision.blocks.{}.attn.*",
-    "vision_tower.vision_model.encoder.layers.{}.layer_norm2.*": "vision.blocks.{}.norm2.*",
-    "vision_tower.vision_model.encoder.layers.{}.mlp.*": "vision.blocks.{}.mlp.*",
-    "vision_tower.vision_model.post_layernorm.*": "vision.norm_post.*",
-    "multi_modal_projector.*": "projector.*",
-    "language_model.model.embed_tokens.*": "llama.embed_tokens.*",
-    "language_model.model.rotary_emb.inv_freq": None,  # computed from the config
-    "language_model.model.layers.{}.self_attn.rotary_emb.inv_freq": None,
-    "language_model.model.layers.{}.input_layernorm.*": "llama.blocks.{}.norm1.*",
-    "language_model.model.layers.{}.self_attn.*": "llama.blocks.{}.attn.*",
-    "language_model.model.layers.{}.post_attention_layernorm.*": "llama.blocks.{}.norm2.*",
-    "language_model.model.layers.{}.mlp.*": "llama.blocks.{}.mlp.*",
-    "language_model.model.norm.*": "llama.norm.*",
-    "language_model.lm_head.*": "llama.lm_head.*",
-}
-
-# What others write -> the hub's words above; first match wins.
-SPELLINGS: dict[str, str] = {
-    "vision_tower.vision_model.*": "vision_tower.vision_model.*",
-    "vision_tower.*": "vision_tower.vision_model.*",  # files of transformers 5
-    "model.vision_tower.vision_model.*": "vision_tower.vision_model.*",
-    "model.vision_tower.*": "vision_tower.vision_model.*",  # modules of transformers 5
-    "model.multi_modal_projector.*": "multi_modal_projector.*",
-    "model.language_model.*": "language_model.model.*",
-    "lm_head.*": "language_model.lm_head.*",
-    "*": "*",
-}
 
 DTYPES = {
     "float32": torch.float32,
@@ -96,11 +63,12 @@ def load(
     config = Config.from_file(folder / "config.json")
     processor = Processor.from_folder(folder, config)
     stored = stored_tensors(folder)
+    with torch.device("meta"), _NoInitialValues():  # shapes without memory
+        model = LLaVA(config)
+    found = match(model, stored, folder)
     if storage is None:
-        storage = torch.float32 if place == _CPU else _widest(stored)
-    with torch.device("meta"):  # shapes without memory
-        model = LLaVA(config, dtype=torch.float32 if place == _CPU else storage)
-    fill(model, match(model, stored, folder), place, storage)
+        storage = torch.float32 if place == _CPU else widest(found.values())
+    fill(model, found, place, storage)
     model.decode_text = processor.decode
     return model, processor
 
@@ -145,11 +113,22 @@ def match(model: LLaVA, stored: Iterable[Stored], folder: Path) -> dict[str, Sto
 
 
 def fill(
-    model: LLaVA, found: Mapping[str, Stored], device: torch.device, dtype: torch.dtype
+    model: LLaVA, found: Mapping[str, Stored], device: torch.device, storage: torch.dtype
 ) -> None:
-    """Give a model without memory its weights, read and converted one at a time."""
+    """Give a model on the meta device its weights, read and converted one at a time.
+
+    `storage` is the dtype of the large ones; the others are held as they are computed with.
+    """
     model.requires_grad_(False).eval()
-    state = {name: nn.Parameter(tensor.read(device, dtype)) for name, tensor in found.items()}
+    model.dtype = torch.float32 if device == _CPU else storage  # no fast 16-bit arithmetic there
+    if model.dtype != storage:
+        with _NoInitialValues():
+            store_small(model)
+    large = stored_names(model)
+    state = {
+        name: nn.Parameter(tensor.read(device, storage if name in large else model.dtype))
+        for name, tensor in found.items()
+    }
     if model.config.text.tie_word_embeddings:
         weights = [state[name] for name in _TIED if name in state]
         if not torch.equal(weights[0], weights[-1]):
@@ -163,30 +142,24 @@ def fill(
     assert not left, f"buffers without values: {left}"
 
 
-def our_name(published: str) -> str | None:
-    """A published name in our words; None: left out on purpose. KeyError: KEYS has no such."""
-    name = _translate(published, SPELLINGS.items())
-    return None if name is None else _translate(name, KEYS.items())
+def widest(stored: Iterable[Stored]) -> torch.dtype:
+    """The dtype that holds all of them without loss."""
+    return functools.reduce(torch.promote_types, (FLOATS[tensor.kind] for tensor in stored))
 
 
-def published_name(ours: str) -> str:
-    """Our name in the words of the llava-hf repositories on the hub."""
-    rows = [(to, name) for name, to in KEYS.items() if to is not None]
-    return str(_translate(ours, rows))
+class _NoInitialValues(TorchFunctionMode):
+    """Passes over torch.nn.init, which on the meta device costs seconds and changes nothing."""
 
-
-def _translate(name: str, rows: Iterable[tuple[str, str | None]]) -> str | None:
-    for pattern, to in rows:
-        if found := _regex(pattern).fullmatch(name):
-            parts = {"layer": "", "rest": ""} | found.groupdict()
-            return to and to.replace("{}", parts["layer"]).replace("*", parts["rest"])
-    raise KeyError(name)
-
-
-@functools.cache
-def _regex(pattern: str) -> re.Pattern[str]:
-    layer, rest = r"(?P<layer>\d+)", r"(?P<rest>.+)"
-    return re.compile(re.escape(pattern).replace(r"\{\}", layer).replace(r"\*", rest))
+    def __torch_function__(
+        self,
+        func: Callable[..., Any],
+        types: Collection[type],
+        args: tuple[Any, ...] = (),
+        kwargs: Mapping[str, Any] | None = None,
+    ) -> Any:
+        if getattr(func, "__module__", None) == "torch.nn.init":
+            return None
+        return func(*args, **(kwargs or {}))
 
 
 def _some(names: list[str]) -> str:
@@ -213,8 +186,3 @@ def _dtype(dtype: str | torch.dtype | None) -> torch.dtype | None:
             f"dtype={str(dtype)!r}, but must be {', '.join(DTYPES)} or None; choose one"
         )
     return DTYPES[dtype]
-
-
-def _widest(stored: Iterable[Stored]) -> torch.dtype:
-    kinds = [FLOATS[tensor.kind] for tensor in stored if tensor.kind in FLOATS]
-    return functools.reduce(torch.promote_types, kinds, torch.float16)

@@ -76,9 +76,9 @@ def _shards(index: Path) -> list[Path]:
         raise ValueError(
             f"{index}: weight_map is {weight_map!r}, not tensor: file pairs; fetch it again"
         )
-    names = list(dict.fromkeys(weight_map.values()))
+    names = sorted({str(name) for name in weight_map.values()})
     for name in names:
-        if not isinstance(name, str) or Path(name).name != name or name in (".", ".."):
+        if Path(name).name != name or name in (".", ".."):
             raise ValueError(
                 f"{index} names {name!r}, but must name files in its own folder; fetch it again"
             )

@@ -282,7 +282,7 @@ def test_what_is_not_computed_is_refused_in_one_line(entry: str, value: Any, say
         ({"type": "linear", "factor": 0.5}, "at least 1"),
         ({"type": "linear", "factor": "2"}, "above 0"),
         ({"rope_type": "default", "factor": 2.0}, "linear"),
-        ({"type": "linear", "rope_type": "default", "factor": 2.0}, "rope_type"),
+        ({"type": "linear", "rope_type": "default"}, "rope_type"),
         ({"full_attention": {"rope_type": "default"}}, "full_attention"),
     ],
 )
