@@ -6,11 +6,10 @@ import json
 from collections import defaultdict
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import sentencepiece
-import torch
 from PIL import Image
 from safetensors.torch import save_file
 from torch import Tensor
@@ -21,6 +20,7 @@ from minillava.generate import generate
 
 from . import scenes
 
+Shown = Literal["picture", "grey", "nothing"]
 MEAN = (0.48145466, 0.4578275, 0.40821073)
 STD = (0.26862954, 0.26130258, 0.27577711)
 TEMPLATE = (
@@ -218,19 +218,21 @@ def fast_tokenizer(pieces: bytes, special: Mapping[int, str]) -> dict[str, Any]:
     }
 
 
-def measure(folder: Path, seed: int, n: int, blank: bool) -> dict[str, float]:
+def measure(folder: Path, seed: int, n: int, shown: Shown = "picture") -> dict[str, float]:
     """Share of exactly right answers per kind on n fresh held-out questions, by generation.
 
-    With `blank` the model is shown an empty grey picture instead: what it answers without looking.
+    shown: the picture; "grey", an empty picture instead; "nothing", the question alone.
     """
     model, processor = load(folder)
     right: dict[str, list[bool]] = defaultdict(list)
     for group in _groups(scenes.held_out(seed, n), 32):
-        pictures = [Image.new("RGB", scene.image.size, (50, 50, 50)) if blank else scene.image
-                    for scene, _ in group]  # fmt: skip
+        image = "" if shown == "nothing" else "<image>\n"
+        pictures = [scene.image for scene, _ in group]
+        if shown == "grey":
+            pictures = [Image.new("RGB", picture.size, (50, 50, 50)) for picture in pictures]
         batch = processor(
-            [f"USER: <image>\n{example.question} ASSISTANT:" for _, example in group],
-            images=[[picture] for picture in pictures],
+            [f"USER: {image}{example.question} ASSISTANT:" for _, example in group],
+            images=None if shown == "nothing" else [[picture] for picture in pictures],
         )
         result = generate(model, batch, max_new_tokens=48)
         for (_, example), tokens in zip(group, result.tokens, strict=True):

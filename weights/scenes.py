@@ -101,10 +101,10 @@ def make_things(rng: np.random.Generator, split: Split) -> tuple[Thing, ...]:
 
 def draw(things: Sequence[Thing], rng: np.random.Generator) -> Image.Image:
     """Things on a dim, uneven, noisy canvas: a 112 x 112 RGB picture."""
-    y, x = np.mgrid[0:SIZE, 0:SIZE].astype(np.float32) / SIZE - 0.5
+    y, x = _grid()
     tint = rng.uniform(15, 85) + rng.uniform(-12, 12, 3)
-    slope = rng.uniform(-45, 45, 2)
-    canvas = (tint + (slope[0] * x + slope[1] * y)[..., None]).astype(np.float32)  # (S, S, 3)
+    slope = rng.uniform(-45, 45, 2).astype(np.float32)
+    canvas = tint.astype(np.float32) + (slope[0] * x + slope[1] * y)[..., None]  # (S, S, 3)
     for thing in things:
         left, top, right, bottom = (round(edge) for edge in thing.box)
         side = max(right - left, bottom - top)
@@ -300,6 +300,12 @@ def _boxes(rng: np.random.Generator, count: int) -> dict[int, tuple[float, float
 
 def _overlap(a: tuple[float, ...], b: tuple[float, ...]) -> bool:
     return a[0] < b[2] and b[0] < a[2] and a[1] < b[3] and b[1] < a[3]
+
+
+@lru_cache
+def _grid() -> NDArray[np.float32]:
+    """(2, S, S): y and x of each pixel in -0.5..0.5."""
+    return (np.mgrid[0:SIZE, 0:SIZE] / SIZE - 0.5).astype(np.float32)
 
 
 def _digit_mask(thing: Thing, side: int, rng: np.random.Generator) -> NDArray[np.float32]:

@@ -26,28 +26,30 @@ import argparse
 import io
 import time
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
-from concurrent.futures import Future, ProcessPoolExecutor
-from dataclasses import dataclass, replace
+from collections.abc import Sequence
+from dataclasses import dataclass
 from functools import lru_cache
 from multiprocessing import get_context
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 import sentencepiece
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.data import DataLoader, Dataset
 
 from minillava.clip import CLIPVision
 from minillava.config import Config, TextConfig, VisionConfig
-from minillava.llama import Llama, RMSNorm
+from minillava.llama import Llama
 from minillava.llava import Projector
 
 from . import scenes
+from .export_demo import MEAN, STD, Shown, export, measure, summary
 
 HERE = Path(__file__).parent
 RUNS = HERE / "runs"
@@ -75,8 +77,6 @@ TEXT = TextConfig(
 )
 CONFIG = Config(vision=VISION, text=TEXT, image_token_id=IMAGE_ID)
 FEATURE = VISION.num_hidden_layers - 1  # hidden state -2 of the tower
-MEAN = (0.48145466, 0.4578275, 0.40821073)
-STD = (0.26862954, 0.26130258, 0.27577711)
 
 
 @dataclass(frozen=True)
@@ -94,14 +94,24 @@ class Stage:
 
 
 STAGES = {
-    "tower": Stage(steps=2500, pictures=64, muon=0.02, adam=2e-3),
-    "reader": Stage(steps=3000, pictures=16, muon=0.02, adam=3e-3, decay=0.0),
+    "tower": Stage(steps=2000, pictures=64, muon=0.02, adam=2e-3),
+    "reader": Stage(steps=3000, pictures=8, muon=0.02, adam=3e-3, decay=0.0),
     "joint": Stage(
-        steps=4000, pictures=16, muon=0.015, adam=2e-3, tower_scale=0.2, decay=0.0,
+        steps=4000,
+        pictures=16,
+        muon=0.015,
+        adam=2e-3,
+        tower_scale=0.2,
+        decay=0.0,
         after=("tower", "reader"),
     ),
     "finish": Stage(
-        steps=2500, pictures=16, muon=0.015, adam=2e-3, tower_scale=0.3, decay=1.0,
+        steps=2500,
+        pictures=16,
+        muon=0.015,
+        adam=2e-3,
+        tower_scale=0.3,
+        decay=1.0,
         after=("joint",),
     ),
 }
@@ -181,8 +191,7 @@ class Batch:
 ROWS = 192  # of questions and answers behind each prefix
 
 
-def make_batch(seed: int, step: int, pictures: int, draw: bool, split: scenes.Split) -> Batch:
-    rng = np.random.default_rng([seed, step])
+def make_batch(rng: np.random.Generator, pictures: int, draw: bool, split: scenes.Split) -> Batch:
     drawn, packed, codes = [], [], []
     for _ in range(pictures):
         things = scenes.make_things(rng, split)
@@ -238,17 +247,20 @@ def collate(
     )
 
 
-def batches(stage: str, first: int, seed: int) -> Iterator[Batch]:
-    """The stage's batches from step `first` on, a few made ahead by a worker process."""
-    spec = STAGES[stage]
-    args = (spec.pictures, stage != "reader", "train")
-    numbered = [*STAGES].index(stage) + 10 * seed
-    with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
-        ahead: list[Future[Batch]] = []
-        for step in range(first, spec.steps):
-            while len(ahead) < 6:
-                ahead.append(pool.submit(make_batch, numbered, step + len(ahead), *args))
-            yield ahead.pop(0).result()
+class Steps(Dataset[Batch]):
+    """A worker's share of the batches of a stage from step `first` on."""
+
+    def __init__(self, stage: str, seed: int, first: int, rank: int, workers: int) -> None:
+        self.pictures, self.draw = STAGES[stage].pictures // workers, stage != "reader"
+        self.seed = [[*STAGES].index(stage), seed, rank, workers]
+        self.numbers = range(first, STAGES[stage].steps)
+
+    def __len__(self) -> int:
+        return len(self.numbers)
+
+    def __getitem__(self, i: int) -> Batch:
+        rng = np.random.default_rng([*self.seed, self.numbers[i]])
+        return make_batch(rng, self.pictures, self.draw, "train")
 
 
 # The code: which words are true of a patch.
@@ -261,7 +273,7 @@ N_LABELS = len(NAMES) + len(scenes.COLOURS)
 
 
 def patch_codes(things: Sequence[scenes.Thing]) -> NDArray[np.float32]:
-    """(N, codes) of 0 and 1: the words of the thing that covers the patch, and where the patch is."""
+    """(N, codes) of 0 and 1: the words of the thing on the patch, and where the patch is."""
     grid, size = VISION.grid, VISION.patch_size
     codes = np.zeros((grid, grid, N_CODES), np.float32)
     codes[..., _EMPTY] = 1
@@ -318,11 +330,11 @@ class Demo(nn.Module):
                 continue
             if name.endswith("bias"):
                 nn.init.zeros_(p)
-            elif name.endswith(("out_proj.weight", "fc2.weight", "o_proj.weight", "down_proj.weight")):
+            elif name.endswith(
+                ("out_proj.weight", "fc2.weight", "o_proj.weight", "down_proj.weight")
+            ):
                 nn.init.normal_(p, std=0.1 * p.shape[1] ** -0.5, generator=generator)
-            elif "embed" in name and p.ndim == 2:
-                nn.init.normal_(p, std=EMBEDDING_STD, generator=generator)
-            elif p.ndim == 1:
+            elif p.ndim == 1 or "embed_tokens" in name or "position_embedding" in name:
                 nn.init.normal_(p, std=EMBEDDING_STD, generator=generator)
             else:
                 nn.init.normal_(p, std=p[0].numel() ** -0.5, generator=generator)
@@ -363,7 +375,7 @@ class Demo(nn.Module):
 
 
 def _hidden(segments: Tensor, dtype: torch.dtype) -> Tensor:
-    """(P, T) -> (P, 1, T, T): 0 for what a row sees: the prefix and its own segment, up to itself."""
+    """(P, T) -> (P, 1, T, T): 0 where a row sees: prefix and own segment, up to itself."""
     row, column = segments[:, :, None], segments[:, None, :]
     before = torch.ones(segments.shape[1], segments.shape[1], dtype=torch.bool).tril()
     seen = ((column == 0) | (row == column)) & before
@@ -381,7 +393,10 @@ def patch_loss(model: Demo, state: Tensor, codes: Tensor) -> tuple[Tensor, dict[
     figures = {}
     covered = empty == 0
     centre = codes[..., _CENTRE] == 1
-    for what, part in (("name", codes[..., : split[0]]), ("colour", codes[..., split[0] : split[1]])):
+    for what, part in (
+        ("name", codes[..., : split[0]]),
+        ("colour", codes[..., split[0] : split[1]]),
+    ):
         label = torch.cat((part, empty[..., None]), dim=-1).argmax(-1)  # (P, N)
         logits = getattr(model.heads, what)(patches).float()
         each = F.cross_entropy(logits.flatten(0, 1), label.flatten(), reduction="none")
@@ -422,7 +437,7 @@ def symbols(model: Demo, codes: Tensor, generator: torch.Generator) -> Tensor:
 
 
 class Muon(torch.optim.Optimizer):
-    """Momentum whose update is made orthogonal (Jordan et al. 2024), matrices of a shape at once."""
+    """Momentum whose update is made orthogonal (Jordan et al. 2024), by shape of the matrices."""
 
     def __init__(self, groups: list[dict[str, Any]]) -> None:
         super().__init__(groups, {"lr": 0.02, "momentum": 0.95, "decay": 0.02})
@@ -485,8 +500,24 @@ def rate(stage: Stage, step: int) -> float:
 # Running a stage.
 
 
-def run(name: str, seed: int, threads: int, save_every: float = 120.0) -> None:
-    torch.set_num_threads(threads)
+def start(name: str, seed: int, workers: int, save_every: float) -> None:
+    """Run a stage in `workers` processes of one thread each, which share every step's pictures."""
+    others = [
+        get_context("spawn").Process(target=run, args=(name, seed, rank, workers, save_every))
+        for rank in range(1, workers)
+    ]
+    for process in others:
+        process.start()
+    run(name, seed, 0, workers, save_every)
+    for process in others:
+        process.join()
+
+
+def run(name: str, seed: int, rank: int, workers: int, save_every: float) -> None:
+    torch.set_num_threads(1)
+    if workers > 1:
+        address = f"tcp://127.0.0.1:{29400 + [*STAGES].index(name)}"
+        dist.init_process_group("gloo", init_method=address, rank=rank, world_size=workers)
     torch.backends.cuda.allow_fp16_bf16_reduction_math_sdp(True)  # holds for CPUs too
     stage, path = STAGES[name], RUNS / f"{name}.pt"
     model = Demo(seed)
@@ -506,21 +537,33 @@ def run(name: str, seed: int, threads: int, save_every: float = 120.0) -> None:
         average = {key: p.detach().clone() for key, p in model.named_parameters()}
     if step >= stage.steps:
         return
-    log(name, f"step {step}, seed {seed}, {threads} threads, {stage}")
+    if rank == 0:
+        log(name, f"from step {step}, seed {seed}, {workers} processes, {stage}")
     began, last_saved, figures = time.monotonic() - seconds, time.monotonic(), {}
-    for batch in batches(name, step, seed):
-        generator = torch.Generator().manual_seed(seed * 1_000_003 + step)
+    loader = DataLoader(
+        Steps(name, seed, step, rank, workers),
+        batch_size=None,
+        num_workers=1,
+        prefetch_factor=6,
+        multiprocessing_context="spawn",
+    )
+    for batch in loader:
+        generator = torch.Generator().manual_seed(seed * 1_000_003 + step * workers + rank)
         for optimizer in opts:
             for group in optimizer.param_groups:
                 group["lr"] = group["top"] * rate(stage, step)
         with torch.autocast("cpu", torch.bfloat16):
             loss, found = stage_loss(name, model, batch, generator)
         loss.backward()
+        if workers > 1:
+            share_gradients(model)
         nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         for optimizer in opts:
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
         step += 1
+        if rank:
+            continue
         keep = min(0.998, step / (step + 50))
         with torch.no_grad():
             for key, p in model.named_parameters():
@@ -534,6 +577,16 @@ def run(name: str, seed: int, threads: int, save_every: float = 120.0) -> None:
             save(path, model, average, opts, step, time.monotonic() - began)
             last_saved = time.monotonic()
             check(name, model, average, step)
+
+
+def share_gradients(model: Demo) -> None:
+    """Every process gets the mean of all gradients."""
+    grads = [p.grad for p in model.parameters() if p.grad is not None]
+    flat = torch.cat([grad.flatten() for grad in grads])
+    dist.all_reduce(flat)
+    parts = (flat / dist.get_world_size()).split([grad.numel() for grad in grads])
+    for grad, part in zip(grads, parts, strict=True):
+        grad.copy_(part.view_as(grad))
 
 
 def stage_loss(
@@ -608,11 +661,13 @@ def check(name: str, model: Demo, average: dict[str, Tensor], step: int) -> None
     current = {key: p.detach().clone() for key, p in model.named_parameters()}
     model.load_state_dict({**average, "codes": model.codes})
     if name == "tower":
-        batch = make_batch(99, 0, 200, True, "held-out")
+        batch = make_batch(np.random.default_rng(99), 200, True, "held-out")
         assert batch.pixels is not None
         _, figures = patch_loss(model, model.see(batch.pixels), batch.codes)
     else:
-        figures = accuracy(model, make_batch(99, 0, 60, name != "reader", "held-out"))
+        figures = accuracy(
+            model, make_batch(np.random.default_rng(99), 60, name != "reader", "held-out")
+        )
     log(name, f"held out at {step}: " + " ".join(f"{k} {v:.3f}" for k, v in figures.items()))
     model.load_state_dict({**current, "codes": model.codes})
 
@@ -631,19 +686,44 @@ def accuracy(model: Demo, batch: Batch) -> dict[str, float]:
     for p, kinds in enumerate(batch.kinds):
         for i, kind in enumerate(kinds, start=1):
             right[kind].append(not bool(wrong[p, batch.segments[p] == i].any()))
-    figures = {kind: float(np.mean(right[kind])) for kind in scenes.KINDS if right[kind]}
-    answers = [x for kind, xs in right.items() if kind != "caption" for x in xs]
-    return {**figures, "all": float(np.mean(answers))}
+    return summary(right)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--stage", choices=STAGES, help="only this one")
     parser.add_argument("--seed", type=int, default=1)
-    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--workers", type=int, default=2, help="processes of one thread each")
+    parser.add_argument("--save-every", type=float, default=120.0, metavar="SECONDS")
+    parser.add_argument("--export", choices=STAGES, help="write weights/demo from this stage")
+    parser.add_argument("--evaluate", type=int, metavar="SEED", help="measure weights/demo")
+    parser.add_argument("--n", type=int, default=1800, help="questions of --evaluate")
     args = parser.parse_args()
-    for name in [args.stage] if args.stage else STAGES:
-        run(name, args.seed, args.threads)
+    if args.evaluate is not None:
+        report(args.evaluate, args.n)
+        return
+    if not args.export:
+        for name in [args.stage] if args.stage else STAGES:
+            start(name, args.seed, args.workers, args.save_every)
+    if not args.stage:
+        write_demo(args.export or "finish", args.seed)
+
+
+def write_demo(stage: str, seed: int) -> None:
+    model = Demo(seed)
+    take(model, stage)
+    parts = ("vision.", "projector.", "llama.")
+    weights = {k: p.detach() for k, p in model.named_parameters() if k.startswith(parts)}
+    export(HERE / "demo", CONFIG, weights, tokenizer().serialized_model_proto())
+
+
+def report(seed: int, n: int) -> None:
+    """Accuracy of weights/demo in per cent, per kind, with the picture and without."""
+    columns = {shown: measure(HERE / "demo", seed, n, shown) for shown in get_args(Shown)}
+    print(f"seed {seed}, {n} questions, every kind equally often; captions are not part of all")
+    print("".join(f"{title:>12}" for title in ("kind", *columns)))
+    for kind in columns["picture"]:
+        print(f"{kind:>12}" + "".join(f"{100 * f[kind]:12.1f}" for f in columns.values()))
 
 
 if __name__ == "__main__":
