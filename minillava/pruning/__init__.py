@@ -2,7 +2,8 @@
 
 Grammar: `name:option=value,option=value`, several joined by `+`. Lists are written 8/16/24. Presets
 stand for a plan whose numbers a paper or its code states; options behind a preset's name replace
-that option in the method of the preset that has it.
+that option in the method of the preset that has it. On the command line a name may also be
+FILE.py:Class, a method of the user's own (own.py).
 """
 
 from __future__ import annotations
@@ -15,25 +16,49 @@ from typing import Any, get_args, get_type_hints
 
 from .base import Context, Keep, Method, Plan
 from .baselines import Grid, Pool, Random, TextOnly, Uniform
+from .cdpruner import CDPruner
 from .cls_attention import FasterVLM, HiRED
+from .dart import DART
 from .divprune import DivPrune
 from .fastv import FastV
+from .fitprune import FitPrune
 from .hiprune import HiPrune
 from .holov import HoloV
+from .own import SPEC, load_file_method
 from .prumerge import PruMerge, PruMergePlus
+from .pyramiddrop import PyramidDrop
 from .simignore import Simignore
+from .sparsevlm import SparseVLM
 from .tome import ToMe
+from .trim import TRIM
 from .visionzip import VisionZip
 from .vispruner import VisPruner
 from .vscan import VScan
+from .vtw import VTW
 
-__all__ = ["METHODS", "PRESETS", "Context", "Keep", "Method", "Plan", "Preset", "parse_plan"]
+__all__ = [
+    "METHODS",
+    "PRESETS",
+    "Context",
+    "Keep",
+    "Method",
+    "Plan",
+    "Preset",
+    "load_file_method",
+    "parse_plan",
+    "parse_plan_with_files",
+]
 
 METHODS: dict[str, type[Method]] = {
     method.name: method
     for method in (
         FastV,
         Simignore,
+        SparseVLM,
+        PyramidDrop,
+        VTW,
+        DART,
+        FitPrune,
         VisionZip,
         PruMerge,
         PruMergePlus,
@@ -41,6 +66,8 @@ METHODS: dict[str, type[Method]] = {
         HiRED,
         VisPruner,
         DivPrune,
+        TRIM,
+        CDPruner,
         HoloV,
         HiPrune,
         VScan,
@@ -77,6 +104,17 @@ PRESETS: dict[str, Preset] = {
         focus="options-lettered",
         tokens="simignore",
     ),
+    **{
+        f"sparsevlm-{budget}": Preset(
+            f"sparsevlm:layers=3/7/16,keep={keep}", f"list of {budget} in the released score.py"
+        )
+        for budget, keep in {
+            192: "300/200/110",
+            128: "303/110/36",
+            96: "238/48/26",
+            64: "66/30/17",
+        }.items()
+    },
     "visionzip-64": Preset(
         "visionzip:dominant=54,contextual=10", "README of the released code, for 64 tokens"
     ),
@@ -106,12 +144,32 @@ def parse_plan(plan: str | Mapping[str, Any] | None) -> Plan:
         return _fastv_config(plan)
     if not isinstance(plan, str):
         raise ValueError(f"a plan is a string, a fastv_config dict or None, not {plan!r}")
-    text = plan.strip()
+    return _read(plan.strip(), files=False)
+
+
+def parse_plan_with_files(plan: str) -> Plan:
+    """The same for text that a person typed: FILE.py:Class and FILE.py:Class:options run that file.
+
+    For the command line alone, never for text from elsewhere.
+    """
+    return _read(plan.strip(), files=True)
+
+
+def _read(text: str, files: bool) -> Plan:
     if not text or text == "none":
         return Plan(text=text)
     methods: list[Method] = []
     tokens = focus = None
     for part in text.split("+"):
+        if own := SPEC.fullmatch(part.strip()):
+            if not files:
+                raise ValueError(
+                    f"{part.strip()}: a method in a file is code; only the command line runs it, "
+                    "with --prune"
+                )
+            cls = load_file_method(f"{own['file']}:{own['cls']}")
+            methods.append(_make(cls, _options(cls.name, own["options"] or "")))
+            continue
         name, _, rest = part.strip().partition(":")
         options = _options(name, rest)
         if name in PRESETS:
@@ -149,8 +207,11 @@ def _method(name: str, options: Mapping[str, str]) -> Method:
     if name not in METHODS:
         known = ", ".join([*METHODS, *PRESETS])
         raise ValueError(f"no pruning method {name!r}; there are: {known}")
-    cls = METHODS[name]
-    fields, hints = option_fields(cls), get_type_hints(cls)
+    return _make(METHODS[name], options)
+
+
+def _make(cls: type[Method], options: Mapping[str, str]) -> Method:
+    name, fields, hints = cls.name, option_fields(cls), get_type_hints(cls)
     values: dict[str, Any] = {}
     for given, text in options.items():
         key = cls.aliases.get(given, given)
@@ -174,10 +235,12 @@ def _method(name: str, options: Mapping[str, str]) -> Method:
 def _value(what: str, text: str, hint: Any, field: dataclasses.Field[Any]) -> Any:
     """One option's value by the type of its field."""
     choices = field.metadata.get("choices")
-    kinds = set(get_args(hint)) or {hint}
+    kinds = _kinds(hint)
     if choices:
         if text not in choices:
             raise ValueError(f"{what}: must be one of {', '.join(choices)}")
+        return text
+    if str in kinds:
         return text
     if bool in kinds:
         if text not in ("0", "1"):
@@ -186,6 +249,12 @@ def _value(what: str, text: str, hint: Any, field: dataclasses.Field[Any]) -> An
     items = text.split("/") if Ellipsis in kinds else [text]
     numbers = [_number(what, item, float in kinds) for item in items]
     return tuple(numbers) if Ellipsis in kinds else numbers[0]
+
+
+def _kinds(hint: Any) -> set[Any]:
+    """The plain types in an annotation; an Ellipsis among them: a list."""
+    parts = get_args(hint)
+    return set().union(*map(_kinds, parts)) if parts else {hint}
 
 
 def _number(what: str, text: str, fraction: bool) -> int | float:

@@ -1,8 +1,9 @@
 """FastV: keep the image tokens that the newest token attends to.
 
 Chen et al., "An Image is Worth 1/2 Tokens After Layer 2", ECCV 2024, arXiv 2403.06764. Released
-code (pkunlp-icler/FastV): modeling_llama.py (mask and in-place form) and fastv_forward of the llava-hf
-form. Layers 0..K-1 see everything; what enters layer K is chosen by the attention of layer K-1.
+code (pkunlp-icler/FastV): modeling_llama.py (mask and in-place form) and fastv_forward of the
+llava-hf form. Layers 0..K-1 see everything; what enters layer K is chosen by the attention of layer
+K-1.
 
 Deviations: every sample and image is ranked by its own attention (the released code ranks a whole
 batch by its first sample); padding keeps being masked. The paper describes the mean attention over
@@ -13,14 +14,15 @@ always stays and the first text row behind the image competes with the rest.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field, replace
 from typing import ClassVar
 
 import torch
 from torch import Tensor
 
-from .base import Context, Keep, Method, Stage, check_amount, check_keep, count, top
+from .base import Context, Keep, Stage, check_amount, check_keep, count, top
+from .budget import Budgeted
 
 
 def fastv_score(attention: Tensor) -> Tensor:
@@ -29,7 +31,7 @@ def fastv_score(attention: Tensor) -> Tensor:
 
 
 @dataclass(frozen=True)
-class FastV(Method):
+class FastV(Budgeted):
     layer: int = field(
         default=2, metadata={"help": "the layer whose input is pruned; 0: at random"}
     )
@@ -48,7 +50,7 @@ class FastV(Method):
     identity: ClassVar[str | None] = "keep=1.0"
     newest_row: ClassVar[bool] = True
     aliases: ClassVar[Mapping[str, str]] = {"k": "layer"}
-    either: ClassVar[tuple[frozenset[str], ...]] = (frozenset(("r", "keep")),)
+    either: ClassVar[tuple[frozenset[str], ...]] = (frozenset(("r", "keep", "average")),)
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -64,6 +66,13 @@ class FastV(Method):
         if self.keep is not None:
             return self.keep
         return 0 if self.r == 1 else max(1, round(total * (1 - self.r)))
+
+    def left(self, n_tokens: int) -> tuple[int, ...]:
+        return (count(self.amount(n_tokens), n_tokens),)
+
+    def variants(self, n_layers: int, n_tokens: int) -> Iterator[tuple[str, FastV]]:
+        for k in range(1, n_tokens + 1):
+            yield f"keep={k}", replace(self, average=None, keep=k)
 
     def check(self, n_layers: int, n_tokens: int, starts: tuple[int, ...]) -> None:
         super().check(n_layers, n_tokens, starts)
@@ -86,7 +95,7 @@ class FastV(Method):
 
     def choose(self, c: Context) -> Keep:
         assert c.decoder is not None
-        n, k = len(c.decoder.rows), count(self.amount(c.total), c.total)
+        n, (k,) = len(c.decoder.rows), self.left(c.total)
         if self.layer == 0:
             return Keep(torch.randperm(n, generator=c.generator)[:k].to(c.decoder.rows.device))
         score = fastv_score(c.decoder.attention(c.decoder.newest))  # (S,)
