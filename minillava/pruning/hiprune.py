@@ -8,8 +8,9 @@ number (the left one of a row's first patch is the last of the row above; beyond
 the end is taken); registers: the best others in the second last block, up to T in all. Kept in
 reading order, numbered anew.
 
-`block` counts from 0: 8 is the paper's object layer 9 of 24. Deviations: a budget too small for the
-anchors' neighbours is refused where the released code breaks.
+`block` counts from 0: 8 of 24 is the paper's object layer 9; a tower of another depth has it at the
+same share unless told otherwise. Deviation: a budget too small for the anchors' neighbours is
+refused where the released code breaks.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ import torch
 from torch import Tensor
 
 from .base import Context, Keep, top
-from .vision import Budget, attention, block_number, patches, second_last
+from .vision import Budget, attention, block_number, depth, patches, second_last
 
 
 def neighbourhood(anchors: Tensor, grid: int) -> Tensor:
@@ -34,7 +35,9 @@ def neighbourhood(anchors: Tensor, grid: int) -> Tensor:
 @dataclass(frozen=True)
 class HiPrune(Budget):
     alpha: float = field(default=0.1, metadata={"help": "share of anchors and buffers"})
-    block: int = field(default=8, metadata={"help": "block of the anchors, from 0"})
+    block: int | None = field(
+        default=None, metadata={"help": "block of the anchors, from 0; 8 of 24"}
+    )
 
     name: ClassVar[str] = "hiprune"
     paper: ClassVar[str] = "HiPrune, ACL 2026 Findings, arXiv 2508.00553"
@@ -61,13 +64,16 @@ class HiPrune(Budget):
 
     def vision_layers(self, n_layers: int) -> tuple[int, ...]:
         last = second_last(self.name, n_layers)
-        return (block_number(self.name, self.block, n_layers), last)
+        return (self.middle(n_layers), last)
+
+    def middle(self, n_layers: int) -> int:
+        return block_number(self.name, self.block, n_layers, released=8)
 
     def choose(self, c: Context) -> Keep:
         keep, here = self.amount(c.total), patches(c)
-        middle = attention(c, self.block, "mean")  # (n,)
+        objects = attention(c, self.middle(depth(c)), "mean")  # (n,)
         end = attention(c, -2, "mean")
-        near = neighbourhood(here[top(middle, self.anchors(keep), c.what)], c.grid)
+        near = neighbourhood(here[top(objects, self.anchors(keep), c.what)], c.grid)
         chosen = torch.isin(here, near).nonzero()[:, 0]
         others = end.index_fill(0, chosen, -torch.inf)
         more = min(keep, len(here)) - len(chosen)

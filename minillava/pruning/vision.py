@@ -46,12 +46,15 @@ def second_last(name: str, depth: int) -> int:
     return depth - 2
 
 
-def block_number(name: str, block: int, depth: int) -> int:
-    """A block given by the user, if a tower of so many blocks has it."""
+def block_number(name: str, block: int | None, depth: int, released: int) -> int:
+    """The block of an option; None: the released one of 24, or the same share of another depth."""
+    default = released * depth // 24
+    if block is None:
+        return default
     if not 0 <= block < depth:
         raise ValueError(
             f"{name}: block={block}, but the vision tower has blocks 0 to {depth - 1}; "
-            f"use, for example, block={max(0, depth // 3 - 1)}"
+            f"leave it out for block={default}"
         )
     return block
 
@@ -59,8 +62,12 @@ def block_number(name: str, block: int, depth: int) -> int:
 def attention(c: Context, block: int, query: Literal["class", "mean"] = "class") -> Tensor:
     """Attention that the candidates receive in a block of the tower (below 0: from its end), from
     the class token or as mean over all tokens; mean over heads (n,)."""
-    vision = c.vision()
-    return vision.attention(block % len(vision.tower.blocks), query).mean(0)[patches(c)]
+    return c.vision().attention(block % depth(c), query).mean(0)[patches(c)]
+
+
+def depth(c: Context) -> int:
+    """Blocks of the vision tower."""
+    return len(c.vision().tower.blocks)
 
 
 def patches(c: Context) -> Tensor:

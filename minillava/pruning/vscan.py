@@ -12,8 +12,9 @@ llava/model/llava_arch.py, encode_images, and modeling_llama_x.py, layer_prune.
    coming layer's own q and k, mean over heads (as PyramidDrop); numbered anew. The README's 96 and
    32 are 64 tokens in the mean over 32 layers; without `final` a third of T, as these.
 
-`block` counts from 0. final=0 leaves the second part out. Deviation: for other grids the number of
-windows is kept, not their size.
+`block` counts from 0; a tower that is not 24 deep has it at the same share unless told otherwise.
+final=0 leaves the second part out. Deviation: for other grids the number of windows is kept, not
+their size.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ import torch
 from torch import Tensor
 
 from .base import Context, Keep, Stage, check_amount, count, top
-from .vision import Budget, attention, block_number, cosines, second_last, whole_grid
+from .vision import Budget, attention, block_number, cosines, depth, second_last, whole_grid
 
 SIDE = 4  # windows along one side
 
@@ -65,7 +66,9 @@ class VScan(Budget):
     final: float | None = field(
         default=None, metadata={"help": "number or share of N left from that layer on; 0: no drop"}
     )
-    block: int = field(default=5, metadata={"help": "block of the local scan, from 0"})
+    block: int | None = field(
+        default=None, metadata={"help": "block of the local scan, from 0; 5 of 24"}
+    )
 
     name: ClassVar[str] = "vscan"
     paper: ClassVar[str] = "VScan, TMLR 2026, arXiv 2505.22654"
@@ -85,6 +88,11 @@ class VScan(Budget):
         return (("embed", 0),) if self.final == 0 else (("embed", 0), ("decoder", self.layer))
 
     def check(self, n_layers: int, n_tokens: int, starts: tuple[int, ...]) -> None:
+        if self.final != 0 and not 0 <= self.layer < n_layers:
+            raise ValueError(
+                f"vscan: layer={self.layer}, but the decoder has layers 0 to {n_layers - 1}; use, "
+                f"for example, layer={n_layers // 2}, or final=0 for its first part alone"
+            )
         super().check(n_layers, n_tokens, starts)
         keep, final = self.amount(n_tokens), self.last(n_tokens)
         if final > keep:
@@ -104,7 +112,10 @@ class VScan(Budget):
 
     def vision_layers(self, n_layers: int) -> tuple[int, ...]:
         last = second_last(self.name, n_layers)
-        return (block_number(self.name, self.block, n_layers), last)
+        return (self.shallow(n_layers), last)
+
+    def shallow(self, n_layers: int) -> int:
+        return block_number(self.name, self.block, n_layers, released=5)
 
     def choose(self, c: Context) -> Keep:
         if c.decoder is not None:
@@ -112,5 +123,6 @@ class VScan(Budget):
             return Keep(top(score, self.last(c.total), c.what))
         whole_grid(c, self.name)
         features = c.features()
-        kept = scan(attention(c, self.block), attention(c, -2), self.amount(c.total), c.what)
+        local, end = attention(c, self.shallow(depth(c))), attention(c, -2)
+        kept = scan(local, end, self.amount(c.total), c.what)
         return Keep(kept, rows=merge(features, kept, c.what), ordered=True)
