@@ -184,12 +184,12 @@ def received(
         weights = (rows @ k).float().view(H, b, S) * Dh**-0.5
         if at is not None:
             weights = weights.masked_fill(columns > at[a : a + step, None], -torch.inf)
-        if hidden is not None:
-            weights = weights.masked_fill(hidden, -torch.inf)
-            # a row that sees nothing gives nothing; softmax would give NaN
-            weights = weights.softmax(-1).nan_to_num(0.0)
-        else:
+        if hidden is None:
             weights = weights.softmax(-1)
+        else:  # a row that sees nothing gives nothing, where softmax would give NaN
+            weights = weights.masked_fill(hidden, -torch.inf)
+            blind = (weights == -torch.inf).all(-1, keepdim=True)
+            weights = weights.masked_fill(blind, 0.0).softmax(-1).masked_fill(blind, 0.0)
         total += (weights.amax(0, keepdim=True) if strongest else weights).sum(1)
     return total / r
 
