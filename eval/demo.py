@@ -1,0 +1,170 @@
+"""How plans fare on the demo checkpoint: accuracy per kind of question, offline, in minutes.
+
+    python -m eval.demo                        every method at 50, 25 and 11 % of the image tokens
+    python -m eval.demo PLAN [PLAN ...]        these plans, beside the unpruned model
+    python -m eval.demo --kinds where PLAN     only some kinds of question
+
+Questions are weights/scenes.py's held-out ones: new scenes with handwriting that was never trained
+on, the same ones for every plan. An answer is right if it is the expected text exactly. Results go
+to --out as one JSON object a plan, and as a table.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import time
+from collections import defaultdict
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from minillava import Batch, load, parse_plan
+from minillava.generate import Result, generate
+from minillava.llava import LLaVA
+from minillava.processor import Processor
+from minillava.pruning import METHODS
+from weights import scenes
+
+BATCH = 32
+SHARES = (0.5, 0.25, 0.11)
+
+Group = tuple[Batch, list[scenes.Example]]
+
+
+def plans(n_tokens: int, n_layers: int) -> list[str]:
+    """Every method at each share of the image tokens; "" is the unpruned model.
+
+    Methods in the decoder act from layer 2 on (their first layers see everything), those with
+    several layers go down in equal ratios.
+    """
+    found = [""]
+    for share in SHARES:
+        k = round(n_tokens * share)
+        steps = [round(n_tokens * share ** (i / 3)) for i in (1, 2, 3)]
+        side = max(1, round(k**0.5))
+        special = {
+            "fastv": f"fastv:k=2,keep={k}",
+            "dart": f"dart:layer=2,keep={k}",
+            "vtw": f"vtw:layer={round(n_layers * share)}",
+            "fitprune": "",  # its budget is one of FLOPs, its tables belong to 32 layers
+            "pyramiddrop": "pyramiddrop:layers=2/4/6,ratios="
+            + "/".join(f"{s / n_tokens:.3f}" for s in steps),
+            "sparsevlm": f"sparsevlm:layers=2/4/6,keep={'/'.join(map(str, steps))}",
+            "visionzip": f"visionzip:dominant={k - k // 6},contextual={k // 6}",
+            "grid": f"grid:h={side},w={side}",
+            "pool": f"pool:h={side},w={side}",
+        }
+        for name, method in METHODS.items():
+            fixed = "keep" not in method.__dataclass_fields__ and name not in special
+            plan = special.get(name, f"{name}:keep={k}")
+            if plan and not fixed:
+                found.append(plan)
+    return [*dict.fromkeys(found), "text-only"]
+
+
+def questions(
+    processor: Processor, seed: int, n: int, kinds: Sequence[str] | None
+) -> list[Group]:
+    """n held-out questions in batches, in the checkpoint's own template."""
+    items = list(scenes.held_out(seed, n, kinds))
+    groups = []
+    for at in range(0, n, BATCH):
+        part = items[at : at + BATCH]
+        prompts = [processor.prompt(example.question, 1) for _, example in part]
+        batch = processor(prompts, images=[[scene.image] for scene, _ in part])
+        groups.append((batch, [example for _, example in part]))
+    return groups
+
+
+def measure(
+    model: LLaVA, processor: Processor, groups: Sequence[Group], text: str, seed: int
+) -> dict[str, Any]:
+    """One plan on all questions: accuracy per kind, image tokens per layer, seconds."""
+    plan, began = parse_plan(text or None), time.perf_counter()
+    right: dict[str, list[bool]] = defaultdict(list)
+    entering: list[float] = []
+    for i, (batch, examples) in enumerate(groups):
+        result = generate(model, batch, plan, max_new_tokens=48, seed=seed + i * BATCH)
+        entering.append(_mean_entering(result))
+        for tokens, example in zip(result.tokens, examples, strict=True):
+            right[example.kind].append(processor.decode(tokens).strip() == example.answer)
+    answers = [x for kind, xs in right.items() if kind != "caption" for x in xs]
+    kinds = {kind: _percent(right[kind]) for kind in scenes.KINDS if kind in right}
+    return {
+        "plan": text or "none",
+        "questions": sum(map(len, right.values())),
+        "all": _percent(answers),  # captions apart
+        **kinds,
+        "image_tokens_entering_a_layer": round(sum(entering) / len(entering), 2),
+        "seconds": round(time.perf_counter() - began, 1),
+    }
+
+
+def _mean_entering(result: Result) -> float:
+    counts = torch.tensor(result.report.image_tokens_entering, dtype=torch.float)
+    return float(counts.mean())
+
+
+def _percent(right: Sequence[bool]) -> float:
+    return round(100 * sum(right) / max(len(right), 1), 1)
+
+
+def table(rows: Sequence[dict[str, Any]]) -> str:
+    """Markdown, one line a plan."""
+    skip = {"plan", "questions", "image_tokens_entering_a_layer", "seconds"}
+    kinds = [key for key in rows[0] if key not in skip]
+    head = ["plan", "tokens/layer", *kinds]
+    lines = ["| " + " | ".join(head) + " |", "|---" + "|---:" * (len(head) - 1) + "|"]
+    for row in rows:
+        cells = [f"`{row['plan']}`", f"{row['image_tokens_entering_a_layer']:.1f}"]
+        lines.append("| " + " | ".join([*cells, *(f"{row[k]:.1f}" for k in kinds)]) + " |")
+    return "\n".join(lines)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
+    parser.add_argument("plans", nargs="*", metavar="PLAN")
+    parser.add_argument("--model", default=str(Path(__file__).parent.parent / "weights" / "demo"))
+    parser.add_argument("--questions", type=int, default=900, help="default 900")
+    parser.add_argument("--kinds", nargs="+", choices=[*scenes.KINDS])
+    parser.add_argument("--seed", type=int, default=2026)
+    parser.add_argument("--out", type=Path, help="write NAME.json and NAME.md")
+    args = parser.parse_args(argv)
+    try:
+        model, processor = load(args.model)
+        config = model.config
+        wanted = ["", *args.plans]
+        if not args.plans:
+            wanted = plans(config.vision.num_patches, config.text.num_hidden_layers)
+        for text in wanted:
+            parse_plan(text or None)
+        groups = questions(processor, args.seed, args.questions, args.kinds)
+        rows = []
+        for text in wanted:
+            try:
+                rows.append(measure(model, processor, groups, text, args.seed))
+            except ValueError as error:
+                if args.plans:
+                    raise
+                print(f"left out: {text}: {error}", file=sys.stderr)
+                continue
+            print(json.dumps(rows[-1]), file=sys.stderr, flush=True)
+    except ValueError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    note = f"{args.questions} held-out questions, seed {args.seed}; {torch.get_num_threads()} threads"
+    if args.out:
+        args.out.parent.mkdir(parents=True, exist_ok=True)
+        found = {"seed": args.seed, "model": Path(args.model).name, "rows": rows}
+        args.out.with_suffix(".json").write_text(json.dumps(found, indent=1) + "\n")
+        args.out.with_suffix(".md").write_text(f"{note}\n\n{table(rows)}\n")
+    print(f"{note}\n\n{table(rows)}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
