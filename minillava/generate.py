@@ -61,6 +61,7 @@ class Layout:
 
     size: int  # S, pixels along a picture's side
     grid: int  # patches along it
+    aspect: str  # how the checkpoint wants pictures made square
     starts: list[list[int]]  # [b] position of the first token of each picture
 
 
@@ -381,8 +382,9 @@ def _steps(
         peak_bytes=clock.peak_bytes(),
     )
     texts = [model.decode_text(ids) for ids in tokens] if model.decode_text else None
-    vision_config = model.config.vision
-    layout = Layout(vision_config.image_size, vision_config.grid, [list(p.starts) for p in prompts])
+    eye = model.config.vision
+    starts = [list(p.starts) for p in prompts]
+    layout = Layout(eye.image_size, eye.grid, model.config.image_aspect, starts)
     stacked = None
     if output_logits:
         none = logits.new_empty((B, 0, logits.shape[1]))

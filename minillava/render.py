@@ -31,13 +31,13 @@ def overlay(
     *,
     sample: int = 0,
     text: str | None = None,
-    aspect: str = "crop",
+    aspect: str | None = None,
     config: ImageConfig | None = None,
 ) -> Image.Image:
     """The pictures of one prompt as the model saw them, with what each step of the plan left.
 
     images: that prompt's, in order. text: the answer to write below, else the result's. aspect and
-    config: how the processor made them square (config: by default one for the model's size).
+    config: how the processor made them square, else the checkpoint's way and the model's size.
     Raises ValueError for a prompt without pictures, or with another number of them.
     """
     if not 0 <= sample < len(result.tokens):
@@ -49,7 +49,7 @@ def overlay(
     if len(pictures) != len(starts):
         raise ValueError(f"prompt {sample} has {len(starts)} pictures, not {len(pictures)}")
     config = config or ImageConfig(layout.size, layout.size)
-    seen = [as_seen(picture, config, aspect) for picture in pictures]
+    seen = [as_seen(picture, config, aspect or layout.aspect) for picture in pictures]
 
     patches, panels = layout.grid**2, []
     for number, step in enumerate(result.report.kept, 1):
@@ -68,7 +68,7 @@ def overlay(
     return _page(panels, columns, _caption(result, sample, answer))
 
 
-def as_seen(picture: Image.Image, config: ImageConfig, aspect: str = "crop") -> Image.Image:
+def as_seen(picture: Image.Image, config: ImageConfig, aspect: str) -> Image.Image:
     """The square that the vision tower is shown, as a picture again."""
     pixels = preprocess(picture, config, aspect).permute(1, 2, 0)  # (S, S, 3)
     levels = (pixels * pixels.new_tensor(config.std) + pixels.new_tensor(config.mean)) * 255

@@ -1,0 +1,181 @@
+"""Ask a LLaVA-1.5 model about pictures, with visual-token pruning.
+
+Without arguments a bundled question about a bundled picture goes to the demo checkpoint. What
+cannot be done ends with one line on stderr and exit code 2.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NoReturn
+
+from .checkpoint import load
+from .console import complain, leave_stdout, one_voice
+from .fetch import open_image
+from .generate import Settings
+from .image import ASPECTS
+from .listing import methods
+from .pruning import parse_plan
+from .session import Session
+
+DEMO = Path(__file__).parent.parent / "weights" / "demo"  # beside the package in the repository
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run a command line; returns its exit code: 0, 2 after an error, 130 after Ctrl-C."""
+    try:
+        with one_voice():
+            _run(_parser().parse_args(argv))
+        return 0
+    except KeyboardInterrupt:
+        return 130
+    except BrokenPipeError:  # whoever reads us has enough, as `head` does
+        leave_stdout()
+        return 141
+    except (ValueError, OSError, MemoryError, RuntimeError) as error:
+        complain(error)
+        leave_stdout()
+        return 2
+
+
+def _run(args: argparse.Namespace) -> None:
+    if args.list_methods:
+        print(methods(), flush=True)
+        return
+    files, question = _asked(args)
+    session = _session(args, files)
+    if args.chat:
+        session.chat(args.prompt)
+    elif args.raw_prompt:
+        session.ask(question)
+    else:
+        session.ask(session.processor.prompt(question, len(files)))
+
+
+def _asked(args: argparse.Namespace) -> tuple[list[str], str]:
+    """The pictures, and the question unless there is a chat."""
+    files, question = args.image, args.prompt
+    if args.raw_prompt and (question is None or args.chat):
+        raise ValueError("--raw-prompt is for the text of --prompt, without --chat; give that")
+    if not files and question is None:
+        return _bundled()
+    if question is None and not args.chat:
+        raise ValueError(f"--image {files[0]} has no question; add --prompt TEXT, or --chat")
+    if question is not None and not question.strip():
+        raise ValueError(f"--prompt {question!r} is empty; give a question")
+    return files, question or ""
+
+
+def _bundled() -> tuple[list[str], str]:
+    example = DEMO / "example.json"
+    if not example.is_file():
+        raise ValueError(
+            f"there is no demo in {DEMO}: it comes with the repository, not with the wheel; give "
+            "--model (a folder, or a hub id such as llava-hf/llava-1.5-7b-hf), --image and --prompt"
+        )
+    return [str(DEMO / "example.png")], json.loads(example.read_text("utf-8"))["question"]
+
+
+def _session(args: argparse.Namespace, files: list[str]) -> Session:
+    """Whatever can be refused without the model is refused before it is loaded."""
+    plan = parse_plan(args.prune)
+    settings = Settings(
+        args.max_new_tokens,
+        args.min_new_tokens,
+        tuple(args.stop),
+        args.temperature,
+        args.top_p,
+        args.seed,
+    )
+    if args.overlay:
+        _check_overlay(args.overlay, files)
+    images = [open_image(file) for file in files]
+    name = args.model or _demo()
+    model, processor = load(name, args.device, args.dtype, args.quantize, args.revision)
+    return Session(
+        model,
+        processor,
+        images,
+        plan,
+        settings,
+        name,
+        tokens=plan.tokens or "hf",
+        focus=plan.focus if args.focus is None else args.focus,
+        aspect=args.image_aspect,
+        use_cache=not args.no_cache,
+        as_json=args.json,
+        drawing=args.overlay,
+    )
+
+
+def _demo() -> str:
+    if not (DEMO / "config.json").is_file():
+        raise ValueError(
+            f"there is no demo checkpoint in {DEMO}: it comes with the repository, not with the "
+            "wheel; give --model a folder, or a hub id such as llava-hf/llava-1.5-7b-hf"
+        )
+    return str(DEMO)
+
+
+def _check_overlay(path: Path, files: Sequence[str]) -> None:
+    if path.suffix.lower() != ".png" or path.is_dir():
+        raise ValueError(f"--overlay {path} must be a file; give a name that ends in .png")
+    if not path.parent.is_dir():
+        raise ValueError(f"--overlay {path}: there is no folder {path.parent}; make it first")
+    if not files:
+        raise ValueError(f"--overlay {path} draws on a picture; give one with --image FILE")
+
+
+# ---------------------------------------------------------------- flags
+
+
+class _Parser(argparse.ArgumentParser):
+    """Its errors go the way of all others."""
+
+    def error(self, message: str) -> NoReturn:
+        raise ValueError(f"{message.removeprefix('argument ')}; --help explains the options")
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = _Parser(prog="python -m minillava.generate", description=__doc__, allow_abbrev=False)
+    add = parser.add_argument
+    add("--model", metavar="DIR|HUB_ID", help="checkpoint; default: the demo")
+    add("--revision", metavar="R", help="branch, tag or commit of a hub id")
+    add("--image", metavar="FILE|URL", nargs="+", action="extend", default=[])
+    add("--prompt", metavar="TEXT", help="the question, put into the checkpoint's template")
+    add("--prune", metavar="PLAN", help="for example fastv:k=2,r=0.5; --list-methods shows all")
+    add("--focus", metavar="TEXT", help="what text-guided methods look at, else the question")
+    add("--max-new-tokens", metavar="N", type=_whole, default=256)
+    add("--min-new-tokens", metavar="N", type=_whole, default=0)
+    add("--temperature", metavar="T", type=_real, default=0.0, help="0: always the likeliest token")
+    add("--top-p", metavar="P", type=_real, default=1.0)
+    add("--seed", metavar="S", type=_whole, help="of sampling, and of methods that draw")
+    add("--stop", metavar="TEXT", action="append", default=[], help="end before this text")
+    add("--device", metavar="D", default="cpu", help="cpu, cuda or cuda:N")
+    add("--dtype", metavar="T", help="float32, float16 or bfloat16; on a CPU of storage only")
+    add("--quantize", metavar="Q", help="int8, int8-dynamic or int4")
+    add("--image-aspect", choices=ASPECTS, help="default: the checkpoint's")
+    add("--raw-prompt", action="store_true", help="no template: the prompt has its own <image>")
+    add("--no-cache", action="store_true", help="run everything again for each token")
+    add("--json", action="store_true", help="one object with the text and the run's report")
+    add("--overlay", metavar="PNG", type=Path, help="draw which patches the plan kept")
+    add("--chat", action="store_true", help="go on with the lines of stdin")
+    add("--list-methods", action="store_true", help="show pruning methods, options and presets")
+    return parser
+
+
+def _whole(text: str) -> int:
+    try:
+        return int(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number") from None
+
+
+def _real(text: str) -> float:
+    try:
+        return float(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number") from None
