@@ -1,0 +1,33 @@
+"""One thread, no network; the small models that several files share."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import tiny
+import torch
+
+torch.set_num_threads(1)
+
+COMMITTED = Path(__file__).parent / "goldens"
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption(
+        "--goldens",
+        type=Path,
+        default=COMMITTED,
+        help="folder with reference data: the whole set instead of the part in tests/goldens",
+    )
+
+
+@pytest.fixture(scope="session")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Any:
+    """Four decoder layers, grouped heads, 16 tokens a picture."""
+    import minillava
+
+    folder = tmp_path_factory.mktemp("tiny")
+    tiny.write_hf(folder)
+    return minillava.load(folder)[0]

@@ -1,0 +1,284 @@
+"""What DESIGN section 6 says of every method, whatever it scores: read from the registry, and held
+against a decoder that never removes anything (reference.py)."""
+
+from __future__ import annotations
+
+import dataclasses
+import threading
+from collections.abc import Sequence
+from typing import Any
+
+import pytest
+import torch
+from reference import Reference, layers_of, picture_rows, replay
+from tiny import IMAGE, alone, assert_close, make_batch, watching
+
+from minillava import Batch, parse_plan
+from minillava.generate import Result, generate
+from minillava.pruning import METHODS
+from minillava.pruning.base import Plan
+
+N = 16
+PROMPTS = ("tttItttttt", "tttt", "tItIttt", "Itttt", "tIItt", "tttItt")
+DROPPING = [name for name, method in METHODS.items() if method.drops_only]
+RANKING = [name for name, method in METHODS.items() if not method.newest_row]
+IDENTITIES = [name for name, method in METHODS.items() if method.identity is not None]
+
+# Options that make a method act on the small model, by name; then what single methods need.
+VALUES = {"keep": "5", "dominant": "6", "contextual": "3", "layer": "2", "layers": "1/2/3"}
+EXAMPLES: dict[str, str] = {}
+
+
+def example(name: str, *more: str) -> Plan:
+    """The method at work on four layers and 16 tokens a picture, with further options."""
+    if name not in EXAMPLES:
+        fields = {f.name: f for f in dataclasses.fields(METHODS[name])}
+        needed = [n for n, f in fields.items() if f.default is dataclasses.MISSING]
+        chosen = {n: VALUES[n] for n in (*needed, *VALUES) if n in fields}
+        EXAMPLES[name] = ",".join(f"{n}={v}" for n, v in chosen.items())
+    options = ",".join(filter(None, (EXAMPLES[name], *more)))
+    return parse_plan(f"{name}:{options}")
+
+
+def run(model: Any, batch: Batch, plan: Plan | None = None, n: int = 3, **options: Any) -> Result:
+    return generate(model, batch, plan, n, output_logits=True, **options)
+
+
+@pytest.fixture(scope="module")
+def batch(model: Any) -> Batch:
+    """Every shape of prompt at once; the first and the fourth come with a focus."""
+    focus = [torch.tensor([5, 9, 11]), None, None, torch.tensor([1, 200]), None, None]
+    return make_batch(model, *PROMPTS, focus=focus)
+
+
+@pytest.fixture(scope="module")
+def one(model: Any) -> Batch:
+    return make_batch(model, "ttItttt", seed=3)
+
+
+@pytest.fixture(scope="module")
+def reference(model: Any) -> Reference:
+    return Reference(model)
+
+
+@pytest.fixture(scope="module")
+def plain(model: Any, batch: Batch) -> Result:
+    return run(model, batch)
+
+
+def assert_same(a: Result, b: Result) -> None:
+    assert a.tokens == b.tokens
+    assert_close(a.logits, b.logits)
+
+
+def assert_equals_reference(
+    model: Any,
+    reference: Reference,
+    batch: Batch,
+    plan: Plan,
+    compact: Sequence[str] = (),
+    n: int = 3,
+    use_cache: bool = True,
+) -> Result:
+    """Every surviving row of the prefill, and the logits of every new token."""
+    with watching(*model.llama.blocks) as outputs:
+        result = run(model, batch, plan, n, use_cache=use_cache)
+    report, pictures = result.report, picture_rows(model, batch)
+    L = len(outputs)
+    for b, (ids, mask) in enumerate(zip(batch.ids, batch.mask, strict=True)):
+        ids = ids[mask]
+        T, is_image = len(ids), ids == IMAGE
+        mine, pictures = pictures.split([int(is_image.sum()), len(pictures) - int(is_image.sum())])
+        new = torch.tensor(result.tokens[b][:-1], dtype=torch.long)
+        x = reference.embed(torch.cat((ids, new)), mine, IMAGE)
+        layers = layers_of(plan, report, b, is_image, L, compact)
+        traced = replay(reference, x, layers, len(new))
+        for i, layer in enumerate(layers):
+            start = sum(report.tokens_entering[i][:b])
+            rows = outputs[i][0][start : start + report.tokens_entering[i][b]]
+            assert_close(rows, traced.hidden[i + 1][:T][layer.present])
+            assert report.image_tokens_entering[i][b] == int((layer.visible & is_image).sum())
+        assert_close(result.logits[b], traced.logits[T - 1 :])
+        assert report.next_position[b] == layers[0].next_position
+    return result
+
+
+# ---------------------------------------------------------------- 6.1 keeping everything
+
+
+@pytest.mark.parametrize("name", IDENTITIES)
+def test_keeping_everything_changes_nothing(
+    model: Any, batch: Batch, one: Batch, plain: Result, name: str
+) -> None:
+    modes = ("drop", "mask") if METHODS[name].drops_only else ("drop",)
+    for mode in modes:
+        plan = parse_plan(f"{name}:{METHODS[name].identity},mode={mode}")
+        assert torch.equal(run(model, batch, plan).logits, plain.logits)
+        for use_cache in (True, False):
+            expected = run(model, one, use_cache=use_cache)
+            kept = run(model, one, plan, use_cache=use_cache)
+            assert torch.equal(kept.logits, expected.logits)
+
+
+def test_no_plan_is_none(model: Any, batch: Batch, plain: Result) -> None:
+    for text in (None, "", "none"):
+        assert torch.equal(run(model, batch, parse_plan(text)).logits, plain.logits)
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_a_prompt_without_picture_is_left_alone(model: Any, name: str) -> None:
+    text = make_batch(model, "ttttt")
+    result = run(model, text, example(name))
+    assert torch.equal(result.logits, run(model, text).logits)
+    assert all(kept.positions == [[]] and kept.extra == [0] for kept in result.report.kept)
+
+
+# ---------------------------------------------------------------- 6.2 dropping is hiding
+
+
+@pytest.mark.parametrize("name", DROPPING)
+@pytest.mark.parametrize("mode", ["drop", "mask"])
+def test_dropping_and_hiding_equal_a_decoder_that_removes_nothing(
+    model: Any, reference: Reference, batch: Batch, name: str, mode: str
+) -> None:
+    plan = example(name, f"mode={mode}", "positions=original")
+    again = mode == "mask" and METHODS[name].newest_row  # then only the prefill stands
+    assert_equals_reference(model, reference, batch, plan, n=1 if again else 4)
+
+
+@pytest.mark.parametrize("name", DROPPING)
+def test_compact_numbers_are_each_layers_own(
+    model: Any, reference: Reference, batch: Batch, name: str
+) -> None:
+    plan = example(name, "positions=compact")
+    result = assert_equals_reference(model, reference, batch, plan, compact=(name,))
+    if plan.steps[0].stage != "decoder":
+        assert result.report.next_position == result.report.cache_lengths[0]
+
+
+@pytest.mark.parametrize("name", DROPPING)
+def test_the_default_numbering_is_the_declared_one(model: Any, batch: Batch, name: str) -> None:
+    declared = METHODS[name].numbering
+    expected = run(model, batch, example(name, f"positions={declared}"))
+    assert torch.equal(run(model, batch, example(name)).logits, expected.logits)
+    other = {"original": "compact", "compact": "original"}[declared]
+    assert not torch.equal(
+        run(model, batch, example(name, f"positions={other}")).logits, expected.logits
+    )
+
+
+# ---------------------------------------------------------------- 6.3 decoding
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_every_way_of_decoding_gives_the_same_first_token(
+    model: Any, batch: Batch, name: str
+) -> None:
+    static = run(model, batch, example(name), n=1)
+    assert_same(run(model, batch, example(name), n=1, use_cache=False), static)
+    if METHODS[name].drops_only:
+        original = run(model, batch, example(name, "positions=original"), n=1)
+        for use_cache in (True, False):
+            masked = run(model, batch, example(name, "mode=mask"), n=1, use_cache=use_cache)
+            assert_same(masked, original)
+
+
+@pytest.mark.parametrize("name", RANKING)
+def test_without_the_newest_row_the_cache_changes_nothing(
+    model: Any, batch: Batch, name: str
+) -> None:
+    modes = ("drop", "mask") if METHODS[name].drops_only else ("drop",)
+    for mode in modes:
+        plan = example(name, f"mode={mode}", *(["positions=original"] if mode == "mask" else []))
+        assert_same(run(model, batch, plan, n=4, use_cache=False), run(model, batch, plan, n=4))
+
+
+# ---------------------------------------------------------------- 6.5 batches
+
+
+@pytest.mark.parametrize("name", METHODS)
+@pytest.mark.parametrize("options", ["mode=drop", "mode=drop,scope=all", "mode=mask"])
+def test_a_batch_gives_what_each_prompt_gives_alone(
+    model: Any, batch: Batch, name: str, options: str
+) -> None:
+    if options != "mode=drop" and not METHODS[name].drops_only:
+        pytest.skip("makes new rows")
+    plan = example(name, options)
+    together = run(model, batch, plan, seed=4, temperature=0.8, top_p=0.9)
+    for b in range(len(batch.ids)):
+        single = run(model, alone(model, batch, b), plan, seed=4 + b, temperature=0.8, top_p=0.9)
+        assert single.tokens[0] == together.tokens[b]
+        assert_close(together.logits[b], single.logits[0])
+        for ours, theirs in zip(together.report.kept, single.report.kept, strict=True):
+            assert ours.positions[b] == theirs.positions[0]
+            assert ours.extra[b] == theirs.extra[0]
+        for field in ("tokens_entering", "image_tokens_entering", "cache_lengths"):
+            ours, theirs = getattr(together.report, field), getattr(single.report, field)
+            assert [layer[b] for layer in ours] == [layer[0] for layer in theirs]
+        assert together.report.next_position[b] == single.report.next_position[0]
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_the_report_adds_up(model: Any, batch: Batch, name: str) -> None:
+    plan = example(name)
+    report = run(model, batch, plan, n=2).report
+    assert [k.rule for k in report.kept] == [step.method.name for step in plan.steps]
+    assert [k.layer for k in report.kept] == [step.layer for step in plan.steps]
+    assert report.prompt_tokens == batch.mask.sum(1).tolist()
+    for b, prompt in enumerate(PROMPTS):
+        pictures, before = prompt.count("I"), N * prompt.count("I")
+        text = report.prompt_tokens[b] - before
+        places = [i for i, x in enumerate(batch.ids[b][batch.mask[b]].tolist()) if x == IMAGE]
+        for kept in report.kept:
+            assert kept.positions[b] == sorted(set(kept.positions[b]))
+            assert set(kept.positions[b]) <= set(places)
+            assert len(kept.positions[b]) + kept.extra[b] <= before
+            assert pictures or not kept.extra[b]
+        for i, entering in enumerate(report.tokens_entering):
+            done = [k for k in report.kept if k.layer <= i]
+            left = len(done[-1].positions[b]) + done[-1].extra[b] if done else before
+            assert report.image_tokens_entering[i][b] == left
+            assert entering[b] == left + text
+            assert report.cache_lengths[i][b] == entering[b]
+    if pictures_left := [k for k in report.kept if k.positions[0]]:
+        assert len(pictures_left[-1].positions[0]) < N
+
+
+# ---------------------------------------------------------------- 6.6 the same every time
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_two_runs_are_bitwise_equal(model: Any, batch: Batch, name: str) -> None:
+    first, second = (run(model, batch, example(name), seed=7, temperature=1.0) for _ in range(2))
+    assert torch.equal(first.logits, second.logits)
+    assert first.tokens == second.tokens
+    assert first.report.kept == second.report.kept
+
+
+# ---------------------------------------------------------------- 6.8 two at once
+
+
+def test_two_generations_at_once_do_not_meet(model: Any, batch: Batch, one: Batch) -> None:
+    jobs = [
+        (batch, parse_plan("fastv:k=2,keep=5")),
+        (one, parse_plan("simignore:keep=4,mode=mask,until=2+fastv:k=3,keep=2,mode=mask")),
+    ]
+    expected = [run(model, *job, n=12) for job in jobs]
+    seen: list[list[Result]] = [[], []]
+    start = threading.Barrier(2)
+
+    def work(i: int) -> None:
+        start.wait()
+        for _ in range(3):
+            seen[i].append(run(model, *jobs[i], n=12))
+
+    threads = [threading.Thread(target=work, args=(i,)) for i in range(2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    for results, wanted in zip(seen, expected, strict=True):
+        assert len(results) == 3
+        for result in results:
+            assert torch.equal(result.logits, wanted.logits)
+            assert result.report.kept == wanted.report.kept

@@ -1,0 +1,171 @@
+"""Small random models written by transformers and read by our load, and batches for them.
+
+A prompt is written as a string: `t` is a text token, `I` a picture: "ttIItt" has two adjacent ones.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import shutil
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from minillava import Batch
+
+SMALL_FILES = Path(__file__).parent / "goldens" / "checkpoints" / "tiny-a" / "hub-sharded"
+IMAGE, PAD, VOCABULARY = 318, 319, 320
+NEVER = (2, IMAGE, PAD)  # their logits are 0, so greedy decoding never meets its end by chance
+
+
+def write_hf(
+    folder: Path,
+    *,
+    heads: int = 4,
+    kv_heads: int = 2,
+    tied: bool = False,
+    old_rope: bool = False,
+    layers: int = 4,
+    width: int = 32,
+    image_size: int = 56,
+    vision_layers: int = 10,
+    positions: int = 2048,
+    seed: int = 0,
+) -> Any:
+    """A random LLaVA saved by transformers, with the small files of tiny-a; returns its module."""
+    from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig
+    from transformers import LlavaForConditionalGeneration as Llava
+
+    config = LlavaConfig(
+        vision_config=CLIPVisionConfig(
+            hidden_size=24,
+            intermediate_size=40,
+            num_hidden_layers=vision_layers,
+            num_attention_heads=3,
+            image_size=image_size,
+            patch_size=14,
+        ),
+        text_config=LlamaConfig(
+            hidden_size=width,
+            intermediate_size=2 * width + 8,
+            num_hidden_layers=layers,
+            num_attention_heads=heads,
+            num_key_value_heads=kv_heads,
+            vocab_size=VOCABULARY,
+            max_position_embeddings=positions,
+            rope_parameters={"rope_type": "default", "rope_theta": 5000.0},
+            rms_norm_eps=2e-5,
+            tie_word_embeddings=tied,
+        ),
+        image_token_index=IMAGE,
+        pad_token_id=PAD,
+        tie_word_embeddings=tied,
+    )
+    model = Llava(config).eval().requires_grad_(False)
+    generator = torch.Generator().manual_seed(seed)
+    for name, p in model.named_parameters():  # decisive, and no bias or norm that says nothing
+        noise = torch.randn(p.shape, generator=generator)
+        if p.ndim == 1:
+            p.copy_(noise * 0.15 + ("norm" in name and name.endswith("weight")))
+        else:
+            p.copy_(noise * (1.0 if "embed_tokens" in name else 1.6 / math.sqrt(p[0].numel())))
+    model.lm_head.weight[list(NEVER)] = 0.0
+    model.save_pretrained(folder)
+    for name in ("tokenizer.model", "generation_config.json"):
+        shutil.copy(SMALL_FILES / name, folder)
+    pictures = json.loads((SMALL_FILES / "preprocessor_config.json").read_text())
+    pictures |= {
+        "size": {"shortest_edge": image_size},
+        "crop_size": {"height": image_size, "width": image_size},
+    }
+    (folder / "preprocessor_config.json").write_text(json.dumps(pictures))
+    if old_rope:
+        rewrite_config(folder, _as_before_transformers_5)
+    return model
+
+
+def _as_before_transformers_5(config: dict[str, Any]) -> None:
+    text = config["text_config"]
+    text["rope_theta"] = text.pop("rope_parameters")["rope_theta"]
+
+
+def rewrite_config(folder: Path, change: Any, name: str = "config.json") -> None:
+    values = json.loads((folder / name).read_text())
+    change(values)
+    (folder / name).write_text(json.dumps(values))
+
+
+# ---------------------------------------------------------------- batches
+
+
+def make_batch(model: Any, *prompts: str, seed: int = 0, focus: Any = None) -> Batch:
+    """A left-padded batch of random text and pictures for prompts such as "ttItt"."""
+    N, S = model.config.vision.num_patches, model.config.vision.image_size
+    generator = torch.Generator().manual_seed(seed)
+    rows, pictures = [], 0
+    for prompt in prompts:
+        row = [1]
+        for sign in prompt[1:] if prompt[0] == "t" else prompt:
+            drawn = int(torch.randint(3, IMAGE, (), generator=generator))
+            row += [IMAGE] * N if sign == "I" else [drawn]
+        rows.append(row if prompt[0] == "t" else row[1:])
+        pictures += prompt.count("I")
+    pixels = torch.randn(pictures, 3, S, S, generator=generator) if pictures else None
+    return pad_left(rows, pixels, focus)
+
+
+def pad_left(
+    rows: Sequence[Sequence[int]], pixels: Tensor | None, focus: Any = None, pad: int = PAD
+) -> Batch:
+    T = max(map(len, rows))
+    ids = torch.tensor([[pad] * (T - len(row)) + list(row) for row in rows])
+    mask = torch.tensor([[False] * (T - len(row)) + [True] * len(row) for row in rows])
+    return Batch(ids, mask, pixels, focus)
+
+
+def alone(model: Any, batch: Batch, b: int) -> Batch:
+    """Sample b of a batch as a batch of its own, without padding."""
+    N = model.config.vision.num_patches
+    samples = [ids[mask] for ids, mask in zip(batch.ids, batch.mask, strict=True)]
+    pictures = [int((ids == model.config.image_token_id).sum()) // N for ids in samples]
+    first = sum(pictures[:b])
+    pixels = batch.pixels[first : first + pictures[b]] if pictures[b] else None
+    ids = samples[b][None]
+    focus = None if batch.focus is None else [batch.focus[b]]
+    return Batch(ids, torch.ones_like(ids, dtype=torch.bool), pixels, focus)
+
+
+# ---------------------------------------------------------------- looking on
+
+
+@contextmanager
+def watching(*modules: torch.nn.Module) -> Iterator[list[list[Tensor]]]:
+    """Outputs of the modules, a list for each, call by call."""
+    seen: list[list[Tensor]] = [[] for _ in modules]
+
+    def note(outputs: list[Tensor]) -> Any:
+        return lambda module, inputs, output: outputs.append(output.clone())
+
+    hooks = [
+        module.register_forward_hook(note(outputs))
+        for module, outputs in zip(modules, seen, strict=True)
+    ]
+    try:
+        yield seen
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+def assert_close(ours: Tensor, expected: Tensor, tolerance: float = 1e-4) -> None:
+    """Largest difference at most `tolerance` times the root mean square of what is expected."""
+    assert ours.shape == expected.shape, f"{tuple(ours.shape)} against {tuple(expected.shape)}"
+    expected = expected.double()
+    if expected.numel():
+        difference = (ours.double() - expected).abs().max() / expected.square().mean().sqrt()
+        assert difference <= tolerance, f"differs by {difference:.2e} x rms"
