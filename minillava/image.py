@@ -65,8 +65,7 @@ def preprocess(image: Image.Image, config: ImageConfig, aspect: str = "crop") ->
     Pillow cannot turn into RGB, and one so long that its padded square or its enlarged form would
     have more than MAX_AREA pixels (a side of 65,536; a shape of 38,000 to 1).
     """
-    if aspect not in ASPECTS:
-        raise ValueError(f"image_aspect={aspect!r}; it can be {' or '.join(ASPECTS)}")
+    check_aspect(aspect)
     if 0 in image.size:
         raise ValueError(f"the picture has {_by(image.size)} pixels; give one that is not empty")
     try:
@@ -81,6 +80,11 @@ def preprocess(image: Image.Image, config: ImageConfig, aspect: str = "crop") ->
     scaled = (pixels.double() * config.rescale).float()
     mean, std = (torch.tensor(v).view(3, 1, 1) for v in (config.mean, config.std))
     return ((scaled - mean) / std).contiguous()
+
+
+def check_aspect(aspect: str) -> None:
+    if aspect not in ASPECTS:
+        raise ValueError(f"image_aspect={aspect!r}; it can be {' or '.join(ASPECTS)}")
 
 
 # ------------------------------------------------------------ the square, as a picture

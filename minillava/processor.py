@@ -15,7 +15,7 @@ from PIL import Image
 from torch import Tensor
 
 from .config import Config
-from .image import ImageConfig, preprocess
+from .image import ImageConfig, check_aspect, preprocess
 from .llava import Batch
 from .prompt import IMAGE, Choices, conversation, split_choices
 from .tokenizer import StreamDecoder, Tokenizer
@@ -94,7 +94,6 @@ class Processor:
 
         rows = [self._ids(b, prompts[b], len(pictures[b]), tokens) for b in range(B)]
         focuses = [self._focus(b, prompts[b], wanted[b], tokens) for b in range(B)]
-        aspect = self.aspect if image_aspect is None else image_aspect
         pixels = [preprocess(i, self.image, aspect) for sample in pictures for i in sample]
 
         T = max(map(len, rows))
@@ -188,11 +187,10 @@ def _choices(b: int, prompt: str, asked: str) -> Choices:
 
 
 def _pictures(b: int, images: object) -> list[Image.Image]:
-    pictures = list(images) if isinstance(images, list | tuple) else []
-    if not isinstance(images, list | tuple) or not all(
-        isinstance(i, Image.Image) for i in pictures
-    ):
-        raise ValueError(
-            f"images[{b}] is {type(images).__name__}; give each prompt a list of PIL pictures"
-        )
-    return pictures
+    sort = type(images).__name__
+    if isinstance(images, list | tuple):
+        strangers = [type(i).__name__ for i in images if not isinstance(i, Image.Image)]
+        if not strangers:
+            return list(images)
+        sort += f" with {strangers[0]} in it"
+    raise ValueError(f"images[{b}] is {sort}; give each prompt a list of PIL pictures")
