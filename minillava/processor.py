@@ -76,6 +76,8 @@ class Processor:
         B = len(prompts)
         if isinstance(prompts, str) or not B:
             raise ValueError(f"prompts is {prompts!r}; give a list of at least one prompt")
+        aspect = self.aspect if image_aspect is None else image_aspect
+        check_aspect(aspect)
         if tokens not in TOKENS:
             raise ValueError(f"tokens={tokens!r}; it can be {', '.join(TOKENS)}")
         pictures = (
