@@ -12,5 +12,6 @@ print(processor.decode(result.tokens[0]))
 from .checkpoint import load
 from .llava import Batch
 from .pruning import parse_plan
+from .render import overlay
 
-__all__ = ["Batch", "load", "parse_plan"]
+__all__ = ["Batch", "load", "overlay", "parse_plan"]

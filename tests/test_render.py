@@ -6,30 +6,19 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 import pytest
+import tiny
 import torch
 from PIL import Image, ImageChops
 
-from minillava.config import Config, TextConfig, VisionConfig
 from minillava.generate import Result, generate
 from minillava.image import ImageConfig, preprocess
 from minillava.llava import Batch, LLaVA
-from minillava.pruning import METHODS, parse_plan
+from minillava.pruning import parse_plan
 from minillava.render import GAP, LINE, MARGIN, PANEL, as_seen, overlay
 
-SIZE, PATCH, IMAGE_ID = 56, 14, 7
-GRID, N = SIZE // PATCH, (SIZE // PATCH) ** 2
+SIZE, GRID = 56, 4  # of the model in conftest
+N = GRID**2
 SIDE = PANEL // GRID  # of a patch in a panel
-VISION = VisionConfig(16, 32, 3, 2, SIZE, PATCH)
-TEXT = TextConfig(16, 32, 4, 2, 2, 8, vocab_size=64, max_position_embeddings=256)
-
-
-@pytest.fixture(scope="module")
-def model() -> LLaVA:
-    torch.manual_seed(0)
-    model = LLaVA(Config(VISION, TEXT, IMAGE_ID, eos_token_ids=(63,)))
-    for weight in model.parameters():
-        torch.nn.init.normal_(weight, std=0.2)
-    return model.eval()
 
 
 def picture(n: int, size: tuple[int, int] = (SIZE, SIZE)) -> Image.Image:
@@ -39,7 +28,7 @@ def picture(n: int, size: tuple[int, int] = (SIZE, SIZE)) -> Image.Image:
 
 
 def run(model: LLaVA, pictures: Sequence[Image.Image], plan: str, aspect: str = "crop") -> Result:
-    ids = [1, 4] + [IMAGE_ID] * N * len(pictures) + [5, 6]
+    ids = [1, 4] + [tiny.IMAGE] * N * len(pictures) + [5, 6]
     pixels = [preprocess(p, ImageConfig(SIZE, SIZE), aspect) for p in pictures]
     batch = Batch(
         torch.tensor([ids]),
@@ -119,15 +108,20 @@ def test_a_picture_survives_the_way_to_pixels_and_back() -> None:
     assert ImageChops.difference(seen, original).getbbox() is None
 
 
-@pytest.mark.parametrize("name", METHODS)
-def test_every_method_can_be_drawn(model: LLaVA, name: str) -> None:
-    options = METHODS[name].example if hasattr(METHODS[name], "example") else ""
-    result = run(model, [picture(0)], f"{name}:{options or METHODS[name].identity}")
+PLANS = [
+    "visionzip:dominant=5,contextual=2",  # a class token and means besides patches
+    "simignore:keep=6,mode=mask",
+    "pyramiddrop:layers=1/2/3,ratios=0.5/0.25/0.125",
+    "fastv:layer=1,keep=0",
+]
+
+
+@pytest.mark.parametrize("plan", PLANS)
+def test_steps_of_every_kind_can_be_drawn(model: LLaVA, plan: str) -> None:
+    result = run(model, [picture(0)], plan)
     page = overlay(result, picture(0))
-    for column, step in enumerate(result.report.kept[:4]):
-        kept = {p - 2 for p in step.positions[0]}
-        assert page.width > column * PANEL
-        assert kept <= set(range(N))
+    for column, step in enumerate(result.report.kept):
+        assert bright(page, column=column) == {p - 2 for p in step.positions[0]}
 
 
 def test_any_text_can_stand_below(model: LLaVA) -> None:
