@@ -9,11 +9,11 @@ place 0 and is never merged. Attention adds log(size) to the logits of a key onc
 
 The order is that of the released code, unmerged even tokens, then odd ones, in every block anew: it
 is not reading order. Numbered anew. A merged token has the number of the odd one it went into.
-`keep` instead of r: as many merges as leave that number, spread over the blocks, the first ones
-taking one more.
+`keep` instead of r: as many merges as leave that number, spread over the blocks as evenly as
+possible, the first ones taking more.
 
-Cost: the tower has then run twice, once unpruned for everybody and once here. In a model of 7B that
-is about 5 % of a prompt's time; the tower's own savings are not had.
+Cost: the tower then runs twice, unpruned for everybody and merging here, which is about 3 % of a
+prompt's time in a model of 7B; what merging saves within the tower is not had.
 """
 
 from __future__ import annotations
@@ -83,6 +83,14 @@ def run_block(block: Block, tokens: Tokens, r: int, what: str) -> Tokens:
     return Tokens(tokens.rows + block.mlp(block.norm2(tokens.rows)), tokens.size, tokens.name)
 
 
+def within_reach(tokens: int, blocks: int) -> int:
+    """How many of so many tokens (with the class token) can be merged in so many blocks."""
+    left = tokens
+    for _ in range(blocks):
+        left -= (left - 1) // 2
+    return tokens - left
+
+
 @dataclass(frozen=True)
 class ToMe(Method):
     r: int | None = field(default=None, metadata={"help": "tokens merged in every block"})
@@ -126,11 +134,22 @@ class ToMe(Method):
         return (0,)
 
     def merges(self, total: int, blocks: int) -> list[int]:
-        """How many in each block."""
+        """How many in each block; a block cannot merge more than half of its tokens."""
         if self.keep is None:
             return [self.r or 0] * blocks
-        surplus = total - count(self.keep, total)
-        return [surplus // blocks + (i < surplus % blocks) for i in range(blocks)]
+        surplus, tokens, plan = total - count(self.keep, total), total + 1, []
+        for later in reversed(range(blocks)):
+            r = -(-surplus // (later + 1))
+            while r < surplus - within_reach(tokens - r, later):
+                r += 1
+            plan.append(min(r, (tokens - 1) // 2))
+            tokens, surplus = tokens - plan[-1], surplus - plan[-1]
+        if surplus:
+            raise ValueError(
+                f"tome: keep={self.keep} cannot be reached in {blocks} blocks, each of which "
+                f"merges half of its tokens at most; use keep={tokens - 1}"
+            )
+        return plan
 
     def choose(self, c: Context) -> Keep:
         whole_grid(c, self.name)
@@ -143,10 +162,4 @@ class ToMe(Method):
         tokens = Tokens(rows, rows.new_ones(len(rows)), name)
         for block, r in zip(vision.tower.blocks, plan, strict=False):
             tokens = run_block(cast("Block", block), tokens, r, c.what)
-        left = len(tokens.rows) - 1
-        if self.keep is not None and left > count(self.keep, c.total):
-            raise ValueError(
-                f"tome: keep={self.keep} cannot be reached in {len(plan)} blocks, each of which "
-                f"merges half of its tokens at most; use keep={left}"
-            )
         return Keep(tokens.name[1:], rows=tokens.rows[1:], ordered=True)

@@ -1,0 +1,340 @@
+"""The vision-side methods once more, token by token, as METHODS.md tells them.
+
+Plain loops over lists of numbers in double precision, nothing shared with minillava but the weights
+of a tower, read by name. Slow on purpose; tests compare the methods with this.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+Array = NDArray[np.float64]
+
+
+# ---------------------------------------------------------------- the tower
+
+
+class Tower:
+    """CLIP's blocks from a state dict, for one picture."""
+
+    def __init__(self, state: dict[str, Any], heads: int, eps: float) -> None:
+        self.w = {k: v.detach().double().numpy() for k, v in state.items()}
+        self.heads, self.eps = heads, eps
+
+    def linear(self, name: str, x: Array) -> Array:
+        return x @ self.w[name + ".weight"].T + self.w[name + ".bias"]
+
+    def norm(self, name: str, x: Array) -> Array:
+        out = np.empty_like(x)
+        for t, row in enumerate(x):
+            mean = row.mean()
+            variance = ((row - mean) ** 2).mean()
+            out[t] = (row - mean) / math.sqrt(variance + self.eps)
+        return out * self.w[name + ".weight"] + self.w[name + ".bias"]
+
+    def qkv(self, block: int, x: Array) -> tuple[Array, Array, Array]:
+        """Each (T, H, Dh)."""
+        h = self.norm(f"blocks.{block}.norm1", x)
+        q, k, v = (
+            self.linear(f"blocks.{block}.attn.{n}_proj", h).reshape(len(x), self.heads, -1)
+            for n in "qkv"
+        )
+        return q, k, v
+
+    def attention(self, block: int, x: Array, bias: Array | None = None) -> Array:
+        """Weights (H, T, T): [h, i, j] of query i on key j."""
+        q, k, _ = self.qkv(block, x)
+        T = len(x)
+        out = np.empty((self.heads, T, T))
+        for h in range(self.heads):
+            for i in range(T):
+                logits = k[:, h] @ q[i, h] / math.sqrt(q.shape[2])
+                if bias is not None:
+                    logits = logits + bias
+                e = np.exp(logits - logits.max())
+                out[h, i] = e / e.sum()
+        return out
+
+    def attend(self, block: int, x: Array, weights: Array) -> Array:
+        """The attention's output, added to x."""
+        _, _, v = self.qkv(block, x)
+        heads = [weights[h] @ v[:, h] for h in range(self.heads)]
+        return x + self.linear(f"blocks.{block}.attn.out_proj", np.concatenate(heads, axis=1))
+
+    def mlp(self, block: int, x: Array) -> Array:
+        h = self.linear(f"blocks.{block}.mlp.fc1", self.norm(f"blocks.{block}.norm2", x))
+        h = h / (1 + np.exp(-1.702 * h))
+        return x + self.linear(f"blocks.{block}.mlp.fc2", h)
+
+
+def from_class_token(weights: Array) -> list[float]:
+    """Mean over heads of the class token's row, for every patch."""
+    return [float(weights[:, 0, j].mean()) for j in range(1, weights.shape[2])]
+
+
+def from_all_tokens(weights: Array) -> list[float]:
+    """Mean over heads and over all queries."""
+    return [float(weights[:, :, j].mean()) for j in range(1, weights.shape[2])]
+
+
+def best(scores: list[float], k: int) -> list[int]:
+    """Numbers of the k highest, highest first; of equals the first."""
+    return sorted(range(len(scores)), key=lambda j: (-scores[j], j))[:k]
+
+
+def cosine(a: Array, b: Array) -> float:
+    return float(a @ b / math.sqrt((a @ a) * (b @ b)))
+
+
+# ---------------------------------------------------------------- baselines
+
+
+def grid(h: int, w: int, side: int) -> list[int]:
+    return [
+        int((i + 0.5) * side / h) * side + int((j + 0.5) * side / w)
+        for i in range(h)
+        for j in range(w)
+    ]
+
+
+def pool(features: Array, h: int, w: int, side: int) -> Array:
+    out = []
+    for i in range(h):
+        for j in range(w):
+            members = [
+                features[y * side + x]
+                for y in range(side)
+                for x in range(side)
+                if math.floor(i * side / h) <= y < math.ceil((i + 1) * side / h)
+                and math.floor(j * side / w) <= x < math.ceil((j + 1) * side / w)
+            ]
+            out.append(sum(members) / len(members))
+    return np.array(out)
+
+
+# ---------------------------------------------------------------- M7 VisionZip
+
+
+def visionzip(
+    class_sum: list[float], keys: Array, hidden: Array, dominant: int, contextual: int
+) -> tuple[list[int], Array]:
+    """keys (N, H, Dh), hidden (1 + N, C): patches kept, and all rows, the class token's first."""
+    N = len(class_sum)
+    chosen = set(best(class_sum, dominant - 1))
+    rest = [j for j in range(N) if j not in chosen]
+    step = max(1, len(rest) // contextual)
+    targets = [rest[i] for i in range(0, len(rest), step)][:contextual]
+    key = keys.mean(axis=1)
+    assigned: dict[int, list[int]] = {t: [] for t in targets}
+    for j in rest:
+        if j not in assigned:
+            likeness = [cosine(key[j], key[t]) for t in targets]
+            assigned[targets[likeness.index(max(likeness))]].append(j)
+    rows = [hidden[0]] + [hidden[1 + j] for j in sorted(chosen)]
+    for t in targets:
+        row = hidden[1 + t].copy()
+        if assigned[t]:
+            row += sum(hidden[1 + j] for j in assigned[t]) / len(assigned[t])
+        rows.append(row)
+    return sorted(chosen) + targets, np.array(rows)
+
+
+# ---------------------------------------------------------------- M8 PruMerge
+
+
+def prumerge(q: Array, k: Array, features: Array, plus: bool) -> tuple[list[int], Array, Array]:
+    """q (C,) of the class token, k (1 + N, C), features (N, C): kept, their rows, the extra row."""
+    N = len(features)
+    logits = [float(row @ q) / math.sqrt(len(q)) for row in k]
+    e = [math.exp(x - max(logits)) for x in logits]
+    a = [x / sum(e) for x in e[1:]]
+    ordered = sorted(a)
+
+    def percentile(p: float) -> float:
+        at = p * (N - 1)
+        low = math.floor(at)
+        return ordered[low] + (at - low) * (ordered[min(low + 1, N - 1)] - ordered[low])
+
+    q1, q3 = percentile(0.25), percentile(0.75)
+    ratio = sum(x > q3 + 1.5 * (q3 - q1) for x in a) / N
+    kept = best(a, int(N * ratio))
+    if plus:
+        for j in range(0, N - 1, int(int(1 / ratio) / 3)):
+            if j not in kept:
+                kept.append(j)
+    rows = []
+    for i in kept:
+        others = [j for j in range(N) if j != i]
+        others.sort(key=lambda j: -cosine(k[1 + i], k[1 + j]))
+        row = features[i].copy()
+        for j in others[:32]:
+            row += a[j] * features[j]
+        rows.append(row)
+    extra = np.zeros(features.shape[1])
+    for j in range(N):
+        if j not in kept:
+            extra += a[j] * features[j]
+    return kept, np.array(rows).reshape(len(kept), -1), extra
+
+
+# ---------------------------------------------------------------- M10 VisPruner
+
+
+def thin_out(likeness: Any, numbers: list[int], keep: int) -> list[int]:
+    while len(numbers) > keep:
+        q = min(8, len(numbers) - keep)
+        even = [numbers[i] for i in range(0, len(numbers), 2)]
+        odd = [numbers[i] for i in range(1, len(numbers), 2)]
+        closest = {a: max(likeness[a][b] for b in odd) for a in even}
+        place = {a: i for i, a in enumerate(even)}
+        even.sort(key=lambda a: (-closest[a], place[a]))
+        numbers = even[q:] + odd
+    return numbers
+
+
+def vispruner(attention: list[float], features: Array, keep: int, important: float) -> list[int]:
+    order = best(attention, len(attention))
+    first = int(keep * important)
+    likeness = [[cosine(a, b) for b in features] for a in features]
+    return sorted(order[:first] + thin_out(likeness, order[first:], keep - first))
+
+
+# ---------------------------------------------------------------- M11 DivPrune
+
+
+def divprune(distance: Any, keep: int) -> list[int]:
+    """In the order of choice."""
+    n = len(distance)
+    chosen: list[int] = []
+    while len(chosen) < keep:
+        gaps = []
+        for j in range(n):
+            if j in chosen:
+                gaps.append(-1.0)
+            elif chosen:
+                gaps.append(min(distance[i][j] for i in chosen))
+            else:
+                gaps.append(sorted(distance[i][j] for i in range(n))[1])
+        chosen.append(gaps.index(max(gaps)))
+    return chosen
+
+
+# ---------------------------------------------------------------- M17 HoloV
+
+
+def holov(features: Array, attention: list[float], keep: int) -> tuple[list[int], int]:
+    """Patches in the order in which they stand, and the number of zero rows behind them."""
+    N = len(features)
+    runs: list[list[int]] = []
+    at = 0
+    for p in range(16):
+        size = N // 16 + (1 if p < N % 16 else 0)
+        if size:
+            runs.append(list(range(at, at + size)))
+        at += size
+    scores = []
+    for run in runs:
+        m = len(run)
+        if m == 1:
+            scores.append(attention[run[0]])
+            continue
+        unit = [features[j] / (np.linalg.norm(features[j]) + 1e-6) for j in run]
+        variance = []
+        for x in range(m):
+            line = [0.0 if x == y else float(unit[x] @ unit[y]) for y in range(m)]
+            mean = sum(line) / (m - 1)
+            variance.append(sum((s - mean) ** 2 for s in line) / (m - 1))
+        scaled = [1000 * attention[j] for j in run]
+        factor = (sum(scaled) / m) / (sum(variance) / m + 1e-6)
+        scores.append(sum(s + 0.09 * v * factor for s, v in zip(scaled, variance, strict=True)) / m)
+    shares = [s / (sum(scores) + 1e-6) for s in scores]
+    given = [math.floor(s * keep) for s in shares]
+    for i in best(shares, keep - sum(given)):
+        given[i] += 1
+    kept: list[int] = []
+    for run, want in zip(runs, given, strict=True):
+        if want >= len(run):
+            kept += run
+        else:
+            kept += [run[i] for i in best([attention[j] for j in run], want)]
+    return kept, keep - len(kept)
+
+
+# ---------------------------------------------------------------- M17 HiPrune
+
+
+def hiprune(
+    middle: list[float], deep: list[float], keep: int, alpha: float, side: int
+) -> list[int]:
+    N = side * side
+    shallow: set[int] = set()
+    for j in best(middle, round(keep * alpha / 5)):
+        for step in (0, -1, 1, -side, side):
+            shallow.add(min(N - 1, max(0, j + step)))
+    left = [x - (1 if j in shallow else 0) for j, x in enumerate(deep)]
+    return sorted(shallow | set(best(left, keep - len(shallow))))
+
+
+# ---------------------------------------------------------------- M17 VScan
+
+
+def vscan(
+    shallow: list[float], deep: list[float], features: Array, keep: int, side: int
+) -> tuple[list[int], Array]:
+    pane = side // 4
+    local: list[int] = []
+    for wy in range(4):
+        for wx in range(4):
+            members = [
+                (wy * pane + y) * side + wx * pane + x for y in range(pane) for x in range(pane)
+            ]
+            local += [members[i] for i in best([shallow[j] for j in members], keep // 2 // 16)]
+    zeroed = [0.0 if j in local else x for j, x in enumerate(deep)]
+    kept = sorted(local + best(zeroed, keep - len(local)))
+    groups: dict[int, list[int]] = {j: [j] for j in kept}
+    for j in range(side * side):
+        if j not in kept:
+            likeness = [cosine(features[j], features[t]) for t in kept]
+            groups[kept[likeness.index(max(likeness))]].append(j)
+    return kept, np.array([sum(features[i] for i in groups[j]) / len(groups[j]) for j in kept])
+
+
+# ---------------------------------------------------------------- M16 ToMe
+
+
+def tome(tower: Tower, hidden: Array, merges: list[int]) -> tuple[list[int], Array]:
+    """hidden (1 + N, C) before block 0, merges of each block: names and rows of the patches."""
+    x = hidden.copy()
+    size = [1.0] * len(x)
+    name = list(range(-1, len(x) - 1))
+    for block, r in enumerate(merges):
+        weights = tower.attention(block, x, np.log(np.array(size)))
+        _, keys, _ = tower.qkv(block, x)
+        x = tower.attend(block, x, weights)
+        r = min(r, (len(x) - 1) // 2)
+        if r == 0:
+            x = tower.mlp(block, x)
+            continue
+        metric = keys.mean(axis=1)
+        even, odd = list(range(0, len(x), 2)), list(range(1, len(x), 2))
+        partner, likeness = {}, {}
+        for a in even[1:]:
+            row = [cosine(metric[a], metric[b]) for b in odd]
+            likeness[a] = max(row)
+            partner[a] = odd[row.index(max(row))]
+        gone = sorted(even[1:], key=lambda a: (-likeness[a], a))[:r]
+        members = {t: [t] for t in range(len(x))}
+        for a in gone:
+            members[partner[a]].append(a)
+        stay = [a for a in even if a not in gone] + odd
+        sizes = [sum(size[i] for i in members[t]) for t in stay]
+        rows = [
+            sum(x[i] * size[i] for i in members[t]) / s for t, s in zip(stay, sizes, strict=True)
+        ]
+        x, size, name = np.array(rows), sizes, [name[t] for t in stay]
+        x = tower.mlp(block, x)
+    return name[1:], x[1:]

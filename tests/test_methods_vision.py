@@ -1,0 +1,628 @@
+"""Methods before the decoder against released outputs and against reference_vision.py."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import reference_vision as reference
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+
+from minillava import Batch, load, parse_plan
+from minillava.clip import CLIPVision
+from minillava.config import VisionConfig
+from minillava.generate import generate
+from minillava.pruning import METHODS, PRESETS, baselines, divprune, holov, prumerge, vispruner
+from minillava.pruning.base import Context, Keep, VisionState
+
+MEAN = torch.tensor([0.48145466, 0.4578275, 0.40821073])[:, None, None]
+STD = torch.tensor([0.26862954, 0.26130258, 0.27577711])[:, None, None]
+
+
+# ---------------------------------------------------------------- released outputs
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    """One case a golden whose checkpoint and picture are in the folder of reference data."""
+    folder: Path = metafunc.config.getoption("--goldens")
+    for fixture, pattern in (
+        ("visionzip_case", "visionzip/*.meta.json"),
+        ("divprune_run", "divprune/pipeline*.meta.json"),
+        ("divprune_choice", "divprune/select*.meta.json"),
+    ):
+        if fixture in metafunc.fixturenames:
+            found = [Golden(folder, path) for path in sorted(folder.glob(pattern))]
+            metafunc.parametrize(fixture, [g for g in found if g.complete()], ids=lambda g: g.name)
+
+
+@dataclass
+class Golden:
+    folder: Path
+    path: Path
+
+    @property
+    def name(self) -> str:
+        return self.path.name.removesuffix(".meta.json")
+
+    @property
+    def meta(self) -> dict[str, Any]:
+        return json.loads(self.path.read_text())
+
+    @property
+    def tensors(self) -> dict[str, Tensor]:
+        return load_file(self.path.parent / f"{self.name}.safetensors")
+
+    @property
+    def checkpoint(self) -> Path:
+        return self.folder / "checkpoints" / self.meta["model"] / "hub-sharded"
+
+    @property
+    def picture(self) -> Path:
+        """The file with the picture: its own, or the input of FastV's goldens it names."""
+        if "pixel_u8" in self.tensors:
+            return self.path.parent / f"{self.name}.safetensors"
+        where = self.meta["parameters"]["pixels"]
+        number = where[where.index("input") + len("input")]
+        return self.folder / "fastv" / self.meta["model"] / f"input{number}.safetensors"
+
+    def complete(self) -> bool:
+        if self.meta["model"].startswith("none"):
+            return True
+        return self.checkpoint.is_dir() and self.picture.is_file()
+
+    def run(self, plan: str) -> tuple[Any, int]:
+        """Its prompt through generate(): the result, and the place of the picture."""
+        model = load(self.checkpoint)[0]
+        model.config = dataclasses.replace(model.config, eos_token_ids=())
+        image, N = model.config.image_token_id, model.config.vision.num_patches
+        compact = self.tensors["input_ids"].flatten().tolist()
+        ids = [y for x in compact for y in ([image] * N if x in (image, -200) else [x])]
+        pixels = (load_file(self.picture)["pixel_u8"].float() / 255 - MEAN) / STD
+        batch = Batch(torch.tensor([ids]), torch.ones(1, len(ids), dtype=torch.bool), pixels)
+        steps = self.tensors["generated"].shape[1]
+        result = generate(model, batch, parse_plan(plan), max_new_tokens=steps, output_logits=True)
+        return result, ids.index(image)
+
+
+def check_run(golden: Golden, plan: str, patches: list[int], extra: int) -> None:
+    result, start = golden.run(plan)
+    (kept,) = result.report.kept
+    assert [p - start for p in kept.positions[0]] == sorted(patches)
+    assert kept.extra == [extra]
+    rows = len(patches) + extra
+    assert result.report.image_tokens_entering[0] == [rows]
+    # positions are numbered anew: the next one follows the rows that are left
+    assert result.report.next_position == [result.report.tokens_entering[0][0]]
+    expected, t = golden.tensors, golden.meta["checks"].get("comparable_steps", 12)
+    assert result.tokens[0][:t] == expected["generated"][0, :t].tolist()
+    assert (result.logits[0, :t] - expected["step_logits"][0, :t]).abs().max() < 1e-3
+
+
+def test_visionzip_is_the_released_code(visionzip_case: Golden) -> None:
+    expected, p = visionzip_case.tensors, visionzip_case.meta["parameters"]
+    patches = expected["dominant_index_sorted"].tolist()
+    patches += expected["contextual_target_patch_index"].tolist()
+    plan = f"visionzip:dominant={p['dominant']},contextual={p['contextual']}"
+    check_run(visionzip_case, plan, patches, extra=1)
+
+
+def test_visionzips_merged_rows_are_the_released_ones(visionzip_case: Golden) -> None:
+    p, expected = visionzip_case.meta["parameters"], visionzip_case.tensors["merged_features"][0]
+    model = load(visionzip_case.checkpoint)[0]
+    pixels = (load_file(visionzip_case.picture)["pixel_u8"].float() / 255 - MEAN) / STD
+    with torch.inference_mode():
+        depth = model.config.vision.num_hidden_layers
+        hidden = model.vision(pixels, range(depth))
+        c = context(model.vision, hidden, model.config.vision.grid, "vision")
+        method = METHODS["visionzip"](dominant=p["dominant"], contextual=p["contextual"])
+        torch.testing.assert_close(rows_of(c, method.choose(c)), expected, atol=1e-4, rtol=0)
+
+
+def test_divprune_is_the_released_code(divprune_run: Golden) -> None:
+    plan = f"divprune:keep={divprune_run.meta['parameters']['subset_ratio']}"
+    check_run(divprune_run, plan, divprune_run.tensors["selected_sorted"].tolist(), extra=0)
+
+
+def test_divprunes_order_is_the_released_one(divprune_choice: Golden) -> None:
+    t, ratio = divprune_choice.tensors, divprune_choice.meta["parameters"]["subset_ratio"]
+    c = plain_context(t["features"])
+    method = METHODS["divprune"](keep=ratio)
+    assert method.choose(c).index.tolist() == t["selected_in_order"].tolist()
+    assert method.amount(len(t["features"])) == divprune_choice.meta["parameters"]["count"]
+
+
+# ---------------------------------------------------------------- a picture made up
+
+
+class Picture:
+    """A random tower, and a random picture as it went through: all that a method can see."""
+
+    def __init__(self, grid: int, seed: int = 0, depth: int = 6) -> None:
+        self.grid, self.N = grid, grid * grid
+        config = VisionConfig(
+            hidden_size=24,
+            intermediate_size=32,
+            num_hidden_layers=depth,
+            num_attention_heads=3,
+            image_size=2 * grid,
+            patch_size=2,
+        )
+        self.tower = CLIPVision(config).requires_grad_(False)
+        self.generator = torch.Generator().manual_seed(seed)
+        for name, p in self.tower.named_parameters():
+            noise = torch.randn(p.shape, generator=self.generator)
+            if p.ndim == 1:
+                p.copy_(noise * 0.2 + ("norm" in name and name.endswith("weight")))
+            else:
+                spread = 2.5 if "q_proj" in name or "k_proj" in name else 1.0
+                p.copy_(noise * spread / math.sqrt(p[0].numel()))
+        pixels = torch.randn(1, 3, 2 * grid, 2 * grid, generator=self.generator)
+        self.hidden = self.tower(pixels, range(depth))
+        self.depth = depth
+        self.features = self.hidden[depth - 1][0, 1:]
+        weight = torch.randn(40, 24, generator=self.generator)
+        self.projected = self.features @ weight.T
+        self.plain = reference.Tower(self.tower.state_dict(), 3, config.layer_norm_eps)
+
+    def context(self, stage: str) -> Context:
+        rows = self.projected if stage == "embed" else None
+        return context(self.tower, self.hidden, self.grid, stage, rows)
+
+    def attention(self, block: int) -> Any:
+        return self.plain.attention(block, double(self.hidden[block][0]))
+
+    def choose(self, name: str, **options: Any) -> tuple[list[int], Keep, Context]:
+        method = METHODS[name](**options)
+        ((stage, _), *_) = method.stages()
+        c = self.context(stage)
+        keep = method.choose(c)
+        index = keep.index.tolist()
+        assert len(set(index)) == len(index)
+        assert len(index) + (0 if keep.extra is None else len(keep.extra)) <= method.most(self.N)
+        return index, keep, c
+
+
+def context(
+    tower: CLIPVision,
+    hidden: dict[int, Tensor],
+    grid: int,
+    stage: Any,
+    rows: Tensor | None = None,
+) -> Context:
+    feature_layer = len(tower.blocks) - 1
+    features = hidden[feature_layer][0, 1:] if rows is None else rows
+    return Context(
+        stage=stage,
+        layer=0,
+        part=0,
+        total=grid * grid,
+        grid=grid,
+        patches=torch.arange(grid * grid),
+        generator=torch.Generator().manual_seed(0),
+        features=lambda: features,
+        focus=lambda: features[:0],
+        focus_text=str,
+        vision=lambda: VisionState(tower, hidden, feature_layer),
+    )
+
+
+def plain_context(features: Tensor) -> Context:
+    """Rows without a tower."""
+    n = len(features)
+    c = context(
+        CLIPVision(VisionConfig(4, 4, 2, 1, 4, 2)), {1: features[None]}, 1, "embed", features
+    )
+    return dataclasses.replace(c, total=n, patches=torch.arange(n))
+
+
+def rows_of(c: Context, keep: Keep) -> Tensor:
+    """All rows as they go on."""
+    index = keep.index if keep.ordered else keep.index.sort().values
+    kept = c.features()[index] if keep.rows is None else keep.rows
+    if keep.extra is None:
+        return kept
+    return torch.cat((keep.extra, kept) if keep.extra_first else (kept, keep.extra))
+
+
+def double(x: Tensor) -> Any:
+    return x.double().numpy()
+
+
+def same_rows(ours: Tensor, theirs: Any) -> None:
+    expected = torch.tensor(np.array(theirs), dtype=torch.float32)
+    assert ours.shape == expected.shape
+    error = (ours - expected).abs().max()
+    assert error <= 1e-4 * expected.square().mean().sqrt()
+
+
+SIZES = [4, 5, 8]  # 16, 25 and 64 patches; 24 stands in a test of its own
+
+
+@pytest.mark.parametrize("grid", SIZES)
+@pytest.mark.parametrize(("dominant", "contextual"), [(1, 2), (6, 3), (9, 2), (12, 4)])
+def test_visionzip(grid: int, dominant: int, contextual: int) -> None:
+    p = Picture(grid)
+    block = p.depth - 2
+    index, keep, c = p.choose("visionzip", dominant=dominant, contextual=contextual)
+    score = [x * 3 for x in reference.from_class_token(p.attention(block))]
+    _, keys, _ = p.plain.qkv(block, double(p.hidden[block][0]))
+    kept, rows = reference.visionzip(
+        score, keys[1:], double(p.hidden[p.depth - 1][0]), dominant, contextual
+    )
+    assert index == kept
+    same_rows(rows_of(c, keep), rows)
+
+
+@pytest.mark.parametrize("grid", [4, 5, 8])
+def test_visionzip_without_contextual_tokens_only_drops_and_adds_the_class_token(grid: int) -> None:
+    p = Picture(grid)
+    index, keep, c = p.choose("visionzip", dominant=5, contextual=0)
+    score = reference.from_class_token(p.attention(p.depth - 2))
+    assert index == sorted(reference.best(score, 4))
+    rows = rows_of(c, keep)
+    assert torch.equal(rows[0], p.hidden[p.depth - 1][0, 0])
+    assert torch.equal(rows[1:], p.features[index])
+
+
+@pytest.mark.parametrize("plus", [False, True])
+@pytest.mark.parametrize(("grid", "seed"), [(5, 3), (8, 0), (8, 1), (9, 2)])
+def test_prumerge(grid: int, seed: int, plus: bool) -> None:
+    p = Picture(grid, seed)
+    index, keep, c = p.choose("prumerge-plus" if plus else "prumerge")
+    last = p.depth - 1
+    q, k, _ = p.plain.qkv(last, double(p.hidden[last][0]))
+    kept, rows, extra = reference.prumerge(
+        q[0].ravel(), k.reshape(len(k), -1), double(p.features), plus
+    )
+    assert kept, "a picture without outliers shows nothing"
+    assert index == kept
+    assert keep.ordered
+    same_rows(rows_of(c, keep), [*rows, extra])
+
+
+def test_prumerge_counts_outliers_as_released() -> None:
+    """int(N * (k / N)) is k - 1 for some k, where the quotient was rounded down."""
+    score = torch.linspace(1, 1.5, 576)
+    for k in (0, 1, 29, 57, 100):
+        some = score.clone()
+        some[:k] += 10.0
+        assert prumerge.outlier_share(some) == k / 576
+    assert prumerge.grid(576, 32 / 576).tolist() == list(range(0, 575, 6))
+    assert prumerge.grid(576, 0.0).tolist() == list(range(0, 575, 192))
+
+
+def test_prumerge_without_outliers_leaves_the_sum_and_plus_a_grid() -> None:
+    p = Picture(4)
+    for block in p.tower.blocks:
+        block.attn.k_proj.weight.zero_()  # every patch receives the same
+    index, keep, c = p.choose("prumerge")
+    assert index == []
+    same_rows(rows_of(c, keep), double(p.features).sum(0)[None] / 17)
+    assert p.choose("prumerge-plus")[0] == [0, 5, 10]
+
+
+@pytest.mark.parametrize("grid", SIZES)
+def test_fastervlm_and_hired(grid: int) -> None:
+    p = Picture(grid)
+    score = reference.from_class_token(p.attention(p.depth - 2))
+    for keep in (1, 7, p.N):
+        expected = sorted(reference.best(score, keep))
+        for name in ("fastervlm", "hired"):
+            assert sorted(p.choose(name, keep=keep)[0]) == expected
+
+
+def test_hired_cuts_a_share_and_the_others_round() -> None:
+    amounts = {name: METHODS[name](keep=0.23).amount(16) for name in ("hired", "fastervlm")}
+    assert amounts == {"hired": 3, "fastervlm": 4}
+
+
+@pytest.mark.parametrize(("n", "surplus"), [(24, 7), (30, 22), (288, 200), (512, 448), (63, 40)])
+def test_vispruner_thins_out_as_released(n: int, surplus: int) -> None:
+    """The order of one round decides the next: compared on one matrix, so that nothing is rounded."""
+    g = torch.Generator().manual_seed(n)
+    likeness = torch.rand(600, 600, generator=g)
+    order = torch.randperm(600, generator=g)[:n]
+    ours = vispruner.distinct(likeness, order, n - surplus).tolist()
+    assert ours == reference.thin_out(likeness.tolist(), order.tolist(), n - surplus)
+
+
+def test_vispruner_ends_where_the_released_code_breaks() -> None:
+    likeness = torch.rand(40, 40, generator=torch.Generator().manual_seed(0))
+    for n in range(1, 40):
+        for keep in range(n + 1):
+            left = vispruner.distinct(likeness, torch.arange(n), keep)
+            assert len(left) == keep == len(set(left.tolist()))
+
+
+@pytest.mark.parametrize("grid", SIZES)
+@pytest.mark.parametrize("important", [0.0, 0.3, 0.5, 1.0])
+def test_vispruner(grid: int, important: float) -> None:
+    p = Picture(grid)
+    for keep in (9, 12):
+        index, _, _ = p.choose("vispruner", keep=keep, important=important)
+        if important == 1.0 or (p.N - int(keep * important)) % 2 == 0:
+            score = reference.from_class_token(p.attention(p.depth - 2))
+            if important == 1.0:
+                assert sorted(index) == sorted(reference.best(score, keep))
+            else:
+                expected = reference.vispruner(score, double(p.features), keep, important)
+                assert sorted(index) == expected
+        assert len(index) == keep
+
+
+@pytest.mark.parametrize(("n", "keep"), [(16, 16), (25, 7), (64, 40), (576, 40)])
+def test_divprune(n: int, keep: int) -> None:
+    g = torch.Generator().manual_seed(n)
+    points = torch.randint(0, 1000, (n, 3), generator=g).double()
+    distance = torch.cdist(points, points).float()  # the same numbers for both
+    ours = divprune.farthest(distance, keep).tolist()
+    assert ours == reference.divprune(distance.tolist(), keep)
+
+
+def test_divprune_never_takes_a_token_twice() -> None:
+    features = torch.eye(4)[torch.tensor([0, 0, 1, 1, 1, 2])]
+    index = METHODS["divprune"](keep=6).choose(plain_context(features)).index.tolist()
+    assert index[:3] == [5, 0, 2]
+    assert sorted(index) == [0, 1, 2, 3, 4, 5]
+
+
+@pytest.mark.parametrize("grid", [3, 4, 5, 8, 9])
+def test_holov(grid: int) -> None:
+    p = Picture(grid)
+    score = reference.from_class_token(p.attention(p.depth - 2))
+    for keep in (1, grid, p.N // 2, p.N):
+        index, chosen, c = p.choose("holov", keep=keep)
+        kept, zeros = reference.holov(double(p.projected), score, keep)
+        assert index == kept
+        rows = rows_of(c, chosen)
+        assert torch.equal(rows[: len(kept)], p.projected[index])
+        assert torch.equal(rows[len(kept) :], torch.zeros(zeros, 40))
+
+
+def test_holov_fills_up_with_zeros_what_a_run_cannot_spend() -> None:
+    features = torch.randn(32, 8, generator=torch.Generator().manual_seed(0))
+    attention = torch.full((32,), 0.001)
+    attention[4] = 0.9
+    sizes = holov.lengths(32)
+    scores = [
+        holov.run_score(f, a)
+        for f, a in zip(features.split(sizes), attention.split(sizes), strict=True)
+    ]
+    given = holov.budgets(torch.stack(scores), 16)
+    kept, zeros = reference.holov(double(features), attention.tolist(), 16)
+    assert given[2] == 16
+    assert sum(min(a, b) for a, b in zip(given, sizes, strict=True)) == len(kept) == 16 - zeros
+    assert zeros == 14
+
+
+@pytest.mark.parametrize("grid", SIZES)
+def test_hiprune(grid: int) -> None:
+    p = Picture(grid)
+    blocks = (p.depth // 3, p.depth - 2)
+    middle, deep = (reference.from_all_tokens(p.attention(b)) for b in blocks)
+    for keep, alpha in ((3, 0.1), (10, 0.5), (12, 1.0), (15, 0.9), (p.N, 0.1)):
+        expected = reference.hiprune(middle, deep, keep, alpha, grid)
+        assert sorted(p.choose("hiprune", keep=keep, alpha=alpha)[0]) == expected
+    deepest = [reference.from_all_tokens(p.attention(b)) for b in (5, 4)]
+    expected = reference.hiprune(*deepest, 10, 0.5, grid)
+    assert sorted(p.choose("hiprune", keep=10, alpha=0.5, block=5)[0]) == expected
+
+
+@pytest.mark.parametrize("grid", [4, 8, 12])
+def test_vscan(grid: int) -> None:
+    p = Picture(grid)
+    blocks = (5 * p.depth // 24, p.depth - 2)
+    shallow, deep = (reference.from_class_token(p.attention(b)) for b in blocks)
+    for keep in (5, p.N // 2, p.N // 2 + 1, p.N - 1):
+        index, chosen, c = p.choose("vscan", keep=keep)
+        kept, rows = reference.vscan(shallow, deep, double(p.projected), keep, grid)
+        assert index == kept
+        same_rows(rows_of(c, chosen), rows)
+
+
+@pytest.mark.parametrize("grid", SIZES)
+def test_tome(grid: int) -> None:
+    p = Picture(grid)
+    first = double(p.hidden[0][0])
+    for r in (1, 2, 40):
+        index, chosen, c = p.choose("tome", r=r)
+        names, rows = reference.tome(p.plain, first, [r] * (p.depth - 1))
+        assert index == names
+        assert chosen.ordered
+        same_rows(rows_of(c, chosen), rows)
+    for keep in (p.N - 1, p.N // 2, 3):
+        surplus, blocks = p.N - keep, p.depth - 1
+        merges = [surplus // blocks + (1 if i < surplus % blocks else 0) for i in range(blocks)]
+        if keep == 3:
+            merges = METHODS["tome"](keep=3).merges(p.N, blocks)
+        index, chosen, c = p.choose("tome", keep=keep)
+        names, rows = reference.tome(p.plain, first, merges)
+        assert index == names
+        assert len(index) == keep
+        same_rows(rows_of(c, chosen), rows)
+
+
+def test_tome_reaches_whatever_can_be_reached() -> None:
+    for total, blocks in ((16, 1), (16, 3), (25, 2), (64, 5), (576, 23)):
+        reachable = []
+        for keep in range(1, total + 1):
+            try:
+                plan = METHODS["tome"](keep=keep).merges(total, blocks)
+            except ValueError:
+                continue
+            tokens = total + 1
+            for r in plan:
+                assert 0 <= r <= (tokens - 1) // 2
+                tokens -= r
+            assert tokens == keep + 1
+            reachable.append(keep)
+        least = total + 1
+        for _ in range(blocks):
+            least -= (least - 1) // 2
+        assert reachable == list(range(least - 1, total + 1))
+    assert METHODS["tome"](keep=192).merges(576, 23) == [17] * 16 + [16] * 7
+
+
+def test_tome_says_what_its_blocks_can_reach() -> None:
+    p = Picture(4, depth=3)
+    with pytest.raises(ValueError, match=r"tome: keep=2 cannot be reached .* use keep=4$"):
+        p.choose("tome", keep=2)
+    assert len(p.choose("tome", keep=4)[0]) == 4
+
+
+@pytest.mark.parametrize(
+    ("h", "w", "grid"), [(1, 1, 4), (2, 3, 5), (3, 5, 8), (8, 8, 8), (12, 16, 24)]
+)
+def test_grid_and_pool(h: int, w: int, grid: int) -> None:
+    p = Picture(grid, depth=2)
+    expected = reference.grid(h, w, grid)
+    assert p.choose("grid", h=h, w=w)[0] == expected
+    index, chosen, c = p.choose("pool", h=h, w=w)
+    assert index == expected
+    same_rows(rows_of(c, chosen), reference.pool(double(p.projected), h, w, grid))
+
+
+@pytest.mark.parametrize("grid", [1, 2, 5, 8, 24])
+def test_a_grid_of_any_number_is_spread_over_the_picture(grid: int) -> None:
+    for keep in range(grid * grid + 1):
+        widths = baselines.bands(keep, grid)
+        assert sum(widths) == keep
+        assert not widths or max(widths) - min(widths) <= 1
+        assert max([len(widths), *widths], default=0) <= grid
+        where = baselines.middles(widths, grid, torch.device("cpu")).tolist()
+        assert where == sorted(set(where))
+        if keep:
+            covered = baselines.insides(widths, grid, torch.device("cpu"))
+            assert covered.any(0).all()
+            assert covered[torch.arange(keep), torch.tensor(where)].all()
+    assert [len(baselines.bands(k, 24)) for k in (64, 128, 192, 576)] == [8, 8, 12, 24]
+
+
+# ---------------------------------------------------------------- at full size
+
+
+@pytest.fixture(scope="module")
+def large() -> Picture:
+    return Picture(24, seed=5, depth=3)
+
+
+Choice = Callable[[Picture, list[float], list[float]], list[int]]
+AT_576: dict[str, tuple[dict[str, Any], Choice]] = {
+    "fastervlm": ({"keep": 64}, lambda p, a, m: reference.best(a, 64)),
+    "hired": ({"keep": 0.2}, lambda p, a, m: reference.best(a, 115)),
+    "hiprune": (
+        {"keep": 64, "block": 0},
+        lambda p, a, m: reference.hiprune(m, m_end(p), 64, 0.1, 24),
+    ),
+    "holov": ({"keep": 64}, lambda p, a, m: reference.holov(double(p.projected), a, 64)[0]),
+}
+
+
+def m_end(p: Picture) -> list[float]:
+    return reference.from_all_tokens(p.attention(p.depth - 2))
+
+
+@pytest.mark.parametrize("name", AT_576)
+def test_at_576_patches(large: Picture, name: str) -> None:
+    options, expected = AT_576[name]
+    class_row = reference.from_class_token(large.attention(large.depth - 2))
+    middle = reference.from_all_tokens(large.attention(0)) if name == "hiprune" else []
+    index, keep, _ = large.choose(name, **options)
+    theirs = expected(large, class_row, middle)
+    assert index == theirs if keep.ordered else sorted(index) == sorted(theirs)
+
+
+# ---------------------------------------------------------------- what is refused
+
+
+@pytest.mark.parametrize(
+    ("plan", "tower", "message"),
+    [
+        ("fastervlm:keep=4", 1, "fastervlm reads the vision tower's second last block"),
+        ("hiprune:keep=4,block=9", 6, "block=9, but the vision tower has blocks 0 to 5; .*block=2"),
+        ("vscan:keep=4,block=6", 6, "block=6, but the vision tower has blocks 0 to 5; .*block=1"),
+    ],
+)
+def test_what_the_tower_does_not_have(plan: str, tower: int, message: str) -> None:
+    (method,) = parse_plan(plan).methods
+    with pytest.raises(ValueError, match=message):
+        method.vision_layers(tower)
+
+
+@pytest.mark.parametrize(
+    ("plan", "message"),
+    [
+        ("vscan:keep=4", r"layer=16, but the decoder has layers 0 to 3; .*layer=2, or final=0"),
+        ("vscan:keep=4,layer=2,final=5", "final=5 is more than the 4 tokens of keep"),
+        ("hiprune:keep=3,alpha=1.0", "alpha=1.0 takes 1 anchors with 4 neighbours"),
+        ("visionzip:dominant=12,contextual=9", "want more than the 16 image tokens"),
+        ("divprune:keep=17", "keep=17, but there are 16 image tokens"),
+        ("grid:h=5,w=2", "h=5 must be from 1 to 4"),
+        ("tome:keep=17", "keep=17, but there are 16"),
+    ],
+)
+def test_what_the_prompt_does_not_have(plan: str, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        parse_plan(plan).check(4, 16, (2,))
+
+
+@pytest.mark.parametrize(
+    ("plan", "message"),
+    [
+        ("grid", "grid needs keep=, or h= and w="),
+        ("pool:h=3", "pool needs keep=, or h= and w="),
+        ("grid:keep=4,h=2", "grid: h and keep say the same"),
+        ("tome", "tome needs r="),
+        ("tome:r=1,keep=3", "tome: keep and r say the same"),
+        ("visionzip:dominant=0,contextual=1", "dominant must be at least 1"),
+        ("vispruner:keep=4,important=1.5", "important=1.5 must be from 0 to 1"),
+        ("visionzip:dominant=6,contextual=3,mode=mask", "needs a method that only drops"),
+    ],
+)
+def test_what_no_model_could_do(plan: str, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        parse_plan(plan)
+
+
+def test_rows_without_a_patch_are_not_ranked_by_the_tower() -> None:
+    c = dataclasses.replace(Picture(4).context("vision"), patches=torch.arange(-1, 15))
+    with pytest.raises(ValueError, match="put the method that merges last"):
+        METHODS["fastervlm"](keep=3).choose(c)
+    short = dataclasses.replace(c, patches=torch.arange(3))
+    with pytest.raises(ValueError, match="tome needs every patch of the image, 3 of 16 are left"):
+        METHODS["tome"](r=1).choose(short)
+
+
+@pytest.mark.parametrize("name", ["divprune", "vispruner", "prumerge", "visionzip", "tome"])
+def test_what_is_not_a_number_is_refused(name: str) -> None:
+    p = Picture(4)
+    for i, state in p.hidden.items():
+        p.hidden[i] = state.clone()
+        p.hidden[i][0, 3, 1] = float("nan")
+    p.features[2, 1] = p.projected[2, 1] = float("nan")
+    options = {"visionzip": {"dominant": 4, "contextual": 2}, "prumerge": {}, "tome": {"r": 2}}
+    with pytest.raises(ValueError, match="NaN among"):
+        p.choose(name, **options.get(name, {"keep": 4}))
+
+
+def test_presets_are_what_they_are_called() -> None:
+    for name in ("visionzip-64", "visionzip-128", "visionzip-192", "divprune-56"):
+        plan = parse_plan(name)
+        assert plan.left(576, 1) == int(name.rsplit("-", 1)[1])
+        assert PRESETS[name].source
+    assert parse_plan("vscan-64").left(576, 1) == 96
+
+
+def test_a_merging_method_may_leave_more_rows_than_the_image_had() -> None:
+    assert parse_plan("visionzip:dominant=17,contextual=0").left(16, 2) == 34
+    assert parse_plan("prumerge-plus").left(16, 1) == 17
+    assert parse_plan("uniform:keep=4+divprune:keep=8").left(16, 2) == 8
