@@ -320,7 +320,9 @@ def _steps(
 
     # 2. prompt
     n_layers, seed = model.config.text.num_hidden_layers, settings.seed or 0
-    cache = KVCache(n_layers, max(settings.max_new_tokens - 1, 0)) if use_cache else None
+    most = model.config.text.max_position_embeddings
+    room = max(min(settings.max_new_tokens, most) - 1, 0)
+    cache = KVCache(n_layers, room) if use_cache else None
     logits, state = model.prefill(prompts, encoded, plan, cache, seed)
     prefilled, after_prompt = state, clock.seconds()
     cache_lengths = [list(n) for n in cache.lengths] if cache else [[0] * B] * n_layers
@@ -328,10 +330,7 @@ def _steps(
 
     # 3. one token after the other
     generators = _generators(settings, B, model.device)
-    limits = [
-        min(settings.max_new_tokens, model.config.text.max_position_embeddings - len(rows))
-        for rows in state.layers[0]
-    ]
+    limits = [min(settings.max_new_tokens, most - len(rows)) for rows in state.layers[0]]
     tokens: list[list[int]] = [[] for _ in prompts]
     fed: list[list[int]] = [[] for _ in prompts]  # a sample that has ended goes on unheard
     stopped = ["" if limit > 0 else _spent(limit, settings) for limit in limits]
