@@ -18,7 +18,7 @@ from .fetch import open_image
 from .generate import Settings
 from .image import ASPECTS
 from .listing import methods
-from .pruning import parse_plan
+from .pruning import parse_plan_with_files
 from .session import Session
 
 DEMO = Path(__file__).parent.parent / "weights" / "demo"  # beside the package in the repository
@@ -81,7 +81,7 @@ def _bundled() -> tuple[list[str], str]:
 
 def _session(args: argparse.Namespace, files: list[str]) -> Session:
     """Whatever can be refused without the model is refused before it is loaded."""
-    plan = parse_plan(args.prune)
+    plan = parse_plan_with_files(args.prune)
     settings = Settings(
         args.max_new_tokens,
         args.min_new_tokens,
@@ -146,7 +146,12 @@ def _parser() -> argparse.ArgumentParser:
     add("--revision", metavar="R", help="branch, tag or commit of a hub id")
     add("--image", metavar="FILE|URL", nargs="+", action="extend", default=[])
     add("--prompt", metavar="TEXT", help="the question, put into the checkpoint's template")
-    add("--prune", metavar="PLAN", help="for example fastv:k=2,r=0.5; --list-methods shows all")
+    add(
+        "--prune",
+        metavar="PLAN",
+        default="",
+        help="for example fastv:k=2,r=0.5; --list-methods shows all",
+    )
     add("--focus", metavar="TEXT", help="what text-guided methods look at, else the question")
     add("--max-new-tokens", metavar="N", type=_whole, default=256)
     add("--min-new-tokens", metavar="N", type=_whole, default=0)
