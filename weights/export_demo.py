@@ -42,10 +42,22 @@ def export(folder: Path, config: Config, weights: Mapping[str, Tensor], pieces: 
     folder.mkdir(parents=True, exist_ok=True)
     tensors = {published_name(name): t.half().contiguous() for name, t in weights.items()}
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    (folder / "model.safetensors").chmod(0o644)
     (folder / "tokenizer.model").write_bytes(pieces)
     for name, content in settings(config, pieces).items():
         text = json.dumps(content, indent=None if name == "tokenizer.json" else 2)
         (folder / name).write_text(text + "\n")
+
+
+def write_example(folder: Path) -> None:
+    """example.png and example.json: a held-out picture, a question about it and the answer."""
+    for scene, example in scenes.held_out(2026, 1000, ["digit"]):
+        digits = sum(thing.is_digit for thing in scene.things)
+        if len(scene.things) == 5 and digits == 3 and example.question == "What digit is red?":
+            scene.image.save(folder / "example.png")
+            asked = {"image": "example.png", "question": example.question, "answer": example.answer}
+            (folder / "example.json").write_text(json.dumps(asked, indent=2) + "\n")
+            return
 
 
 def settings(config: Config, pieces: bytes) -> dict[str, Any]:

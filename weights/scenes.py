@@ -73,6 +73,7 @@ class Example:
     kind: str
     question: str
     answer: str
+    about: tuple[str, ...]  # names of the things one has to look at
 
 
 def make_scene(rng: np.random.Generator, split: Split) -> Scene:
@@ -149,7 +150,7 @@ def _which(things: Sequence[Thing], rng: np.random.Generator, digits: bool) -> E
         return None
     thing, word = _pick(rng, unique), _pick(rng, ("Which", "What"))
     what = "digit" if digits else "shape"
-    return Example(what, f"{word} {what} is {thing.colour}?", thing.name)
+    return Example(what, f"{word} {what} is {thing.colour}?", thing.name, (thing.name,))
 
 
 def _digit(things: Sequence[Thing], rng: np.random.Generator) -> Example | None:
@@ -162,35 +163,36 @@ def _shape(things: Sequence[Thing], rng: np.random.Generator) -> Example | None:
 
 def _colour(things: Sequence[Thing], rng: np.random.Generator) -> Example:
     thing, word = _pick(rng, things), _pick(rng, ("colour", "color"))
-    return Example("colour", f"What {word} is the {thing.name}?", thing.colour)
+    return Example("colour", f"What {word} is the {thing.name}?", thing.colour, (thing.name,))
 
 
 def _what(things: Sequence[Thing], rng: np.random.Generator) -> Example:
     if rng.random() < 0.12:
         place = _pick(rng, [p for p in PLACES if all(t.place != p for t in things)])
-        return Example("what", f"What is at the {place}?", "nothing")
+        return Example("what", f"What is at the {place}?", "nothing", ())
     thing = _pick(rng, things)
-    return Example("what", f"What is at the {thing.place}?", f"{thing.colour} {thing.name}")
+    answer = f"{thing.colour} {thing.name}"
+    return Example("what", f"What is at the {thing.place}?", answer, (thing.name,))
 
 
 def _where(things: Sequence[Thing], rng: np.random.Generator) -> Example:
     thing = _pick(rng, things)
     by_colour = sum(t.colour == thing.colour for t in things) == 1 and rng.random() < 0.5
     what = f"{thing.colour} one" if by_colour else thing.name
-    return Example("where", f"Where is the {what}?", thing.place)
+    return Example("where", f"Where is the {what}?", thing.place, (thing.name,))
 
 
 def _count(things: Sequence[Thing], rng: np.random.Generator) -> Example:
     what = _pick(rng, ("objects", "digits", "shapes", "colour"))
-    if what == "objects":
-        number = len(things)
-    elif what == "colour":
-        counts = {colour: sum(t.colour == colour for t in things) for colour in COLOURS}
-        number = _pick(rng, sorted(set(counts.values())))  # zero no more often than the others
-        what = _pick(rng, [c for c in COLOURS if counts[c] == number]) + " things"
+    if what == "colour":
+        groups = [[t for t in things if t.colour == colour] for colour in COLOURS]
+        number = _pick(rng, sorted({len(g) for g in groups}))  # zero no more often than others
+        colour = _pick(rng, [c for c, g in zip(COLOURS, groups, strict=True) if len(g) == number])
+        counted, what = [t for t in things if t.colour == colour], f"{colour} things"
     else:
-        number = sum(t.is_digit == (what == "digits") for t in things)
-    return Example("count", f"How many {what} are there?", str(number))
+        counted = [t for t in things if what == "objects" or t.is_digit == (what == "digits")]
+    about = tuple(t.name for t in counted)
+    return Example("count", f"How many {what} are there?", str(len(counted)), about)
 
 
 def _yes_no(things: Sequence[Thing], rng: np.random.Generator) -> Example:
@@ -213,7 +215,8 @@ def _yes_no(things: Sequence[Thing], rng: np.random.Generator) -> Example:
         question = f"Is the {name} {colour}?"
     else:
         question = f"Is the {name} at the {place}?"
-    return Example("yes-no", question, "yes" if yes else "no")
+    about = tuple(t.name for t in things if t.name == name)
+    return Example("yes-no", question, "yes" if yes else "no", about)
 
 
 def _choice(things: Sequence[Thing], rng: np.random.Generator) -> Example | None:
@@ -235,12 +238,12 @@ def _choice(things: Sequence[Thing], rng: np.random.Generator) -> Example | None
     options = [options[i] for i in rng.permutation(len(options))]
     lines = " ".join(f"({letter}) {text}" for letter, text in zip(LETTERS, options, strict=False))
     question = f"{base.question}\nOptions: {lines}\n{CHOICE_TAIL}"
-    return Example("choice", question, LETTERS[options.index(base.answer)])
+    return Example("choice", question, LETTERS[options.index(base.answer)], base.about)
 
 
 def _caption(things: Sequence[Thing], rng: np.random.Generator) -> Example:
     question = _pick(rng, ("Describe the picture.", "What is in the picture?"))
-    return Example("caption", question, describe(things))
+    return Example("caption", question, describe(things), tuple(t.name for t in things))
 
 
 def describe(things: Sequence[Thing]) -> str:

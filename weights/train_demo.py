@@ -49,7 +49,7 @@ from minillava.llama import Llama
 from minillava.llava import Projector
 
 from . import scenes
-from .export_demo import MEAN, STD, Shown, export, measure, summary
+from .export_demo import MEAN, STD, Shown, export, measure, summary, write_example
 
 HERE = Path(__file__).parent
 RUNS = HERE / "runs"
@@ -95,9 +95,9 @@ class Stage:
 
 STAGES = {
     "tower": Stage(steps=2000, pictures=64, muon=0.02, adam=2e-3),
-    "reader": Stage(steps=3000, pictures=8, muon=0.02, adam=3e-3, decay=0.0),
+    "reader": Stage(steps=680, pictures=16, muon=0.02, adam=2e-3, decay=0.0),
     "joint": Stage(
-        steps=4000,
+        steps=1500,
         pictures=16,
         muon=0.015,
         adam=2e-3,
@@ -106,7 +106,7 @@ STAGES = {
         after=("tower", "reader"),
     ),
     "finish": Stage(
-        steps=2500,
+        steps=3000,
         pictures=16,
         muon=0.015,
         adam=2e-3,
@@ -185,6 +185,9 @@ class Batch:
     segments: Tensor  # (P, T) 0 for the prefix, 1.. for the questions, -1 for padding
     positions: Tensor  # (P, T)
     targets: Tensor  # (P, T) the next id where it belongs to an answer, else -100
+    weights: Tensor  # (P, T) of each target in the loss
+    looks: Tensor  # (P, T) bit i is set where the target is about the picture's thing i
+    owners: Tensor  # (P, N) number of the thing on each patch, or -1
     kinds: list[list[str]]  # per picture, the kind of each segment from 1 on
 
 
@@ -192,28 +195,31 @@ ROWS = 192  # of questions and answers behind each prefix
 
 
 def make_batch(rng: np.random.Generator, pictures: int, draw: bool, split: scenes.Split) -> Batch:
-    drawn, packed, codes = [], [], []
+    drawn, packed, codes, owners = [], [], [], []
     for _ in range(pictures):
         things = scenes.make_things(rng, split)
-        kinds = ["caption", *rng.choice(_PLAIN, 14)]
-        if rng.random() < 0.7:
-            kinds.insert(1, "choice")
-        packed.append(pack(scenes.questions(things, rng, kinds)))
+        kinds = ["caption", "choice", "choice", *rng.choice([*_SHARES], 10, p=_CHANCES)]
+        packed.append(pack(scenes.questions(things, rng, kinds), things))
         codes.append(patch_codes(things))
+        owners.append(patch_owners(things))
         if draw:
             drawn.append(np.asarray(scenes.draw(things, rng)))
-    return collate(packed, codes, drawn)
+    return collate(packed, codes, owners, drawn)
 
 
-_PLAIN = [kind for kind in scenes.KINDS if kind not in ("caption", "choice")]
+# Of the short questions; the hard ones come more often.
+_SHARES = {"digit": 1, "shape": 1, "colour": 2, "what": 1, "where": 2.5, "count": 2, "yes-no": 2.5}
+_CHANCES = np.array([*_SHARES.values()]) / sum(_SHARES.values())
 
 
-def pack(examples: Sequence[scenes.Example]) -> tuple[NDArray[np.int64], list[str]]:
-    """As many examples as fit behind one prefix: (4, T) ids, segments, positions, targets."""
+def pack(
+    examples: Sequence[scenes.Example], things: Sequence[scenes.Thing]
+) -> tuple[NDArray[np.int64], list[str]]:
+    """As many examples as fit behind one prefix: (6, T), ids to looks as in Batch."""
     prefix = prefix_ids()
     T = len(prefix) + ROWS
-    rows = np.full((4, T), -1, dtype=np.int64)
-    rows[0], rows[2], rows[3] = PAD_ID, 0, -100
+    rows = np.full((6, T), -1, dtype=np.int64)
+    rows[0], rows[2], rows[3], rows[4], rows[5] = PAD_ID, 0, -100, 0, 0
     rows[0, : len(prefix)] = prefix
     rows[1, : len(prefix)] = 0
     rows[2, : len(prefix)] = range(len(prefix))
@@ -229,21 +235,36 @@ def pack(examples: Sequence[scenes.Example]) -> tuple[NDArray[np.int64], list[st
         rows[1, at:end] = len(kinds)
         rows[2, at:end] = range(len(prefix), len(prefix) + len(ids))
         rows[3, end - len(answer) : end] = answer
+        rows[4, end - len(answer) : end] = 1 if example.kind == "caption" else 4
+        rows[5, end - len(answer) : end - 1] = looks(example, things, answer[:-1])
         at = end
     return rows, kinds
+
+
+def looks(
+    example: scenes.Example, things: Sequence[scenes.Thing], answer: Sequence[int]
+) -> list[int]:
+    """For each token of the answer, the things it is about, as bits."""
+    if example.kind != "caption":
+        return [sum(1 << i for i, t in enumerate(things) if t.name in example.about)] * len(answer)
+    comma = tokenizer().piece_to_id(",")
+    ends = np.cumsum([0, *(token == comma for token in answer)])
+    return [1 << int(i) for i in ends[:-1]]
 
 
 def collate(
     packed: Sequence[tuple[NDArray[np.int64], list[str]]],
     codes: Sequence[NDArray[np.float32]],
+    owners: Sequence[NDArray[np.int64]],
     drawn: Sequence[NDArray[np.uint8]],
 ) -> Batch:
-    rows = torch.from_numpy(np.stack([rows for rows, _ in packed], axis=1))  # (4, P, T)
+    rows = torch.from_numpy(np.stack([rows for rows, _ in packed], axis=1))  # (6, P, T)
     pixels = torch.from_numpy(np.stack(drawn)).permute(0, 3, 1, 2) if drawn else None
-    ids, segments, positions, targets = rows
-    kinds = [kinds for _, kinds in packed]
+    ids, segments, positions, targets, weights, looks = rows
+    names = [kinds for _, kinds in packed]
+    coded, owned = torch.from_numpy(np.stack(codes)), torch.from_numpy(np.stack(owners))
     return Batch(
-        torch.from_numpy(np.stack(codes)), pixels, ids, segments, positions, targets, kinds
+        coded, pixels, ids, segments, positions, targets, weights.float(), looks, owned, names
     )
 
 
@@ -294,6 +315,18 @@ def patch_codes(things: Sequence[scenes.Thing]) -> NDArray[np.float32]:
     return codes.reshape(-1, N_CODES)
 
 
+def patch_owners(things: Sequence[scenes.Thing]) -> NDArray[np.int64]:
+    """(N,) which thing covers the patch, or -1."""
+    grid, size = VISION.grid, VISION.patch_size
+    middle = (np.arange(grid) + 0.5) * size
+    owners = np.full((grid, grid), -1)
+    for i, thing in enumerate(things):
+        left, top, right, bottom = thing.box
+        inside = (middle > top) & (middle < bottom), (middle > left) & (middle < right)
+        owners[np.ix_(*inside)] = i
+    return owners.reshape(-1)
+
+
 def code_vectors(embedding: Tensor, generator: torch.Generator) -> Tensor:
     """(codes, D): the embeddings of the words, random vectors for the rest."""
     ids = [tokenizer().encode(word) for word in _WORDS]
@@ -305,6 +338,7 @@ def code_vectors(embedding: Tensor, generator: torch.Generator) -> Tensor:
 # The model in training.
 
 EMBEDDING_STD = 0.25
+LOOKING = (2, 3, 4, 5)  # blocks whose first head is taught where to look
 
 
 class Heads(nn.Module):
@@ -340,6 +374,8 @@ class Demo(nn.Module):
                 nn.init.normal_(p, std=p[0].numel() ** -0.5, generator=generator)
         with torch.no_grad():  # copying a word is easy when reading and writing agree
             self.llama.lm_head.weight.copy_(self.llama.embed_tokens.weight)
+            for block in self.llama.blocks:  # and finding it when asking and offering do
+                block.attn.k_proj.weight.copy_(block.attn.q_proj.weight)
         codes = code_vectors(self.llama.embed_tokens.weight.detach(), generator)
         self.register_buffer("codes", codes)
         self.codes: Tensor
@@ -351,27 +387,32 @@ class Demo(nn.Module):
         with sdpa_kernel(SDPBackend.MATH):  # the fast one for sequences as short as these
             return self.vision(x, (FEATURE,))[FEATURE]
 
-    def read(self, image: Tensor, batch: Batch) -> Tensor:
-        """Image rows (P, N, D) in the place of the placeholders -> last hidden rows (P, T, D)."""
+    def read(self, image: Tensor, batch: Batch) -> tuple[Tensor, list[Tensor]]:
+        """Image rows (P, N, D) in the place of the placeholders -> last hidden rows (P, T, D), and
+        the attention (P, T, N) that one head of each of the LOOKING blocks pays to the patches.
+        """
         P, T = batch.ids.shape
         x = self.llama.embed_tokens(batch.ids)  # (P, T, D)
         a = len(prefix_ids()) - VISION.num_patches
         x = torch.cat((x[:, :a], image.to(x.dtype), x[:, a + VISION.num_patches :]), dim=1)
         dtype = torch.bfloat16 if torch.is_autocast_enabled("cpu") else torch.float32
         hidden = _hidden(batch.segments, dtype)  # (P, 1, T, T)
+        attention: list[Tensor] = []
 
         def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
             # written out: with a mask, on a CPU, training through SDPA takes twice as long
             q, k, v = (y.view(P, T, -1, TEXT.head_dim).transpose(1, 2) for y in (q, k, v))
             scores = (q * TEXT.head_dim**-0.5) @ k.mT + hidden  # (P, H, T, T)
-            y = scores.softmax(-1) @ v  # (P, H, T, Dh)
+            paid = scores.softmax(-1)
+            attention.append(paid[:, 0, :, a : a + VISION.num_patches])
+            y = paid @ v  # (P, H, T, Dh)
             return y.transpose(1, 2).reshape(P * T, -1, TEXT.head_dim)
 
         rope = self.llama.rope(batch.positions.flatten(), dtype)
         x = x.flatten(0, 1)
         for block in self.llama.blocks:
             x = block(x, rope, attend)
-        return x.view(P, T, -1)
+        return x.view(P, T, -1), [attention[i] for i in LOOKING]
 
 
 def _hidden(segments: Tensor, dtype: torch.dtype) -> Tensor:
@@ -416,11 +457,19 @@ def patch_loss(model: Demo, state: Tensor, codes: Tensor) -> tuple[Tensor, dict[
     return loss, figures
 
 
-def answer_loss(model: Demo, image: Tensor, batch: Batch) -> Tensor:
-    hidden = model.read(image, batch)
+def answer_loss(model: Demo, image: Tensor, batch: Batch) -> tuple[Tensor, Tensor]:
+    """Cross-entropy of the answers, and how much the looking heads miss what a token is about."""
+    hidden, attention = model.read(image, batch)
     asked = batch.targets >= 0
     logits = model.llama.logits(hidden[asked])
-    return F.cross_entropy(logits, batch.targets[asked])
+    each = F.cross_entropy(logits, batch.targets[asked], reduction="none")
+    weight = batch.weights[asked]
+    bits = 1 << batch.owners.clamp(min=0)
+    meant = ((batch.looks[:, :, None] & bits[:, None]) > 0) & (batch.owners >= 0)[:, None]
+    rows = batch.looks > 0
+    missed = [-(paid[rows].float() * meant[rows]).sum(-1).add(1e-4).log() for paid in attention]
+    share = batch.weights[rows] / batch.weights[rows].sum()
+    return (each * weight).sum() / weight.sum(), (torch.stack(missed).mean(0) * share).sum()
 
 
 def symbols(model: Demo, codes: Tensor, generator: torch.Generator) -> Tensor:
@@ -472,21 +521,24 @@ def orthogonal(x: Tensor) -> Tensor:
 
 
 def optimizers(model: Demo, stage: Stage) -> list[torch.optim.Optimizer]:
-    matrices: dict[bool, list[nn.Parameter]] = {True: [], False: []}
-    others: dict[bool, list[nn.Parameter]] = {True: [], False: []}
+    """Muon for the matrices inside blocks, Adam for the rest.
+
+    Embeddings move slowly: a word in the question finds the patches that show it because both are
+    the same vector to begin with.
+    """
+    matrices: dict[float, list[nn.Parameter]] = defaultdict(list)
+    others: dict[float, list[nn.Parameter]] = defaultdict(list)
     for name, p in model.named_parameters():
-        tower = name.startswith(("vision", "projector", "heads"))
-        (matrices if "blocks" in name and p.ndim == 2 else others)[tower].append(p)
-    scale = {True: stage.tower_scale, False: 1.0}
-    muon = Muon([{"params": matrices[t], "lr": stage.muon * scale[t]} for t in scale])
+        scale = stage.tower_scale if name.startswith(("vision", "projector", "heads")) else 1.0
+        if name == "llama.embed_tokens.weight":
+            scale = 0.03
+        (matrices if "blocks" in name and p.ndim == 2 else others)[scale].append(p)
+    muon = Muon([{"params": ps, "lr": stage.muon * scale} for scale, ps in matrices.items()])
     adam = torch.optim.AdamW(
-        [{"params": others[t], "lr": stage.adam * scale[t]} for t in scale],
+        [{"params": ps, "lr": stage.adam * scale} for scale, ps in others.items()],
         betas=(0.9, 0.97),
         weight_decay=0.0,
     )
-    for optimizer in (muon, adam):
-        for group in optimizer.param_groups:
-            group["top"] = group["lr"]
     return [muon, adam]
 
 
@@ -523,6 +575,7 @@ def run(name: str, seed: int, rank: int, workers: int, save_every: float) -> Non
     model = Demo(seed)
     step, seconds = 0, 0.0
     opts = optimizers(model, stage)
+    tops = [[group["lr"] for group in optimizer.param_groups] for optimizer in opts]
     average = {key: p.detach().clone() for key, p in model.named_parameters()}
     if path.exists():
         saved = torch.load(path, weights_only=True)
@@ -549,9 +602,9 @@ def run(name: str, seed: int, rank: int, workers: int, save_every: float) -> Non
     )
     for batch in loader:
         generator = torch.Generator().manual_seed(seed * 1_000_003 + step * workers + rank)
-        for optimizer in opts:
-            for group in optimizer.param_groups:
-                group["lr"] = group["top"] * rate(stage, step)
+        for optimizer, top in zip(opts, tops, strict=True):
+            for group, lr in zip(optimizer.param_groups, top, strict=True):
+                group["lr"] = lr * rate(stage, step)
         with torch.autocast("cpu", torch.bfloat16):
             loss, found = stage_loss(name, model, batch, generator)
         loss.backward()
@@ -593,16 +646,21 @@ def stage_loss(
     name: str, model: Demo, batch: Batch, generator: torch.Generator
 ) -> tuple[Tensor, dict[str, float]]:
     if name == "reader":
-        loss = answer_loss(model, symbols(model, batch.codes, generator), batch)
-        return loss, {"loss": float(loss.detach())}
+        answers, missed = answer_loss(model, symbols(model, batch.codes, generator), batch)
+        figures = {"loss": float(answers.detach()), "missed": float(missed.detach())}
+        return answers + 0.2 * missed, figures
     assert batch.pixels is not None
     state = model.see(batch.pixels)
     loss, figures = patch_loss(model, state, batch.codes)
     if name == "tower":
         return loss, {"loss": float(loss.detach()), **figures}
-    answers = answer_loss(model, model.projector(state[:, 1:]), batch)
-    figures = {"loss": float(answers.detach()), "digit": figures.get("digit", 0.0)}
-    return answers + 0.1 * loss, figures
+    answers, missed = answer_loss(model, model.projector(state[:, 1:]), batch)
+    figures = {
+        "loss": float(answers.detach()),
+        "missed": float(missed.detach()),
+        "digit": figures.get("digit", 0.0),
+    }
+    return answers + 0.1 * loss + 0.05 * missed, figures
 
 
 def take(model: Demo, earlier: str) -> None:
@@ -680,7 +738,7 @@ def accuracy(model: Demo, batch: Batch) -> dict[str, float]:
         image = batch.codes @ model.codes
     else:
         image = model.projector(model.see(batch.pixels)[:, 1:])
-    best = model.llama.logits(model.read(image, batch)).argmax(-1)  # (P, T)
+    best = model.llama.logits(model.read(image, batch)[0]).argmax(-1)  # (P, T)
     wrong = (best != batch.targets) & (batch.targets >= 0)
     right: dict[str, list[bool]] = defaultdict(list)
     for p, kinds in enumerate(batch.kinds):
@@ -715,6 +773,7 @@ def write_demo(stage: str, seed: int) -> None:
     parts = ("vision.", "projector.", "llama.")
     weights = {k: p.detach() for k, p in model.named_parameters() if k.startswith(parts)}
     export(HERE / "demo", CONFIG, weights, tokenizer().serialized_model_proto())
+    write_example(HERE / "demo")
 
 
 def report(seed: int, n: int) -> None:
