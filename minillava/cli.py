@@ -144,7 +144,7 @@ def _parser() -> argparse.ArgumentParser:
     add = parser.add_argument
     add("--model", metavar="DIR|HUB_ID", help="checkpoint; default: the demo")
     add("--revision", metavar="R", help="branch, tag or commit of a hub id")
-    add("--image", metavar="FILE|URL", nargs="+", action="extend", default=[])
+    add("--image", metavar="FILE|URL", nargs="+", action="extend", default=[], help="in order")
     add("--prompt", metavar="TEXT", help="the question, put into the checkpoint's template")
     add(
         "--prune",

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 
 from .pruning import METHODS, PRESETS, Method, option_fields
 
-WIDTH, INDENT = 100, 10
+WIDTH, INDENT = 100, 11
 
 
 def methods() -> str:
@@ -18,8 +18,11 @@ def methods() -> str:
         "\n".join([f"{method.name}: {method.paper}", *_entries(method)])
         for method in METHODS.values()
     ]
-    plan = "simignore:keep=452+fastv:layer=5,keep=144"
-    return "\n\n".join([*blocks, f"A plan joins methods, or presets, by +, for example {plan}"])
+    notes = [
+        "An option stands with its default, other values it takes in brackets.",
+        "A plan joins methods or presets by +: simignore:keep=452+fastv:layer=5,keep=144",
+    ]
+    return "\n\n".join([*blocks, "\n".join(notes)])
 
 
 def _entries(method: type[Method]) -> Iterator[str]:
