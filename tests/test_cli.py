@@ -387,8 +387,9 @@ def test_as_a_program_an_error_is_one_line_and_exit_code_2() -> None:
 
 
 def test_as_a_program_it_ends_quietly_when_interrupted() -> None:
-    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
-    with subprocess.Popen(program("--prompt", "Hi", "--chat"), cwd=ROOT, text=True, **pipes) as p:
+    pipe = subprocess.PIPE
+    command = program("--prompt", "Hi", "--chat")
+    with subprocess.Popen(command, cwd=ROOT, text=True, stdin=pipe, stdout=pipe, stderr=pipe) as p:
         assert p.stdout
         assert p.stdout.readline()  # the first answer; now it waits for a question
         p.send_signal(signal.SIGINT)
