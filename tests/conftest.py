@@ -23,6 +23,17 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     )
 
 
+def pytest_configure(config: pytest.Config) -> None:
+    config.addinivalue_line("markers", "goldens(pattern): run with every case that matches")
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    if marker := metafunc.definition.get_closest_marker("goldens"):
+        root = metafunc.config.getoption("--goldens").resolve()
+        paths = sorted(root.glob(f"{marker.args[0]}.safetensors"))
+        metafunc.parametrize("golden", [tiny.Golden(path, root) for path in paths], ids=str)
+
+
 @pytest.fixture(scope="session")
 def model(tmp_path_factory: pytest.TempPathFactory) -> Any:
     """Four decoder layers, grouped heads, 16 tokens a picture."""

@@ -7,16 +7,20 @@ from __future__ import annotations
 
 import json
 import math
+import re
 import shutil
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import cache, cached_property
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import load_file
 from torch import Tensor
 
-from minillava import Batch
+from minillava import Batch, load
 
 SMALL_FILES = Path(__file__).parent / "goldens" / "checkpoints" / "tiny-a" / "hub-sharded"
 IMAGE, PAD, VOCABULARY = 318, 319, 320
@@ -169,3 +173,64 @@ def assert_close(ours: Tensor, expected: Tensor, tolerance: float = 1e-4) -> Non
     if expected.numel():
         difference = (ours.double() - expected).abs().max() / expected.square().mean().sqrt()
         assert difference <= tolerance, f"differs by {difference:.2e} x rms"
+
+
+# ---------------------------------------------------------------- reference data
+
+MEAN = torch.tensor((0.48145466, 0.4578275, 0.40821073)).view(3, 1, 1)
+STD = torch.tensor((0.26862954, 0.26130258, 0.27577711)).view(3, 1, 1)
+
+
+@dataclass(frozen=True)
+class Golden:
+    """One case of the reference data: its tensors, what its meta.json says, and its model."""
+
+    path: Path
+    root: Path
+
+    def __str__(self) -> str:
+        return str(self.path.relative_to(self.root).with_suffix(""))
+
+    @cached_property
+    def tensors(self) -> dict[str, Tensor]:
+        """Integer tensors as int64; they are stored as int32."""
+        tensors = load_file(self.path)
+        return {k: v.long() if v.dtype == torch.int32 else v for k, v in tensors.items()}
+
+    @cached_property
+    def meta(self) -> Any:
+        return json.loads(self.path.with_suffix(".meta.json").read_text())
+
+    def __getitem__(self, name: str) -> Tensor:
+        return self.tensors[name]
+
+    def __contains__(self, name: str) -> bool:
+        return name in self.tensors
+
+    def beside(self, name: str) -> Golden:
+        """Another case in the same folder."""
+        return Golden(self.path.with_name(f"{name}.safetensors"), self.root)
+
+    @property
+    def model(self) -> Any:
+        return golden_model(self.root, self.meta["model"])
+
+    def assert_close(self, ours: Tensor, name: str, *index: Any) -> None:
+        """Within what meta.json calls fair, and within DESIGN 6.9."""
+        expected = self[name][index]
+        stated = dict(re.findall(r"\b(atol|rtol) ([\d.e-]+)", self.meta["tolerance"]))
+        rtol, atol = float(stated.get("rtol", 0)), float(stated["atol"])
+        torch.testing.assert_close(ours, expected, rtol=rtol, atol=atol)
+        assert_close(ours, expected)
+
+
+@cache
+def golden_model(root: Path, name: str) -> Any:
+    """One of the models that the reference data was made with."""
+    folders = [root / "checkpoints" / name / layout for layout in ("hub-sharded", "hub")]
+    return load(next(folder for folder in folders if folder.is_dir()))[0]
+
+
+def normalised(pixel_u8: Tensor) -> Tensor:
+    """Pictures as bytes (n, 3, S, S) -> what the vision tower takes."""
+    return (pixel_u8.float() / 255 - MEAN) / STD
