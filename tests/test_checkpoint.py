@@ -385,8 +385,8 @@ def test_an_index_that_leads_astray_is_refused(
     assert "; " in str(caught.value)
 
 
-def remove(*names: str) -> Callable[[Path], None]:
-    return lambda folder: [(folder / name).unlink() for name in names] and None
+def remove(name: str) -> Callable[[Path], None]:
+    return lambda folder: (folder / name).unlink()
 
 
 def only_pickles(folder: Path) -> None:

@@ -95,7 +95,7 @@ ROPES: list[dict[str, Any]] = [
 
 def check_against_transformers(entries: dict[str, Any]) -> None:
     ours = Config.from_dict(copy.deepcopy(entries))
-    theirs = LlavaConfig.from_dict(copy.deepcopy(entries))
+    theirs: Any = LlavaConfig.from_dict(copy.deepcopy(entries))
     for key in VISION:
         assert getattr(ours.vision, key) == getattr(theirs.vision_config, key), key
     for key in set(TEXT) - {"eos_token_id", "tie_word_embeddings"}:
