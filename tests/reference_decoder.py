@@ -300,11 +300,11 @@ def cdpruner(rows: Tensor, patches: Tensor, text: Tensor, keep: int) -> list[int
         r.append(-sum(cosines) / len(cosines))
     low, high = min(r), max(r)
     r = [(x - low + 1e-6) / (high - low) for x in r]
-    K = torch.empty(n, n, dtype=torch.float64)
-    for i in range(n):
-        for j in range(n):
-            a, b = rows[i].double(), rows[j].double()
-            K[i, j] = r[i] * r[j] * (a @ b / a.norm() / b.norm())
+    unit = [row.double() / row.double().norm() for row in rows]
+    K = torch.tensor(
+        [[r[i] * r[j] * float(unit[i] @ unit[j]) for j in range(n)] for i in range(n)],
+        dtype=torch.float64,
+    )
     chosen: list[int] = []
     for _ in range(keep):
         volume = {}
