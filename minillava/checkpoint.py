@@ -179,10 +179,11 @@ def _device(device: str | torch.device) -> torch.device:
 
 
 def _dtype(dtype: str | torch.dtype | None) -> torch.dtype | None:
-    if dtype is None or dtype in FLOATS.values():
-        return dtype
-    if dtype not in DTYPES:
+    if dtype is None:
+        return None
+    known = DTYPES | {str(value): value for value in DTYPES.values()}  # 'torch.float16' as well
+    if str(dtype) not in known:
         raise ValueError(
             f"dtype={str(dtype)!r}, but must be {', '.join(DTYPES)} or None; choose one"
         )
-    return DTYPES[dtype]
+    return known[str(dtype)]
