@@ -26,7 +26,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .base import Context, Keep, Method, Stage, check_amount, check_keep, count
-from .vision import cosines, whole_grid
+from .vision import assigned, cosines, whole_grid
 
 if TYPE_CHECKING:
     from ..clip import Block
@@ -34,12 +34,11 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Tokens:
-    """Rows (T, C) with the number of patches behind each (T,), and the patch each is named after
-    (the class token: -1)."""
+    """The tower's tokens in one block."""
 
-    rows: Tensor
-    size: Tensor
-    name: Tensor
+    rows: Tensor  # (T, C)
+    size: Tensor  # (T,) float32, patches behind each
+    name: Tensor  # (T,) the patch it is named after, -1 for the class token
 
 
 def match(metric: Tensor, r: int, what: str) -> tuple[Tensor, Tensor, Tensor]:
@@ -56,12 +55,15 @@ def match(metric: Tensor, r: int, what: str) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def merge(tokens: Tokens, merged: Tensor, into: Tensor, left: Tensor) -> Tokens:
+    """The even tokens `merged` go into the odd ones `into`."""
+    sums = assigned(into, len(tokens.rows) // 2, tokens.size.dtype)  # (O, r)
+
     def join(x: Tensor) -> Tensor:
         even, odd = x[::2], x[1::2]
-        return torch.cat((even[left], odd.index_add(0, into, even[merged])))
+        return torch.cat((even[left], odd + sums @ even[merged]))
 
     size = join(tokens.size)
-    rows = join(tokens.rows * tokens.size[:, None]) / size[:, None]
+    rows = (join(tokens.rows * tokens.size[:, None]) / size[:, None]).to(tokens.rows.dtype)
     return Tokens(rows, size, torch.cat((tokens.name[::2][left], tokens.name[1::2])))
 
 
@@ -73,7 +75,7 @@ def run_block(block: Block, tokens: Tokens, r: int, what: str) -> Tokens:
         proj(h).view(1, len(x), attn.n_heads, -1).transpose(1, 2)  # (1, H, T, Dh)
         for proj in (attn.q_proj, attn.k_proj, attn.v_proj)
     )
-    bias = None if (tokens.size == 1).all() else tokens.size.log()[None, None, None]
+    bias = None if (tokens.size == 1).all() else tokens.size.log().to(x.dtype)[None, None, None]
     y = F.scaled_dot_product_attention(q, k, v, attn_mask=bias)
     x = x + attn.out_proj(y[0].transpose(0, 1).reshape(len(x), -1))
     tokens = Tokens(x, tokens.size, tokens.name)
@@ -159,7 +161,7 @@ class ToMe(Method):
             return Keep(torch.arange(c.total, device=c.patches.device))
         rows = vision.hidden[0][0]  # (1 + N, C)
         name = torch.arange(-1, c.total, device=rows.device)
-        tokens = Tokens(rows, rows.new_ones(len(rows)), name)
+        tokens = Tokens(rows, torch.ones(len(rows), device=rows.device), name)
         for block, r in zip(vision.tower.blocks, plan, strict=False):
             tokens = run_block(cast("Block", block), tokens, r, c.what)
         return Keep(tokens.name[1:], rows=tokens.rows[1:], ordered=True)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import ClassVar, Literal
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -87,6 +88,14 @@ def whole_grid(c: Context, name: str) -> None:
             f"{name} needs every patch of the image, {len(c.patches)} of {c.total} are left; "
             f"put {name} first in the plan"
         )
+
+
+def assigned(into: Tensor, k: int, dtype: torch.dtype) -> Tensor:
+    """Which of n rows go into which of k: (k, n) of 0 and 1.
+
+    Its product with the rows is their sums, in one order of addition (CUDA's index_add has none).
+    """
+    return F.one_hot(into, k).T.to(dtype)
 
 
 def cosines(a: Tensor, b: Tensor, what: str) -> Tensor:

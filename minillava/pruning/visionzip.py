@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from .base import Context, Keep, Method, Stage, top
-from .vision import cosines, patches, second_last
+from .vision import assigned, cosines, patches, second_last
 
 
 def targets(n: int, contextual: int) -> Tensor:
@@ -32,12 +32,9 @@ def targets(n: int, contextual: int) -> Tensor:
 
 def fold(features: Tensor, likeness: Tensor, at: Tensor) -> Tensor:
     """Targets, rows `at` of features (n, C), with the others folded in: (k, C); likeness (n, k)."""
-    k = len(at)
-    nearest = likeness.argmax(1)  # (n,)
-    nearest[at] = k  # targets are not assigned to anything
-    total = features.new_zeros(k + 1, features.shape[1]).index_add(0, nearest, features)
-    number = nearest.bincount(minlength=k + 1).clamp(min=1)
-    return features[at] + (total / number[:, None].to(total.dtype))[:k]
+    into = assigned(likeness.argmax(1), len(at), features.dtype)  # (k, n)
+    into[:, at] = 0  # targets are not assigned to anything
+    return features[at] + into @ features / into.sum(1, keepdim=True).clamp(min=1)
 
 
 @dataclass(frozen=True)

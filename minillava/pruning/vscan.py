@@ -14,7 +14,7 @@ llava/model/llava_arch.py, encode_images, and modeling_llama_x.py, layer_prune.
 
 `block` counts from 0; a tower that is not 24 deep has it at the same share unless told otherwise.
 final=0 leaves the second part out. Deviation: for other grids the number of windows is kept, not
-their size.
+their size. Written from a description of the released code, not from its files.
 """
 
 from __future__ import annotations
@@ -26,7 +26,16 @@ import torch
 from torch import Tensor
 
 from .base import Context, Keep, Stage, check_amount, count, top
-from .vision import Budget, attention, block_number, cosines, depth, second_last, whole_grid
+from .vision import (
+    Budget,
+    assigned,
+    attention,
+    block_number,
+    cosines,
+    depth,
+    second_last,
+    whole_grid,
+)
 
 SIDE = 4  # windows along one side
 
@@ -55,9 +64,8 @@ def merge(features: Tensor, kept: Tensor, what: str) -> Tensor:
     if not len(others):
         return features[kept]
     nearest = cosines(others, features[kept], what).argmax(1)  # (n - K,)
-    total = features[kept].index_add(0, nearest, others)
-    number = 1 + nearest.bincount(minlength=len(kept))
-    return total / number[:, None].to(total.dtype)
+    into = assigned(nearest, len(kept), features.dtype)  # (K, n - K)
+    return (features[kept] + into @ others) / (1 + into.sum(1, keepdim=True))
 
 
 @dataclass(frozen=True)
