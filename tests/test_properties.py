@@ -3,7 +3,6 @@ against a decoder that never removes anything (reference.py)."""
 
 from __future__ import annotations
 
-import dataclasses
 import threading
 from collections.abc import Sequence
 from typing import Any
@@ -11,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 from reference import Reference, layers_of, picture_rows, replay
-from tiny import IMAGE, alone, assert_close, make_batch, watching
+from tiny import IMAGE, alone, assert_close, example, make_batch, watching
 
 from minillava import Batch, parse_plan
 from minillava.generate import Result, generate
@@ -23,21 +22,6 @@ PROMPTS = ("tttItttttt", "tttt", "tItIttt", "Itttt", "tIItt", "tttItt")
 DROPPING = [name for name, method in METHODS.items() if method.drops_only]
 RANKING = [name for name, method in METHODS.items() if not method.newest_row]
 IDENTITIES = [name for name, method in METHODS.items() if method.identity is not None]
-
-# Options that make a method act on the small model, by name; then what single methods need.
-VALUES = {"keep": "5", "dominant": "6", "contextual": "3", "layer": "2", "layers": "1/2/3"}
-EXAMPLES: dict[str, str] = {}
-
-
-def example(name: str, *more: str) -> Plan:
-    """The method at work on four layers and 16 tokens a picture, with further options."""
-    if name not in EXAMPLES:
-        fields = {f.name: f for f in dataclasses.fields(METHODS[name])}
-        needed = [n for n, f in fields.items() if f.default is dataclasses.MISSING]
-        chosen = {n: VALUES[n] for n in (*needed, *VALUES) if n in fields}
-        EXAMPLES[name] = ",".join(f"{n}={v}" for n, v in chosen.items())
-    options = ",".join(filter(None, (EXAMPLES[name], *more)))
-    return parse_plan(f"{name}:{options}")
 
 
 def run(model: Any, batch: Batch, plan: Plan | None = None, n: int = 3, **options: Any) -> Result:

@@ -5,10 +5,13 @@ A prompt is written as a string: `t` is a text token, `I` a picture: "ttIItt" ha
 
 from __future__ import annotations
 
+import atexit
+import dataclasses
 import json
 import math
 import re
 import shutil
+import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -20,7 +23,9 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from minillava import Batch, load
+from minillava import Batch, load, parse_plan
+from minillava.pruning import METHODS
+from minillava.pruning.base import Plan
 
 SMALL_FILES = Path(__file__).parent / "goldens" / "checkpoints" / "tiny-a" / "hub-sharded"
 IMAGE, PAD, VOCABULARY = 318, 319, 320
@@ -142,6 +147,47 @@ def alone(model: Any, batch: Batch, b: int) -> Batch:
     ids = samples[b][None]
     focus = None if batch.focus is None else [batch.focus[b]]
     return Batch(ids, torch.ones_like(ids, dtype=torch.bool), pixels, focus)
+
+
+# ---------------------------------------------------------------- plans
+
+# Options that make a method act on a model of four layers and 16 tokens a picture, by name; those
+# that it needs are given, and those whose default is made for a large model.
+VALUES = {
+    "keep": "5",
+    "dominant": "6",
+    "contextual": "3",
+    "layer": "2",
+    "layers": "1/2/3",
+    "final": "3",
+}
+SEVERAL = {"keep": "8/5/3", "delete": "4/0/5/0"}
+
+
+def example(name: str, *more: str) -> Plan:
+    """The method at work on the small model, with further options."""
+    options = {}
+    for field in dataclasses.fields(METHODS[name]):
+        if "tuple" in str(field.type) and field.name in SEVERAL:
+            options[field.name] = SEVERAL[field.name]
+        elif field.name in VALUES:
+            options[field.name] = VALUES[field.name]
+        elif field.name == "clip":
+            options[field.name] = clip_folder()
+        elif field.default is dataclasses.MISSING:
+            raise KeyError(f"{name} needs {field.name}: say in VALUES what the tests give it")
+    spelled = [f"{option}={value}" for option, value in options.items()]
+    return parse_plan(f"{name}:{','.join([*spelled, *more])}")
+
+
+@cache
+def clip_folder() -> str:
+    """A random CLIP for the methods that read text with one."""
+    from test_methods_clip_text import write_clip
+
+    folder = Path(tempfile.mkdtemp())
+    atexit.register(shutil.rmtree, folder)
+    return str(write_clip(folder))
 
 
 # ---------------------------------------------------------------- looking on
