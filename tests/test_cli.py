@@ -303,6 +303,7 @@ def test_a_broken_overlay_leaves_what_was_there(
         ("--prompt Hi --quantize int3", "'int3' int8"),
         ("--prompt Hi --prune fast", "'fast' fastv"),
         ("--prompt Hi --prune fastv:q=1", "'q' layer"),
+        ("--prompt Hi --prune {tmp}/no.py:Mine", "{tmp}/no.py FILE.py:Class"),
         ("--prompt Hi --image {photo} --prune fastv:layer=99", "layer=99 layers"),
         ("--prompt Hi --image {photo} --prune uniform:keep=99", "keep=99 16"),
         ("--prompt Hi --image {photo} --prune simignore:keep=5 --focus=", "'' text"),
