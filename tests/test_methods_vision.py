@@ -14,6 +14,7 @@ import pytest
 import reference_vision as reference
 import torch
 from safetensors.torch import load_file
+from tiny import make_batch
 from torch import Tensor
 
 from minillava import Batch, load, parse_plan
@@ -385,6 +386,18 @@ def test_holov(grid: int) -> None:
         assert torch.equal(rows[len(kept) :], torch.zeros(zeros, 40))
 
 
+def test_holovs_variance_counts_next_to_nothing_but_counts() -> None:
+    """Scaled to the mean of the attention, it cancels but for the released code's 1e-6."""
+    features = torch.randn(9, 8, generator=torch.Generator().manual_seed(0))
+    attention = torch.rand(9, generator=torch.Generator().manual_seed(1)) / 576
+    score = holov.run_score(features, attention)
+    assert abs(float(score / attention.mean()) - 1090) < 0.1
+    alike = holov.run_score(torch.ones(9, 8), attention)  # variance 1/9 / (1 - 1/9) of the own 0
+    assert abs(float(alike / attention.mean()) - 1090) < 0.1
+    flat = holov.run_score(torch.zeros(9, 8), attention)
+    assert abs(float(flat / attention.mean()) - 1000) < 0.1
+
+
 def test_holov_fills_up_with_zeros_what_a_run_cannot_spend() -> None:
     features = torch.randn(32, 8, generator=torch.Generator().manual_seed(0))
     attention = torch.full((32,), 0.001)
@@ -424,6 +437,24 @@ def test_vscan(grid: int) -> None:
         kept, rows = reference.vscan(shallow, deep, double(p.projected), keep, grid)
         assert index == kept
         same_rows(rows_of(c, chosen), rows)
+
+
+def test_vscans_second_part_is_a_pyramiddrop(model: Any) -> None:
+    """Which is held against its released code elsewhere."""
+    batch = make_batch(model, "ttItttt", "tIttItt")
+    alone, composed = (
+        generate(model, batch, parse_plan(plan), max_new_tokens=3, output_logits=True)
+        for plan in (
+            "vscan:keep=8,layer=2,final=3",
+            "vscan:keep=8,final=0+pyramiddrop:layers=2,ratios=0.1875",
+        )
+    )
+    assert alone.report.kept[0].positions == composed.report.kept[0].positions
+    assert alone.report.kept[1].positions == composed.report.kept[1].positions
+    assert alone.report.image_tokens_entering == [[8, 16], [8, 16], [3, 6], [3, 6]]
+    assert torch.equal(alone.logits, composed.logits)
+    default = generate(model, batch, parse_plan("vscan:keep=8,layer=2"), max_new_tokens=1)
+    assert default.report.kept[1].positions == alone.report.kept[1].positions
 
 
 @pytest.mark.parametrize("grid", SIZES)
@@ -528,6 +559,19 @@ def test_at_576_patches(large: Picture, name: str) -> None:
         index = sorted(large.choose(name, keep=64, block=0)[0])
         expected = reference.hiprune(*both, 64, 0.1, 24)
     assert index == expected
+
+
+BUDGETED = ["fastervlm", "hired", "vispruner", "divprune", "holov", "hiprune", "vscan", "grid"]
+
+
+@pytest.mark.parametrize("name", [*BUDGETED, "pool"])
+def test_a_budget_of_nothing_and_of_one(name: str) -> None:
+    p = Picture(4)
+    for keep in (0, 1, 0.001):
+        (method,) = parse_plan(f"{name}:keep={keep}" + ",layer=1" * (name == "vscan")).methods
+        method.check(4, p.N, (2,))
+        index, chosen, c = p.choose(name, keep=keep)
+        assert len(index) == len(rows_of(c, chosen)) == (1 if keep else 0)
 
 
 # ---------------------------------------------------------------- what is refused

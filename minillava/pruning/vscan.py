@@ -61,7 +61,7 @@ def merge(features: Tensor, kept: Tensor, what: str) -> Tensor:
     dropped = torch.ones(len(features), dtype=torch.bool, device=kept.device)
     dropped[kept] = False
     others = features[dropped]
-    if not len(others):
+    if not len(kept) or not len(others):
         return features[kept]
     nearest = cosines(others, features[kept], what).argmax(1)  # (n - K,)
     into = assigned(nearest, len(kept), features.dtype)  # (K, n - K)
@@ -115,7 +115,7 @@ class VScan(Budget):
     def last(self, total: int) -> int:
         """Tokens left by the second part."""
         if self.final is None:
-            return max(1, round(self.amount(total) / 3))
+            return min(self.amount(total), max(1, round(self.amount(total) / 3)))
         return count(self.final, total)
 
     def vision_layers(self, n_layers: int) -> tuple[int, ...]:
