@@ -86,6 +86,7 @@ class State:
     layers: list[list[Rows]]  # [layer][b], as the prefill left them
     history: list[tuple[Step, list[Rows]]]  # rows of each sample after each step
     cache: KVCache | None
+    seed: int
     decoded: int = 0  # tokens fed since the prefill
 
 
@@ -206,7 +207,7 @@ class LLaVA(nn.Module):
             previous = attend if plan.at("decoder", layer + 1) else None
         last = torch.tensor([len(r) for r in rows], device=x.device).cumsum(0) - 1
         logits = self.llama.logits(x[last])  # (B, V)
-        return logits, State(plan, list(prompts), layers, history, cache)
+        return logits, State(plan, list(prompts), layers, history, cache, seed)
 
     def _project(self, features: list[list[Tensor]]) -> list[list[Tensor]]:
         flat = [image for sample in features for image in sample]
@@ -227,7 +228,7 @@ class LLaVA(nn.Module):
         """
         cache = state.cache
         assert cache is not None, "decoding needs a cache; without one the prompt is prefilled anew"
-        run = _Run(self, state.prompts, None, 0)
+        run = _Run(self, state.prompts, None, state.seed)
         x = self.embed(tokens)  # (B, D)
         renewed: dict[tuple[int, int], Mask] = {}  # by step and sample
         numbers: list[int] = []
