@@ -324,7 +324,8 @@ def _digit_mask(thing: Thing, side: int, rng: np.random.Generator) -> NDArray[np
     mask = small.transform((side, side), Image.Transform.AFFINE, affine, Image.Resampling.BICUBIC)
     contrast = rng.uniform(1.2, 2.0)
     values = np.asarray(mask, np.float32) / 255
-    return ((values - 0.35) * contrast + 0.4).clip(0, 1) * (values > 0.02)
+    inked = ((values - 0.35) * contrast + 0.4).clip(0, 1) * (values > 0.02)
+    return inked.astype(np.float32)
 
 
 def _shape_mask(thing: Thing, side: int, rng: np.random.Generator) -> NDArray[np.float32]:
@@ -347,7 +348,7 @@ def _shape_mask(thing: Thing, side: int, rng: np.random.Generator) -> NDArray[np
             ],
             fill=255,
         )
-    return np.asarray(image.reduce(4), np.float32) / 255
+    return (np.asarray(image.reduce(4)) / 255).astype(np.float32)
 
 
 @lru_cache
@@ -369,7 +370,7 @@ def _outline(name: str) -> tuple[tuple[float, float], ...]:
 
 @lru_cache
 def _load_digits() -> tuple[NDArray[np.float64], NDArray[np.int64]]:
-    from sklearn.datasets import load_digits
+    from sklearn.datasets import load_digits  # type: ignore[import-untyped]
 
     digits = load_digits()
     return digits.images, digits.target
