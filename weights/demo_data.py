@@ -135,12 +135,22 @@ class Batch:
 ROWS = 192  # of questions and answers behind each prefix
 
 
-def make_batch(rng: np.random.Generator, pictures: int, draw: bool, split: scenes.Split) -> Batch:
+@dataclass(frozen=True)
+class Mix:
+    """Which questions stand behind a picture; short ones follow while there is room."""
+
+    choices: int = 2  # multiple choice questions
+    captions: float = 1.0  # chance of a caption
+
+
+def make_batch(
+    rng: np.random.Generator, pictures: int, draw: bool, split: scenes.Split, mix: Mix
+) -> Batch:
     drawn, packed, codes, owners = [], [], [], []
     for _ in range(pictures):
         things = scenes.make_things(rng, split)
-        kinds = ["choice"] * 3 + [*rng.choice([*_SHARES], 10, p=_CHANCES)]
-        if rng.random() < 0.4:
+        kinds = ["choice"] * mix.choices + [*rng.choice([*_SHARES], 10, p=_CHANCES)]
+        if rng.random() < mix.captions:
             kinds.insert(0, "caption")
         packed.append(pack(scenes.questions(things, rng, kinds), things))
         codes.append(patch_codes(things))

@@ -34,7 +34,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
-from .demo_data import CONFIG, RUNS, Batch, make_batch, tokenizer, write_whole
+from .demo_data import CONFIG, RUNS, Batch, Mix, make_batch, tokenizer, write_whole
 from .demo_model import Demo, Muon, answer_loss, patch_loss, symbols
 from .export_demo import Shown, export, measure, summary, write_example
 
@@ -49,6 +49,7 @@ class Stage:
     pictures: int  # per step
     muon: float  # learning rate of the matrices inside blocks
     adam: float  # of everything else
+    mix: Mix  # of questions behind each picture
     tower_scale: float = 1.0  # the tower's learning rates relative to the decoder's
     after: tuple[str, ...] = ()  # stages whose weights it starts from
     decay: float = 0.3  # share of the steps in which the rates fall linearly to zero
@@ -56,13 +57,14 @@ class Stage:
 
 
 STAGES = {
-    "tower": Stage(steps=2000, pictures=64, muon=0.02, adam=2e-3),
-    "reader": Stage(steps=680, pictures=16, muon=0.02, adam=2e-3, decay=0.0),
+    "tower": Stage(steps=2000, pictures=64, muon=0.02, adam=2e-3, mix=Mix()),
+    "reader": Stage(steps=680, pictures=16, muon=0.02, adam=2e-3, mix=Mix(choices=1), decay=0.0),
     "joint": Stage(
         steps=1500,
         pictures=16,
         muon=0.015,
         adam=2e-3,
+        mix=Mix(),
         tower_scale=0.2,
         decay=0.0,
         after=("tower", "reader"),
@@ -72,6 +74,7 @@ STAGES = {
         pictures=16,
         muon=0.015,
         adam=2e-3,
+        mix=Mix(choices=3, captions=0.4),
         tower_scale=0.3,
         decay=1.0,
         after=("joint",),
@@ -84,6 +87,7 @@ class Steps(Dataset[Batch]):
 
     def __init__(self, stage: str, seed: int, first: int, rank: int, workers: int) -> None:
         self.pictures, self.draw = STAGES[stage].pictures // workers, stage != "reader"
+        self.mix = STAGES[stage].mix
         self.seed = [[*STAGES].index(stage), seed, rank, workers]
         self.numbers = range(first, STAGES[stage].steps)
 
@@ -92,7 +96,7 @@ class Steps(Dataset[Batch]):
 
     def __getitem__(self, i: int) -> Batch:
         rng = np.random.default_rng([*self.seed, self.numbers[i]])
-        return make_batch(rng, self.pictures, self.draw, "train")
+        return make_batch(rng, self.pictures, self.draw, "train", self.mix)
 
 
 def optimizers(model: Demo, stage: Stage) -> list[torch.optim.Optimizer]:
@@ -293,13 +297,12 @@ def check(name: str, model: Demo, average: dict[str, Tensor], step: int) -> None
     current = {key: p.detach().clone() for key, p in model.named_parameters()}
     model.load_state_dict({**average, "codes": model.codes})
     if name == "tower":
-        batch = make_batch(np.random.default_rng(99), 200, True, "held-out")
+        batch = make_batch(np.random.default_rng(99), 200, True, "held-out", Mix())
         assert batch.pixels is not None
         _, figures = patch_loss(model, model.see(batch.pixels), batch.codes)
     else:
-        figures = accuracy(
-            model, make_batch(np.random.default_rng(99), 60, name != "reader", "held-out")
-        )
+        batch = make_batch(np.random.default_rng(99), 60, name != "reader", "held-out", Mix())
+        figures = accuracy(model, batch)
     log(name, f"held out at {step}: " + " ".join(f"{k} {v:.3f}" for k, v in figures.items()))
     model.load_state_dict({**current, "codes": model.codes})
 
