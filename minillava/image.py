@@ -83,6 +83,7 @@ def preprocess(image: Image.Image, config: ImageConfig, aspect: str = "crop") ->
 
 
 def check_aspect(aspect: str) -> None:
+    """Raises ValueError for any that is not in ASPECTS."""
     if aspect not in ASPECTS:
         raise ValueError(f"image_aspect={aspect!r}; it can be {' or '.join(ASPECTS)}")
 

@@ -111,7 +111,7 @@ class Tokenizer:
             ids += [self.image_id] * (i > 0)
             if not stretch:
                 continue
-            parts = [p for p in self._own_special.split(" " + stretch.replace(SPACE, " ")) if p]
+            parts = [p for p in self._own_special.split(" " + stretch) if p]
             if parts[0] == " " and len(parts) > 1:  # the stretch begins with a special token
                 parts = parts[1:]
             for part in parts:

@@ -50,7 +50,7 @@ def noise(mode: str, width: int, height: int, seed: int = 0) -> Image.Image:
     if transparency == "alphas":
         picture.info["transparency"] = rng.randbytes(200)
     elif transparency:
-        picture.info["transparency"] = picture.getpixel((0, 0))
+        picture.info["transparency"] = picture.getpixel((width // 2, height // 2))
     return picture
 
 
