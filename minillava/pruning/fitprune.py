@@ -9,7 +9,7 @@ Positions stay; the layer's cache still holds what it dropped.
 
 The tables say how many to drop where, for 10 to 90 % fewer FLOPs. They were fitted on 65 samples
 (0.01 % of the 665K instruction mix) for LLaVA-1.5-7B with 576 tokens and are refused elsewhere;
-eval/fit_fitprune.py fits a `delete` list for another model by the released recipe.
+`python -m eval.fit fitprune` fits a `delete` list for another model by the released recipe.
 
 Deviations: any number of images and text anywhere; ties by index, where the released sort leaves
 them open.
@@ -116,7 +116,7 @@ class FitPrune(Budgeted):
             raise ValueError(
                 f"fitprune: budget={self.budget} was fitted for 32 layers and {N_TOKENS} image "
                 f"tokens, this model has {n_layers} and {tokens}; fit delete= for it "
-                "(python -m eval.fit_fitprune)"
+                "(python -m eval.fit fitprune)"
             )
         if self.delete is not None and (len(self.delete) != n_layers or self.delete[-1]):
             raise ValueError(

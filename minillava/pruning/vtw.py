@@ -5,7 +5,8 @@ arXiv 2405.05803. Released code (lzhxmu/VTW 34a4199): VTW.py. What enters layer 
 positions stay as they were (its `pe_type="keep"`; the other one is `positions=compact`).
 
 Deviations: none in what is computed. The released search for K (the divergence between the answer's
-first logits with and without withdrawal, over some samples) is a calibration: eval/fit_vtw.py.
+first logits with and without withdrawal, over some samples) is a calibration:
+`python -m eval.fit vtw`.
 """
 
 from __future__ import annotations
