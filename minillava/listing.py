@@ -25,6 +25,27 @@ def methods() -> str:
     return "\n\n".join([*blocks, "\n".join(notes)])
 
 
+def table() -> str:
+    """The same as a Markdown table, for pruning/README.md."""
+    lines = [
+        "| method | paper | acts | options | checked against | released file |",
+        "|---" * 6 + "|",
+    ]
+    shared = {"positions", "mode", "scope", "until"}
+    for method in METHODS.values():
+        own = [o for o in _options(method) if o.split("=")[0].split(" ")[0] not in shared]
+        cells = [
+            f"`{method.name}`",
+            method.paper,
+            method.acts,
+            "; ".join(own).replace("|", " or "),
+            method.checked,
+            method.source,
+        ]
+        lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
 def _entries(method: type[Method]) -> Iterator[str]:
     yield from _entry("acts", method.acts)
     yield from _entry("options", "; ".join(_options(method)))
