@@ -21,10 +21,22 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         default=COMMITTED,
         help="folder with reference data: the whole set instead of the part in tests/goldens",
     )
+    parser.addoption(
+        "--method",
+        action="append",
+        default=[],
+        metavar="FILE.py:Class",
+        help="a method of one's own: the property tests run on it as on those of the registry",
+    )
 
 
 def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("markers", "goldens(pattern): run with every case that matches")
+    for spec in config.getoption("--method"):
+        from minillava.pruning import METHODS, load_file_method
+
+        method = load_file_method(spec)
+        METHODS[method.name] = method
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
