@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import NoReturn
 
 from .checkpoint import load
-from .console import complain, leave_stdout, one_voice
+from .console import complain, one_voice
 from .fetch import open_image
 from .generate import Settings
 from .image import ASPECTS
@@ -33,11 +33,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         return 130
     except BrokenPipeError:  # whoever reads us has enough, as `head` does
-        leave_stdout()
         return 141
     except (ValueError, OSError, MemoryError, RuntimeError) as error:
         complain(error)
-        leave_stdout()
         return 2
 
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import io
 import logging
-import os
 import re
 import sys
 import warnings
@@ -43,13 +42,3 @@ def complain(error: Exception) -> None:
         text = str(error)
     line = "".join(c if c.isprintable() else " " for c in text)
     print(f"error: {' '.join(line.split())}", file=sys.stderr)
-
-
-def leave_stdout() -> None:
-    """After stdout has failed: the interpreter, which flushes it at its end, would fail again."""
-    try:
-        if sys.stdout:
-            sys.stdout.flush()
-    except OSError:
-        with contextlib.suppress(OSError):
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

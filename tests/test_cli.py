@@ -275,7 +275,7 @@ def test_a_broken_overlay_leaves_what_was_there(
     [
         ("--bogus", "--bogus --help"),
         ("--prompt", "--prompt one"),
-        ("--mod x", "--mod"),
+        ("--mod x", "unrecognized --mod"),
         ("--prompt Hi --seed x", "--seed 'x' whole"),
         ("--prompt Hi --temperature warm", "--temperature 'warm' number"),
         ("--prompt Hi --image-aspect round", "round crop pad"),
@@ -328,8 +328,15 @@ def test_one_line_whatever_a_name_or_a_library_says(
 
     def noisy(*args: object) -> None:
         warnings.warn("mind this", UserWarning, stacklevel=1)
-        logging.getLogger("some.library").warning("and that")
+        log = logging.Logger("some.library")
+        log.addHandler(logging.StreamHandler())
+        log.warning("and that")
         raise ValueError("two\nlines")
+
+    def show(*args: object, **kwargs: object) -> None:  # pytest keeps warnings to itself
+        print("a warning", file=sys.stderr)
+
+    monkeypatch.setattr(warnings, "showwarning", show)
 
     monkeypatch.setattr(cli, "load", noisy)
     assert refused(run("--prompt", "Hi")) == "error: two lines\n"
