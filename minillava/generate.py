@@ -492,8 +492,9 @@ def _text(
             yield held[:cut]
         held = held[cut:]
     held += decoder.finish()
-    if held and not done:
-        yield held
+    cut = min((held.index(s) for s in stop if s in held), default=len(held))
+    if held[:cut] and not done:
+        yield held[:cut]
     return result
 
 

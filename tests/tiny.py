@@ -195,11 +195,13 @@ def clip_folder() -> str:
 
 @contextmanager
 def watching(*modules: torch.nn.Module) -> Iterator[list[list[Tensor]]]:
-    """Outputs of the modules, a list for each, call by call."""
+    """Outputs of the modules, a list for each, call by call (copies, if they are tensors)."""
     seen: list[list[Tensor]] = [[] for _ in modules]
 
     def note(outputs: list[Tensor]) -> Any:
-        return lambda module, inputs, output: outputs.append(output.clone())
+        return lambda module, inputs, output: outputs.append(
+            output.clone() if isinstance(output, Tensor) else output
+        )
 
     hooks = [
         module.register_forward_hook(note(outputs))
