@@ -66,9 +66,7 @@ def plans(n_tokens: int, n_layers: int) -> list[str]:
     return [*dict.fromkeys(found), "text-only"]
 
 
-def questions(
-    processor: Processor, seed: int, n: int, kinds: Sequence[str] | None
-) -> list[Group]:
+def questions(processor: Processor, seed: int, n: int, kinds: Sequence[str] | None) -> list[Group]:
     """n held-out questions in batches, in the checkpoint's own template."""
     items = list(scenes.held_out(seed, n, kinds))
     groups = []
@@ -156,7 +154,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     except ValueError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    note = f"{args.questions} held-out questions, seed {args.seed}; {torch.get_num_threads()} threads"
+    threads = torch.get_num_threads()
+    note = f"{args.questions} held-out questions, seed {args.seed}, {threads} threads"
     if args.out:
         args.out.parent.mkdir(parents=True, exist_ok=True)
         found = {"seed": args.seed, "model": Path(args.model).name, "rows": rows}

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import NoReturn
@@ -91,7 +92,7 @@ def _session(args: argparse.Namespace, files: list[str]) -> Session:
     if args.overlay:
         _check_overlay(args.overlay, files)
     images = [open_image(file) for file in files]
-    name = args.model or _demo()
+    name = _demo() if args.model is None else args.model
     model, processor = load(name, args.device, args.dtype, args.quantize, args.revision)
     return Session(
         model,
@@ -123,6 +124,8 @@ def _check_overlay(path: Path, files: Sequence[str]) -> None:
         raise ValueError(f"--overlay {path} must be a file; give a name that ends in .png")
     if not path.parent.is_dir():
         raise ValueError(f"--overlay {path}: there is no folder {path.parent}; make it first")
+    if not os.access(path.parent, os.W_OK):
+        raise ValueError(f"--overlay {path}: {path.parent} cannot be written; name another folder")
     if not files:
         raise ValueError(f"--overlay {path} draws on a picture; give one with --image FILE")
 

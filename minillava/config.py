@@ -104,7 +104,9 @@ class Config:
             text=text,
             image_token_id=_image_token(top, text.vocab_size),
             vision_feature_layer=_feature_layer(top, vision.num_hidden_layers),
-            eos_token_ids=_eos(top, Entries("generation_config.json", "", generation or {})),
+            eos_token_ids=_eos(
+                top, Entries("generation_config.json", "", generation or {}), text.vocab_size
+            ),
             image_aspect=_aspect(top),
         )
         top.refuse_strangers()
@@ -230,7 +232,7 @@ def _feature_layer(top: Entries, n_layers: int) -> int:
     return layer
 
 
-def _eos(top: Entries, generation: Entries) -> tuple[int, ...]:
+def _eos(top: Entries, generation: Entries, vocab_size: int) -> tuple[int, ...]:
     """generation_config.json, else the top of config.json, else text_config, else transformers' 2.
 
     A text_config whose eos_token_id is null has no end token: such a model stops at the limit only.
@@ -239,8 +241,9 @@ def _eos(top: Entries, generation: Entries) -> tuple[int, ...]:
     place = next((p for p in (generation, top) if p.values.get("eos_token_id") is not None), text)
     ids = place.values.get("eos_token_id", 2)
     ids = [] if ids is None else ids if isinstance(ids, list) else [ids]
-    if not all(type(i) is int and i >= 0 for i in ids):
-        raise place.error("eos_token_id", ids, "a token id or a list of token ids")
+    if not all(type(i) is int and 0 <= i < vocab_size for i in ids):
+        allowed = f"a token id or a list of token ids from 0 to {vocab_size - 1}"
+        raise place.error("eos_token_id", ids, allowed)
     return tuple(ids)
 
 

@@ -116,7 +116,7 @@ def read_json(path: str | Path) -> dict[str, Any]:
         raise ValueError(
             f"cannot read {path} ({error.strerror}); give a checkpoint that has it"
         ) from error
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"{path} is no valid json ({error}); fetch the file again") from error
     if not isinstance(content, dict):
         raise ValueError(f"{path} holds {type(content).__name__}, not an object; fetch it again")

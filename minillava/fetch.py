@@ -29,10 +29,19 @@ def open_image(
     name = str(path_or_url)
     shown = name if len(name) <= 200 else name[:200] + "…"
     if "://" not in name:
-        return _decode(Path(name).expanduser(), shown)
+        return _decode(_local(name), shown)
     if name.partition("://")[0].lower() not in ("http", "https"):
         raise ValueError(f"{shown} is neither http nor https; give such a URL or a file")
     return _decode(io.BytesIO(_download(name, shown, seconds, max_bytes)), shown)
+
+
+def _local(name: str) -> Path:
+    if not name:
+        raise ValueError("the name of a picture is empty; give a file or an http(s) URL")
+    try:
+        return Path(name).expanduser()
+    except RuntimeError:  # ~somebody who has no account here
+        return Path(name)
 
 
 def _decode(source: Path | io.BytesIO, shown: str) -> Image.Image:

@@ -91,6 +91,15 @@ class Settings:
     seed: int | None
 
     def __post_init__(self) -> None:
+        counts = (self.max_new_tokens, self.min_new_tokens)
+        if any(isinstance(n, bool) or not isinstance(n, int) for n in counts):
+            raise ValueError(
+                f"max_new_tokens={self.max_new_tokens!r}, min_new_tokens={self.min_new_tokens!r}: "
+                "both must be whole numbers"
+            )
+        for name in ("temperature", "top_p"):
+            if not isinstance(getattr(self, name), (int, float)):
+                raise ValueError(f"{name}={getattr(self, name)!r} must be a number")
         if self.max_new_tokens < 0 or self.min_new_tokens < 0:
             raise ValueError(
                 f"max_new_tokens={self.max_new_tokens}, min_new_tokens={self.min_new_tokens}: "
@@ -102,7 +111,7 @@ class Settings:
                 f"max_new_tokens={self.max_new_tokens}"
             )
         if not 0 <= self.temperature < float("inf"):
-            raise ValueError(f"temperature={self.temperature} must be 0 (greedy) or more")
+            raise ValueError(f"temperature={self.temperature} must be 0 (greedy) or more, finite")
         if not 0 < self.top_p <= 1:
             raise ValueError(f"top_p={self.top_p} must be above 0 and at most 1")
         if any(not isinstance(s, str) or not s for s in self.stop):
@@ -260,6 +269,11 @@ def check_plan(model: LLaVA, prompts: Sequence[Prompt], plan: Plan, settings: Se
         images = len(prompt.starts)
         left = plan.left(N, images)
         text = len(prompt.ids) - images * N
+        if not text and plan.methods:
+            raise ValueError(
+                f"prompt {b} is nothing but pictures: a plan could leave no row of it; put text "
+                "(the beginning token at least) before them"
+            )
         if text + left <= most:
             continue
         room = (most - text - min(settings.max_new_tokens, most // 8)) // max(images, 1)
@@ -305,6 +319,8 @@ def _steps(
     encoded: Encoded | None,
 ) -> Generator[list[int | None], None, Result]:
     """One step a token: yields the new id of each sample, None for those that have ended."""
+    if not isinstance(plan, Plan):
+        raise ValueError(f"plan={plan!r} is no Plan; make one with parse_plan")
     prompts = prompts_of(model, batch)
     plan = plan.resolve(model.config.text.num_hidden_layers, model.config.vision.num_patches)
     check_plan(model, prompts, plan, settings)

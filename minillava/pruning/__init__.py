@@ -188,7 +188,8 @@ def option_fields(method: type[Method]) -> dict[str, dataclasses.Field[Any]]:
     """The options a method takes, by name, its own first."""
     fields = [f for f in dataclasses.fields(method) if f.metadata.get("option", True)]
     own = {f.name for f in dataclasses.fields(Method)}
-    return {f.name: f for f in sorted(fields, key=lambda f: f.name in own)}
+    mine = vars(method).get("__annotations__", {})
+    return {f.name: f for f in sorted(fields, key=lambda f: (f.name in own, f.name not in mine))}
 
 
 def _options(name: str, text: str) -> dict[str, str]:
@@ -219,11 +220,12 @@ def _make(cls: type[Method], options: Mapping[str, str]) -> Method:
             known = ", ".join([*fields, *cls.aliases])
             raise ValueError(f"{name} has no option {given!r}; it has: {known}")
         if key in values:
-            raise ValueError(f"{name}: {given} and {key} are the same option; give one")
+            same = sorted(o for o in options if cls.aliases.get(o, o) == key)
+            raise ValueError(f"{name}: {' and '.join(same)} are the same option; give one")
         values[key] = _value(f"{name}: {given}={text}", text, hints[key], fields[key])
     for clash in cls.either:
-        if len(clash & options.keys()) > 1:
-            raise ValueError(f"{name}: {' and '.join(sorted(clash))} say the same; give one")
+        if len(both := sorted(clash & values.keys())) > 1:
+            raise ValueError(f"{name}: {' and '.join(both)} say the same; give one")
     missing = [
         key for key, f in fields.items() if f.default is dataclasses.MISSING and key not in values
     ]
@@ -276,7 +278,6 @@ def _from_preset(name: str, preset: Preset, options: Mapping[str, str]) -> list[
             (method, given)
             for method, given in parts
             if METHODS[method].aliases.get(key, key) in option_fields(METHODS[method])
-            and key not in ("scope", "positions")
         ]
         if len(owners) != 1:
             known = sorted({k for m, _ in parts for k in option_fields(METHODS[m])})
@@ -287,7 +288,12 @@ def _from_preset(name: str, preset: Preset, options: Mapping[str, str]) -> list[
             )
             raise ValueError(f"{name}: {key}: {why}; the long form is {preset.plan}")
         method, given = owners[0]
-        given[METHODS[method].aliases.get(key, key)] = value
+        full = METHODS[method].aliases.get(key, key)
+        for clash in METHODS[method].either:  # another way to say it takes the first one's place
+            if full in clash:
+                for other in clash - {full} - options.keys():
+                    given.pop(other, None)
+        given[full] = value
     return [_method(method, given) for method, given in parts]
 
 

@@ -126,8 +126,8 @@ class Method:
 def check_layer(name: str, layer: int, n_layers: int) -> None:
     if not 0 <= layer < n_layers:
         raise ValueError(
-            f"{name}: layer={layer}, but the decoder has layers 0 to {n_layers - 1}; "
-            f"what enters the layer is pruned"
+            f"{name}: layer={layer}, but the decoder has layers 0 to {n_layers - 1}; give one of "
+            "these (what enters it is pruned)"
         )
 
 
@@ -140,7 +140,10 @@ def check_amount(name: str, keep: float) -> None:
 
 def check_keep(name: str, keep: float, n_tokens: int) -> None:
     if isinstance(keep, int) and keep > n_tokens:
-        raise ValueError(f"{name}: keep={keep}, but there are {n_tokens} image tokens")
+        raise ValueError(
+            f"{name}: keep={keep}, but there are {n_tokens} image tokens; give at most so many, or "
+            "a share such as keep=0.5"
+        )
 
 
 def count(keep: float, total: int) -> int:
@@ -170,27 +173,32 @@ def received(
 
     q (r, H, Dh) and k (S, Hkv, Dh) as attention uses them; at (r,): row i sees columns <= at[i]
     (None: all); hidden (S,) bool: columns nobody sees; strongest: (1, S), of each row the head
-    with the largest weight. Softmax in float32, in blocks of rows.
+    with the largest weight. Softmax in float32, in blocks of rows. No rows give zeros.
     """
     (r, H, Dh), (S, Hkv, _) = q.shape, k.shape
     total = q.new_zeros((1 if strongest else H, S), dtype=torch.float32)
+    if not r:
+        return total
     columns = torch.arange(S, device=k.device)
     k = k.permute(1, 2, 0)  # (Hkv, Dh, S)
     step = max(1, ROWS_AT_ONCE // H)
-    for a in range(0, r, step):
+    ends = [S] * r  # of each block: how many columns its rows see between them
+    if at is not None:
+        ends = (torch.stack([rows.max() for rows in at.split(step)]) + 1).tolist()
+    for a, end in zip(range(0, r, step), ends, strict=False):
         rows = q[a : a + step]  # (b, H, Dh)
         b = len(rows)
         rows = rows.view(b, Hkv, H // Hkv, Dh).permute(1, 2, 0, 3).reshape(Hkv, -1, Dh)
-        weights = (rows @ k).float().view(H, b, S) * Dh**-0.5
+        weights = (rows @ k[:, :, :end]).float().view(H, b, end) * Dh**-0.5
         if at is not None:
-            weights = weights.masked_fill(columns > at[a : a + step, None], -torch.inf)
+            weights = weights.masked_fill(columns[:end] > at[a : a + step, None], -torch.inf)
         if hidden is None:
             weights = weights.softmax(-1)
         else:  # a row that sees nothing gives nothing, where softmax would give NaN
-            weights = weights.masked_fill(hidden, -torch.inf)
+            weights = weights.masked_fill(hidden[:end], -torch.inf)
             blind = (weights == -torch.inf).all(-1, keepdim=True)
             weights = weights.masked_fill(blind, 0.0).softmax(-1).masked_fill(blind, 0.0)
-        total += (weights.amax(0, keepdim=True) if strongest else weights).sum(1)
+        total[:, :end] += (weights.amax(0, keepdim=True) if strongest else weights).sum(1)
     return total / r
 
 

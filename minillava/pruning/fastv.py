@@ -65,7 +65,7 @@ class FastV(Budgeted):
     def amount(self, total: int) -> float:
         if self.keep is not None:
             return self.keep
-        return 0 if self.r == 1 else max(1, round(total * (1 - self.r)))
+        return max(1, round(total * (1 - self.r)))
 
     def left(self, n_tokens: int) -> tuple[int, ...]:
         return (count(self.amount(n_tokens), n_tokens),)
