@@ -117,6 +117,8 @@ class SparseVLM(Budgeted):
     def choose(self, c: Context) -> Keep:
         d = c.decoder
         assert d is not None
+        if not len(d.rows):
+            return Keep(c.patches)
         rows = d.text_rows[raters(d.entered(), d.text())]
         score = d.attention(rows).mean(0)[d.rows]  # (n,)
         order = top(score, len(score), c.what)
