@@ -80,17 +80,18 @@ class Rows:
         return tuple(rows if hidden is None else [r[~hidden[r]] for r in rows])
 
     def text_rows(self) -> Tensor:
-        """Prompt rows behind the last image; where there are none, all text rows but the first."""
+        """Prompt rows behind the last image; where there are none, all text rows but the first (the
+        beginning of the text); where there is no other, that one."""
         device = self.identity.device
         stop = len(self) - (self.total - self.prompt)
         start = self.spans[-1][1] if self.spans else stop
         if start < stop:
             return torch.arange(start, stop, device=device)
         is_text = torch.ones(stop, dtype=torch.bool, device=device)
-        is_text[:1] = False
         for a, b in self.spans:
             is_text[a:b] = False
-        return is_text.nonzero()[:, 0]
+        rows = is_text.nonzero()[:, 0]
+        return rows[1:] if len(rows) > 1 and is_text[0] else rows
 
     def patches(self, image: int, rows: Tensor, per_image: int) -> Tensor:
         """Number 0..N-1 of the patch behind each row (n,) of an image; -1 for rows without one."""

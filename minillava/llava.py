@@ -425,9 +425,7 @@ class _Run:
             final_norm=model.llama.norm,
             keys=lambda: view().keys(rows),
             received=lambda asked, layer, strongest: (
-                coming(asked, strongest)
-                if layer == 0
-                else view().received(asked, rows, strongest)
+                coming(asked, strongest) if layer == 0 else view().received(asked, rows, strongest)
             ),
         )
 

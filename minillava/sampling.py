@@ -16,7 +16,8 @@ def sample(
     """
     if temperature == 0:
         return logits.argmax()
-    probabilities = (logits.double() / temperature).softmax(-1)  # (V,)
+    below = logits.double() - logits.max()  # a tiny temperature makes it -inf, never inf
+    probabilities = (below / temperature).softmax(-1)  # (V,)
     ordered, tokens = probabilities.sort(descending=True, stable=True)
     before = ordered.cumsum(0) - ordered
     ordered = ordered.masked_fill((before >= top_p) & (before > 0), 0.0)

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 from reference import Reference, picture_rows
 from test_properties import assert_equals_reference, run
@@ -72,6 +72,7 @@ def test_any_plan_equals_a_decoder_that_removes_nothing(
 
 
 @examples
+@example("fastv:layer=0,keep=4,mode=mask", ["tIt", "tIIt"], True)  # drawn anew at every token
 @given(plan=plans, shape=st.lists(prompts, min_size=2, max_size=3), use_cache=st.booleans())
 def test_any_batch_gives_what_each_prompt_gives_alone(
     model: Any, plan: str, shape: list[str], use_cache: bool

@@ -3,6 +3,7 @@ against a decoder that never removes anything (reference.py)."""
 
 from __future__ import annotations
 
+import copy
 import threading
 from collections.abc import Sequence
 from typing import Any
@@ -18,7 +19,8 @@ from minillava.pruning import METHODS
 from minillava.pruning.base import Plan
 
 N = 16
-PROMPTS = ("tttItttttt", "tttt", "tItIttt", "Itttt", "tIItt", "tttItt")
+PROMPTS = ("tttItttttt", "tttt", "tItIttt", "Itttt", "tIItt", "tI")
+IN_TEXT = PROMPTS[:-1]  # what a picture ends may lose the very row that it is answered from
 DROPPING = [name for name, method in METHODS.items() if method.drops_only]
 RANKING = [name for name, method in METHODS.items() if not method.newest_row]
 IDENTITIES = [name for name, method in METHODS.items() if method.identity is not None]
@@ -82,8 +84,9 @@ def assert_equals_reference(
             rows = outputs[i][0][start : start + report.tokens_entering[i][b]]
             assert_close(rows, traced.hidden[i + 1][:T][layer.present])
             assert report.image_tokens_entering[i][b] == int((layer.visible & is_image).sum())
-        assert_close(result.logits[b], traced.logits[T - 1 :])
         assert report.next_position[b] == layers[0].next_position
+        if layers[-1].present[-1]:
+            assert_close(result.logits[b], traced.logits[T - 1 :])
     return result
 
 
@@ -164,7 +167,9 @@ def test_every_way_of_decoding_gives_the_same_first_token(
         original = run(model, batch, example(name, "positions=original"), n=1)
         for use_cache in (True, False):
             masked = run(model, batch, example(name, "mode=mask"), n=1, use_cache=use_cache)
-            assert_same(masked, original)
+            for b in range(len(IN_TEXT)):
+                assert masked.tokens[b] == original.tokens[b]
+                assert_close(masked.logits[b], original.logits[b])
 
 
 @pytest.mark.parametrize("name", RANKING)
@@ -237,6 +242,55 @@ def test_two_runs_are_bitwise_equal(model: Any, batch: Batch, name: str) -> None
     assert torch.equal(first.logits, second.logits)
     assert first.tokens == second.tokens
     assert first.report.kept == second.report.kept
+
+
+def changed(model: Any, layer: int, value: float) -> Any:
+    """The model with queries of one decoder layer set to a value."""
+    other = copy.deepcopy(model)
+    other.llama.blocks[layer].attn.q_proj.weight.fill_(value)
+    return other
+
+
+@pytest.mark.parametrize("mode", ["drop", "mask"])
+def test_of_equal_scores_the_lower_index_is_kept(model: Any, batch: Batch, mode: str) -> None:
+    flat = changed(model, 1, 0.0)  # every row attends alike to all it sees
+    report = run(flat, batch, parse_plan(f"fastv:layer=2,keep=5,mode={mode}"), n=2).report
+    for b, prompt in enumerate(PROMPTS):
+        ids = batch.ids[b][batch.mask[b]]
+        places = (ids == IMAGE).nonzero()[:, 0].split(N)
+        assert report.kept[0].positions[b] == [
+            i for image in places[: prompt.count("I")] for i in image[:5].tolist()
+        ]
+
+
+@pytest.mark.parametrize("mode", ["drop", "mask"])
+def test_scores_that_are_no_numbers_are_refused_by_layer(model: Any, one: Batch, mode: str) -> None:
+    broken = changed(model, 1, float("nan"))
+    with pytest.raises(ValueError, match="layer 2"):
+        run(broken, one, parse_plan(f"fastv:layer=2,keep=5,mode={mode}"))
+    with pytest.raises(ValueError, match="not numbers"):
+        run(broken, one)
+
+
+# ---------------------------------------------------------------- prompts with hardly any text
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_a_picture_behind_the_beginning_token_alone(model: Any, name: str) -> None:
+    result = run(model, make_batch(model, "tI"), example(name))
+    assert result.logits.isfinite().all()
+    if METHODS[name].identity is not None:
+        plan = parse_plan(f"{name}:{METHODS[name].identity}")
+        expected = run(model, make_batch(model, "tI"))
+        assert torch.equal(run(model, make_batch(model, "tI"), plan).logits, expected.logits)
+
+
+def test_a_prompt_of_pictures_alone_is_refused(model: Any) -> None:
+    for prompts in (["I"], ["ttItt", "II"]):
+        pictures = make_batch(model, *prompts)
+        assert run(model, pictures).logits.isfinite().all()
+        with pytest.raises(ValueError, match=f"prompt {len(prompts) - 1} is nothing but pictures"):
+            run(model, pictures, parse_plan("uniform:keep=0"))
 
 
 # ---------------------------------------------------------------- 6.8 two at once
