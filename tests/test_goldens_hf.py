@@ -9,7 +9,7 @@ from typing import Any, ClassVar
 import pytest
 import torch
 from reference import Reference
-from tiny import Golden, normalised, pad_left, watching
+from tiny import Golden, assert_same_weights, normalised, pad_left, watching
 from torch import Tensor
 
 from minillava import Batch
@@ -148,8 +148,3 @@ def test_the_reference_decoder_is_theirs_too(golden: Golden) -> None:
     compare_logits(golden, traced.logits[golden["positions"]].float(), "prefill", 0)
     weights = torch.stack([a[:, -1].mean(0) for a in traced.attention])
     assert_same_weights(weights.float(), golden[ATTENTION][:, 0])
-
-
-def assert_same_weights(ours: Tensor, expected: Tensor) -> None:
-    """Weights of a softmax: noise of the large ones is measured by 1, not by the mean of all."""
-    torch.testing.assert_close(ours, expected, atol=1e-5, rtol=1e-4)
