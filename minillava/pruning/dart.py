@@ -94,7 +94,7 @@ class DART(Budgeted):
             return Keep(c.patches.new_empty(0))
         if self.left(c.total)[0] >= len(d.rows):
             return Keep(torch.arange(len(d.rows), device=d.rows.device))
-        keys, x = d.keys(), d.final_norm(d.hidden())
+        keys, x = d.keys(), d.final_norm(d.hidden()).float()
         heads, text = pivots(keys, d.rows, c.what), pivots(keys, d.text_rows, c.what)
         stay = dart_rows(x, d.rows, heads, text, k // (2 * PIVOTS))
         return Keep(torch.searchsorted(d.rows, stay))

@@ -24,6 +24,7 @@ from dataclasses import dataclass, field, replace
 from typing import ClassVar
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from .base import Context, Keep, Stage, check_amount, check_keep, count, top
@@ -53,6 +54,7 @@ def cluster_means(x: Tensor, n: int) -> Tensor:
     A row's density is exp(-mean squared distance to its n nearest rows, itself among them); a peak
     is dense and far from every denser row. Distances are divided by sqrt(D).
     """
+    x = x.float()
     distance = torch.cdist(x, x, compute_mode="donot_use_mm_for_euclid_dist") / x.shape[1] ** 0.5
     nearest = distance.topk(n, largest=False).values  # (q, n)
     density = (-nearest.square().mean(1)).exp()  # (q,)
@@ -61,8 +63,8 @@ def cluster_means(x: Tensor, n: int) -> Tensor:
     peaks = top(apart * density, n, "SparseVLM's clusters")  # (n,)
     cluster = distance[peaks].argmin(0)  # (q,)
     cluster[peaks] = torch.arange(n, device=x.device)
-    total = x.new_zeros((n, x.shape[1])).index_add(0, cluster, x)
-    return total / cluster.bincount(minlength=n)[:, None]
+    member = F.one_hot(cluster, n).T.to(x.dtype)  # (n, q)
+    return member @ x / member.sum(1, keepdim=True)
 
 
 @dataclass(frozen=True)
