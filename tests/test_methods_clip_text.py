@@ -188,6 +188,21 @@ def test_cdpruner_keeps_what_is_written_out(
     assert result.report.next_position == result.report.tokens_entering[0]
 
 
+def test_cdpruner_after_another_method(model: Any, batch: Batch, clip: ClipText) -> None:
+    """What is left is related to the text by its own patches."""
+    one = tiny.alone(model, batch, 0)
+    result = run(model, one, f"random:keep=30+cdpruner:keep=9,clip={clip.source}")
+    ((left,), (kept,)) = (k.positions for k in result.report.kept)
+    (start,) = result.layout.starts[0]
+    rows = torch.tensor(left) - start
+    seen, projected = pictures(model, one)
+    ids = ids_of(clip, model, one, 0)
+    text = encoded_text(clip, ids + [0] * (77 - len(ids)))[None]
+    patches = common_space(clip, seen[0, rows])
+    expected = reference.cdpruner(projected[0, rows], patches, text, 9)
+    assert kept == [left[i] for i in expected]
+
+
 def test_one_budget_over_all_pictures(model: Any, batch: Batch, clip: ClipText) -> None:
     result = run(model, batch, f"cdpruner:keep=9,scope=all,clip={clip.source}")
     assert [len(p) for p in result.report.kept[0].positions] == [9, 9]
