@@ -283,6 +283,30 @@ def test_the_question_is_what_stands_in_the_template(text: str, asked: str) -> N
     assert (question(text) == asked) == ("Answer" not in text)
 
 
+@pytest.mark.parametrize(
+    ("plan", "asked"),
+    [
+        ("trim:keep=5", "Is it?\nAnswer the question using a single word or phrase."),
+        ("cdpruner:keep=5", "Is it?"),
+    ],
+)
+def test_the_template_is_not_asked(
+    model: Any, batch: Batch, clip: ClipText, monkeypatch: pytest.MonkeyPatch, plan: str, asked: str
+) -> None:
+    texts: list[str] = []
+
+    def noting(self: ClipText, text: str) -> Tensor:
+        texts.append(text)
+        return torch.ones(1, 12)
+
+    monkeypatch.setattr(ClipText, "truncated", noting)
+    monkeypatch.setattr(ClipText, "segments", noting)
+    behind = "\nIs it?\nAnswer the question using a single word or phrase. ASSISTANT:"
+    monkeypatch.setattr(model, "decode_text", lambda ids: behind)
+    run(model, tiny.alone(model, batch, 0), f"{plan},clip={clip.source}")
+    assert texts == [asked]
+
+
 # ---------------------------------------------------------------- where the weights come from
 
 
@@ -304,9 +328,15 @@ def test_keeping_everything_needs_no_clip(model: Any, batch: Batch) -> None:
     ],
 )
 def test_weights_that_cannot_be_had(
-    model: Any, batch: Batch, monkeypatch: pytest.MonkeyPatch, capfd: Any, source: str, said: str
+    model: Any,
+    batch: Batch,
+    monkeypatch: pytest.MonkeyPatch,
+    capfd: Any,
+    caplog: Any,
+    source: str,
+    said: str,
 ) -> None:
-    """One line, before any forward, and nothing else on either stream."""
+    """One line, before any forward, and nothing else on either stream or in the log."""
     import huggingface_hub.constants
 
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
@@ -320,6 +350,7 @@ def test_weights_that_cannot_be_had(
         assert "; give clip=FOLDER" in str(error.value)
         assert not forwards
     assert capfd.readouterr() == ("", "")
+    assert not caplog.records
 
 
 def test_a_file_of_weights(
