@@ -406,7 +406,7 @@ class _Run:
             k = rotate(here.block.attn.key(h), (cos, sin))
             if here.held is not None:
                 k = torch.cat((here.held, k))
-            hidden = rows.hidden(step.layer)
+            hidden = rows.hidden(step.layer, step.number)
             if hidden is not None:
                 hidden = longer(hidden, len(k))
             return received(q, k, asked, hidden, strongest)

@@ -20,7 +20,7 @@ from minillava import Batch
 from minillava.generate import Report, generate
 from minillava.pruning.base import Plan
 
-See = Callable[[int, Callable[[], Tensor]], Tensor]
+See = Callable[[int, Tensor, list[Tensor]], Tensor]
 
 
 @dataclass(frozen=True)
@@ -46,11 +46,11 @@ class Reference:
         return x
 
     def __call__(self, x: Tensor, positions: Sequence[Tensor], see: See) -> Traced:
-        """x (T, D); positions[i] (T,) in layer i; see(i, attention of layer i - 1) -> (T, T) bool,
-        for each row the columns that it sees in layer i."""
+        """x (T, D); positions[i] (T,) in layer i; see(i, rows entering layer i, attention of the
+        layers before it) -> (T, T) bool, for each row the columns that it sees in layer i."""
         hidden, attentions = [x], []
         for i in range(self.config.num_hidden_layers):
-            visible = see(i, lambda: attentions[-1])
+            visible = see(i, x, attentions)
             out, attention = self._attend(i, x, positions[i], visible)
             x = x + out
             h = self._norm(x, f"blocks.{i}.norm2")
@@ -181,4 +181,4 @@ def replay(reference: Reference, x: Tensor, layers: Sequence[Layer], n_new: int)
         torch.cat((layer.positions, layer.next_position + torch.arange(n_new))) for layer in layers
     ]
     assert all(len(p) == S for p in positions), (T, S)
-    return reference(x, positions, lambda i, _: causal & columns[i])
+    return reference(x, positions, lambda i, *_: causal & columns[i])

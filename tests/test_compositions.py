@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -88,7 +87,7 @@ def test_any_batch_gives_what_each_prompt_gives_alone(
         ]
 
 
-# ---------------------------------------------------------------- FastV, in all its ways to decode
+# ---------------------------------------------------------------- rules that read the newest row
 
 
 @dataclass(frozen=True)
@@ -98,11 +97,16 @@ class Rule:
     until: int = LAYERS
     joint: bool = False  # one budget over all pictures
     shift: int = 0  # the released window begins one row late
+    coming: bool = False  # ranked by its own layer's attention, not by that of the layer before
 
 
 class Ranking:
-    """FastV on one sample as the reference sees it. `choices[t][rule]`: columns (S,) that the rule
-    hides when token t is the newest; `applies(t, row's token)`: whose choice a row is under."""
+    """Such rules on one sample as the reference sees it.
+
+    `choices[t][i]` (S,): columns that rule i hides when token t is the newest (0: the prompt's).
+    way: whose choice a row is under: the prompt's ("static"), the newest token's ("re-prune"), or
+    its own ("re-mask").
+    """
 
     def __init__(self, reference: Reference, is_image: Tensor, rules: list[Rule], way: str) -> None:
         self.reference, self.is_image, self.rules, self.way = reference, is_image, rules, way
@@ -121,11 +125,17 @@ class Ranking:
         under = {"static": 0 * token, "re-prune": 0 * token + t, "re-mask": token}[self.way]
         visible: list[Tensor] = []
 
-        def see(layer: int, attention: Callable[[], Tensor]) -> Tensor:
+        def see(layer: int, entering: Tensor, attention: list[Tensor]) -> Tensor:
             for i, rule in enumerate(self.rules):
                 if rule.layer == layer and fresh:
-                    score = attention()[:, -1].mean(0)
-                    self.choices[-1].append(self.choose(rule, score, hidden(layer, i, t)))
+                    before = hidden(layer, i, t)
+                    if rule.coming:
+                        seen = causal & ~before
+                        weights = self.reference.attention(layer, entering, torch.arange(S), seen)
+                    else:
+                        weights = attention[-1]
+                    score = weights[:, -1].mean(0)
+                    self.choices[-1].append(self.choose(rule, score, before))
                 if rule.layer == layer:
                     seen = ~hidden(layer, i + 1, t)[:T] & self.is_image
                     visible.append(seen.nonzero()[:, 0])
@@ -163,6 +173,10 @@ STORIES = {
     "fastv:layer=1,keep=9+fastv:layer=3,keep=3": [Rule(1, 9), Rule(3, 3)],
     "fastv:layer=2,keep=9+fastv:layer=2,keep=3": [Rule(2, 9), Rule(2, 3)],
     "fastv:layer=2,keep=4,released=1": [Rule(2, 4, shift=1)],
+    "pyramiddrop:layers=1/3,ratios=0.5/0.25,positions=original": [
+        Rule(1, 8, coming=True),
+        Rule(3, 4, coming=True),
+    ],
 }
 MASKED_STORIES = STORIES | {
     "fastv:layer=1,keep=4,until=3": [Rule(1, 4, until=3)],
@@ -177,7 +191,7 @@ WAYS = [
 
 
 @pytest.mark.parametrize(("plan", "rules", "mode", "use_cache", "way"), WAYS)
-def test_fastv_in_every_way_of_decoding(
+def test_every_way_of_decoding(
     model: Any,
     reference: Reference,
     plan: str,
