@@ -27,11 +27,11 @@ T = 4096
 
 
 class Largest(TorchDispatchMode):
-    """Remembers the largest tensor, and whether attention was given a mask."""
+    """Remembers the largest tensor, whether attention was given a mask, and of how many rows."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.elements, self.operator, self.masked = 0, "", False
+        self.elements, self.operator, self.masked, self.rows = 0, "", False, 0
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: Sequence[Any] = (), kwargs: Any = None
@@ -39,8 +39,8 @@ class Largest(TorchDispatchMode):
         kwargs = kwargs or {}
         if func is torch.ops.aten.scaled_dot_product_attention.default:
             mask = args[3] if len(args) > 3 else kwargs.get("attn_mask")
-            if args[1].shape[-2] > T // 2:  # keys of the decoder, not of a CLIP tower
-                self.masked |= mask is not None
+            if args[1].shape[-2] > T // 2 and mask is not None:  # the decoder's, not a CLIP tower's
+                self.masked, self.rows = True, max(self.rows, mask.shape[-2])
             with self:  # what it is made of, which inference mode hides
                 return func.decompose(*args, **kwargs)
         result = func(*args, **kwargs)
@@ -70,7 +70,9 @@ SHORT = "t" * 3000 + "I" + "t" * 20
 
 
 def assert_small(largest: Largest) -> None:
-    assert largest.elements < T * T, f"{largest.operator} made {largest.elements} elements"
+    """Far below T x T: also half of the rows against all columns would be too much at 7B."""
+    assert largest.elements < T * T / 4, f"{largest.operator} made {largest.elements} elements"
+    assert largest.rows <= 256, f"a mask of {largest.rows} query rows"
 
 
 @pytest.mark.parametrize("name", ["", *METHODS])
