@@ -17,6 +17,7 @@ from .generate import Result, Settings, encode_images, stream
 from .llava import Batch, Encoded, LLaVA
 from .processor import Processor
 from .pruning import Plan
+from .pruning.budget import entering, leaving
 from .render import overlay
 
 
@@ -81,6 +82,7 @@ class Session:
         return text
 
     def _record(self, text: str, result: Result) -> dict[str, Any]:
+        counts = result.report.image_tokens_entering
         return {
             "text": text,
             "tokens": result.tokens[0],
@@ -88,6 +90,10 @@ class Session:
             "model": self.name,
             "tokens_mode": self.tokens,
             "focus": self.focus,
+            "average_image_tokens": {
+                "entering": entering(counts)[0],
+                "leaving": leaving(counts)[0],
+            },
             "report": dataclasses.asdict(result.report),
         }
 

@@ -93,6 +93,10 @@ def test_the_answer_is_what_generate_gives(run: Run, photo: Path) -> None:
     assert said["report"]["prompt_tokens"] == result.report.prompt_tokens
     assert (said["plan"], said["model"]) == ("fastv:k=1,r=0.5", str(TINY))
     assert (said["tokens_mode"], said["focus"]) == ("hf", None)
+    counts = [layer[0] for layer in said["report"]["image_tokens_entering"]]
+    averages = said["average_image_tokens"]
+    assert averages["entering"] == pytest.approx(sum(counts) / len(counts))
+    assert averages["leaving"] == pytest.approx((sum(counts[1:]) + counts[-1]) / len(counts))
 
 
 def test_without_arguments_it_asks_the_bundled_question(
