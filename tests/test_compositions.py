@@ -105,11 +105,19 @@ class Ranking:
 
     `choices[t][i]` (S,): columns that rule i hides when token t is the newest (0: the prompt's).
     way: whose choice a row is under: the prompt's ("static"), the newest token's ("re-prune"), or
-    its own ("re-mask").
+    its own ("re-mask"). ignored (T,): columns that another rule hides below a layer.
     """
 
-    def __init__(self, reference: Reference, is_image: Tensor, rules: list[Rule], way: str) -> None:
+    def __init__(
+        self,
+        reference: Reference,
+        is_image: Tensor,
+        rules: list[Rule],
+        way: str,
+        ignored: tuple[Tensor, int] | None = None,
+    ) -> None:
         self.reference, self.is_image, self.rules, self.way = reference, is_image, rules, way
+        self.ignored = ignored
         self.choices: list[list[Tensor]] = []
 
     def step(self, x: Tensor) -> tuple[Tensor, list[Tensor]]:
@@ -144,6 +152,8 @@ class Ranking:
 
         def hidden(layer: int, n_rules: int, t: int) -> Tensor:
             columns = torch.zeros(S, dtype=torch.bool)
+            if self.ignored and layer < self.ignored[1]:
+                columns[:T] |= self.ignored[0]
             made = self.choices[0 if self.way == "static" else t][:n_rules]
             for rule, choice in zip(self.rules, made, strict=False):
                 if rule.layer <= layer < rule.until:
@@ -219,6 +229,37 @@ def test_every_way_of_decoding(
             if t == 0 and n:
                 for kept, seen in zip(result.report.kept, visible, strict=True):
                     assert kept.positions[b] == seen.tolist()
+
+
+@pytest.mark.parametrize("use_cache", [True, False])
+@pytest.mark.parametrize(("seed", "text_stays"), [(0, True), (1, True), (6, False)])
+def test_the_released_simignore_with_fastv(
+    model: Any, reference: Reference, seed: int, text_stays: bool, use_cache: bool
+) -> None:
+    """Its mask ends where FastV's layer begins, and FastV's window begins one row late: the first
+    picture token comes back where it was ignored, and the first text row can be dropped."""
+    batch = make_batch(model, "tttIttt", seed=seed)
+    plan = "simignore:keep=4,step=2,i_index=1,mode=mask,until=2+fastv:layer=2,keep=2,released=1"
+    result = run(model, batch, parse_plan(plan), n=3, use_cache=use_cache)
+    ids = batch.ids[0]
+    is_image = ids == IMAGE
+    similar, attended = result.report.kept
+    ignored = is_image.clone()
+    ignored[similar.positions[0]] = False
+    x = torch.cat((ids, torch.tensor(result.tokens[0][:-1])))
+    x = reference.embed(x, picture_rows(model, batch), IMAGE)
+    way = "static" if use_cache else "re-prune"
+    ranking = Ranking(reference, is_image, [Rule(2, 2, shift=1)], way, (ignored, 2))
+    for t in range(3):
+        logits, visible = ranking.step(x[: len(ids) + t])
+        assert_close(result.logits[0, t], logits)
+        if t == 0:
+            assert attended.positions[0] == visible[0].tolist()
+    assert ignored[3]
+    assert attended.positions[0][0] == 3
+    assert ranking.choices[0][0][19] != text_stays
+    assert [n for (n,) in result.report.tokens_entering] == [len(ids)] * 2 + [len(ids) - 14] * 2
+    assert len(attended.positions[0]) == 1 + 2 - text_stays
 
 
 def test_the_ways_of_decoding_differ(model: Any) -> None:
