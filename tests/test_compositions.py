@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -313,3 +314,25 @@ def test_simignore_walks_the_sorted_pairs(
                     found.append(row)
             expected += sorted(start + row for row in found)
         assert report.kept[0].positions[b] == expected
+
+
+# ---------------------------------------------------------------- the baselines' choice
+
+
+@pytest.mark.parametrize("keep", [1, 2, 3, 5, 7, 15])
+def test_uniform_is_evenly_spaced(model: Any, keep: int) -> None:
+    report = run(model, make_batch(model, "ttItt"), parse_plan(f"uniform:keep={keep}"), n=1).report
+    expected = [2 + math.floor((i + 0.5) * N / keep) for i in range(keep)]
+    assert report.kept[0].positions == [expected]
+
+
+def test_random_draws_by_seed_without_putting_back(model: Any) -> None:
+    batch, plan = make_batch(model, "ttItt"), parse_plan("random:keep=8")
+    drawn = [
+        run(model, batch, plan, n=1, seed=seed).report.kept[0].positions[0] for seed in range(99)
+    ]
+    assert drawn[0] == run(model, batch, plan, n=1, seed=0).report.kept[0].positions[0]
+    assert all(len(set(positions)) == 8 for positions in drawn)
+    often = torch.tensor(drawn).flatten().bincount(minlength=18)[2:]
+    assert len(often) == N
+    assert 25 < often.min() < often.max() < 75  # each 99 / 2 times, give or take five deviations
