@@ -75,6 +75,8 @@ def _download(url: str, shown: str, seconds: float, max_bytes: int) -> bytes:
             result.put(_read(url, seconds, max_bytes, deadline))
         except ValueError as error:
             result.put(error)
+        except TimeoutError:  # the socket's own limit, which may end just before ours
+            result.put(ValueError(f"not fetched within {seconds:g} seconds"))
         except Exception as error:  # urllib's, http.client's, ssl's and the system's
             result.put(ValueError(f"no picture came ({' '.join(str(error).split())})"))
 
