@@ -182,6 +182,7 @@ STORIES = {
     "fastv:layer=3,keep=1": [Rule(3, 1)],
     "fastv:layer=2,keep=5,scope=all": [Rule(2, 5, joint=True)],
     "fastv:layer=1,keep=9+fastv:layer=3,keep=3": [Rule(1, 9), Rule(3, 3)],
+    "fastv:layer=3,keep=3+fastv:layer=1,keep=9": [Rule(1, 9), Rule(3, 3)],
     "fastv:layer=2,keep=9+fastv:layer=2,keep=3": [Rule(2, 9), Rule(2, 3)],
     "fastv:layer=2,keep=4,released=1": [Rule(2, 4, shift=1)],
     "pyramiddrop:layers=1/3,ratios=0.5/0.25,positions=original": [
