@@ -153,8 +153,9 @@ class LayerView:
         return result[:, columns] * (columns >= 0)
 
     def keys(self, now: Rows) -> Tensor:
+        """Keys (S', Hkv, Dh) of the rows as they stand now; zeros for those that were not here."""
         columns = self._columns(now)
-        return self.k if columns is None else self.k[columns]
+        return self.k if columns is None else self.k[columns] * (columns >= 0)[:, None, None]
 
     def _columns(self, now: Rows) -> Tensor | None:
         """For each row of now its row here, -1 if it is not here; None: they are the same."""

@@ -364,6 +364,9 @@ class _Run:
         chosen: list[tuple[Tensor, Keep]] = []
         for group in groups:
             parts = [candidates[i] for i in group]
+            if not any(map(len, parts)):  # nothing left to choose from: the method is not asked
+                chosen += [(part, Keep(part)) for part in parts]
+                continue
             numbers = [rows.patches(i, candidates[i], N) for i in group]
             context = Context(
                 stage=step.stage,
