@@ -1,0 +1,100 @@
+"""lmms-eval 0.7.3 with our model: its own command line, which learns the name `minillava`.
+
+    python -m eval.lmms --model minillava \\
+        --model_args 'pretrained=weights/demo,prune="fastv:k=2,r=0.5",dtype=float32' \\
+        --tasks pope,mme --batch_size 8 --output_path out --log_samples
+
+Everything goes to lmms-eval unchanged; eval/lmms_model.py says which model arguments there are. A
+plan with commas stands in double quotes inside the argument, as above. Where lmms-eval would log a
+failed run and end with exit code 0, this ends with one line `error: …` and 2; `--verbosity DEBUG`
+shows where it failed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import sys
+import traceback
+from collections.abc import Callable, Sequence
+from typing import Any
+from unittest.mock import patch
+
+from minillava.console import complain
+
+NAME, CLASS = "minillava", "eval.lmms_model.MiniLLaVA"
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run a command line of lmms-eval; returns its exit code."""
+    words = list(sys.argv[1:] if argv is None else argv)
+    if importlib.util.find_spec("lmms_eval") is None:
+        complain(ValueError("lmms-eval is not installed; pip install 'minillava[lmms]'"))
+        return 2
+    try:
+        _run(words)
+    except _Failed as failed:
+        complain(failed.error)
+        return 2
+    except KeyboardInterrupt:
+        return 130
+    except (ValueError, OSError, MemoryError) as error:
+        complain(error)
+        return 2
+    return 0
+
+
+def _run(words: list[str]) -> None:
+    import lmms_eval.__main__ as own  # type: ignore[import-not-found,import-untyped,unused-ignore]
+    from lmms_eval.cli.dispatch import (  # type: ignore[import-not-found,import-untyped,unused-ignore]
+        main as dispatch,
+    )
+    from lmms_eval.models import (  # type: ignore[import-not-found,import-untyped,unused-ignore]
+        MODEL_REGISTRY_V2,
+    )
+    from lmms_eval.models.registry_v2 import (  # type: ignore[import-not-found,import-untyped,unused-ignore]
+        ModelManifest,
+    )
+
+    MODEL_REGISTRY_V2.register_manifest(ModelManifest(NAME, simple_class_path=CLASS))
+    single = _failing(own.cli_evaluate_single)
+    with (
+        patch.object(own, "cli_evaluate_single", single),
+        patch.object(sys, "argv", ["lmms-eval", *words]),
+    ):
+        dispatch()
+
+
+class _Failed(BaseException):
+    """An error that lmms-eval's `except Exception` does not turn into a log line."""
+
+    def __init__(self, error: Exception) -> None:
+        super().__init__(str(error))
+        self.error = error
+
+
+def _failing(evaluate: Callable[[argparse.Namespace], Any]) -> Callable[[argparse.Namespace], Any]:
+    """One run of lmms-eval whose failure ends the program."""
+
+    def run(args: argparse.Namespace) -> Any:
+        try:
+            if args.tasks is None:
+                raise ValueError("--tasks is missing; give names, or list to see them")
+            return evaluate(args)
+        except Exception as error:
+            if args.verbosity == "DEBUG":
+                traceback.print_exc()
+            raise _Failed(_plain(error)) from error
+
+    return run
+
+
+def _plain(error: Exception) -> Exception:
+    """Errors whose text says nothing by itself get their kind's name in front."""
+    if isinstance(error, ValueError | OSError | MemoryError | RuntimeError):
+        return error
+    return ValueError(f"{type(error).__name__}: {error}; --verbosity DEBUG shows where")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,263 @@
+"""minillava as a model of lmms-eval 0.7.3, "simple" form: prompts as text, pictures as PIL.
+
+Whatever cannot be answered is a ValueError; no request gets an empty answer in its place.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from accelerate import PartialState  # type: ignore[import-not-found,import-untyped,unused-ignore]
+from lmms_eval.api.instance import (  # type: ignore[import-not-found,import-untyped,unused-ignore]
+    GenerationResult,
+    Instance,
+    TokenCounts,
+)
+from lmms_eval.api.model import (  # type: ignore[import-not-found,import-untyped,unused-ignore]
+    lmms,
+)
+from PIL import Image
+from tqdm import tqdm  # type: ignore[import-untyped,unused-ignore]
+
+from minillava import load
+from minillava.generate import Settings, generate
+from minillava.image import check_aspect
+from minillava.processor import TOKENS
+from minillava.prompt import IMAGE, TEMPLATES, conversation
+from minillava.pruning import parse_plan_with_files
+
+NEW_TOKENS = 1024  # where a task sets none: what lmms-eval's own llava classes take
+DELIMITER = "\n\n"  # lmms-eval's `until` where a task has none; LLaVA's answers may hold it
+ASIDE = ("image_aspect_ratio",)  # lmms-eval's llava_hf reads it never, its llava not for LLaVA-1.5
+
+
+class MiniLLaVA(lmms):  # type: ignore[misc,unused-ignore]
+    """Model arguments, as `--model_args name=value,…`:
+
+    pretrained (folder or hub id), revision, dtype, quantize, prune (a plan, in quotes if it has a
+    comma), template (of minillava/prompt.py; the checkpoint's), image_aspect (crop or pad; the
+    checkpoint's), tokens (hf, llava or simignore; the plan's), seed (0; request i draws with
+    seed + i). lmms-eval adds batch_size and device.
+    """
+
+    is_simple = True
+
+    def __init__(
+        self,
+        pretrained: Any = None,
+        revision: Any = None,
+        dtype: Any = None,
+        quantize: Any = None,
+        prune: Any = "none",
+        template: Any = None,
+        image_aspect: Any = None,
+        tokens: Any = None,
+        seed: Any = 0,
+        batch_size: Any = 1,
+        device: Any = "cpu",
+        **unknown: Any,
+    ) -> None:
+        super().__init__()
+        plan_text = _text("prune", prune)
+        if unknown:
+            names = "pretrained, revision, dtype, quantize, prune, template, image_aspect, tokens"
+            raise ValueError(
+                f"{', '.join(f'{k}={v}' for k, v in unknown.items())}: no model argument; there "
+                f"are {names} and seed; a plan with commas stands in quotes: "
+                'prune="fastv:k=2,r=0.5"'
+            )
+        if pretrained is None:
+            raise ValueError("pretrained= is missing; give a folder, or a hub id")
+        self.plan = parse_plan_with_files(plan_text)
+        self.batch_size, self.seed = _count("batch_size", batch_size, 1), _count("seed", seed, 0)
+        self.template, self.aspect = _optional("template", template), None
+        if self.template is not None and self.template not in TEMPLATES:
+            raise ValueError(f"template={self.template}; there are: {', '.join(TEMPLATES)}")
+        if image_aspect is not None:
+            self.aspect = _text("image_aspect", image_aspect)
+            check_aspect(self.aspect)
+        self.tokens = _optional("tokens", tokens) or self.plan.tokens or "hf"
+        if self.tokens not in TOKENS:
+            raise ValueError(f"tokens={self.tokens}; it can be {', '.join(TOKENS)}")
+        self.model, self.processor = load(
+            _text("pretrained", pretrained),
+            _own_device(_text("device", device)),
+            _optional("dtype", dtype),
+            _optional("quantize", quantize),
+            _optional("revision", revision),
+        )
+        self.device = self.model.device  # lmms-eval's collectives ask for it
+
+    def generate_until(self, requests: Sequence[Instance]) -> list[GenerationResult]:
+        """One answer for each request, in their order. Settings are checked before any forward."""
+        asked = [Ask.of(i, *request.args) for i, request in enumerate(requests)]
+        answers = []
+        with tqdm(total=len(asked), disable=self.rank != 0, desc="minillava") as bar:
+            for group in _batches(asked, self.batch_size):
+                answers += self._answer(group)
+                bar.update(len(group))
+        return answers
+
+    def loglikelihood(self, requests: Sequence[Instance]) -> list[tuple[float, bool]]:
+        raise ValueError(
+            f"{_task(requests)} wants likelihoods of given answers; minillava generates answers: "
+            "take the task's generate_until form"
+        )
+
+    def generate_until_multi_round(self, requests: Sequence[Instance]) -> list[str]:
+        raise ValueError(
+            f"{_task(requests)} has several rounds; minillava answers tasks of one round"
+        )
+
+    def _answer(self, group: Sequence[Ask]) -> list[GenerationResult]:
+        pictures = [ask.pictures(self.task_dict) for ask in group]
+        template = self.template or self.processor.template
+        prompts = [
+            conversation(template, with_pictures(ask.context, len(images)))
+            for ask, images in zip(group, pictures, strict=True)
+        ]
+        batch = self.processor(prompts, pictures, self.aspect, self.tokens, self.plan.focus)
+        how = group[0].settings
+        result = generate(
+            self.model,
+            batch,
+            self.plan,
+            max_new_tokens=how.max_new_tokens,
+            stop=how.stop,
+            temperature=how.temperature,
+            top_p=how.top_p,
+            seed=self.seed + group[0].index,
+        )
+        return [
+            GenerationResult(
+                cut(self.processor.decode(ids), how.stop), TokenCounts(n_prompt, len(ids))
+            )
+            for ids, n_prompt in zip(result.tokens, result.report.prompt_tokens, strict=True)
+        ]
+
+
+# ---------------------------------------------------------------- requests
+
+
+@dataclass(frozen=True)
+class Ask:
+    """One request of lmms-eval."""
+
+    index: int
+    context: str
+    settings: Settings
+    visual: Callable[[Any], Any] | None
+    doc: Any  # its key in the split
+    task: str
+    split: str
+
+    @classmethod
+    def of(cls, index: int, context: str, kwargs: Mapping[str, Any], visual: Any, *doc: Any) -> Ask:
+        task = doc[1]
+        return cls(index, context, settings(kwargs, task), visual, *doc)
+
+    def pictures(self, task_dict: Mapping[str, Any]) -> list[Image.Image]:
+        """The PIL pictures of the request, none for a question without."""
+        if self.visual is None:
+            return []
+        found = self.visual(task_dict[self.task][self.split][self.doc]) or []
+        for item in found:
+            if not isinstance(item, Image.Image):
+                raise ValueError(
+                    f"{self.task}, {self.split} {self.doc}: a visual of type "
+                    f"{type(item).__name__}; minillava reads pictures, no video or sound"
+                )
+        return list(found)
+
+
+def settings(kwargs: Mapping[str, Any], task: str) -> Settings:
+    """A task's generation_kwargs. What would change answers and is not understood is refused.
+
+    do_sample=False, or no temperature, is greedy. `until` of a task's own ends answers; the one
+    that lmms-eval puts in by itself, a blank line, does not.
+    """
+    given = {k: v for k, v in kwargs.items() if k not in ASIDE}
+    most = given.pop("max_new_tokens", NEW_TOKENS)
+    until = given.pop("until", None) or []
+    temperature = given.pop("temperature", None) or 0.0
+    top_p = given.pop("top_p", None)
+    sampled = given.pop("do_sample", None)
+    if given.pop("num_beams", None) not in (None, 1):
+        raise ValueError(f"{task}: num_beams={kwargs['num_beams']}; minillava has no beam search")
+    if given:
+        raise ValueError(
+            f"{task}: generation_kwargs {', '.join(given)}; minillava knows max_new_tokens, until, "
+            "temperature, top_p, do_sample and num_beams=1: change them with --gen_kwargs"
+        )
+    ends = [until] if isinstance(until, str) else until
+    stop = tuple(s for s in ends if s not in (None, DELIMITER))
+    greedy = sampled is False or not temperature
+    try:
+        if greedy:
+            return Settings(most, 0, stop, 0.0, 1.0, None)
+        return Settings(most, 0, stop, temperature, 1.0 if top_p is None else top_p, None)
+    except ValueError as error:
+        raise ValueError(f"{task}: generation_kwargs: {error}") from None
+
+
+def with_pictures(context: str, n: int) -> str:
+    """The question with a placeholder for each picture, in front unless the task has put them."""
+    if not n or IMAGE in context:
+        return context
+    return " ".join([IMAGE] * n) + "\n" + context
+
+
+def cut(text: str, stop: Sequence[str]) -> str:
+    """Text up to the first of the stop strings."""
+    return text[: min((text.index(s) for s in stop if s in text), default=len(text))]
+
+
+def _batches(asked: Sequence[Ask], size: int) -> Iterator[list[Ask]]:
+    """Neighbours with the same settings, at most `size`."""
+    group: list[Ask] = []
+    for ask in asked:
+        if group and (len(group) == size or ask.settings != group[0].settings):
+            yield group
+            group = []
+        group.append(ask)
+    if group:
+        yield group
+
+
+def _task(requests: Sequence[Instance]) -> str:
+    return requests[0].task_name if requests else "the task"
+
+
+# ---------------------------------------------------------------- model arguments
+
+
+def _text(name: str, value: Any) -> str:
+    """A model argument as typed: lmms-eval leaves quotes on, and makes 1e5 or true of bare text."""
+    if not isinstance(value, str):
+        raise ValueError(f'{name}={value!r} is read as no text; put it in quotes: {name}="…"')
+    if len(value) > 1 and value[0] == value[-1] and value[0] in "\"'":
+        return value[1:-1]
+    return value
+
+
+def _optional(name: str, value: Any) -> str | None:
+    return None if value is None else _text(name, value)
+
+
+def _count(name: str, value: Any, least: int) -> int:
+    if isinstance(value, str) and value.isascii() and value.isdigit():
+        value = int(value)
+    if isinstance(value, bool) or not isinstance(value, int) or value < least:
+        raise ValueError(f"{name}={value!r} must be a whole number, {least} or more")
+    return value
+
+
+def _own_device(device: str) -> str | torch.device:
+    """With several processes each takes the GPU of its number."""
+    state = PartialState() if device == "cuda" else None
+    if state is None or state.num_processes == 1:
+        return device
+    return torch.device("cuda", state.local_process_index)
