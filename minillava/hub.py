@@ -41,14 +41,12 @@ def fetch(hub_id: str, revision: str | None = None, to: str | Path | None = None
     come first, so that a model which is not supported costs no gigabytes. `to` is a folder of your
     own instead of the cache. Raises ValueError if the hub, the network or the config refuses.
     """
-    folder = _snapshot(hub_id, revision, to, ["*.json", "tokenizer.model"])
+    folder = snapshot(hub_id, revision, to, ["*.json", "tokenizer.model"])
     Config.from_file(folder / "config.json")
-    return _snapshot(hub_id, revision, to, ["*.json", "tokenizer.model", "*.safetensors"])
+    return snapshot(hub_id, revision, to, ["*.json", "tokenizer.model", "*.safetensors"])
 
 
-def _snapshot(
-    hub_id: str, revision: str | None, to: str | Path | None, patterns: list[str]
-) -> Path:
+def snapshot(hub_id: str, revision: str | None, to: str | Path | None, patterns: list[str]) -> Path:
     # a third of a second, and a local checkpoint needs none of it
     from huggingface_hub import snapshot_download
 

@@ -44,12 +44,16 @@ def stored_tensors(folder: Path) -> list[Stored]:
     Raises ValueError for a folder without safetensors, an index that leads nowhere or out of the
     folder, and a truncated or damaged file.
     """
+    return [tensor for path in _files(folder) for tensor in tensors_of(path)]
+
+
+def tensors_of(path: Path) -> list[Stored]:
+    """Every tensor of one safetensors file, from its header."""
     tensors = []
-    for path in _files(folder):
-        with _opened(path) as file:
-            for name in file.keys():  # noqa: SIM118 (no mapping: it has nothing but keys)
-                view = file.get_slice(name)
-                tensors.append(Stored(path, name, tuple(view.get_shape()), str(view.get_dtype())))
+    with _opened(path) as file:
+        for name in file.keys():  # noqa: SIM118 (no mapping: it has nothing but keys)
+            view = file.get_slice(name)
+            tensors.append(Stored(path, name, tuple(view.get_shape()), str(view.get_dtype())))
     return tensors
 
 
@@ -57,12 +61,12 @@ def _files(folder: Path) -> list[Path]:
     if (folder / SINGLE).is_file():
         return [folder / SINGLE]
     if (folder / INDEX).is_file():
-        return _shards(folder / INDEX)
+        return listed_files(folder / INDEX)
     if pickles := sorted(path.name for path in folder.glob("*.bin")):
         raise ValueError(
-            f"{folder} has its weights only as pickles ({', '.join(pickles[:3])}), which may run "
-            "code when opened and are not read; get the *.safetensors of this model, or write "
-            "them from a copy you trust: transformers' save_pretrained does"
+            f"{folder} has its weights only as pickles ({', '.join(pickles[:3])}), which are not "
+            "read here; write the llava-hf layout from them, without running code in them, with "
+            f"`python -m weights.convert {folder} DST`, and load DST"
         )
     raise ValueError(
         f"{folder} has neither {SINGLE} nor {INDEX}; give the folder of a checkpoint in the "
@@ -70,7 +74,8 @@ def _files(folder: Path) -> list[Path]:
     )
 
 
-def _shards(index: Path) -> list[Path]:
+def listed_files(index: Path) -> list[Path]:
+    """The files that an index names. Raises ValueError for one that is not there, or elsewhere."""
     weight_map = read_json(index).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
         raise ValueError(

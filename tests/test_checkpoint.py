@@ -407,7 +407,7 @@ def only_tokenizer_json(folder: Path) -> None:
     ("change", "says"),
     [
         (remove("model.safetensors"), "neither model.safetensors nor .*; give the folder"),
-        (only_pickles, r"only as pickles \(pytorch_model.bin\).*; get the \*.safetensors"),
+        (only_pickles, r"pickles \(pytorch_model.bin\).*`python -m weights.convert .* DST`"),
         (original_layout, "original LLaVA layout.*`python -m weights.convert SRC DST`"),
         (remove("config.json"), "cannot read .*config.json"),
         (only_tokenizer_json, "tokenizer.model; only SentencePiece.*: copy tokenizer.model"),

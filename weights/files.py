@@ -125,9 +125,14 @@ def sha256_of(path: Path, bar: tqdm | None = None) -> str:
 
 
 def progress_bar(total: int, what: str) -> tqdm:
-    """Bytes, with their rate, on stderr."""
+    """Bytes, with their rate, on stderr if that is a terminal."""
     return tqdm(
-        total=total, desc=what, unit="B", unit_scale=True, unit_divisor=1000, disable=not total
+        total=total,
+        desc=what,
+        unit="B",
+        unit_scale=True,
+        leave=False,
+        disable=None if total else True,
     )
 
 

@@ -1,0 +1,241 @@
+"""The original LLaVA layout in the words of llava-hf: names, config, tokens, small files.
+
+The entries are those that llava/train/train.py and llava/model of the original code write and read.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import sentencepiece
+import torch
+
+from minillava.entries import HARMLESS, Entries
+from minillava.image import ImageConfig
+from minillava.prompt import IMAGE
+from minillava.tokenizer import Tokenizer
+
+from .files import to_json
+
+PAD = "<pad>"
+MULTIPLE = 64  # of which the vocabulary's size is one where it has to grow
+
+_PROJECTOR = re.compile(r"(?:model\.)?mm_projector\.([02])\.(weight|bias)")
+_BUFFER = re.compile(r"model\.(?:layers\.\d+\.self_attn\.)?rotary_emb\.inv_freq")
+
+# Entries that go into text_config.
+_TEXT = """
+    attention_bias head_dim hidden_act hidden_size initializer_range intermediate_size
+    max_position_embeddings mlp_bias num_attention_heads num_hidden_layers num_key_value_heads
+    rms_norm_eps rope_parameters rope_scaling rope_theta sliding_window
+""".split()  # noqa: SIM905
+
+# How it was trained, and what its parts were made from.
+_TRAINING = """
+    freeze_mm_mlp_adapter freeze_mm_vision_resampler image_crop_resolution image_split_resolution
+    max_length mm_hidden_size mm_projector_lr mm_vision_tower mm_vision_tower_lr
+    pretrain_mm_mlp_adapter tokenizer_model_max_length tokenizer_padding_side tune_mm_mlp_adapter
+    tune_mm_vision_resampler unfreeze_mm_vision_tower use_mm_proj
+""".split()  # noqa: SIM905
+
+
+@dataclass(frozen=True)
+class Vocabulary:
+    """Special tokens, content -> id, and the rows of embedding and output head. `begin`, `end` and
+    `unknown` are those of tokenizer.model, `added` the ones behind it."""
+
+    begin: str
+    end: str
+    unknown: str
+    special: Mapping[str, int]
+    added: Mapping[str, int]
+    size: int
+
+    @classmethod
+    def of(cls, folder: Path, rows: int) -> Vocabulary:
+        """Of the tokenizer in `folder`, with <image> and <pad> behind its last id.
+
+        rows: those that the weights have; there are to be more where they do not suffice.
+        """
+        tokenizer = Tokenizer.from_folder(folder, -1)  # -1: unless a file of the folder says
+        pieces = sentencepiece.SentencePieceProcessor(model_file=str(folder / "tokenizer.model"))
+        special, end = dict(tokenizer.special_tokens), len(tokenizer)
+        if end > rows:
+            raise ValueError(
+                f"{folder}: the tokenizer's ids go up to {end - 1}, but the weights have {rows} "
+                "rows; take both from one checkpoint"
+            )
+        for content in (IMAGE, PAD):
+            if special.get(content, -1) < 0:
+                special[content] = end
+                end += 1
+        return cls(
+            begin=pieces.id_to_piece(pieces.bos_id()),
+            end=pieces.id_to_piece(pieces.eos_id()),
+            unknown=pieces.id_to_piece(pieces.unk_id()),
+            special=dict(sorted(special.items(), key=lambda item: item[1])),
+            added={c: i for c, i in special.items() if i >= pieces.get_piece_size()},
+            size=rows if end <= rows else -(-end // MULTIPLE) * MULTIPLE,
+        )
+
+
+# ---------------------------------------------------------------- names
+
+
+def hub_name(name: str) -> str | None:
+    """A tensor's name -> the hub's; None: a buffer that is computed. Others stay as they are."""
+    if _BUFFER.fullmatch(name):
+        return None
+    if found := _PROJECTOR.fullmatch(name):
+        return f"multi_modal_projector.linear_{int(found[1]) // 2 + 1}.{found[2]}"
+    if name == "model.image_newline":
+        raise ValueError(
+            "the weights have image_newline, so they are a LLaVA-NeXT, which cuts pictures into "
+            "tiles; only LLaVA-1.5 is converted, such as liuhaotian/llava-v1.5-7b"
+        )
+    decoder = name.startswith(("model.embed_tokens.", "model.layers.", "model.norm.", "lm_head."))
+    return f"language_model.{name}" if decoder else name
+
+
+# ---------------------------------------------------------------- config
+
+
+def check(entries: Entries) -> None:
+    """Raises ValueError for a config that asks for anything but LLaVA-1.5."""
+    e = entries
+    e.only("model_type", ("llava", "llava_llama", "llama"), None)
+    if e.only("mm_projector_type", ("mlp2x_gelu",), None) is None:
+        raise e.error("mm_projector_type", None, "'mlp2x_gelu'")
+    e.only("mm_vision_select_feature", ("patch",), "patch")
+    e.only("mm_patch_merge_type", (None, "flat"), None)
+    e.only("mm_resampler_type", (None,), None)
+    e.only("mm_use_im_start_end", (False,), False)
+    e.only("mm_use_im_patch_token", (False,), False)
+    e.only("image_aspect_ratio", (None, "square", "pad"), None)
+    e.only("image_grid_pinpoints", (None, []), None)
+    e.only("quantization_config", (None,), None, "take the unquantised weights")
+    e.integer("mm_vision_select_layer", -2, minimum=-1000)
+    e.seen.update(_TEXT)  # Config reads those once they are in text_config
+    e.refuse_strangers(HARMLESS.union(_TRAINING))
+
+
+def hub_config(
+    values: Mapping[str, Any],
+    generation: Mapping[str, Any],
+    vision: Mapping[str, Any],
+    vocabulary: Vocabulary,
+    dtype: torch.dtype,
+) -> dict[str, Any]:
+    """config.json of the llava-hf layout. image_aspect_ratio stays: minillava pads pictures and
+    speaks vicuna_v1 by it."""
+    name = str(dtype).removeprefix("torch.")
+    text = {key: values[key] for key in _TEXT if values.get(key) is not None}
+    tied = bool(values.get("tie_word_embeddings", False))
+    size = vocabulary.size
+    config = {
+        "architectures": ["LlavaForConditionalGeneration"],
+        "eos_token_id": _end(values, generation),
+        "ignore_index": -100,
+        "image_aspect_ratio": values.get("image_aspect_ratio"),
+        "image_seq_length": (vision["image_size"] // vision["patch_size"]) ** 2,
+        "image_token_index": vocabulary.special[IMAGE],
+        "model_type": "llava",
+        "pad_token_id": vocabulary.special[PAD],
+        "projector_hidden_act": "gelu",
+        "text_config": {
+            "architectures": ["LlamaForCausalLM"],
+            "model_type": "llama",
+            # what Llama takes for absent, where llava-hf's text_config may have another default
+            "max_position_embeddings": 2048,
+            "rms_norm_eps": 1e-6,
+            **text,
+            "tie_word_embeddings": tied,
+            "torch_dtype": name,
+            "vocab_size": size,
+        },
+        "tie_word_embeddings": tied,
+        "torch_dtype": name,
+        "vision_config": dict(vision),
+        "vision_feature_layer": values.get("mm_vision_select_layer", -2),
+        "vision_feature_select_strategy": "default",
+        "vocab_size": size,
+    }
+    return {key: value for key, value in config.items() if value is not None}
+
+
+def _end(values: Mapping[str, Any], generation: Mapping[str, Any]) -> Any:
+    stated = (place.get("eos_token_id") for place in (generation, values))
+    return next((end for end in stated if end is not None), 2)
+
+
+# ---------------------------------------------------------------- the other small files
+
+
+def small_files(
+    config: Mapping[str, Any], tokens: Path, vocabulary: Vocabulary, image: ImageConfig
+) -> dict[str, bytes]:
+    """What stands beside the weights: name -> content."""
+    v = vocabulary
+    plain = {"lstrip": False, "normalized": False, "rstrip": False, "single_word": False}
+    roles = {"bos_token": v.begin, "eos_token": v.end, "pad_token": PAD, "unk_token": v.unknown}
+    tokenizer = {
+        "add_bos_token": True,
+        "add_eos_token": False,
+        "added_tokens_decoder": {
+            str(i): {"content": content, **plain, "special": True}
+            for content, i in v.special.items()
+        },
+        **roles,
+        "clean_up_tokenization_spaces": False,
+        "extra_special_tokens": {"image_token": IMAGE},
+        "image_token": IMAGE,
+        "legacy": False,
+        "model_max_length": config["text_config"]["max_position_embeddings"],
+        "padding_side": "left",
+        "processor_class": "LlavaProcessor",
+        "sp_model_kwargs": {},
+        "tokenizer_class": "LlamaTokenizer",
+    }
+    generation = {
+        "bos_token_id": v.special[v.begin],
+        "eos_token_id": config["eos_token_id"],
+        "pad_token_id": v.special[PAD],
+    }
+    processor = {
+        "image_token": IMAGE,
+        "num_additional_image_tokens": 1,  # the class token, which is left out again
+        "patch_size": config["vision_config"]["patch_size"],
+        "processor_class": "LlavaProcessor",
+        "vision_feature_select_strategy": "default",
+    }
+    pictures = {
+        "crop_size": {"height": image.crop, "width": image.crop},
+        "do_center_crop": True,
+        "do_convert_rgb": True,
+        "do_normalize": True,
+        "do_rescale": True,
+        "do_resize": True,
+        "image_mean": image.mean,
+        "image_processor_type": "CLIPImageProcessor",
+        "image_std": image.std,
+        "processor_class": "LlavaProcessor",
+        "resample": image.resample,
+        "rescale_factor": image.rescale,
+        "size": {"shortest_edge": image.size},
+    }
+    contents = {
+        "added_tokens.json": v.added,
+        "special_tokens_map.json": {role: {"content": c, **plain} for role, c in roles.items()},
+        "tokenizer_config.json": tokenizer,
+        "preprocessor_config.json": pictures,
+        "processor_config.json": processor,
+        "generation_config.json": generation,
+        "config.json": config,
+    }
+    return {"tokenizer.model": (tokens / "tokenizer.model").read_bytes()} | {
+        name: to_json(content) for name, content in contents.items()
+    }
