@@ -1,0 +1,462 @@
+"""Published figures of LLaVA-1.5 with and without pruning, each with its source and protocol.
+
+    python -m eval.published                      every figure, source by source
+    python -m eval.published --task gqa           of one task
+    python -m eval.published --method fastv       of one method, beside its sources' unpruned rows
+    python -m eval.published --json               the same as JSON, one object a figure
+
+published.json holds them as the sources print them: a row is a method at a budget, a column a task
+with its split, metric and protocol. `beside` puts measured figures next to them. A measured figure
+stands beside a published one only if task, split, metric, model, convention and weights are the
+same, and every source brings its own unpruned row.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import functools
+import json
+import sys
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NoReturn
+
+from minillava import parse_plan
+from minillava.console import complain
+from minillava.pruning import Method
+
+FILE = Path(__file__).with_name("published.json")
+TASKS = (
+    "scienceqa",
+    "aokvqa",
+    "ocrvqa",
+    "gqa",
+    "seed_bench",
+    "mmmu",
+    "mme",
+    "pope",
+    "textvqa",
+    "vqav2",
+    "mmbench",
+    "nocaps",
+    "coco2014",
+    "coco2017",
+    "flickr30k",
+)
+CONVENTIONS = ("llava", "lmms", "own", "unknown")
+LAYERS = {"llava-1.5-7b": 32, "llava-1.5-13b": 40}
+PATCHES = 576
+UNPRUNED = "unpruned"
+UNQUANTISED = "unquantised"
+
+
+@dataclass(frozen=True)
+class Protocol:
+    """How a figure came about; None: the source does not say. Unstated weights are taken for
+    unquantised ones, the released scripts' default."""
+
+    convention: str  # of prompts and scoring: LLaVA's scripts, lmms-eval, the source's own
+    weights: str | None = None
+    image: str | None = None  # pad or crop
+    prompt: str | None = None
+    new_tokens: int | None = None
+    hardware: str | None = None
+    note: str | None = None
+
+    @property
+    def key(self) -> tuple[str, str]:
+        """What must be equal for two figures to stand side by side."""
+        return self.convention, self.weights or UNQUANTISED
+
+
+@dataclass(frozen=True)
+class Source:
+    """A table of figures that belong together. budget: what its numbers of tokens mean."""
+
+    id: str
+    title: str
+    reference: str
+    read: str  # from where its figures were taken
+    budget: str | None
+    recalled: bool
+    note: str | None
+    unpruned_note: str | None
+    no_unpruned: str | None  # why there is no unpruned row
+
+
+@dataclass(frozen=True)
+class Figure:
+    """One published figure. low and high differ where reprints of a table do."""
+
+    source: Source
+    task: str
+    split: str
+    metric: str
+    model: str
+    method: str
+    plan: str | None  # in our grammar; None: it cannot be stated
+    plan_stated: bool  # False: our nearest, the source does not give its settings
+    tokens: int | None  # as the source labels it
+    low: float
+    high: float
+    protocol: Protocol
+    contested: str | None
+    note: str | None
+    no_unpruned: str | None
+
+    @property
+    def group(self) -> Group:
+        return Group(self.task, self.split, self.metric, self.model, *self.protocol.key)
+
+
+@dataclass(frozen=True)
+class Group:
+    """Figures of one group may be compared, others not."""
+
+    task: str
+    split: str
+    metric: str
+    model: str
+    convention: str
+    weights: str
+
+    def __str__(self) -> str:
+        return (
+            f"{self.task} ({self.split}), {self.metric}, {self.model}, "
+            f"{self.convention} protocol, {self.weights}"
+        )
+
+
+@dataclass(frozen=True)
+class Measured:
+    """A figure of our own, in the words of `Figure`; plan "none" is the unpruned model."""
+
+    task: str
+    split: str
+    metric: str
+    model: str
+    plan: str
+    convention: str
+    weights: str
+    value: float
+
+    @property
+    def group(self) -> Group:
+        return Group(self.task, self.split, self.metric, self.model, self.convention, self.weights)
+
+
+@dataclass(frozen=True)
+class Table:
+    """Measured figures of a group beside published ones, a column for each source."""
+
+    group: Group
+    sources: tuple[Source, ...]
+    rows: tuple[tuple[str, float | None, tuple[Figure | None, ...]], ...]  # plan, ours, theirs
+
+
+# ---------------------------------------------------------------- the file
+
+
+def load(path: Path = FILE) -> tuple[Figure, ...]:
+    """All figures, checked. Raises ValueError, one line, for what is wrong in the file."""
+    try:
+        data = json.loads(path.read_text("utf-8"))
+        figures = tuple(_figures(data))
+    except (OSError, json.JSONDecodeError) as error:
+        raise ValueError(f"{path} cannot be read: {error}") from None
+    except (KeyError, TypeError) as error:
+        raise ValueError(f"{path}: a field is missing or of a wrong kind: {error}") from None
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from None
+    for figure in figures:
+        if figure.no_unpruned is None and unpruned(figures, figure) is None:
+            raise ValueError(
+                f"{path}: {figure.source.id} has no unpruned row for {figure.group}; add it, or "
+                "say why in no_unpruned"
+            )
+    return figures
+
+
+def _figures(data: dict[str, Any]) -> Iterable[Figure]:
+    sources = {}
+    for name, entry in data["sources"].items():
+        texts = {k: entry.get(k) for k in ("budget", "note", "unpruned_note", "no_unpruned")}
+        told = {k: _told(name, k, entry[k]) for k in ("title", "reference", "read")}
+        sources[name] = Source(id=name, recalled=entry.get("recalled", False), **told, **texts)
+    for row in data["rows"]:
+        entry, source = data["sources"][row["source"]], sources[row["source"]]
+        _check_row(row)
+        for name, value in row["values"].items():
+            column = entry["columns"][name]
+            low, high = value if isinstance(value, list) else (value, value)
+            if column["task"] not in TASKS or not 0 <= low <= high:
+                raise ValueError(f"{source.id}: {column['task']} {value} is no figure of a task")
+            protocol = Protocol(**column.get("protocol", entry["protocol"]))
+            if protocol.convention not in CONVENTIONS:
+                raise ValueError(f"{source.id}: convention {protocol.convention!r}")
+            notes = (column.get("note"), row.get("note"))
+            doubts = (column.get("contested"), row.get("contested"))
+            yield Figure(
+                source,
+                column["task"],
+                column["split"],
+                column["metric"],
+                row["model"],
+                row["method"],
+                row["plan"],
+                row["method"] == UNPRUNED or row.get("plan_stated", False),
+                row["tokens"],
+                low,
+                high,
+                protocol,
+                "; ".join(filter(None, doubts)) or None,
+                "; ".join(filter(None, notes)) or None,
+                column.get("no_unpruned", source.no_unpruned),
+            )
+
+
+def _check_row(row: dict[str, Any]) -> None:
+    what = f"{row['source']}, {row['method']}"
+    if row["model"] not in LAYERS:
+        raise ValueError(f"{what}: model {row['model']!r}; there are {', '.join(LAYERS)}")
+    if row["plan"] is not None:
+        _methods(row["plan"], row["model"])
+    if (row["method"] == UNPRUNED) != (row["plan"] == "none"):
+        raise ValueError(f"{what}: the unpruned row, and no other, has the plan none")
+    if not row["values"]:
+        raise ValueError(f"{what}: no values")
+
+
+def _told(source: str, field: str, text: str) -> str:
+    if not text.strip():
+        raise ValueError(f"{source}: {field} is empty")
+    return text
+
+
+# ---------------------------------------------------------------- finding
+
+
+def find(
+    figures: Sequence[Figure],
+    task: str | None = None,
+    method: str | None = None,
+    model: str | None = None,
+    plan: str | None = None,
+    convention: str | None = None,
+) -> tuple[Figure, ...]:
+    """Figures of a task, method (its name, or a plan's), model, plan and convention.
+
+    ValueError for a task that does not exist and a method without any figure.
+    """
+    if task is not None and task not in TASKS:
+        raise ValueError(f"there is no task {task!r}; there are: {', '.join(TASKS)}")
+    if method is not None and not any(_is(figure, method) for figure in figures):
+        known = sorted({figure.method for figure in figures}, key=str.lower)
+        raise ValueError(f"nothing is published here for {method!r}; there are: {', '.join(known)}")
+    return tuple(
+        figure
+        for figure in figures
+        if task in (None, figure.task)
+        and model in (None, figure.model)
+        and convention in (None, figure.protocol.convention)
+        and (method is None or _is(figure, method))
+        and (plan is None or same_plan(plan, figure.plan, figure.model))
+    )
+
+
+def unpruned(figures: Iterable[Figure], figure: Figure) -> Figure | None:
+    """The unpruned figure of the same source, task, metric and model."""
+    for other in figures:
+        if (
+            other.method == UNPRUNED
+            and other.source.id == figure.source.id
+            and other.group == figure.group
+        ):
+            return other
+    return None
+
+
+def same_plan(ours: str, theirs: str | None, model: str) -> bool:
+    """Whether two plans do the same on a model, averages solved; released=1 makes no difference."""
+    if theirs is None:
+        return False
+    return _methods(ours, model) == _methods(theirs, model)
+
+
+@functools.cache
+def _methods(plan: str, model: str) -> tuple[Method, ...]:
+    solved = parse_plan(plan).resolve(LAYERS[model], PATCHES).methods
+    plain: dict[str, Any] = {"released": False}
+    return tuple(dataclasses.replace(m, **plain) if hasattr(m, "released") else m for m in solved)
+
+
+def _is(figure: Figure, method: str) -> bool:
+    names = [figure.method.lower()]
+    if figure.plan is not None:
+        names += [m.name for m in parse_plan(figure.plan).methods]
+    return method.lower() in names
+
+
+# ---------------------------------------------------------------- side by side
+
+
+def beside(measured: Sequence[Measured], figures: Sequence[Figure]) -> tuple[Table, ...]:
+    """A table for each group of measured figures: those of the same group beside them.
+
+    A source has a column if it has one of the measured plans; its unpruned figure stands in the
+    first row, "none". ValueError if a plan was measured twice in a group.
+    """
+    tables = []
+    for group in dict.fromkeys(m.group for m in measured):
+        ours: dict[str, float] = {}
+        for m in (m for m in measured if m.group == group):
+            if m.plan in ours:
+                raise ValueError(f"{m.plan} was measured twice for {group}; give one of them")
+            ours[m.plan] = m.value
+        plans = ["none", *(plan for plan in ours if plan != "none")]
+        same = [figure for figure in figures if figure.group == group]
+        columns = []
+        for source in dict.fromkeys(figure.source for figure in same):
+            own = [figure for figure in same if figure.source == source]
+            cells = tuple(_cell(plan, own, group.model) for plan in plans)
+            if any(cells[1:]) or (len(plans) == 1 and cells[0]):
+                columns.append((source, cells))
+        rows = tuple(
+            (plan, ours.get(plan), tuple(cells[i] for _, cells in columns))
+            for i, plan in enumerate(plans)
+        )
+        tables.append(Table(group, tuple(source for source, _ in columns), rows))
+    return tuple(tables)
+
+
+def _cell(plan: str, own: Sequence[Figure], model: str) -> Figure | None:
+    return next((figure for figure in own if same_plan(plan, figure.plan, model)), None)
+
+
+def text_of(table: Table) -> str:
+    """A table as text: ~ before a figure whose source does not state its settings, ! where it is
+    contested, ? where it is recalled."""
+    heads = ["plan", "measured", *(source.id for source in table.sources)]
+    lines = [heads]
+    for plan, ours, theirs in table.rows:
+        first = "unpruned" if plan == "none" else plan
+        lines.append([first, "-" if ours is None else f"{ours:.2f}", *map(_marked, theirs)])
+    return "\n".join([str(table.group), *_aligned(lines)])
+
+
+def _marked(figure: Figure | None) -> str:
+    if figure is None:
+        return "-"
+    value = f"{figure.low}" if figure.low == figure.high else f"{figure.low}-{figure.high}"
+    nearest = figure.plan is not None and not figure.plan_stated
+    marks = zip("~!?", (nearest, figure.contested, figure.source.recalled), strict=True)
+    return "".join(mark for mark, holds in marks if holds) + value
+
+
+def _aligned(lines: Sequence[Sequence[str]]) -> list[str]:
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    return [
+        "  " + "  ".join(f"{c:<{w}}" if i == 0 else f"{c:>{w}}" for i, (c, w) in enumerate(row))
+        for row in ([*zip(line, widths, strict=True)] for line in lines)
+    ]
+
+
+# ---------------------------------------------------------------- printing all
+
+
+def listing(figures: Sequence[Figure], every: Sequence[Figure]) -> str:
+    """Figures source by source, a block for each of its groups, under the source's unpruned row
+    (looked up in `every`)."""
+    blocks = []
+    for source in dict.fromkeys(figure.source for figure in figures):
+        mine = [figure for figure in figures if figure.source == source]
+        lines = [f"{source.title} [{source.id}]", f"  {source.reference}", f"  read: {source.read}"]
+        lines += [f"  tokens: {source.budget}"] if source.budget else []
+        lines += [f"  note: {source.note}"] if source.note else []
+        lines += [f"  unpruned: {source.unpruned_note}"] if source.unpruned_note else []
+        for protocol in dict.fromkeys(figure.protocol for figure in mine):
+            said = {k: v for k, v in dataclasses.asdict(protocol).items() if v is not None}
+            lines.append("  protocol: " + ", ".join(f"{k} {v}" for k, v in said.items()))
+        for group in dict.fromkeys(figure.group for figure in mine):
+            own = [figure for figure in mine if figure.group == group]
+            lines += _block(group, own, unpruned(every, own[0]))
+        blocks.append("\n".join(lines))
+    legend = "~ our nearest plan, the source does not state its settings; ! contested; ? recalled"
+    return "\n\n".join([*blocks, legend])
+
+
+def _block(group: Group, own: Sequence[Figure], base: Figure | None) -> list[str]:
+    reason = own[0].no_unpruned
+    lines = ["", f"  {group}"]
+    rows = [["method", "tokens", "figure", "plan"]]
+    rows += [_row(base)] if base else [[UNPRUNED, "", "-", f"none printed: {reason}"]]
+    rows += [_row(figure) for figure in own if figure.method != UNPRUNED]
+    widths = [max(len(row[i]) for row in rows) for i in range(3)]
+    for method, tokens, value, plan in rows:
+        cells = f"{method:<{widths[0]}}  {tokens:>{widths[1]}}  {value:>{widths[2]}}"
+        lines.append(f"    {cells}  {plan}".rstrip())
+    doubts = dict.fromkeys(f.contested for f in (*own, *([base] if base else [])) if f.contested)
+    notes = dict.fromkeys(f"{f.method}: {f.note}" for f in own if f.note)
+    return [*lines, *(f"    ! {d}" for d in doubts), *(f"    {n}" for n in notes)]
+
+
+def _row(figure: Figure) -> list[str]:
+    tokens = "" if figure.tokens is None else str(figure.tokens)
+    plan = "" if figure.method == UNPRUNED else figure.plan or "-"
+    return [figure.method, tokens, _marked(figure), plan]
+
+
+def as_json(figures: Sequence[Figure], every: Sequence[Figure]) -> str:
+    """One object a figure, with its source and that source's unpruned figure."""
+    objects = []
+    for figure in figures:
+        base = unpruned(every, figure)
+        entry = dataclasses.asdict(figure)
+        entry["unpruned"] = None if base is None else base.low
+        objects.append(entry)
+    return json.dumps(objects, indent=1, ensure_ascii=False)
+
+
+# ---------------------------------------------------------------- command line
+
+
+class _Parser(argparse.ArgumentParser):
+    """Its errors go the way of all others."""
+
+    def error(self, message: str) -> NoReturn:
+        raise ValueError(f"{message.removeprefix('argument ')}; --help explains the options")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command line; returns its exit code: 0, or 2 after an error."""
+    parser = _Parser(
+        prog="python -m eval.published",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    parser.add_argument("--task", metavar="T", help=", ".join(TASKS))
+    parser.add_argument(
+        "--method", metavar="M", help="as a source or a plan names it: FastV, fastv"
+    )
+    parser.add_argument("--json", action="store_true")
+    try:
+        args = parser.parse_args(argv)
+        every = load()
+        found = find(every, args.task, args.method)
+        if not found:
+            asked = f"--task {args.task}" + (f" --method {args.method}" if args.method else "")
+            raise ValueError(f"nothing is published here for {asked}; leave one out to see more")
+        print(as_json(found, every) if args.json else listing(found, every), flush=True)
+    except BrokenPipeError:  # whoever reads us has enough, as `head` does
+        return 141
+    except (ValueError, OSError) as error:
+        complain(error)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
