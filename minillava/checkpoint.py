@@ -1,7 +1,7 @@
 """A checkpoint's folder or hub id -> model and processor.
 
 The model is built without memory, the headers of the files are compared with it as a whole, and
-then each tensor is put in its place, one at a time: the peak is the weights plus one tensor.
+then each tensor is put in its place, one at a time (fill.py): the peak is the weights plus one.
 """
 
 from __future__ import annotations
@@ -13,15 +13,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
 from torch.overrides import TorchFunctionMode
 
 from .config import Config
+from .fill import TIED, fill, forms_of, linear_layers
 from .hub import find
-from .linear import store_small, stored_names
 from .llava import LLaVA
 from .names import our_name, published_name
 from .processor import Processor
+from .quantise import stored_parts
 from .shards import FLOATS, Stored, stored_tensors
 
 DTYPES = {
@@ -34,7 +34,8 @@ DTYPES = {
     "bf16": torch.bfloat16,
 }
 
-_TIED = ("llama.embed_tokens.weight", "llama.lm_head.weight")  # one tensor in some models
+QUANTIZE = ("int8", "int8-dynamic", "int4")
+
 _CPU = torch.device("cpu")
 _LISTED = 10  # names of each kind in an error
 
@@ -45,40 +46,54 @@ def load(
     dtype: str | torch.dtype | None = None,
     quantize: str | None = None,
     revision: str | None = None,
+    progress: bool = False,
 ) -> tuple[LLaVA, Processor]:
     """Read a LLaVA-1.5 checkpoint in the llava-hf layout.
 
     path_or_hub_id: a folder, or org/name on the Hugging Face hub, there at `revision`. device: cpu,
     cuda or cuda:N. dtype: float32, float16 or bfloat16, torch's or by name; None is float32 on a
     CPU and the files' own on CUDA. On a CPU it is that of storage only, arithmetic stays float32.
+    quantize: int8, int8-dynamic (faster, less accurate, CPU only) or int4 for the weights of the
+    decoder's blocks; the others are then held in the files' own dtype, if dtype does not say
+    otherwise. A checkpoint that is stored quantised is loaded as it is. progress: a bar on stderr,
+    if that is a terminal.
     Every failure is a ValueError of one line with the value, what was allowed and what to do.
     """
-    if quantize is not None:
-        raise ValueError(
-            f"quantize={quantize!r}: quantised weights (int8, int8-dynamic, int4) are not in this "
-            "version; leave quantize out, and use dtype='float16' to save memory"
-        )
     place, storage = _device(device), _dtype(dtype)
+    if quantize not in (None, *QUANTIZE):
+        raise ValueError(f"quantize={quantize!r}, but must be {', '.join(QUANTIZE)}; choose one")
+    if quantize == "int8-dynamic" and place != _CPU:
+        raise ValueError("quantize='int8-dynamic' is arithmetic for CPUs; on CUDA use 'int8'")
     folder = find(path_or_hub_id, revision)
     config = Config.from_file(folder / "config.json")
     processor = Processor.from_folder(folder, config)
     stored = stored_tensors(folder)
-    with torch.device("meta"), _NoInitialValues():  # shapes without memory
-        model = LLaVA(config)
+    model = empty_model(config)
     found = match(model, stored, folder)
+    forms = forms_of(model, found, quantize, folder)
     if storage is None:
-        storage = torch.float32 if place == _CPU else widest(found.values())
-    fill(model, found, place, storage)
+        storage = torch.float32 if place == _CPU and not forms else widest(found.values())
+    fill(model, found, place, storage, forms, progress)
     model.decode_text = processor.decode
     return model, processor
+
+
+def empty_model(config: Config) -> LLaVA:
+    """Shapes without memory."""
+    with torch.device("meta"), _NoInitialValues():
+        return LLaVA(config)
 
 
 def match(model: LLaVA, stored: Iterable[Stored], folder: Path) -> dict[str, Stored]:
     """Which stored tensor belongs to which parameter: our name -> tensor, for all of them.
 
+    The weight of a linear layer may be there as integers (see quantise.py): int8 with NAME_scale
+    beside it, or two 4-bit codes in a byte with NAME_scale and NAME_low.
     Raises one ValueError that lists every tensor that is missing, unknown or of another shape.
     """
     shapes = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+    kinds: dict[str, Collection[str]] = dict.fromkeys(shapes, FLOATS)
+    weights = {f"{name}.weight" for name in linear_layers(model)}
     found: dict[str, Stored] = {}
     unknown, unfit = [], []
     for tensor in stored:
@@ -89,17 +104,21 @@ def match(model: LLaVA, stored: Iterable[Stored], folder: Path) -> dict[str, Sto
             continue
         if name is None:
             continue
-        if name not in shapes:
-            unknown.append(tensor.name)
-        elif name in found:
+        if name in found:
             unknown.append(f"{tensor.name} (beside {found[name].name})")
-        elif tensor.shape != shapes[name]:
-            unfit.append(f"{tensor.name} {tensor.shape} for {shapes[name]}")
-        elif tensor.kind not in FLOATS:
-            unfit.append(f"{tensor.name} {tensor.kind} for {' or '.join(FLOATS)}")
+        elif name in weights and tensor.kind in ("I8", "U8"):
+            for part, shape, kind in stored_parts(shapes[name], 8 if tensor.kind == "I8" else 4):
+                shapes[name + part], kinds[name + part] = shape, (kind,)
         found[name] = tensor
 
-    twins = set(_TIED) if model.config.text.tie_word_embeddings else set()
+    for name, tensor in found.items():
+        if name not in shapes:
+            unknown.append(tensor.name)
+        elif tensor.shape != shapes[name]:
+            unfit.append(f"{tensor.name} {tensor.shape} for {shapes[name]}")
+        elif tensor.kind not in kinds[name]:
+            unfit.append(f"{tensor.name} {tensor.kind} for {' or '.join(kinds[name])}")
+    twins = set(TIED) if model.config.text.tie_word_embeddings else set()
     enough = twins if twins & found.keys() else set()  # one of the two will do
     missing = [published_name(n) for n in shapes if n not in found and n not in enough]
     if missing or unknown or unfit:
@@ -112,39 +131,10 @@ def match(model: LLaVA, stored: Iterable[Stored], folder: Path) -> dict[str, Sto
     return found
 
 
-def fill(
-    model: LLaVA, found: Mapping[str, Stored], device: torch.device, storage: torch.dtype
-) -> None:
-    """Give a model on the meta device its weights, read and converted one at a time.
-
-    `storage` is the dtype of the large ones; the others are held as they are computed with.
-    """
-    model.requires_grad_(False).eval()
-    model.dtype = torch.float32 if device == _CPU else storage  # no fast 16-bit arithmetic there
-    if model.dtype != storage:
-        with _NoInitialValues():
-            store_small(model)
-    large = stored_names(model)
-    state = {
-        name: nn.Parameter(tensor.read(device, storage if name in large else model.dtype))
-        for name, tensor in found.items()
-    }
-    if model.config.text.tie_word_embeddings:
-        weights = [state[name] for name in _TIED if name in state]
-        if not torch.equal(weights[0], weights[-1]):
-            raise ValueError(
-                f"{found[_TIED[1]].file}: tie_word_embeddings is true, but the output head and the "
-                "embedding differ; set it to false in config.json, if the two are meant to"
-            )
-        state.update(dict.fromkeys(_TIED, weights[0]))  # one object: they stay tied
-    model.load_state_dict(state, strict=True, assign=True)
-    left = [name for name, tensor in model.named_buffers() if tensor.is_meta]
-    assert not left, f"buffers without values: {left}"
-
-
 def widest(stored: Iterable[Stored]) -> torch.dtype:
-    """The dtype that holds all of them without loss."""
-    return functools.reduce(torch.promote_types, (FLOATS[tensor.kind] for tensor in stored))
+    """The dtype that holds all floats among them without loss."""
+    floats = (FLOATS[tensor.kind] for tensor in stored if tensor.kind in FLOATS)
+    return functools.reduce(torch.promote_types, floats)
 
 
 class _NoInitialValues(TorchFunctionMode):

@@ -212,9 +212,11 @@ def test_dtype_is_that_of_storage_on_a_cpu(
     assert model.dtype == torch.float32  # of arithmetic
     name = "multi_modal_projector.linear_1.weight"
     assert torch.equal(model.projector.linear_1.weight, files[name].to(stored))
-    for name, parameter in model.named_parameters():
+    for name in LLaVA(model.config).state_dict():
         large = re.search(r"(proj|fc\d|linear_\d|lm_head|embed_tokens)\.weight$", name)
-        assert parameter.dtype == (stored if large else torch.float32), name
+        module, _, leaf = name.rpartition(".")
+        held = getattr(model.get_submodule(module), leaf)
+        assert held.dtype == (stored if large else torch.float32), name
 
 
 @pytest.mark.parametrize(
@@ -239,7 +241,7 @@ def test_a_checkpoints_own_dtype_holds_all_its_tensors(
         ({"dtype": torch.float64}, "dtype='torch.float64', but must be float32"),
         ({"device": "gpu"}, "device='gpu', but must be cpu, cuda or cuda:N"),
         ({"device": "cuda:99"}, "device='cuda:99', but .* use device='cpu'"),
-        ({"quantize": "int8"}, "quantize='int8'.*int8, int8-dynamic, int4.*not in this version"),
+        ({"quantize": "int3"}, "quantize='int3', but must be int8, int8-dynamic, int4"),
         ({"revision": "main"}, "revision='main', but .* is a local folder.*leave it out"),
     ],
 )

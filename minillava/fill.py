@@ -1,0 +1,138 @@
+"""Stored tensors -> the weights of a model without memory, in the form that was asked for."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+from tqdm import tqdm  # type: ignore[import-untyped,unused-ignore]
+
+from .linear import Int4, Int8, Weight, WidenedLinear, stored_linear
+from .llava import LLaVA
+from .quantise import to_int4, to_int8
+from .shards import Stored
+
+TIED = ("llama.embed_tokens.weight", "llama.lm_head.weight")  # one tensor in some models
+_BITS = {"I8": 8, "U8": 4}  # files' words for weights that are integers
+
+
+def linear_layers(model: LLaVA) -> dict[str, nn.Linear]:
+    """By our names, in the model's order."""
+    return {name: m for name, m in model.named_modules() if isinstance(m, nn.Linear)}
+
+
+def quantised_layers(model: LLaVA, bits: int) -> dict[str, int]:
+    """Which linear layers get integers as weights, and of how many bits: our name -> 8 or 4.
+
+    The decoder's blocks; of a model in 4 bits the output head too, in 8, unless it is tied. The
+    vision tower, the projector and the embeddings stay as they are: a tenth of the memory.
+    """
+    layers = {name: bits for name in linear_layers(model) if name.startswith("llama.blocks.")}
+    if bits == 4 and not model.config.text.tie_word_embeddings:
+        layers["llama.lm_head"] = 8
+    return layers
+
+
+def forms_of(
+    model: LLaVA, found: Mapping[str, Stored], quantize: str | None, folder: Path
+) -> dict[str, str]:
+    """The layers that are quantised, and how: our name -> int8, int8-dynamic or int4.
+
+    Raises ValueError if the files are quantised already, in another way.
+    """
+    kinds = {n: t.kind for n, t in found.items() if t.kind in _BITS}
+    bits = {name.removesuffix(".weight"): _BITS[kind] for name, kind in kinds.items()}
+    has = "int4" if 4 in bits.values() else "int8"
+    if bits and quantize not in (None, has, f"{has}-dynamic"):
+        raise ValueError(
+            f"quantize={quantize!r}, but the weights in {folder} are stored in {has}; leave "
+            "quantize out, or take the unquantised checkpoint"
+        )
+    if not bits and quantize is None:
+        return {}
+    bits = bits or quantised_layers(model, 4 if quantize == "int4" else 8)
+    eight = "int8-dynamic" if quantize == "int8-dynamic" else "int8"
+    return {name: "int4" if n == 4 else eight for name, n in bits.items()}
+
+
+def fill(
+    model: LLaVA,
+    found: Mapping[str, Stored],
+    device: torch.device,
+    storage: torch.dtype,
+    forms: Mapping[str, str],
+    progress: bool = False,
+) -> None:
+    """Give a model on the meta device its weights, read and converted one at a time.
+
+    `storage` is the dtype of the large ones, `forms` names the quantised layers; all others are
+    held as they are computed with.
+    """
+    on_cpu = device.type == "cpu"
+    model.requires_grad_(False).eval()
+    model.dtype = torch.float32 if on_cpu else storage  # no fast 16-bit arithmetic there
+    stored = {name for name in linear_layers(model) if name in forms or model.dtype != storage}
+    tied = TIED if model.config.text.tie_word_embeddings else ()
+    if tied:
+        _put_tied(model, [found[n] for n in TIED if n in found], device, storage)
+    for name in tqdm(found, "loading", unit="", leave=False, disable=None if progress else True):
+        layer, _, part = name.rpartition(".")
+        if name in tied or (layer in stored and part != "weight"):
+            continue
+        if layer in stored:
+            weight = _weight(found, name, device, storage, forms.get(layer))
+            there = found.get(f"{layer}.bias")
+            bias = None if there is None else there.read(device, model.dtype)
+            digits = 1 if forms.get(layer) == "int8-dynamic" else 2
+            model.set_submodule(layer, stored_linear(weight, bias, digits))
+        else:
+            dtype = storage if name == TIED[0] else model.dtype
+            _put(model, name, found[name].read(device, dtype))
+    left = [n for n, t in (*model.named_parameters(), *model.named_buffers()) if t.is_meta]
+    assert not left, f"without values: {left}"
+
+
+def _put(model: LLaVA, name: str, value: Tensor) -> None:
+    module, _, leaf = name.rpartition(".")
+    setattr(model.get_submodule(module), leaf, nn.Parameter(value, requires_grad=False))
+
+
+def _put_tied(
+    model: LLaVA, stored: list[Stored], device: torch.device, storage: torch.dtype
+) -> None:
+    weights = [tensor.read(device, storage) for tensor in stored]
+    if not torch.equal(weights[0], weights[-1]):
+        raise ValueError(
+            f"{stored[-1].file}: tie_word_embeddings is true, but the output head and the "
+            "embedding differ; set it to false in config.json, if the two are meant to"
+        )
+    _put(model, TIED[0], weights[0])
+    if storage != model.dtype:
+        model.llama.set_submodule("lm_head", WidenedLinear(weights[0], None))
+    model.llama.lm_head.weight = model.llama.embed_tokens.weight  # one object: they stay tied
+
+
+def _weight(
+    found: Mapping[str, Stored],
+    name: str,
+    device: torch.device,
+    storage: torch.dtype,
+    form: str | None,
+) -> Weight:
+    """A layer's weight in its form, from a file that has it in the same form or as floats."""
+    tensor = found[name]
+    if form is None:
+        return tensor.read(device, storage)
+    if tensor.kind == "I8":
+        return Int8(
+            tensor.read(device, torch.int8), found[f"{name}_scale"].read(device, torch.float32)
+        )
+    if tensor.kind == "U8":
+        scale, low = (
+            found[name + part].read(device, torch.bfloat16) for part in ("_scale", "_low")
+        )
+        return Int4(tensor.read(device, torch.uint8), scale, low)
+    wide = tensor.read(device, torch.float32)
+    return Int4(*to_int4(wide)) if form == "int4" else Int8(*to_int8(wide))

@@ -1,0 +1,92 @@
+"""Weights as small integers: the numbers alone, as pure functions.
+
+int8: one scale a row, round to nearest, after a rotation of the input columns. int4: one scale and
+one lowest value for each group of columns of a row. The rotation is by an orthogonal matrix with
+entries of +-1 / sqrt(b) on blocks of b columns (Hadamard), on weights here and on activations when
+they are multiplied: W x = (W H)(H x). It spreads the few columns that carry very large activations
+in a Llama, so that activations can be integers too: QuaRot (arXiv 2404.00456) in its plainest form.
+"""
+
+from __future__ import annotations
+
+import functools
+
+import torch
+from torch import Tensor
+
+ROTATED = 128  # columns turned together, at most
+GROUP = 64  # columns of an int4 weight that share a scale, at most
+
+
+def block(K: int, most: int) -> int:
+    """The largest power of two up to `most` that divides K."""
+    return min(K & -K, most)
+
+
+@functools.cache
+def hadamard(b: int) -> Tensor:
+    """Orthogonal and symmetric (b, b), all entries +-1 / sqrt(b); b is a power of two."""
+    signs = torch.ones(1, 1)
+    while len(signs) < b:
+        signs = torch.cat((torch.cat((signs, signs), 1), torch.cat((signs, -signs), 1)))
+    return signs / b**0.5
+
+
+def rotated(x: Tensor, out: Tensor | None = None) -> Tensor:
+    """Turn the columns of (R, K) in blocks; doing it twice gives x again."""
+    b = block(x.shape[-1], ROTATED)
+    H = hadamard(b).to(x.device, x.dtype)
+    if out is not None:
+        torch.mm(x.reshape(-1, b), H, out=out.view(-1, b))
+        return out
+    return (x.reshape(-1, b) @ H).view(x.shape)
+
+
+def to_int8(weight: Tensor) -> tuple[Tensor, Tensor]:
+    """Weight (N, K) -> codes (N, K) int8 in +-127 of the rotated weight, scale (N,) float32."""
+    turned = rotated(weight.float())
+    lowest, highest = turned.aminmax(dim=1)
+    scale = torch.maximum(highest, -lowest) / 127
+    codes = turned.div_(scale.clamp_min(torch.finfo(torch.float32).tiny)[:, None]).round_()
+    return codes.to(torch.int8), scale
+
+
+def from_int8(codes: Tensor, scale: Tensor) -> Tensor:
+    """The float32 weight (N, K) that codes and scale stand for."""
+    return rotated(codes.float() * scale[:, None])
+
+
+def to_int4(weight: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Weight (N, K) -> codes (N, K / 2) uint8, scale and low (N, K / G) bfloat16.
+
+    The value of a column is code * scale + low of its group. Of two columns in one byte the left
+    one is in the low four bits. The codes are chosen for the scales as rounded.
+    """
+    N, K = weight.shape
+    groups = weight.float().view(N, -1, block(K, GROUP))  # (N, K / G, G)
+    lowest, highest = groups.aminmax(dim=-1)
+    scale, low = ((highest - lowest) / 15).bfloat16(), lowest.bfloat16()
+    step = scale.float().clamp_min(torch.finfo(torch.bfloat16).tiny)[..., None]
+    codes = ((groups - low.float()[..., None]) / step).round_().clamp_(0, 15)
+    codes = codes.to(torch.uint8).view(N, K)
+    return codes[:, 0::2] | codes[:, 1::2] << 4, scale, low
+
+
+def codes_of(packed: Tensor) -> Tensor:
+    """(N, K / 2) uint8 as stored -> codes (N, K) uint8 in 0..15."""
+    return torch.stack((packed & 15, packed >> 4), dim=-1).flatten(1)
+
+
+def from_int4(packed: Tensor, scale: Tensor, low: Tensor) -> Tensor:
+    """The float32 weight (N, K) that codes, scale and low stand for."""
+    groups = codes_of(packed).float().view(*scale.shape, -1)  # (N, K / G, G)
+    return groups.mul_(scale.float()[..., None]).add_(low.float()[..., None]).flatten(1)
+
+
+def stored_parts(shape: tuple[int, ...], bits: int) -> list[tuple[str, tuple[int, ...], str]]:
+    """What a weight (N, K) is in a file: suffix of the name, shape and safetensors' word for it."""
+    N, K = shape
+    if bits == 8:
+        return [("", (N, K), "I8"), ("_scale", (N,), "F32")]
+    groups = (N, K // block(K, GROUP))
+    return [("", (N, K // 2), "U8"), ("_scale", groups, "BF16"), ("_low", groups, "BF16")]
