@@ -28,6 +28,8 @@ NAME, CLASS = "minillava", "eval.lmms_model.MiniLLaVA"
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a command line of lmms-eval; returns its exit code."""
     words = list(sys.argv[1:] if argv is None else argv)
+    if words in (["-h"], ["--help"]):
+        print(__doc__)
     if importlib.util.find_spec("lmms_eval") is None:
         complain(ValueError("lmms-eval is not installed; pip install 'minillava[lmms]'"))
         return 2

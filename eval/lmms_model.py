@@ -97,7 +97,10 @@ class MiniLLaVA(lmms):  # type: ignore[misc,unused-ignore]
         answers = []
         with tqdm(total=len(asked), disable=self.rank != 0, desc="minillava") as bar:
             for group in _batches(asked, self.batch_size):
-                answers += self._answer(group)
+                try:
+                    answers += self._answer(group)
+                except (ValueError, OSError) as error:
+                    raise ValueError(f"{_names(group)}: {error}") from error
                 bar.update(len(group))
         return answers
 
@@ -167,8 +170,8 @@ class Ask:
         for item in found:
             if not isinstance(item, Image.Image):
                 raise ValueError(
-                    f"{self.task}, {self.split} {self.doc}: a visual of type "
-                    f"{type(item).__name__}; minillava reads pictures, no video or sound"
+                    f"a visual of type {type(item).__name__}; minillava reads pictures, no video "
+                    "or sound"
                 )
         return list(found)
 
@@ -225,6 +228,13 @@ def _batches(asked: Sequence[Ask], size: int) -> Iterator[list[Ask]]:
         group.append(ask)
     if group:
         yield group
+
+
+def _names(group: Sequence[Ask]) -> str:
+    docs: dict[str, list[str]] = {}
+    for ask in group:
+        docs.setdefault(f"{ask.task}, {ask.split}", []).append(str(ask.doc))
+    return "; ".join(f"{split} {', '.join(found)}" for split, found in docs.items())
 
 
 def _task(requests: Sequence[Instance]) -> str:

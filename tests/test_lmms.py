@@ -18,6 +18,7 @@ from eval import lmms
 from eval.lmms_model import DELIMITER, MiniLLaVA, cut, settings, with_pictures
 from minillava import load, parse_plan
 from minillava.generate import generate
+from minillava.prompt import conversation
 from weights import scenes
 
 DEMO = Path(__file__).parents[1] / "weights" / "demo"
@@ -126,6 +127,18 @@ def direct(rows):
     return answers
 
 
+def test_template_and_numbering_of_lmms_evals_llava_class(task, rows):
+    """The prompt, padding and tokens of the original code, for any checkpoint."""
+    code, texts = task(f"pretrained={DEMO},template=vicuna_v1,image_aspect=pad,tokens=llava")
+    assert code == 0
+    model, processor = load(DEMO)
+    images, question, _ = rows[0]
+    prompt = conversation("vicuna_v1", f"<image>\n{question}")
+    batch = processor([prompt], [images], image_aspect="pad", tokens="llava")
+    (tokens,) = generate(model, batch, max_new_tokens=12).tokens
+    assert texts[0] == processor.decode(tokens)
+
+
 @pytest.mark.parametrize("batch", ["1", "3"])
 def test_answers_are_those_of_generate(task, direct, batch):
     code, texts = task(f'pretrained={DEMO},prune="{PLAN}"', "--batch_size", batch)
@@ -151,7 +164,7 @@ def test_stop_strings_of_a_task_end_its_answers(task, direct):
 @pytest.mark.parametrize(
     ("model_args", "more", "words"),
     [
-        (f"pretrained={DEMO},prune=fastv:k=99", "", ["99"]),
+        (f"pretrained={DEMO},prune=fastv:k=99", "", ["scenes, test 0: ", "99"]),
         (f"pretrained={DEMO},prune=fastv:k=2,r=0.5", "", ["r=0.5", 'prune="fastv:k=2,r=0.5"']),
         (f"pretrained={DEMO},prune=fastfood", "", ["fastfood", "there are"]),
         (f"pretrained={DEMO}/none", "", ["none"]),
@@ -185,6 +198,9 @@ def test_failures_of_lmms_eval_end_the_same_way(task, capfd):
     assert "error: Tasks not found: no_such_task" in capfd.readouterr().err
     assert lmms.main(["--model", "minillava"]) == 2
     assert "error: --tasks is missing" in capfd.readouterr().err
+    with pytest.raises(SystemExit) as end:
+        lmms.main(["--no_such_flag"])
+    assert end.value.code == 2
 
 
 def test_quoted_arguments_survive_lmms_evals_parser():
@@ -240,7 +256,7 @@ def test_sampled_answers_do_not_depend_on_the_batch():
 def test_what_is_no_picture_is_refused():
     model = MiniLLaVA(str(DEMO))
     model.task_dict = {"t": {"test": ["doc"]}}
-    with pytest.raises(ValueError, match="t, test 0: a visual of type str; minillava reads pict"):
+    with pytest.raises(ValueError, match=r"^t, test 0: a visual of type str; minillava reads p"):
         model.generate_until([_request(0, visual=lambda doc: ["film.mp4"])])
     with pytest.raises(ValueError, match="t wants likelihoods"):
         model.loglikelihood([_request(0)])
