@@ -35,7 +35,7 @@ from minillava.names import our_name, published_name
 from minillava.shards import Stored
 
 from . import original
-from .files import SHARD_BYTES, Planned, write_checkpoint
+from .files import SHARD_BYTES, Planned, check_folder, write_checkpoint
 from .sources import DTYPES, Weight, shards_in, verify, weights_of
 from .towers import Part, Tower, find_tower, inner_tower, read_tower
 
@@ -118,12 +118,13 @@ def convert(
     sources = sorted({part.weight.file for part in found.parts.values()})
     if inside := [file for file in sources if dst.resolve() == file.parent.resolve()]:
         raise ValueError(f"{dst} holds {inside[0].name}, which is only read; give another folder")
+    tensors = [_planned(name, found) for name in found.parts]
+    check_folder(dst, tensors, found.files, shard_bytes)
     digests = verify(sources)
     origin = [
         (name, part.weight.name, part.first, digests[part.weight.file])
         for name, part in found.parts.items()
     ]
-    tensors = [_planned(name, found) for name in found.parts]
     write_checkpoint(dst, tensors, found.files, repr(origin), shard_bytes)
 
 

@@ -29,7 +29,7 @@ from tqdm import tqdm  # type: ignore[import-untyped,unused-ignore]
 from minillava.entries import read_json
 from minillava.shards import INDEX, SINGLE
 
-PROGRESS, LOCK, PART = "progress.json", ".lock", ".part"
+CONFIG, PROGRESS, LOCK, PART = "config.json", "progress.json", ".lock", ".part"
 SHARD_BYTES = 4 * 10**9
 
 # safetensors' words for the dtypes that a checkpoint may hold
@@ -78,16 +78,13 @@ def write_checkpoint(
     and kept; a folder that is complete is verified. Raises ValueError, in one line, for a folder
     with other things in it, one that another process writes, and a disk that is full.
     """
+    check_folder(folder, tensors, files, shard_bytes)
     shards = _named(divide(tensors, shard_bytes))
-    contents = dict(files)
-    config = contents.pop("config.json")
+    contents = {name: content for name, content in files.items() if name != CONFIG}
     if len(shards) > 1:
         contents[INDEX] = _index(shards)
-    contents["config.json"] = config  # last
+    contents[CONFIG] = files[CONFIG]  # last
     identity = _identity(shards, origin)
-
-    _refuse_others(folder, {*shards, *contents})
-    _check_space(folder, shards)
     with _writing(folder), _locked(folder):
         done = _progress(folder, identity)
         kept = {name: digest for name, digest in done.items() if _intact(folder, name, digest)}
@@ -101,6 +98,19 @@ def write_checkpoint(
         for name, content in contents.items():
             if not (folder / name).is_file() or (folder / name).read_bytes() != content:
                 write_file(folder / name, content)
+
+
+def check_folder(
+    folder: Path,
+    tensors: Sequence[Planned],
+    files: Mapping[str, bytes],
+    shard_bytes: int = SHARD_BYTES,
+) -> None:
+    """What can be said of a folder at once, for callers that have long work to do before they
+    write: ValueError where there are other things in it, or no room for all this."""
+    shards = _named(divide(tensors, shard_bytes))
+    _refuse_others(folder, {INDEX, *shards, *files})
+    _check_space(folder, shards)
 
 
 def write_file(path: Path, content: bytes) -> None:
