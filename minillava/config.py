@@ -94,7 +94,7 @@ class Config:
         top.only("projector_hidden_act", ("gelu",), "gelu")
         top.only("multimodal_projector_bias", (True,), True)
         top.only("vision_feature_select_strategy", ("default",), "default")
-        top.only("quantization_config", (None,), None, "load the checkpoint's unquantised weights")
+        _quantised(top)
         # An absent vision_config means CLIP ViT-L/14-336, one without an entry means CLIP's own.
         vision = _vision(top.section("vision_config", _VIT_L_14_336))
         text = _text(top.section("text_config", {}), tied=top.flag("tie_word_embeddings", False))
@@ -133,6 +133,15 @@ def _refuse_original_layout(top: Entries) -> None:
             "original LLaVA layout, and only the llava-hf layout is read; write that with "
             "`python -m weights.convert SRC DST` (SRC: the folder with its weights)"
         )
+
+
+def _quantised(top: Entries) -> None:
+    """The loader finds weights that are integers by itself; other people's forms are refused."""
+    e = top.section("quantization_config", {})
+    if e.values and (e.values.get("quant_method"), e.values.get("version")) != ("minillava", 1):
+        allowed = "absent, or as weights.quantise writes it (quant_method 'minillava', version 1)"
+        todo = "load the checkpoint's unquantised weights"
+        raise top.error("quantization_config", dict(e.values), allowed, todo)
 
 
 def _vision(e: Entries) -> VisionConfig:

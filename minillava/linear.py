@@ -72,7 +72,7 @@ class StoredLinear(nn.Module):
                 y[at : at + AT_ONCE] = self.product(rows[at : at + AT_ONCE])
         if self.bias is not None:
             y = y.add_(self.bias)
-        return y.view(*x.shape[:-1], -1)
+        return y.view(*x.shape[:-1], self.out_features)
 
     def product(self, x: Tensor) -> Tensor:
         """(R, K), R > 0, -> (R, N), in memory of its own."""

@@ -1,0 +1,118 @@
+"""Store a checkpoint in 8 or 4 bits: `python -m weights.quantise SRC DST --bits 8|4`.
+
+SRC is a folder in the llava-hf layout, or a hub id. The weights of the decoder's blocks become
+integers (minillava/quantise.py has the arithmetic, fill.py says which layers), all other tensors
+keep their bits. Of an int8 weight NAME the file holds the codes under NAME and one float32 scale a
+row under NAME_scale; of an int4 weight the codes, two in a byte, under NAME, and one bfloat16 scale
+and lowest value for 64 columns of a row under NAME_scale and NAME_low. config.json says the same.
+`minillava.load` opens DST as it is. One tensor is in memory at a time, and an interrupted run goes
+on (files.py).
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from minillava.checkpoint import empty_model, match
+from minillava.config import Config
+from minillava.console import complain, one_voice
+from minillava.entries import read_json
+from minillava.fill import quantised_layers
+from minillava.hub import find
+from minillava.quantise import GROUP, ROTATED, stored_parts, to_int4, to_int8
+from minillava.shards import FLOATS, INDEX, Stored, stored_tensors
+
+from .files import SHARD_BYTES, Planned, to_json, write_checkpoint
+
+_CPU = torch.device("cpu")
+_DTYPES = FLOATS | {"I8": torch.int8, "U8": torch.uint8}
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Returns the exit code: 0, 2 after an error, 130 after Ctrl-C."""
+    parser = argparse.ArgumentParser(
+        prog="python -m weights.quantise", description=(__doc__ or "").partition("\n")[0]
+    )
+    parser.add_argument("src", metavar="SRC", help="folder or hub id of a llava-hf checkpoint")
+    parser.add_argument("dst", type=Path, metavar="DST", help="folder to write, or to go on with")
+    parser.add_argument("--bits", type=int, choices=(8, 4), required=True)
+    args = parser.parse_args(argv)
+    try:
+        with one_voice():
+            quantise(find(args.src), args.dst, args.bits)
+    except (ValueError, MemoryError) as error:
+        complain(error)
+        return 2
+    except KeyboardInterrupt:
+        return 130
+    print(f"{args.dst} is complete: python -m minillava.generate --model {args.dst}")
+    return 0
+
+
+def quantise(src: Path, dst: Path, bits: int, shard_bytes: int = SHARD_BYTES) -> None:
+    """Write the checkpoint in `src` into `dst` with 8 or 4 bits a weight; see the module.
+
+    Raises ValueError, in one line, for every bad input. Nothing outside `dst` is changed.
+    """
+    if dst.resolve().is_relative_to(src.resolve()):
+        raise ValueError(f"{dst} is inside {src}, which is only read; give another folder")
+    values = read_json(src / "config.json")
+    if values.get("quantization_config"):
+        raise ValueError(f"{src} is quantised already; give the unquantised checkpoint")
+    model = empty_model(Config.from_file(src / "config.json"))
+    found = match(model, stored_tensors(src), src)
+    layers = {f"{name}.weight": n for name, n in quantised_layers(model, bits).items()}
+    planned = [p for name, t in found.items() for p in _planned(t, layers.get(name))]
+    files = {
+        path.name: path.read_bytes()
+        for path in (*sorted(src.glob("*.json")), src / "tokenizer.model")
+        if path.is_file() and path.name != INDEX
+    }
+    files["config.json"] = to_json({**values, "quantization_config": described(bits)})
+    origin = [
+        (t.file.name, t.file.stat().st_size, t.file.stat().st_mtime_ns) for t in found.values()
+    ]
+    write_checkpoint(dst, planned, files, repr((bits, sorted(set(origin)))), shard_bytes)
+
+
+def described(bits: int) -> dict[str, object]:
+    """What config.json says of the weights, for the loader and for whoever opens the folder."""
+    eight = f"weight = (codes * scale) H, H orthogonal on blocks of at most {ROTATED} columns"
+    four = f"weight = code * scale + low, per group of at most {GROUP} columns; low nibble first"
+    method = "minillava/quantise.py"
+    return {
+        "quant_method": "minillava",
+        "version": 1,
+        "bits": bits,
+        "weights": {"I8": eight, "U8": four},
+        "defined_in": method,
+    }
+
+
+def _planned(tensor: Stored, bits: int | None) -> list[Planned]:
+    if bits is None:
+        dtype = FLOATS[tensor.kind]
+        return [Planned(tensor.name, tensor.shape, dtype, lambda: tensor.read(_CPU, dtype))]
+
+    def part(i: int) -> Tensor:
+        wide = tensor.read(_CPU, torch.float32)
+        if not wide.isfinite().all():
+            raise ValueError(
+                f"{tensor.file}: {tensor.name} has values that are not finite, which integers "
+                "cannot hold; fetch the checkpoint again"
+            )
+        return (to_int8(wide) if bits == 8 else to_int4(wide))[i]
+
+    return [
+        Planned(tensor.name + suffix, shape, _DTYPES[kind], lambda i=i: part(i))  # type: ignore[misc]
+        for i, (suffix, shape, kind) in enumerate(stored_parts(tensor.shape, bits))
+    ]
+
+
+if __name__ == "__main__":
+    sys.exit(main())
