@@ -28,6 +28,7 @@ from torch import Tensor
 from minillava import load
 from minillava.generate import generate
 from weights import convert as converter
+from weights import download
 from weights import files as writer
 from weights.convert import convert, main
 from weights.files import LOCK, PART, PROGRESS
@@ -380,6 +381,41 @@ def test_layouts_of_the_whole_reference_set(request: pytest.FixtureRequest, tmp_
         to = tmp_path / folder.parent.name / folder.name
         convert(folder, to)
         assert_same(to, state_of(next(folder.parent.glob("hub*"))))
+
+
+@pytest.mark.parametrize("kind", ["bin", "safetensors"])
+def test_download_fetches_the_original_with_its_tower_and_says_what_is_next(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    hub: State,
+    kind: str,
+) -> None:
+    tower = "openai/clip-vit-large-patch14-336"
+    remote = {"liuhaotian/llava": tmp_path / "remote", tower: tmp_path / "clip"}
+    state = {"mm_vision_tower": tower, "pickled": kind == "bin"}
+    write_original(remote["liuhaotian/llava"], hub, **state)
+    write_clip(remote[tower], clip_names(hub), "pytorch_model.bin")
+    (remote[tower] / "tf_model.h5").touch()
+
+    def snapshot_download(repo_id: str, allow_patterns: list[str], **kwargs: Any) -> str:
+        to = tmp_path / "cache" / repo_id.replace("/", "--")
+        to.mkdir(parents=True, exist_ok=True)
+        for path in remote[repo_id].iterdir():
+            if path.is_file() and any(path.match(pattern) for pattern in allow_patterns):
+                shutil.copy(path, to)
+        return str(to)
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", snapshot_download)
+    assert download.main(["liuhaotian/llava"]) == 0
+    out, err = capsys.readouterr()
+    src = Path(out.strip())
+    assert err == f"next: python -m weights.convert {src} DST\n"
+    assert len(list(src.glob(f"*.{kind}"))) == 2
+    fetched = {path.name for path in (tmp_path / "cache" / tower.replace("/", "--")).iterdir()}
+    assert fetched == {"config.json", "preprocessor_config.json", "pytorch_model.bin"}
+    convert(src, tmp_path / "dst")
+    assert_same(tmp_path / "dst", hub)
 
 
 # ---------------------------------------------------------------- vocabulary and dtype

@@ -26,11 +26,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from minillava.checkpoint import match
+from minillava.checkpoint import empty_model, match
 from minillava.config import Config
 from minillava.console import complain, one_voice
 from minillava.entries import Entries, read_json
-from minillava.llava import LLaVA
 from minillava.names import our_name, published_name
 from minillava.shards import Stored
 
@@ -275,9 +274,7 @@ def _dtype(parts: Mapping[str, Part], src: Path) -> torch.dtype:
 
 def _check(found: Conversion, config: Mapping[str, Any], src: Path) -> None:
     """Raises ValueError for a config, names and shapes that `minillava.load` would refuse."""
-    described = Config.from_dict(config, {}, str(src / "config.json"))
-    with torch.device("meta"):
-        model = LLaVA(described)
+    model = empty_model(Config.from_dict(config, {}, str(src / "config.json")))
     match(
         model,
         [

@@ -80,7 +80,8 @@ def write_checkpoint(
     """
     check_folder(folder, tensors, files, shard_bytes)
     shards = _named(divide(tensors, shard_bytes))
-    contents = {name: content for name, content in files.items() if name != CONFIG}
+    # a source that was written here has a progress of its own among its files
+    contents = {name: files[name] for name in files if name not in (CONFIG, PROGRESS)}
     if len(shards) > 1:
         contents[INDEX] = _index(shards)
     contents[CONFIG] = files[CONFIG]  # last

@@ -149,9 +149,6 @@ def hub_config(
         "text_config": {
             "architectures": ["LlamaForCausalLM"],
             "model_type": "llama",
-            # what Llama takes for absent, where llava-hf's text_config may have another default
-            "max_position_embeddings": 2048,
-            "rms_norm_eps": 1e-6,
             **text,
             "tie_word_embeddings": tied,
             "torch_dtype": name,
@@ -194,7 +191,6 @@ def small_files(
         "extra_special_tokens": {"image_token": IMAGE},
         "image_token": IMAGE,
         "legacy": False,
-        "model_max_length": config["text_config"]["max_position_embeddings"],
         "padding_side": "left",
         "processor_class": "LlavaProcessor",
         "sp_model_kwargs": {},
