@@ -29,18 +29,24 @@ from minillava.processor import Processor
 from minillava.pruning import METHODS
 from weights import scenes
 
+from . import fit
+
 BATCH = 32
 SHARES = (0.5, 0.25, 0.11)
+ADAPTIVE = ("prumerge", "prumerge-plus", "text-only")  # they have no budget
+WITHOUT_A_TOWER = ("trim", "cdpruner")
 
 Group = tuple[Batch, list[scenes.Example]]
 
 
-def plans(n_tokens: int, n_layers: int) -> list[str]:
+def plans(model: LLaVA, processor: Processor) -> list[str]:
     """Every method at each share of the image tokens; "" is the unpruned model.
 
     Methods in the decoder act from layer 2 on (their first layers see everything), those with
-    several layers go down in equal ratios.
+    several layers go down in equal ratios; FitPrune's table is fitted on scenes of its own seed.
+    TRIM and CDPruner read a CLIP text tower, and there is none for the demo's vision tower.
     """
+    n_tokens, n_layers = model.config.vision.num_patches, model.config.text.num_hidden_layers
     found = [""]
     for share in SHARES:
         k = round(n_tokens * share)
@@ -50,20 +56,27 @@ def plans(n_tokens: int, n_layers: int) -> list[str]:
             "fastv": f"fastv:k=2,keep={k}",
             "dart": f"dart:layer=2,keep={k}",
             "vtw": f"vtw:layer={round(n_layers * share)}",
-            "fitprune": "",  # its budget is one of FLOPs, its tables belong to 32 layers
+            "fitprune": _fitted(model, processor, round(100 * (1 - share))),
             "pyramiddrop": "pyramiddrop:layers=2/4/6,ratios="
             + "/".join(f"{s / n_tokens:.3f}" for s in steps),
             "sparsevlm": f"sparsevlm:layers=2/4/6,keep={'/'.join(map(str, steps))}",
             "visionzip": f"visionzip:dominant={k - k // 6},contextual={k // 6}",
+            "vscan": f"vscan:layer={n_layers // 2},keep={k + k // 2},final={k - k // 2}",
             "grid": f"grid:h={side},w={side}",
             "pool": f"pool:h={side},w={side}",
         }
-        for name, method in METHODS.items():
-            fixed = "keep" not in method.__dataclass_fields__ and name not in special
-            plan = special.get(name, f"{name}:keep={k}")
-            if plan and not fixed:
-                found.append(plan)
-    return [*dict.fromkeys(found), "text-only"]
+        for name in METHODS:
+            if name in ADAPTIVE:
+                found.append(name)
+            elif name not in WITHOUT_A_TOWER:
+                found.append(special.get(name, f"{name}:keep={k}"))
+    return list(dict.fromkeys(found))
+
+
+def _fitted(model: LLaVA, processor: Processor, save: int) -> str:
+    prompts, images = zip(*fit.samples(processor, None, 20, seed=0), strict=True)
+    batch = processor(list(prompts), images=[[image] for image in images])
+    return f"fitprune:delete={'/'.join(map(str, fit.fit(model, batch, save)))}"
 
 
 def questions(processor: Processor, seed: int, n: int, kinds: Sequence[str] | None) -> list[Group]:
@@ -134,28 +147,24 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = parser.parse_args(argv)
     try:
         model, processor = load(args.model)
-        config = model.config
         wanted = ["", *args.plans]
         if not args.plans:
-            wanted = plans(config.vision.num_patches, config.text.num_hidden_layers)
+            wanted = plans(model, processor)
         for text in wanted:
             parse_plan(text or None)
         groups = questions(processor, args.seed, args.questions, args.kinds)
         rows = []
         for text in wanted:
-            try:
-                rows.append(measure(model, processor, groups, text, args.seed))
-            except ValueError as error:
-                if args.plans:
-                    raise
-                print(f"left out: {text}: {error}", file=sys.stderr)
-                continue
+            rows.append(measure(model, processor, groups, text, args.seed))
             print(json.dumps(rows[-1]), file=sys.stderr, flush=True)
     except ValueError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    threads = torch.get_num_threads()
-    note = f"{args.questions} held-out questions, seed {args.seed}, {threads} threads"
+    seconds, threads = sum(row["seconds"] for row in rows), torch.get_num_threads()
+    note = (
+        f"{args.questions} held-out questions, seed {args.seed}; {seconds:.0f} s on {threads} "
+        f"thread{'s' * (threads > 1)}, torch {torch.__version__.partition('+')[0]}"
+    )
     if args.out:
         args.out.parent.mkdir(parents=True, exist_ok=True)
         found = {"seed": args.seed, "model": Path(args.model).name, "rows": rows}
