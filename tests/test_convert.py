@@ -589,7 +589,7 @@ def test_a_full_disk_is_one_line_and_the_run_goes_on_later(
     with pytest.MonkeyPatch.context() as patch:
         stop_at(patch, "sync", 2, OSError(28, "No space left on device", str(dst / "model")))
         assert main([str(src), str(dst)]) == 2
-    assert one_error(capsys, "No space left on device.*make room.*same command again")
+    assert one_error(capsys, "No space left on device.*make room.*run the command again")
     assert not list(dst.glob("*.safetensors*"))
     assert main([str(src), str(dst)]) == 0
     assert_same(dst, hub)
@@ -803,6 +803,7 @@ def test_folders_are_looked_at_first(
     for at, to, says in (
         (src, taken, r"has other things in it \(photo.png\)"),
         (src, file, "file is a file"),
+        (src, file / "new", r"file/new cannot be written \(Not a directory\); give a folder"),
         (src, src, "is inside .*src, which is only read"),
         (src, src / "new", "is inside .*src, which is only read"),
         (src, src / "clip", "is inside .*src"),

@@ -85,7 +85,7 @@ def main(argv: list[str] | None = None) -> int:
     try:
         with one_voice():
             convert(args.src, args.dst, args.vision_tower, args.base)
-    except (ValueError, MemoryError) as error:
+    except (ValueError, OSError, MemoryError) as error:
         complain(error)
         return 2
     except KeyboardInterrupt:

@@ -110,8 +110,9 @@ def check_folder(
     """What can be said of a folder at once, for callers that have long work to do before they
     write: ValueError where there are other things in it, or no room for all this."""
     shards = _named(divide(tensors, shard_bytes))
-    _refuse_others(folder, {INDEX, *shards, *files})
-    _check_space(folder, shards)
+    with _writing(folder):
+        _refuse_others(folder, {INDEX, *shards, *files})
+        _check_space(folder, shards)
 
 
 def write_file(path: Path, content: bytes) -> None:
@@ -282,20 +283,20 @@ def _check_space(folder: Path, shards: Mapping[str, Sequence[Planned]]) -> None:
 def _writing(folder: Path) -> Iterator[None]:
     """What the system refuses, in one line; what was finished is kept."""
     try:
-        folder.mkdir(parents=True, exist_ok=True)
         yield
     except OSError as error:
         full = error.errno in (errno.ENOSPC, errno.EDQUOT)
-        todo = "make room there" if full else "see to it"
+        todo = "make room there" if full else "give a folder that can be, or change that"
         raise ValueError(
             f"{error.filename or folder} cannot be written ({error.strerror}); {todo}, "
-            "and run the same command again: it goes on where it stopped"
+            "and run the command again: it goes on where it stopped"
         ) from error
 
 
 @contextmanager
 def _locked(folder: Path) -> Iterator[None]:
     """One process at a time; the system frees the lock of one that was killed."""
+    folder.mkdir(parents=True, exist_ok=True)
     try:
         with FileLock(folder / LOCK, timeout=0):
             try:
