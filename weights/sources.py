@@ -136,10 +136,11 @@ def _check_zip(file: Path) -> None:
             packed = [i.filename for i in archive.infolist() if i.compress_type]
     except (zipfile.BadZipFile, OSError, EOFError, NotImplementedError) as error:
         raise ValueError(f"{file} is damaged ({error}); {_AGAIN}") from error
-    if bad or packed:
+    if bad or packed:  # what is packed cannot be mapped
         raise ValueError(
             f"{file} is damaged: its entry {bad or packed[0]} does not have the check sum or the "
-            f"form it was written with; {_AGAIN}"
+            f"form it was written with; {_AGAIN} (one written without check sums needs its SHA-256 "
+            "in a file SHA256SUMS beside it)"
         )
 
 
