@@ -139,6 +139,8 @@ class Int8Linear(StoredLinear):
     with -64 and 63 makes that step exactly 1 and its zero exactly 64, whatever the other rows hold.
     """
 
+    ends: Tensor
+
     def __init__(self, weight: Int8, bias: Tensor | None, digits: int) -> None:
         N, K = weight.codes.shape
         super().__init__(K, N, bias)
@@ -150,6 +152,9 @@ class Int8Linear(StoredLinear):
                 weight.codes, weight.scale.double(), torch.zeros(N, dtype=torch.long), 0
             )
         self.packed = torch.ops.quantized.linear_prepack(integers, None)
+        ends = torch.zeros(K)
+        ends[0], ends[-1] = -DIGIT - 1, DIGIT
+        self.register_buffer("ends", ends, persistent=False)
 
     def product(self, x: Tensor) -> Tensor:
         R, K = x.shape
@@ -161,8 +166,7 @@ class Int8Linear(StoredLinear):
         if self.digits == 2:
             second = levels[R:-1].copy_(first)
             second.sub_(first.round_()).mul_(2 * DIGIT)
-        levels[-1] = 0
-        levels[-1, 0], levels[-1, -1] = -DIGIT - 1, DIGIT
+        levels[-1] = self.ends
         y = torch.ops.quantized.linear_dynamic(levels, self.packed, True)  # (digits * R + 1, N)
         if self.digits == 2:
             y[:R].add_(y[R:-1], alpha=1 / (2 * DIGIT))

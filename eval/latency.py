@@ -1,0 +1,379 @@
+"""What plans and number formats cost, measured: `python -m eval.latency`.
+
+    python -m eval.latency                                        the demo, unpruned and FastV
+    python -m eval.latency --shape 7b --form int8-dynamic --prune fastv:k=2,r=0.75
+    python -m eval.latency --model DIR --form float32 int8 --prune divprune:keep=64 --json
+
+--shape takes random weights of the true shape instead of a checkpoint: time does not depend on
+their values. One prompt with one picture; the plans take turns in each round, so that noise on the
+machine meets all of them. Times are medians over the rounds after one that does not count.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import itertools
+import json
+import math
+import os
+import platform
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from minillava import Batch, load, parse_plan
+from minillava.checkpoint import DTYPES, QUANTIZE, empty_model
+from minillava.config import Config, TextConfig, VisionConfig
+from minillava.console import complain, one_voice
+from minillava.fill import fill, forms_of
+from minillava.generate import generate
+from minillava.linear import weight_bytes
+from minillava.llama import causal_attention
+from minillava.llava import LLaVA
+from minillava.shards import Stored
+
+from . import cost
+
+SHAPES = {
+    "7b": Config(VisionConfig(), TextConfig()),
+    "13b": Config(
+        VisionConfig(),
+        TextConfig(
+            hidden_size=5120,
+            intermediate_size=13824,
+            num_hidden_layers=40,
+            num_attention_heads=40,
+            num_key_value_heads=40,
+        ),
+    ),
+}
+FORMS = ("float32", "float16", "bfloat16", *QUANTIZE)
+DEMO = Path(__file__).parent.parent / "weights" / "demo"
+
+
+@dataclass(frozen=True)
+class Row:
+    """One plan in one form. Seconds, bytes and FLOPs; shares are of the unpruned plan."""
+
+    form: str
+    plan: str
+    vision: cost.Spread
+    prefill: cost.Spread
+    first_token: cost.Spread
+    per_token: cost.Spread
+    choosing: float  # seconds of the prefill in the plan's own choices
+    layers_alone: float  # seconds of the decoder's layers at these row counts and nothing else
+    tokens_entering: list[int]
+    fastv_share: float
+    flops: int  # exact, of the prefill
+    ideal_speedup: float  # of the prefill, by FLOPs
+    speedup: float  # of the prefill, measured: median of the ratios in each round
+    cache_bytes: int
+    peak_bytes: int
+    weight_bytes: int
+    bandwidth_share: float  # of the decoder's weights per token, of what memory can deliver
+    pays: bool
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What the machine can do."""
+
+    bandwidth: float  # bytes a second
+    gemm: dict[str, float]  # FLOPs a second of the MLP's first matrix in each form
+
+
+@dataclass(frozen=True)
+class Random(Stored):
+    """A tensor that no file has: norms of one, biases of zero, else Gaussian."""
+
+    def read(self, device: torch.device, dtype: torch.dtype) -> Tensor:
+        if len(self.shape) == 1:
+            value = 1.0 if self.name.endswith("weight") else 0.0
+            return torch.full(self.shape, value, device=device, dtype=dtype)
+        pool = torch.randn(2**20 + 7, generator=torch.Generator().manual_seed(len(self.name)))
+        pool *= self.shape[-1] ** -0.5
+        size = math.prod(self.shape)
+        values = pool.repeat(size // len(pool) + 1)[:size].view(self.shape)
+        return values.to(device, dtype)
+
+
+def random_model(config: Config, form: str, device: torch.device) -> LLaVA:
+    """A model of this shape with random weights, filled as load() fills it from float16 files."""
+    model = empty_model(config)
+    found = {
+        name: Random(Path(), name, tuple(tensor.shape), "F16")
+        for name, tensor in model.state_dict().items()
+    }
+    quantize = form if form in QUANTIZE else None
+    storage = torch.float16 if quantize else DTYPES[form]
+    fill(model, found, device, storage, forms_of(model, found, quantize, Path()), progress=True)
+    return model
+
+
+def prompt(config: Config, text_tokens: int, device: torch.device) -> Batch:
+    """One picture amid random text: 35 tokens before it (in a short text half), the rest behind."""
+    N, before = config.vision.num_patches, min(35, text_tokens // 2)
+    generator = torch.Generator().manual_seed(0)
+    highest = min(config.text.vocab_size, config.image_token_id)
+    ids = torch.randint(3, highest, (1, text_tokens + N), generator=generator)
+    ids[0, before : before + N] = config.image_token_id
+    size = config.vision.image_size
+    pixels = torch.randn(1, 3, size, size, generator=generator)
+    return Batch(
+        ids.to(device), torch.ones_like(ids, dtype=torch.bool).to(device), pixels.to(device)
+    )
+
+
+def layers_alone(model: LLaVA, entering: Sequence[int]) -> float:
+    """Seconds of the decoder's blocks on random rows, without anything else."""
+    D = model.config.text.hidden_size
+    rows = {n: torch.randn(n, D, device=model.device, dtype=model.dtype) for n in set(entering)}
+    ropes = {n: model.llama.rope(torch.arange(n, device=model.device), model.dtype) for n in rows}
+
+    def run() -> None:
+        for block, n in zip(model.llama.blocks, entering, strict=True):
+            if n:
+                block(rows[n], ropes[n], causal_attention)
+
+    with torch.inference_mode():
+        return cost.seconds(run, model.device, repeats=1)
+
+
+@dataclass
+class Measured:
+    """What the rounds of one plan have given so far."""
+
+    clock: cost.Clock = field(default_factory=cost.Clock)
+    vision: list[float] = field(default_factory=list)
+    prefill: list[float] = field(default_factory=list)
+    first_token: list[float] = field(default_factory=list)
+    per_token: list[float] = field(default_factory=list)
+    entering: list[int] = field(default_factory=list)
+    cache_bytes: int = 0
+    peak_bytes: int = 0
+
+
+def measure(
+    model: LLaVA,
+    form: str,
+    plans: Sequence[str],
+    batch: Batch,
+    new_tokens: int,
+    repeats: int,
+    bandwidth: float,
+) -> list[Row]:
+    """All plans in turn, `repeats` rounds after one that does not count; the first is unpruned."""
+    results = {text: Measured() for text in plans}
+    for turn in range(repeats + 1):
+        for text, m in results.items():
+            plan = cost.timed(parse_plan(text or None), model, m.clock)
+            report = generate(
+                model, batch, plan, max_new_tokens=new_tokens, min_new_tokens=new_tokens, seed=0
+            ).report
+            if turn:
+                for name in ("vision", "prefill", "first_token", "per_token"):
+                    getattr(m, name).append(getattr(report, name))
+            else:
+                m.clock.seconds = 0.0
+                m.entering = [n for (n,) in report.tokens_entering]
+                m.cache_bytes, m.peak_bytes = report.cache_bytes, report.peak_bytes or 0
+    whole = results[plans[0]]
+    return [_row(model, form, text, m, whole, bandwidth) for text, m in results.items()]
+
+
+def _row(model: LLaVA, form: str, text: str, m: Measured, whole: Measured, bandwidth: float) -> Row:
+    config = model.config.text
+    flops = cost.decoder_flops(m.entering, config)
+    ratios = [a / b for a, b in zip(whole.prefill, m.prefill, strict=True)]
+    speedup = cost.Spread.of(ratios).median
+    per_token = cost.Spread.of(m.per_token)
+    read = weight_bytes(model.llama) - model.llama.embed_tokens.weight.nbytes
+    return Row(
+        form=form,
+        plan=text or "none",
+        vision=cost.Spread.of(m.vision),
+        prefill=cost.Spread.of(m.prefill),
+        first_token=cost.Spread.of(m.first_token),
+        per_token=per_token,
+        choosing=m.clock.seconds / len(m.prefill),
+        layers_alone=layers_alone(model, m.entering),
+        tokens_entering=m.entering,
+        fastv_share=cost.fastv_share(m.entering, whole.entering[0], config),
+        flops=flops,
+        ideal_speedup=cost.decoder_flops(whole.entering, config) / flops,
+        speedup=speedup,
+        cache_bytes=m.cache_bytes,
+        peak_bytes=m.peak_bytes,
+        weight_bytes=weight_bytes(model),
+        bandwidth_share=read / per_token.median / bandwidth if per_token.median else 0.0,
+        pays=not text or speedup > 1,
+    )
+
+
+def run(args: argparse.Namespace) -> tuple[list[Row], Limits]:
+    """Every form in turn, each with its own model in memory; all plans on each."""
+    device = torch.device(args.device)
+    plans = list(dict.fromkeys(["", *args.prune]))
+    for text in plans:
+        parse_plan(text or None)
+    limits = Limits(cost.memory_bandwidth(device), {})
+    rows: list[Row] = []
+    for form in args.form:
+        gc.collect()
+        with cost.peak_memory() as peak:
+            began = time.perf_counter()
+            model = _model(args, form, device)
+            print(f"{form}: {time.perf_counter() - began:.1f} s to load", file=sys.stderr)
+            batch = prompt(model.config, args.text_tokens, device)
+            found = measure(
+                model, form, plans, batch, args.new_tokens, args.repeats, limits.bandwidth
+            )
+            highest = peak()
+        up, text = model.llama.get_submodule("blocks.0.mlp.up_proj"), model.config.text
+        limits.gemm[form] = cost.gemm_rate(
+            up, batch.ids.shape[1], text.hidden_size, text.intermediate_size, model
+        )
+        rows += [replace(row, peak_bytes=row.peak_bytes or highest) for row in found]
+        del model, up
+    return rows, limits
+
+
+def _model(args: argparse.Namespace, form: str, device: torch.device) -> LLaVA:
+    if args.shape is None:
+        quantize = form if form in QUANTIZE else None
+        dtype = None if quantize else form
+        return load(args.model, device, dtype, quantize, progress=True)[0]
+    config = SHAPES[args.shape]
+    if args.layers:
+        text = replace(config.text, num_hidden_layers=args.layers)
+        config = replace(config, text=text)
+    _refuse_too_large(config, form)
+    return random_model(config, form, device)
+
+
+def _refuse_too_large(config: Config, form: str) -> None:
+    """A machine without enough memory would be brought down by a shape that it cannot hold."""
+    values = sum(t.numel() for t in empty_model(config).state_dict().values())
+    size = {"float32": 4.0, "float16": 2.0, "bfloat16": 2.0, "int4": 0.7}.get(form, 1.2)
+    needed = values * size + 2e9
+    free = (
+        os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") if os.name == "posix" else 1e18
+    )
+    if needed > free:
+        raise ValueError(
+            f"--form {form} needs {needed / 1e9:.1f} GB of memory for this shape, and "
+            f"{free / 1e9:.1f} GB are free; take a smaller form, or fewer --layers"
+        )
+
+
+# ---------------------------------------------------------------- output
+
+
+def table(rows: Sequence[Row]) -> str:
+    """Markdown, one line a plan and form."""
+    head = """form | plan | vision s | prefill s | first token s | per token ms | speed-up | ideal |
+        FastV's FLOPs | GFLOPs | choosing ms | layers alone s | tokens entering | cache MB |
+        weights GB | peak GB | of bandwidth"""
+    names = [" ".join(name.split()) for name in head.split("|")]
+    lines = ["| " + " | ".join(names) + " |", "|---|---" + "|---:" * (len(names) - 2) + "|"]
+    for r in rows:
+        cells = [
+            r.form,
+            f"`{r.plan}`",
+            f"{r.vision.median:.3f}",
+            f"{r.prefill.median:.3f}",
+            f"{r.first_token.median:.3f}",
+            f"{1e3 * r.per_token.median:.1f}",
+            f"{r.speedup:.2f}",
+            f"{r.ideal_speedup:.2f}",
+            f"{100 * r.fastv_share:.1f} %",
+            f"{r.flops / 1e9:.1f}",
+            f"{1e3 * r.choosing:.1f}",
+            f"{r.layers_alone:.3f}",
+            runs(r.tokens_entering),
+            f"{r.cache_bytes / 1e6:.1f}",
+            f"{r.weight_bytes / 1e9:.2f}",
+            f"{r.peak_bytes / 1e9:.2f}",
+            f"{100 * r.bandwidth_share:.0f} %",
+        ]
+        lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def runs(counts: Sequence[int]) -> str:
+    """[620, 620, 188] -> 2 x 620, 1 x 188."""
+    return ", ".join(f"{len(list(same))} x {n}" for n, same in itertools.groupby(counts))
+
+
+def machine(limits: Limits) -> str:
+    rates = ", ".join(f"{form} {rate / 1e9:.0f}" for form, rate in limits.gemm.items())
+    return (
+        f"{platform.machine()}, {torch.get_num_threads()} threads, "
+        f"{torch.backends.cpu.get_cpu_capability()}, torch {torch.__version__}, Python "
+        f"{platform.python_version()}; memory reads {limits.bandwidth / 1e9:.1f} GB/s; the MLP's "
+        f"first matrix runs at GFLOP/s: {rates}"
+    )
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(
+        prog="python -m eval.latency", description=(__doc__ or "").partition("\n")[0]
+    )
+    which = parser.add_mutually_exclusive_group()
+    which.add_argument("--model", default=str(DEMO), metavar="DIR|HUB_ID", help="default: the demo")
+    which.add_argument("--shape", choices=SHAPES, help="random weights of a true shape instead")
+    parser.add_argument("--layers", type=_count, help="of --shape: only so many decoder layers")
+    parser.add_argument("--prune", nargs="+", default=["fastv:k=2,r=0.5"], metavar="PLAN")
+    parser.add_argument("--form", nargs="+", default=["float32"], choices=FORMS)
+    parser.add_argument("--text-tokens", type=_count, default=44, help="beside the picture's")
+    parser.add_argument("--new-tokens", type=_count, default=8)
+    parser.add_argument("--repeats", type=_count, default=3, help="rounds that count, default 3")
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--json", action="store_true", help="one object with every number")
+    args = parser.parse_args(argv)
+    try:
+        with one_voice():
+            rows, limits = run(args)
+    except (ValueError, MemoryError, RuntimeError) as error:
+        complain(error)
+        return 2
+    except KeyboardInterrupt:
+        return 130
+    if args.json:
+        print(
+            json.dumps(
+                {
+                    "machine": machine(limits),
+                    "limits": asdict(limits),
+                    "rows": [asdict(row) for row in rows],
+                }
+            )
+        )
+    else:
+        print(f"{machine(limits)}\n\n{table(rows)}")
+    for row in rows:
+        if not row.pays:
+            print(
+                f"warning: {row.plan} does not pay here: its prefill takes "
+                f"{1 / row.speedup:.2f} times as long as the unpruned one",
+                file=sys.stderr,
+            )
+    return 0
+
+
+def _count(text: str) -> int:
+    n = int(text) if text.isdecimal() else 0
+    if not n:
+        raise argparse.ArgumentTypeError(f"{text!r} must be a whole number from 1 on")
+    return n
+
+
+if __name__ == "__main__":
+    sys.exit(main())
