@@ -149,16 +149,11 @@ def seconds(act: Callable[[], object], device: torch.device, repeats: int = 3) -
 # ---------------------------------------------------------------- the machine
 
 
-def gemm_rate(
-    linear: nn.Module, rows: int, columns: int, outputs: int, dtype: torch.dtype = torch.float32
-) -> float:
-    """FLOPs a second of a linear layer on so many rows."""
-    device = next(
-        (t.device for t in (*linear.parameters(), *linear.buffers())), torch.device("cpu")
-    )
-    x = torch.randn(rows, columns, device=device, dtype=dtype)
+def gemm_rate(linear: nn.Module, rows: int, columns: int, outputs: int, model: LLaVA) -> float:
+    """FLOPs a second of a linear layer of the model on so many rows."""
+    x = torch.randn(rows, columns, device=model.device, dtype=model.dtype)
     with torch.inference_mode():
-        return 2 * rows * columns * outputs / seconds(lambda: linear(x), device)
+        return 2 * rows * columns * outputs / seconds(lambda: linear(x), model.device)
 
 
 def memory_bandwidth(device: torch.device, size: int = 2**30) -> float:
