@@ -397,6 +397,9 @@ def test_defaults_lie_on_their_own_curve() -> None:
     assert resolved("pyramiddrop:average=270").left(576) == (288, 144, 72)
     assert resolved("sparsevlm:average=206.5").keep == (300, 200, 110)
     assert resolved("vtw:average=270").layer == 15
+    assert resolved("vscan:average=64").left(576) == (96, 32)
+    assert resolved("vscan:average=64,final=0").left(576) == (64,)
+    assert resolved("vscan:average=64,final=40").left(576) == (88, 40)
     assert resolved("fitprune:average=187.9").budget == 70
 
 
@@ -405,6 +408,7 @@ def test_defaults_lie_on_their_own_curve() -> None:
     [
         "fastv:k=2,average=40",
         "dart:average=40",
+        "vscan:layer=2,average=30",
         "vtw:average=40",
         "pyramiddrop:layers=1/2/4,average=25",
         "sparsevlm:layers=1/2/4,average=30",

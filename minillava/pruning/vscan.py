@@ -19,15 +19,16 @@ their size. Written from a description of the released code, not from its files.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from collections.abc import Iterator
+from dataclasses import dataclass, field, replace
 from typing import ClassVar
 
 import torch
 from torch import Tensor
 
-from .base import Context, Keep, Stage, check_amount, count, top
+from .base import Context, Keep, Stage, check_amount, check_keep, count, top
+from .budget import Budgeted
 from .vision import (
-    Budget,
     assigned,
     attention,
     block_number,
@@ -69,7 +70,8 @@ def merge(features: Tensor, kept: Tensor, what: str) -> Tensor:
 
 
 @dataclass(frozen=True)
-class VScan(Budget):
+class VScan(Budgeted):
+    keep: float = field(default=96, metadata={"help": "number or share kept before the decoder"})
     layer: int = field(default=16, metadata={"help": "decoder layer of the second drop"})
     final: float | None = field(
         default=None, metadata={"help": "number or share of N left from that layer on; 0: no drop"}
@@ -86,9 +88,12 @@ class VScan(Budget):
     identity: ClassVar[str | None] = "keep=1.0,final=0"
     drops_only: ClassVar[bool] = False
     newest_row: ClassVar[bool] = True
+    numbering: ClassVar[str] = "compact"
+    either: ClassVar[tuple[frozenset[str], ...]] = (frozenset(("keep", "average")),)
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        check_amount(self.name, self.keep)
         if self.final is not None:
             check_amount("vscan", self.final)
 
@@ -102,7 +107,8 @@ class VScan(Budget):
                 f"for example, layer={n_layers // 2}, or final=0 for its first part alone"
             )
         super().check(n_layers, n_tokens, starts)
-        keep, final = self.amount(n_tokens), self.last(n_tokens)
+        check_keep(self.name, self.keep, n_tokens)
+        keep, final = count(self.keep, n_tokens), self.last(n_tokens)
         if final > keep:
             raise ValueError(f"vscan: final={self.final} is more than the {keep} tokens of keep")
         grid = round(n_tokens**0.5)
@@ -115,8 +121,19 @@ class VScan(Budget):
     def last(self, total: int) -> int:
         """Tokens left by the second part."""
         if self.final is None:
-            return min(self.amount(total), max(1, round(self.amount(total) / 3)))
+            keep = count(self.keep, total)
+            return min(keep, max(1, round(keep / 3)))
         return count(self.final, total)
+
+    def most(self, n_tokens: int) -> int:
+        return count(self.keep, n_tokens)
+
+    def left(self, n_tokens: int) -> tuple[int, ...]:
+        return (count(self.keep, n_tokens), self.last(n_tokens))[: len(self.stages())]
+
+    def variants(self, n_layers: int, n_tokens: int) -> Iterator[tuple[str, VScan]]:
+        for k in range(max(1, self.last(n_tokens) if self.final else 1), n_tokens + 1):
+            yield f"keep={k}", replace(self, average=None, keep=k)
 
     def vision_layers(self, n_layers: int) -> tuple[int, ...]:
         last = second_last(self.name, n_layers)
@@ -132,5 +149,5 @@ class VScan(Budget):
         whole_grid(c, self.name)
         features = c.features()
         local, end = attention(c, self.shallow(depth(c))), attention(c, -2)
-        kept = scan(local, end, self.amount(c.total), c.what)
+        kept = scan(local, end, count(self.keep, c.total), c.what)
         return Keep(kept, rows=merge(features, kept, c.what), ordered=True)
