@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import NoReturn
@@ -93,7 +94,10 @@ def _session(args: argparse.Namespace, files: list[str]) -> Session:
         _check_overlay(args.overlay, files)
     images = [open_image(file) for file in files]
     name = _demo() if args.model is None else args.model
-    model, processor = load(name, args.device, args.dtype, args.quantize, args.revision)
+    began = time.perf_counter()
+    model, processor = load(
+        name, args.device, args.dtype, args.quantize, args.revision, progress=True
+    )
     return Session(
         model,
         processor,
@@ -107,6 +111,7 @@ def _session(args: argparse.Namespace, files: list[str]) -> Session:
         use_cache=not args.no_cache,
         as_json=args.json,
         drawing=args.overlay,
+        load_seconds=time.perf_counter() - began,
     )
 
 

@@ -37,6 +37,7 @@ class Session:
     use_cache: bool
     as_json: bool
     drawing: Path | None
+    load_seconds: float
 
     def ask(self, prompt: str) -> None:
         """Answer a whole prompt."""
@@ -88,6 +89,7 @@ class Session:
             "tokens": result.tokens[0],
             "plan": self.plan.text or None,
             "model": self.name,
+            "load_seconds": self.load_seconds,
             "tokens_mode": self.tokens,
             "focus": self.focus,
             "average_image_tokens": {

@@ -94,6 +94,7 @@ def test_the_answer_is_what_generate_gives(run: Run, photo: Path) -> None:
     assert (said["plan"], said["model"]) == ("fastv:k=1,r=0.5", str(TINY))
     assert (said["tokens_mode"], said["focus"]) == ("hf", None)
     counts = [layer[0] for layer in said["report"]["image_tokens_entering"]]
+    assert said["load_seconds"] > 0
     averages = said["average_image_tokens"]
     assert averages["entering"] == pytest.approx(sum(counts) / len(counts))
     assert averages["leaving"] == pytest.approx((sum(counts[1:]) + counts[-1]) / len(counts))
@@ -330,7 +331,7 @@ def test_one_line_whatever_a_name_or_a_library_says(
 ) -> None:
     assert "\x1b" not in refused(run("--prompt", "Hi", "--image", "no\nsuch\r\x1b[31mone"))
 
-    def noisy(*args: object) -> None:
+    def noisy(*args: object, **kwargs: object) -> None:
         warnings.warn("mind this", UserWarning, stacklevel=1)
         log = logging.Logger("some.library")
         log.addHandler(logging.StreamHandler())
@@ -359,19 +360,21 @@ def test_one_line_whatever_a_name_or_a_library_says(
 def test_too_little_memory_is_one_line(
     run: Run, monkeypatch: pytest.MonkeyPatch, error: Exception
 ) -> None:
-    monkeypatch.setattr(cli, "load", lambda *args: (_ for _ in ()).throw(error))
+    monkeypatch.setattr(cli, "load", lambda *args, **kwargs: (_ for _ in ()).throw(error))
     assert "out of memory" in refused(run("--prompt", "Hi"))
 
 
 def test_our_own_faults_are_not_hidden(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     error = RuntimeError("mat1 and mat2 shapes cannot be multiplied")
-    monkeypatch.setattr(cli, "load", lambda *args: (_ for _ in ()).throw(error))
+    monkeypatch.setattr(cli, "load", lambda *args, **kwargs: (_ for _ in ()).throw(error))
     with pytest.raises(RuntimeError, match="mat1"):
         run("--prompt", "Hi")
 
 
 def test_ctrl_c_while_loading(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(cli, "load", lambda *args: (_ for _ in ()).throw(KeyboardInterrupt))
+    monkeypatch.setattr(
+        cli, "load", lambda *args, **kwargs: (_ for _ in ()).throw(KeyboardInterrupt)
+    )
     assert run("--prompt", "Hi") == Said(130, "", "")
 
 
