@@ -1,0 +1,133 @@
+"""What a user would run instead, at the shape of LLaVA-1.5-7B: `python -m eval.rivals`.
+
+    python -m eval.rivals                                          transformers in bfloat16
+    python -m eval.rivals --llama-bench BIN --gguf FILE            llama.cpp as well
+
+transformers (of the test extra) runs its LLaVA with random weights, SDPA attention, one picture and
+620 tokens. So that it fits into any memory it has two decoder layers, and the decoder's time is
+taken times 16; the vision tower is whole. llama-bench measures the prefill of 620 tokens and single
+tokens of a GGUF file, without any vision. Beside it stand our own: `python -m eval.latency`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+from minillava.console import complain, one_voice
+
+from . import cost
+
+LAYERS, WHOLE = 2, 32
+_CPU = torch.device("cpu")
+
+
+def transformers_times(dtype: torch.dtype, tokens: int, repeats: int) -> dict[str, float]:
+    """Seconds of the vision tower with projector, of a prefill of all 32 layers, and of a token."""
+    from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig
+    from transformers import LlavaForConditionalGeneration as Llava
+
+    config: Any = LlavaConfig(
+        vision_config=CLIPVisionConfig(
+            hidden_size=1024,
+            intermediate_size=4096,
+            num_hidden_layers=24,
+            num_attention_heads=16,
+            image_size=336,
+            patch_size=14,
+        ),
+        text_config=LlamaConfig(
+            hidden_size=4096,
+            intermediate_size=11008,
+            num_hidden_layers=LAYERS,
+            num_attention_heads=32,
+            num_key_value_heads=32,
+            vocab_size=32064,
+            max_position_embeddings=4096,
+        ),
+        image_token_index=32000,
+    )
+    config._attn_implementation = "sdpa"
+    make: Any = Llava._from_config
+    model = make(config, dtype=dtype).eval()
+    pixels = torch.randn(1, 3, 336, 336, dtype=dtype)
+    ids = torch.randint(3, 31000, (1, tokens))
+    language, head = model.model.language_model, model.lm_head
+
+    def prefill() -> Any:
+        out = language(input_ids=ids, use_cache=True)
+        return head(out.last_hidden_state[:, -1:]), out.past_key_values
+
+    with torch.inference_mode():
+        vision = cost.seconds(lambda: model.get_image_features(pixel_values=pixels), _CPU, repeats)
+        prefilling = cost.seconds(prefill, _CPU, repeats)
+        _, cache = prefill()
+
+        def step() -> None:
+            language(input_ids=ids[:, :1], past_key_values=cache, use_cache=True)
+
+        one = cost.seconds(step, _CPU, 3 * repeats)
+        row = torch.randn(1, 1, 4096, dtype=dtype)
+        last = cost.seconds(lambda: head(row), _CPU, 3 * repeats)
+    times = WHOLE // LAYERS
+    return {
+        "vision": vision,
+        "prefill": prefilling * times,
+        "first_token": vision + prefilling * times,
+        "per_token": one * times + last,
+    }
+
+
+def llama_cpp_times(bench: str, gguf: str, tokens: int, threads: int) -> dict[str, float]:
+    """Seconds of a prefill and of a token, by llama-bench."""
+    command = [bench, "-m", gguf, "-p", str(tokens), "-n", "8", "-t", str(threads), "-o", "json"]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, check=True)
+    except (OSError, subprocess.CalledProcessError) as error:
+        said = (getattr(error, "stderr", None) or str(error)).strip().splitlines()
+        raise ValueError(f"--llama-bench {bench} failed ({said[-1] if said else error})") from None
+    tests = json.loads(done.stdout)
+    prefill = next(t for t in tests if t["n_prompt"])["avg_ns"] / 1e9
+    token = next(t for t in tests if t["n_gen"])
+    return {"prefill": prefill, "per_token": token["avg_ns"] / 1e9 / token["n_gen"]}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(
+        prog="python -m eval.rivals", description=(__doc__ or "").partition("\n")[0]
+    )
+    parser.add_argument("--dtype", choices=("bfloat16", "float16", "float32"), default="bfloat16")
+    parser.add_argument("--tokens", type=int, default=620)
+    parser.add_argument("--repeats", type=int, default=2)
+    parser.add_argument("--llama-bench", metavar="BIN")
+    parser.add_argument("--gguf", metavar="FILE", help="a 7B for llama-bench, random or real")
+    args = parser.parse_args(argv)
+    began = time.perf_counter()
+    try:
+        if bool(args.llama_bench) != bool(args.gguf):
+            raise ValueError("--llama-bench and --gguf belong together; give both or neither")
+        with one_voice():
+            dtype = getattr(torch, args.dtype)
+            times = transformers_times(dtype, args.tokens, args.repeats)
+            found = {f"transformers {args.dtype}": times}
+        if args.llama_bench:
+            threads = torch.get_num_threads()
+            found["llama.cpp"] = llama_cpp_times(args.llama_bench, args.gguf, args.tokens, threads)
+    except (ValueError, ImportError, RuntimeError) as error:
+        complain(error)
+        return 2
+    for name, times in found.items():
+        print(f"{name}: " + ", ".join(f"{what} {value:.3f} s" for what, value in times.items()))
+    print(f"{time.perf_counter() - began:.0f} s in all", file=sys.stderr)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
