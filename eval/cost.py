@@ -70,6 +70,17 @@ def cache_bytes(entering: Sequence[int], config: TextConfig, itemsize: int = 4) 
     return sum(entering) * 2 * config.num_key_value_heads * config.head_dim * itemsize
 
 
+def activation_bytes(rows: int, config: Config, itemsize: int = 4) -> int:
+    """The largest moment of a prefill of so many rows, weights and cache apart: in a block's MLP
+    (its input and that normalised, gate and up), or in the tower's (input, normalised, one matrix
+    before and after its activation); beside it the pictures' features."""
+    t, v = config.text, config.vision
+    decoder = rows * (2 * t.hidden_size + 2 * t.intermediate_size)
+    tower = (v.num_patches + 1) * (2 * v.hidden_size + 2 * v.intermediate_size)
+    features = v.num_patches * t.hidden_size
+    return (max(decoder, tower) + features) * itemsize
+
+
 # ---------------------------------------------------------------- time
 
 
@@ -174,10 +185,19 @@ def peak_memory() -> Iterator[Callable[[], int]]:
     yield _peak
 
 
+def resident_bytes() -> int:
+    """Memory that the process holds now; where the system does not say, its peak."""
+    return _status("VmRSS")
+
+
 def _peak() -> int:
+    return _status("VmHWM")
+
+
+def _status(name: str) -> int:
     status = Path("/proc/self/status")
     if status.exists():
         lines = status.read_text().splitlines()
-        return next(int(x.split()[1]) * 1024 for x in lines if x.startswith("VmHWM"))
+        return next(int(x.split()[1]) * 1024 for x in lines if x.startswith(name))
     unit = 1 if sys.platform == "darwin" else 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit

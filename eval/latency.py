@@ -15,7 +15,6 @@ import argparse
 import gc
 import itertools
 import json
-import math
 import os
 import platform
 import sys
@@ -98,10 +97,11 @@ class Random(Stored):
             value = 1.0 if self.name.endswith("weight") else 0.0
             return torch.full(self.shape, value, device=device, dtype=dtype)
         pool = torch.randn(2**20 + 7, generator=torch.Generator().manual_seed(len(self.name)))
-        pool *= self.shape[-1] ** -0.5
-        size = math.prod(self.shape)
-        values = pool.repeat(size // len(pool) + 1)[:size].view(self.shape)
-        return values.to(device, dtype)
+        pool = (pool * self.shape[-1] ** -0.5).to(dtype)
+        values = torch.empty(self.shape, dtype=dtype)
+        for piece in values.view(-1).split(len(pool)):
+            piece.copy_(pool[: len(piece)])
+        return values.to(device)
 
 
 def random_model(config: Config, form: str, device: torch.device) -> LLaVA:

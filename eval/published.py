@@ -21,10 +21,10 @@ import sys
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 from minillava import parse_plan
-from minillava.console import complain
+from minillava.console import Parser, complain
 from minillava.pruning import Method
 
 FILE = Path(__file__).with_name("published.json")
@@ -422,16 +422,9 @@ def as_json(figures: Sequence[Figure], every: Sequence[Figure]) -> str:
 # ---------------------------------------------------------------- command line
 
 
-class _Parser(argparse.ArgumentParser):
-    """Its errors go the way of all others."""
-
-    def error(self, message: str) -> NoReturn:
-        raise ValueError(f"{message.removeprefix('argument ')}; --help explains the options")
-
-
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; returns its exit code: 0, or 2 after an error."""
-    parser = _Parser(
+    parser = Parser(
         prog="python -m eval.published",
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,

@@ -12,10 +12,9 @@ import os
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import NoReturn
 
 from .checkpoint import load
-from .console import complain, one_voice
+from .console import Parser, complain, one_voice
 from .fetch import open_image
 from .generate import Settings
 from .image import ASPECTS
@@ -138,15 +137,8 @@ def _check_overlay(path: Path, files: Sequence[str]) -> None:
 # ---------------------------------------------------------------- flags
 
 
-class _Parser(argparse.ArgumentParser):
-    """Its errors go the way of all others."""
-
-    def error(self, message: str) -> NoReturn:
-        raise ValueError(f"{message.removeprefix('argument ')}; --help explains the options")
-
-
 def _parser() -> argparse.ArgumentParser:
-    parser = _Parser(prog="python -m minillava.generate", description=__doc__, allow_abbrev=False)
+    parser = Parser(prog="python -m minillava.generate", description=__doc__, allow_abbrev=False)
     add = parser.add_argument
     add("--model", metavar="DIR|HUB_ID", help="checkpoint; default: the demo")
     add("--revision", metavar="R", help="branch, tag or commit of a hub id")

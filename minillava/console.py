@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import contextlib
 import io
 import logging
@@ -9,10 +10,18 @@ import re
 import sys
 import warnings
 from collections.abc import Iterator
+from typing import NoReturn
 
 import torch
 
 _MEMORY = re.compile("can't allocate memory|not enough memory|out of memory")
+
+
+class Parser(argparse.ArgumentParser):
+    """Its errors go the way of all others: ValueError with one line."""
+
+    def error(self, message: str) -> NoReturn:
+        raise ValueError(f"{message.removeprefix('argument ')}; --help explains the options")
 
 
 @contextlib.contextmanager

@@ -1,0 +1,118 @@
+"""Accuracy over the layer K from which tokens are pruned and the share R of them that is.
+
+    python -m eval.experiments.ablation --method fastv --limit 200 --out DIR
+    python -m eval.experiments.ablation --method simignore --layers 2 4 6 --out DIR
+
+fastv: `fastv:k=K,r=R` (arXiv 2403.06764, the ablation of K and R). simignore: tokens unlike the
+text are ignored from layer 0 to K-1, and FastV takes the share R from layer K on, as the released
+pipeline composes them (arXiv 2412.09817, figure 7). Tokens are masked, as in both papers, so these
+tables are of accuracy: nothing becomes faster. FLOPs are those of the same plan dropped.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import time
+from collections.abc import Sequence
+
+from .. import cost, plots
+from ..bench import Bench, positive
+from ..predict import NONE
+from . import base
+
+IGNORED = 0.785  # share that Simignore's released 7B setting leaves, 452 of 576
+
+
+def plan(method: str, layer: int, r: float) -> str:
+    fastv = f"fastv:k={layer},r={r:g},mode=mask"
+    if method == "fastv":
+        return fastv
+    return f"simignore:keep={IGNORED},mode=mask,until={layer}+{fastv}"
+
+
+def run(args: argparse.Namespace) -> str:
+    began, bench = time.perf_counter(), base.bench(args)
+    layers = args.layers or _layers(bench)
+    plans = {(k, r): plan(args.method, k, r) for k in layers for r in args.r}
+    done = base.ask_all(bench, [NONE, *plans.values()])
+    whole = done[NONE].scored.score
+    prompt = round(done[NONE].costs.prompt_tokens)
+    values = {at: done[text].scored.score.value for at, text in plans.items()}
+    rows = [
+        {
+            "K": k,
+            "R, %": round(100 * r),
+            whole.metric: values[k, r],
+            "of unpruned, %": 100 * values[k, r] / whole.value if whole.value else None,
+            "FLOPs if dropped, %": 100 * _share(bench, args.method, k, r, prompt),
+            "visible image tokens a layer": done[text].costs.image_tokens,
+            "plan": f"`{text}`",
+        }
+        for (k, r), text in plans.items()
+    ]
+    title = f"{args.method}: K and R, {len(bench.items)} questions of {args.task}"
+    plots.heat_map(
+        args.out / "heat_map.png",
+        [[values[k, r] for r in args.r] for k in layers],
+        [str(k) for k in layers],
+        [f"{100 * r:g} %" for r in args.r],
+        f"{title}; unpruned {whole.value:.1f}",
+        ("R, share of the image tokens pruned", "K, first pruned layer"),
+    )
+    plots.curves(
+        args.out / "curves.png",
+        {f"K={k}": [(100 * r, values[k, r]) for r in args.r] for k in layers},
+        title,
+        ("R, % of the image tokens pruned", whole.metric),
+        ("unpruned", whole.value),
+    )
+    return base.report(
+        args.out,
+        args,
+        title,
+        {f"unpruned: {whole.metric} {whole.value:.2f}": rows},
+        ["heat_map.png", "curves.png"],
+        began,
+    )
+
+
+def _layers(bench: Bench) -> list[int]:
+    """1, 2, 3, 5, then every fifth; for a shallow decoder every layer but the first."""
+    n = bench.model.config.text.num_hidden_layers
+    return list(range(1, n)) if n <= 8 else [k for k in (1, 2, 3, *range(5, n, 5)) if k < n]
+
+
+def _share(bench: Bench, method: str, layer: int, r: float, prompt: int) -> float:
+    """FastV's formula for what the same plan would cost if its tokens were dropped."""
+    config, N = bench.model.config, bench.model.config.vision.num_patches
+    before = round(N * IGNORED) if method == "simignore" else N
+    after = min(before, max(1, round(N * (1 - r))))
+    later = config.text.num_hidden_layers - layer
+    entering = [prompt - N + before] * layer + [prompt - N + after] * later
+    return cost.fastv_share(entering, prompt, config.text)
+
+
+def options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--method", choices=("fastv", "simignore"), default="fastv")
+    parser.add_argument("--layers", type=positive, nargs="+", metavar="K")
+    parser.add_argument("--r", type=share, nargs="+", default=[0.25, 0.5, 0.75, 0.9], metavar="R")
+
+
+def share(text: str) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        value = -1.0
+    if not 0 <= value <= 1:
+        raise argparse.ArgumentTypeError(f"{text!r} must be a share from 0 to 1")
+    return value
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command line; returns its exit code."""
+    return base.experiment(__doc__ or "", argv, "ablation", run, options)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

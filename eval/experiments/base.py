@@ -1,0 +1,138 @@
+"""What the experiments have in common: their command line, and how they leave their results.
+
+Each asks a benchmark's questions under several plans, as eval.run does, with the digit scenes of
+the demo as the default: an experiment runs anywhere in minutes, and with --task, --data and --model
+on the real thing. Answers are kept in --out/answers and an interrupted command goes on from there.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import time
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from minillava.console import Parser
+
+from .. import plots, store
+from ..bench import Bench, Done, add_options
+from ..ranks import Ranks
+from ..run import command
+
+Row = Mapping[str, Any]
+
+
+def experiment(
+    doc: str,
+    argv: Sequence[str] | None,
+    name: str,
+    act: Callable[[argparse.Namespace], str],
+    more: Callable[[argparse.ArgumentParser], object] = lambda parser: None,
+    batch: int = 32,
+) -> int:
+    """A command: `act` does the work and returns the text to print. more: options of its own."""
+    parser = Parser(
+        prog=f"python -m eval.experiments.{name}",
+        description=doc,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    add_options(parser, batch)
+    more(parser)
+
+    def run(args: argparse.Namespace, among: Ranks) -> None:
+        if among.size > 1:
+            raise ValueError("an experiment runs in one process; torchrun is for eval.run")
+        plots.needed()
+        print(act(args), flush=True)
+
+    return command(parser, argv, run)
+
+
+def bench(args: argparse.Namespace) -> Bench:
+    """The benchmark, with its answers in --out/answers."""
+    changed = {**vars(args), "out": answers(args.out)}
+    return Bench.open(argparse.Namespace(**changed))
+
+
+def answers(out: Path) -> Path:
+    folder = out / "answers"
+    folder.mkdir(parents=True, exist_ok=True)
+    return folder
+
+
+def with_form(args: argparse.Namespace, **form: str | None) -> argparse.Namespace:
+    """The same command with another dtype or quantize, answers apart."""
+    folder = args.out / "_".join(v for v in form.values() if v)
+    return argparse.Namespace(**{**vars(args), **form, "out": folder})
+
+
+def ask_all(bench: Bench, plans: Sequence[str]) -> dict[str, Done]:
+    """Every plan, once all of them are known to be able to run."""
+    plans = list(dict.fromkeys(plans))
+    bench.check(plans)
+    return {plan: bench.ask(plan) for plan in plans}
+
+
+def report(
+    out: Path,
+    args: argparse.Namespace,
+    title: str,
+    tables: Mapping[str, Sequence[Row]],
+    pictures: Sequence[str],
+    began: float,
+    notes: Sequence[str] = (),
+) -> str:
+    """Write results.json and results.md, and return the latter's text. tables: title -> rows, all
+    of a table with the same columns."""
+    name = Path(args.model).name
+    setting = (
+        f"{args.task}, {args.protocol} protocol, {name}, seed {args.seed}, "
+        f"{torch.get_num_threads()} threads, torch {torch.__version__.partition('+')[0]}; "
+        f"{time.perf_counter() - began:.0f} s for what was not there from an earlier run"
+    )
+    parts = [f"# {title}", setting, *notes]
+    for heading, rows in tables.items():
+        parts += [f"## {heading}", markdown(rows)]
+    parts += [f"![{Path(p).stem}]({p})" for p in pictures]
+    text = "\n\n".join(parts) + "\n"
+    found = {"title": title, "setting": setting, "notes": list(notes), "tables": tables}
+    store.write_whole(out / "results.json", json.dumps(found, indent=1, ensure_ascii=False) + "\n")
+    store.write_whole(out / "results.md", text)
+    return text
+
+
+def markdown(rows: Sequence[Row]) -> str:
+    """Rows of the same columns as a table; numbers with at most four significant digits."""
+    names = list(rows[0])
+    lines = ["| " + " | ".join(names) + " |", "|---" + "|---:" * (len(names) - 1) + "|"]
+    lines += ["| " + " | ".join(_cell(row[name]) for name in names) + " |" for row in rows]
+    return "\n".join(lines)
+
+
+def _cell(value: object) -> str:
+    if value is None:
+        return ""
+    if isinstance(value, float):
+        return f"{value:.2f}" if abs(value) >= 10 else f"{value:.4g}"
+    return str(value)
+
+
+def costs(done: Done) -> dict[str, Any]:
+    """The columns that every table has beside its scores."""
+    c = done.costs
+    return {
+        "image tokens a layer": c.image_tokens,
+        "FastV's FLOPs, %": 100 * c.fastv_share,
+        "first token, s": c.first_token.median if c.first_token else None,
+        "cache, MB": c.cache_bytes / 1e6,
+    }
+
+
+def unparsed(done: Done) -> dict[str, Any]:
+    score = done.scored.score
+    return {score.metric: score.value, "unparsed": score.unparsed, "questions": score.n}

@@ -1,0 +1,105 @@
+"""What a KV cache is worth, and what pruning adds to it: 300 tokens, with and without.
+
+    python -m eval.experiments.kv_cache --out DIR
+    python -m eval.experiments.kv_cache --times 1 --new-tokens 30 --model HUB_ID --out DIR
+
+One question is answered with exactly so many tokens (min_new_tokens): without a cache, where the
+whole sequence is run again for each token; with one; and with one and a plan that drops tokens. The
+picture stands once, or --times times, in the prompt. A prompt beyond the model's positions gets
+more of them: what is measured is time and bytes, not the answer.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
+
+from minillava.generate import generate
+
+from .. import cost, plots, predict
+from ..bench import Bench, positive
+from ..predict import NONE
+from . import base
+
+
+def run(args: argparse.Namespace) -> str:
+    began = time.perf_counter()
+    bench = base.bench(argparse.Namespace(**{**vars(args), "limit": 1}))
+    ways = {
+        "no cache": (NONE, False),
+        "cache": (NONE, True),
+        f"cache, {args.prune}": (args.prune, True),
+    }
+    rows = []
+    for times in args.times:
+        found: dict[str, list[dict[str, Any]]] = {name: [] for name in ways}
+        for _ in range(args.repeats):
+            for name, (plan, cached) in ways.items():
+                found[name].append(_answer(bench, plan, cached, times, args.new_tokens))
+        for name, runs in found.items():
+            runs.sort(key=lambda row: row["seconds"])
+            rows.append({"picture": f"x {times}", "": name, **runs[len(runs) // 2]})
+    title = f"{args.new_tokens} new tokens with and without a KV cache"
+    for picture, column in (("seconds", "seconds"), ("cache", "cache, MB")):
+        heights: dict[str, dict[str, float]] = {}
+        for row in rows:
+            heights.setdefault(row["picture"], {})[row[""]] = row[column]
+        if column == "cache, MB":
+            heights = {g: {n: v for n, v in bars.items() if v} for g, bars in heights.items()}
+        plots.bars(args.out / f"{picture}.png", heights, title, column, log=column == "seconds")
+    note = f"Medians of {args.repeats}, the ways taking turns. Cache: keys and values of all rows "
+    note += "at the end, in the bytes of the arithmetic's dtype."
+    tables = {"One question": rows}
+    return base.report(args.out, args, title, tables, ["seconds.png", "cache.png"], began, [note])
+
+
+def _answer(bench: Bench, plan: str, cached: bool, times: int, new_tokens: int) -> dict[str, Any]:
+    item = replace(bench.items[0], images=bench.items[0].images * times)
+    model, run = bench.model, bench.run(plan)
+    batch = predict.batch_of(bench.processor, [item], run)
+    config = model.config
+    needed = batch.ids.shape[1] + new_tokens
+    if needed > config.text.max_position_embeddings:
+        model.config = replace(config, text=replace(config.text, max_position_embeddings=needed))
+    began = time.perf_counter()
+    result = generate(
+        model,
+        batch,
+        predict.plan_of(plan),
+        max_new_tokens=new_tokens,
+        min_new_tokens=new_tokens,
+        seed=run.seed,
+        use_cache=cached,
+    )
+    seconds = time.perf_counter() - began
+    report = result.report
+    held = [n + new_tokens - 1 for (n,) in report.cache_lengths] if cached else []
+    return {
+        "prompt tokens": report.prompt_tokens[0],
+        "seconds": seconds,
+        "first token, s": report.first_token,
+        "per token, ms": 1e3 * report.per_token,
+        "cache after the prefill, MB": report.cache_bytes / 1e6,
+        "cache, MB": cost.cache_bytes(held, config.text, model.dtype.itemsize) / 1e6,
+    }
+
+
+def options(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument
+    add("--new-tokens", type=positive, default=300, metavar="N")
+    add("--times", type=positive, nargs="+", default=[1, 10], metavar="X", help="default 1 and 10")
+    add("--prune", default="fastv:k=2,r=0.5", metavar="PLAN")
+    add("--repeats", type=positive, default=3)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command line; returns its exit code."""
+    return base.experiment(__doc__ or "", argv, "kv_cache", run, options, batch=1)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

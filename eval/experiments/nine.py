@@ -1,0 +1,106 @@
+"""Nine benchmarks under several plans, as in FastV's table of lmms-eval results.
+
+    python -m eval.experiments.nine --limit 200 --out DIR                     the demo's nine kinds
+    python -m eval.experiments.nine --data ROOT --model HUB_ID --out DIR      the real ones
+
+ROOT has a folder for each task: nocaps, flickr30k, coco2014, coco2017, mmmu, mme, gqa, seed_bench
+(mme gives two columns). Those that are not there are left out, and named with what to download. All
+are asked and scored as lmms-eval does it; published figures stand below, source by source.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
+
+from .. import plots
+from ..bench import Bench, Done
+from ..predict import NONE
+from ..run import published_of
+from ..score import task_named
+from . import base
+
+TASKS = ("nocaps", "flickr30k", "coco2014", "coco2017", "mmmu", "gqa", "mme", "seed_bench")
+
+
+def run(args: argparse.Namespace) -> str:
+    began = time.perf_counter()
+    plans = list(dict.fromkeys([NONE, *args.prune]))
+    if args.data is None:
+        bench = base.bench(args)
+        done = base.ask_all(bench, plans)
+        scores = {plan: _kinds(d) for plan, d in done.items()}
+        costs = {plan: base.costs(d) for plan, d in done.items()}
+        notes: list[str] = []
+    else:
+        scores, costs, notes = _real(args, plans)
+    columns = list(scores[NONE])
+    rows = [
+        {"plan": f"`{plan}`", **scores[plan], "mean": sum(scores[plan].values()) / len(columns)}
+        | costs[plan]
+        for plan in plans
+    ]
+    title = f"{len(columns)} {'kinds of question' if args.data is None else 'benchmarks'}"
+    plots.bars(
+        args.out / "nine.png",
+        {name: {plan: scores[plan][name] for plan in plans} for name in columns},
+        title,
+        "score",
+    )
+    return base.report(args.out, args, title, {"Scores": rows}, ["nine.png"], began, notes)
+
+
+def _kinds(done: Done) -> dict[str, float]:
+    return {name: v for name, v in done.scored.score.more.items() if isinstance(v, float)}
+
+
+def _real(
+    args: argparse.Namespace, plans: Sequence[str]
+) -> tuple[dict[str, dict[str, float]], dict[str, dict[str, Any]], list[str]]:
+    """Scores by plan and column, costs of the first benchmark, and what is missing."""
+    there, notes = {}, []
+    for name in TASKS:
+        try:
+            there[name] = task_named(name, "lmms").items(args.data / name, "lmms", args.limit)
+        except ValueError as error:
+            notes.append(f"left out: {name}: {error}")
+    if not there:
+        raise ValueError(f"--data {args.data} has none of the benchmarks; {notes[0]}")
+    opened: Bench | None = None
+    scores: dict[str, dict[str, float]] = {plan: {} for plan in plans}
+    costs: dict[str, dict[str, Any]] = {}
+    for name, items in there.items():
+        changed = {**vars(args), "task": name, "protocol": "lmms", "data": args.data / name}
+        own = argparse.Namespace(**{**changed, "out": base.answers(args.out) / name})
+        own.out.mkdir(parents=True, exist_ok=True)
+        opened = (
+            Bench.open(own)
+            if opened is None
+            else replace(opened, args=own, task=task_named(name, "lmms"), items=items)
+        )
+        done = base.ask_all(opened, plans)
+        for plan, d in done.items():
+            scores[plan][f"{name} {d.scored.score.metric}"] = d.scored.score.value
+            if name == "mme":
+                scores[plan]["mme cognition"] = d.scored.score.more["cognition"]
+            costs.setdefault(plan, base.costs(d))
+        notes += published_of(list(done.values()))
+    return scores, costs, notes
+
+
+def options(parser: argparse.ArgumentParser) -> None:
+    plans = ["fastv:k=3,r=0.5", "fastv:k=2,r=0.5", "random:keep=0.5"]
+    parser.add_argument("--prune", nargs="+", default=plans, metavar="PLAN")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command line; returns its exit code."""
+    return base.experiment(__doc__ or "", argv, "nine", run, options)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,80 @@
+"""ScienceQA with Simignore as it was released, its score and its time to the first token.
+
+    python -m eval.experiments.scienceqa --limit 200 --out DIR
+    python -m eval.experiments.scienceqa --task scienceqa --data DIR --model HUB_ID --out DIR
+
+Table 1 of arXiv 2412.09817: the unpruned model, and the preset for its size (simignore-7b or
+simignore-13b: Simignore's mask, then FastV); beside them the parts by themselves, and as many
+tokens at random. A model of another shape, as the demo's, gets the 7B setting in proportion.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import time
+from collections.abc import Sequence
+
+from .. import cost, plots
+from ..bench import Bench
+from ..predict import NONE
+from . import base
+
+PRESETS = {32: "simignore-7b", 40: "simignore-13b"}  # by decoder layers
+
+
+def plans(bench: Bench) -> dict[str, str]:
+    """Name of the row -> plan."""
+    config = bench.model.config
+    N, n_layers = config.vision.num_patches, config.text.num_hidden_layers
+    left, after = round(N * 452 / 576), round(N * 144 / 576)
+    layer = max(2, round(n_layers * 5 / 32))
+    both = f"simignore:keep={left}+fastv:layer={layer},keep={after}"
+    if N == 576 and n_layers in PRESETS:
+        both = PRESETS[n_layers]
+    return {
+        "unpruned": NONE,
+        "Simignore and FastV": both,
+        "Simignore alone": f"simignore:keep={left}",
+        "FastV alone": f"fastv:layer={layer},keep={after}",
+        "random, as many": f"random:keep={after}",
+    }
+
+
+def run(args: argparse.Namespace) -> str:
+    began, bench = time.perf_counter(), base.bench(args)
+    named = plans(bench)
+    done = base.ask_all(bench, list(named.values()))
+    rows = [
+        {
+            "": name,
+            **base.unparsed(done[text]),
+            **base.costs(done[text]),
+            "prefill, s": _median(done[text].costs.prefill),
+            "plan": f"`{text}`",
+        }
+        for name, text in named.items()
+    ]
+    metric = done[NONE].scored.score.metric
+    title = f"Simignore on {args.task}: score and first token"
+    plots.bars(
+        args.out / "score.png",
+        {name: {metric: done[text].scored.score.value} for name, text in named.items()},
+        title,
+        metric,
+    )
+    tables = {"One question at a time": rows}
+    return base.report(args.out, args, title, tables, ["score.png"], began)
+
+
+def _median(spread: cost.Spread | None) -> float | None:
+    return spread.median if spread else None
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command line; returns its exit code."""
+    return base.experiment(__doc__ or "", argv, "scienceqa", run, batch=1)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

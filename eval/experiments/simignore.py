@@ -1,0 +1,61 @@
+"""Simignore by itself: which measure of similarity, and how many image tokens are left.
+
+    python -m eval.experiments.simignore --limit 200 --out DIR
+
+The similarity of image and text rows is measured by cosine, Euclidean or Manhattan distance (arXiv
+2412.09817, the ablations of the measure and of the number of ignored tokens). random and uniform
+stand beside them: what any choice of so many tokens gives.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import time
+from collections.abc import Sequence
+
+from minillava.pruning.simignore import MEASURES
+
+from .. import plots
+from ..predict import NONE
+from . import base
+from .ablation import share
+
+
+def run(args: argparse.Namespace) -> str:
+    began, bench = time.perf_counter(), base.bench(args)
+    lines = {measure: f"simignore:measure={measure},keep=" for measure in MEASURES}
+    lines |= {"random": "random:keep=", "uniform": "uniform:keep="}
+    N = bench.model.config.vision.num_patches
+    counts = [max(1, round(N * s)) for s in args.share]
+    plans = {(name, k): f"{stem}{k}" for name, stem in lines.items() for k in counts}
+    done = base.ask_all(bench, [NONE, *plans.values()])
+    whole = done[NONE].scored.score
+    rows = [
+        {"choice": name, "image tokens": k, **base.unparsed(done[text]), **base.costs(done[text])}
+        for (name, k), text in plans.items()
+    ]
+    title = f"Simignore: measure and budget, {len(bench.items)} questions of {args.task}"
+    plots.curves(
+        args.out / "budget.png",
+        {n: [(k, done[plans[n, k]].scored.score.value) for k in counts] for n in lines},
+        title,
+        ("image tokens kept", whole.metric),
+        ("unpruned", whole.value),
+    )
+    table = {f"unpruned: {whole.metric} {whole.value:.2f}, {N} image tokens": rows}
+    return base.report(args.out, args, title, table, ["budget.png"], began)
+
+
+def options(parser: argparse.ArgumentParser) -> None:
+    shares = [0.125, 0.25, 0.5, 0.785, 0.9]
+    parser.add_argument("--share", type=share, nargs="+", default=shares, metavar="S", help="kept")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command line; returns its exit code."""
+    return base.experiment(__doc__ or "", argv, "simignore", run, options)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,108 @@
+"""Pictures of results: heat maps, curves and bars, as PNG files (matplotlib, of the extra eval)."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+SIZE = (6.4, 4.2)  # inches
+DPI = 130
+TRIES = ("o-", "s--", "^-.", "v:", "D-", "x--", "P-.", "*:")  # told apart without colour, too
+
+Curve = Sequence[tuple[float, float]]
+
+
+def needed() -> None:
+    """ValueError where matplotlib is missing: asked for before hours of work, not after."""
+    _pyplot()
+
+
+def heat_map(
+    path: Path,
+    values: Sequence[Sequence[float]],
+    rows: Sequence[str],
+    columns: Sequence[str],
+    title: str,
+    labels: tuple[str, str],
+) -> None:
+    """values [row][column], each written into its field; labels: of columns and rows."""
+    plt = _pyplot()
+    figure, axes = plt.subplots(figsize=SIZE, layout="constrained")
+    image = axes.imshow(values, aspect="auto", cmap="viridis")
+    axes.set_xticks(range(len(columns)), columns)
+    axes.set_yticks(range(len(rows)), rows)
+    low, high = min(map(min, values)), max(map(max, values))
+    for i, row in enumerate(values):
+        for j, value in enumerate(row):
+            dark = value < (low + high) / 2
+            axes.text(j, i, f"{value:.1f}", ha="center", va="center", color="w" if dark else "k")
+    figure.colorbar(image)
+    _finish(plt, figure, axes, path, title, labels)
+
+
+def curves(
+    path: Path,
+    lines: Mapping[str, Curve],
+    title: str,
+    labels: tuple[str, str],
+    level: tuple[str, float] | None = None,
+    log: bool = False,
+) -> None:
+    """A line for each name; level: a horizontal one, for what is not pruned."""
+    plt = _pyplot()
+    figure, axes = plt.subplots(figsize=SIZE, layout="constrained")
+    for i, (name, points) in enumerate(lines.items()):
+        axes.plot(*zip(*points, strict=True), TRIES[i % len(TRIES)], label=name)
+    if level is not None:
+        axes.axhline(level[1], color="0.4", linestyle=":", label=level[0])
+    if log:
+        axes.set_yscale("log")
+    axes.grid(alpha=0.3)
+    axes.legend(fontsize="small")
+    _finish(plt, figure, axes, path, title, labels)
+
+
+def bars(
+    path: Path, groups: Mapping[str, Mapping[str, float]], title: str, label: str, log: bool = False
+) -> None:
+    """groups: name -> bar -> height; every group has the same bars. Heights are written above."""
+    plt = _pyplot()
+    figure, axes = plt.subplots(
+        figsize=(max(SIZE[0], 1.1 * len(groups) + 2), SIZE[1]), layout="constrained"
+    )
+    names = list(next(iter(groups.values())))
+    width = 0.8 / len(names)
+    for i, name in enumerate(names):
+        places = [g + (i - (len(names) - 1) / 2) * width for g in range(len(groups))]
+        drawn = axes.bar(places, [heights[name] for heights in groups.values()], width, label=name)
+        axes.bar_label(drawn, fmt="%.3g", fontsize="x-small")
+    axes.set_xticks(range(len(groups)), groups, fontsize="small")
+    if log:
+        axes.set_yscale("log")
+    axes.margins(y=0.12)
+    axes.legend(fontsize="small")
+    _finish(plt, figure, axes, path, title, ("", label))
+
+
+def _finish(
+    plt: Any, figure: Any, axes: Any, path: Path, title: str, labels: tuple[str, str]
+) -> None:
+    axes.set_title(title, fontsize="medium", wrap=True)
+    axes.set_xlabel(labels[0])
+    axes.set_ylabel(labels[1])
+    figure.savefig(path, dpi=DPI, metadata={"Software": None})
+    plt.close(figure)
+
+
+def _pyplot() -> Any:
+    try:
+        import matplotlib
+    except ImportError:
+        raise ValueError(
+            "pictures of results need matplotlib; pip install 'minillava[eval]'"
+        ) from None
+    matplotlib.use("agg")
+    import matplotlib.pyplot as plt
+
+    return plt

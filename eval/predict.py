@@ -1,0 +1,211 @@
+"""Ask a model every question of a task under one plan, and keep each answer as it comes."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from tqdm import tqdm  # type: ignore[import-untyped,unused-ignore]
+
+from minillava import Batch
+from minillava.generate import Result, Settings, check_plan, generate, prompts_of
+from minillava.llava import LLaVA
+from minillava.processor import Processor
+from minillava.prompt import conversation
+from minillava.pruning import parse_plan_with_files
+from minillava.pruning.base import Plan
+
+from . import cost, store
+from .ranks import ALONE, Ranks
+from .tasks.base import Item
+
+WARM_UP = 2  # batches of a process whose times do not count
+NONE = "none"  # the name of the unpruned model
+
+
+@dataclass(frozen=True)
+class Run:
+    """What answers depend on beside the questions, as a result states it."""
+
+    task: str
+    protocol: str
+    model: str
+    plan: str
+    dtype: str | None  # None: the device's own
+    quantize: str | None
+    device: str
+    seed: int
+    template: str
+    aspect: str
+    tokens: str
+    focus: str | None
+    max_new_tokens: int
+    use_cache: bool
+    image_in_prompt: bool
+
+
+def plan_of(text: str) -> Plan:
+    """A plan by its text, "none" for no pruning. ValueError as of parse_plan."""
+    return parse_plan_with_files("" if text == NONE else text)
+
+
+def check(model: LLaVA, processor: Processor, item: Item, run: Run) -> None:
+    """Refuse what cannot work with the first question before anything is computed (ValueError)."""
+    plan = plan_of(run.plan)
+    config = model.config
+    plan = plan.resolve(config.text.num_hidden_layers, config.vision.num_patches)
+    settings = Settings(run.max_new_tokens, 0, (), 0.0, 1.0, run.seed)
+    prompts = prompts_of(model, batch_of(processor, [item], run))
+    check_plan(model, prompts, plan, settings)
+
+
+def predict(
+    model: LLaVA,
+    processor: Processor,
+    items: Sequence[Item],
+    run: Run,
+    path: Path,
+    batch_size: int = 1,
+    ranks: Ranks = ALONE,
+) -> list[store.Row]:
+    """Answer all questions that the file at `path` has no answer to; returns all its rows.
+
+    Each answer is what it would be alone, so neither the batches nor the processes, nor where an
+    earlier run was cut off, make a difference. Rank 0 must hold the folder's lock. ValueError,
+    the same one in every process, names the question that failed; what was answered is kept.
+    """
+    done = set(ranks.first(lambda: sorted(_answered(path, items))))
+    groups = list(_groups(len(items), done, batch_size))[ranks.rank :: ranks.size]
+    file = path if ranks.size == 1 else store.part_of(path, ranks.rank)
+
+    def work() -> list[store.Row]:
+        rows = []
+        with file.open("ab") as out, _bar(run.plan, groups, ranks) as bar:
+            for i, group in enumerate(groups):
+                new = _answer(model, processor, [items[n] for n in group], group[0], run)
+                for row in new:
+                    row["metadata"]["warm"] = i >= WARM_UP
+                store.append(out, new)
+                rows += new
+                bar.update(len(group))
+        return rows
+
+    found = [row for rows in ranks.together(work) for row in rows]
+    return ranks.first(lambda: list(store.take_in(path, found if ranks.size > 1 else ()).values()))
+
+
+def _answered(path: Path, items: Sequence[Item]) -> set[int]:
+    """Numbers of the questions that have an answer. ValueError: the file is of other questions."""
+    rows = store.take_in(path)
+    for number, row in rows.items():
+        if number >= len(items):
+            raise ValueError(
+                f"{path} has answers to {len(rows)} questions, {len(items)} are asked; raise "
+                "--limit, or give another --out"
+            )
+        if str(row["question_id"]) != str(items[number].question_id):
+            raise ValueError(
+                f"{path}: answer {number} is to question {row['question_id']}, and that is now "
+                f"{items[number].question_id}; the data has changed: give another --out"
+            )
+    return set(rows)
+
+
+def _groups(n: int, done: set[int], size: int) -> Iterator[list[int]]:
+    """Numbers without an answer, in runs of consecutive ones: sample b of a batch draws with the
+    batch's seed + b, so that each question has a seed of its own."""
+    group: list[int] = []
+    for number in range(n):
+        if number in done:
+            continue
+        if group and (len(group) == size or group[-1] != number - 1):
+            yield group
+            group = []
+        group.append(number)
+    if group:
+        yield group
+
+
+def _bar(title: str, groups: Sequence[Sequence[int]], ranks: Ranks) -> tqdm:
+    total = sum(map(len, groups))
+    return tqdm(total=total, desc=title, unit="q", disable=True if ranks.rank else None)
+
+
+def batch_of(processor: Processor, items: Sequence[Item], run: Run) -> Batch:
+    """Questions as the protocol asks them. ValueError names the one that cannot be asked."""
+    prompts, pictures = [], []
+    for item in items:
+        try:
+            pictures.append([picture.open() for picture in item.images])
+        except ValueError as error:
+            raise ValueError(f"question {item.question_id}: {error}") from None
+        prompts.append(conversation(run.template, item.text, (), len(item.images)))
+    try:
+        return processor(prompts, pictures, run.aspect, run.tokens, run.focus)
+    except ValueError as error:
+        raise ValueError(f"{_names(items)}: {error}") from None
+
+
+def _answer(
+    model: LLaVA, processor: Processor, items: Sequence[Item], number: int, run: Run
+) -> list[store.Row]:
+    batch, clock = batch_of(processor, items, run), cost.Clock()
+    try:
+        result = generate(
+            model,
+            batch,
+            cost.timed(plan_of(run.plan), model, clock),
+            max_new_tokens=run.max_new_tokens,
+            seed=run.seed + number,
+            use_cache=run.use_cache,
+        )
+    except ValueError as error:
+        raise ValueError(f"{_names(items)}: {error}") from None
+    return [
+        {
+            "question_id": item.question_id,
+            "prompt": ("<image>\n" if run.image_in_prompt and item.images else "") + item.text,
+            "text": processor.decode(result.tokens[b]).strip(),
+            "answer_id": _answer_id(run, number + b),
+            "model_id": run.model,
+            "metadata": {
+                "number": number + b,
+                "plan": run.plan,
+                **_what_happened(model, result, b),
+                "choosing": clock.seconds,
+                "batch": len(items),
+            },
+        }
+        for b, item in enumerate(items)
+    ]
+
+
+def _what_happened(model: LLaVA, result: Result, b: int) -> store.Row:
+    """Of one sample; times are those of its batch."""
+    report, itemsize = result.report, model.dtype.itemsize
+    cached = [layer[b] for layer in report.cache_lengths]
+    return {
+        "prompt_tokens": report.prompt_tokens[b],
+        "tokens_entering": [layer[b] for layer in report.tokens_entering],
+        "image_tokens_entering": [layer[b] for layer in report.image_tokens_entering],
+        "new_tokens": len(result.tokens[b]),
+        "stopped": report.stopped[b],
+        "cache_bytes": cost.cache_bytes(cached, model.config.text, itemsize),
+        "vision": report.vision,
+        "prefill": report.prefill,
+        "first_token": report.first_token,
+        "per_token": report.per_token if len(result.tokens[b]) > 1 else None,
+        "peak_bytes": report.peak_bytes,
+    }
+
+
+def _answer_id(run: Run, number: int) -> str:
+    """The same for the same question asked in the same way."""
+    return hashlib.sha256(f"{run}\n{number}".encode()).hexdigest()[:22]
+
+
+def _names(items: Sequence[Item]) -> str:
+    ids = ", ".join(str(item.question_id) for item in items)
+    return f"question {ids}" if len(items) == 1 else f"one of the questions {ids}"

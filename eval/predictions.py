@@ -1,0 +1,226 @@
+"""Predictions on disk: ours, and those that others publish, in the shapes they come in.
+
+Ours is LLaVA's: one JSON object a line with question_id, prompt, text, answer_id, model_id and
+metadata. Answers are matched to questions by id (where ids repeat, by id and question), never by
+order.
+"""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from .tasks.base import Answer, Item, key
+from .tasks.files import Row, read_json, read_jsonl, read_table, read_text
+
+IDS = ("question_id", "questionId", "id", "image_id", "index")
+TEXTS = ("text", "prediction", "answer", "caption", "response", "output", "pred")
+QUESTIONS = ("prompt", "question")
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """One answer. keys: names of the question it answers, the most exact first."""
+
+    keys: tuple[str, ...]
+    text: str
+    where: str  # file and line
+
+
+@dataclass(frozen=True)
+class Matched:
+    """Every question with its answer, and what did not fit."""
+
+    answers: list[Answer]
+    missing: int  # questions without an answer
+    unknown: tuple[str, ...]  # predictions for no question: where they stand
+    duplicates: int  # further predictions for a question; the last one counts
+
+
+def read(path: Path) -> list[Prediction]:
+    """The predictions of a file or folder. Known are:
+
+    - JSONL and json lists of objects with an id (IDS) and a text (TEXTS): LLaVA's answer files,
+      submissions to the VQA server, caption results, MMMU's output.json
+    - a json object id -> text, by itself or under "outputs" (LLaVA's ScienceQA results), and one
+      with such a list under "rows", "data", "annotations" or "results"
+    - csv and tsv with the columns index and prediction (MMBench)
+    - MME's CATEGORY.txt (picture, question, truth, answer), and a folder of them
+    - a folder of json or jsonl files, each as above (also one level down: SUBJECT/output.json)
+
+    Raises ValueError, one line with file and line, for what is empty, malformed or none of these.
+    """
+    if path.is_dir():
+        return _folder(path)
+    if not path.is_file():
+        raise ValueError(f"there is no file {path}; give predictions that eval.run has written")
+    if path.suffix == ".txt":
+        return _mme(path)
+    if path.suffix in (".tsv", ".csv"):
+        rows = read_table(path)
+        return [_prediction(row, f"{path}, row {i}") for i, row in enumerate(rows, 1)]
+    if path.suffix == ".xlsx":
+        raise ValueError(f"{path} is a spreadsheet; save it as csv or tsv")
+    text = read_text(path)
+    if not text.strip():
+        raise ValueError(f"{path} is empty; fetch or make it again")
+    if path.suffix != ".jsonl" and _is_one_value(text):
+        return _json(path, read_json(path))
+    return lines(path)
+
+
+def lines(path: Path) -> list[Prediction]:
+    """Those of a JSONL file."""
+    return [_prediction(row, f"{path}, answer {i}") for i, row in enumerate(read_jsonl(path), 1)]
+
+
+def match(items: Sequence[Item], predictions: Sequence[Prediction]) -> Matched:
+    """Put predictions to questions. ValueError where two questions cannot be told apart, and where
+    no prediction fits any question."""
+    index = names(items)
+    found: dict[int, str] = {}
+    unknown, duplicates = [], 0
+    for prediction in predictions:
+        at = next((index[k] for k in prediction.keys if k in index), None)
+        if at is None:
+            unknown.append(prediction.where)
+            continue
+        duplicates += at in found
+        found[at] = prediction.text
+    if predictions and not found:
+        raise ValueError(
+            f"none of the {len(predictions)} predictions answers any of the {len(items)} "
+            f"questions: {predictions[0].where} has id {predictions[0].keys[-1]!r}, the first "
+            f"question {str(items[0].question_id)!r}; give the files that belong together"
+            if items
+            else "there are no questions; give a file that has some"
+        )
+    answers = [Answer(item, found.get(i)) for i, item in enumerate(items)]
+    return Matched(answers, len(items) - len(found), tuple(unknown), duplicates)
+
+
+def names(items: Sequence[Item]) -> dict[str, int]:
+    """Every unambiguous name of a question -> its number."""
+    every = [{str(i.question_id), key(i.question_id, i.text), *i.keys} for i in items]
+    count = Counter(name for own in every for name in own)
+    index = {name: n for n, own in enumerate(every) for name in own if count[name] == 1}
+    reached = set(index.values())
+    if lost := [items[n] for n in range(len(items)) if n not in reached]:
+        raise ValueError(
+            f"{len(lost)} questions have the same id and question as another, the first is "
+            f"{lost[0].question_id}; correct the question file"
+        )
+    return index
+
+
+# ---------------------------------------------------------------- shapes
+
+
+def _is_one_value(text: str) -> bool:
+    """A json file, rather than JSON lines under its name (as POPE's are)."""
+    first = text.lstrip()
+    if first[0] != "{":
+        return True
+    try:
+        json.loads(first.split("\n", 1)[0])
+    except ValueError:
+        return True
+    return "\n" not in first.strip()
+
+
+def _json(path: Path, values: Any) -> list[Prediction]:
+    if isinstance(values, dict):
+        inner = next(
+            (
+                values[k]
+                for k in ("outputs", "rows", "data", "annotations", "results")
+                if k in values and isinstance(values[k], list | dict)
+            ),
+            values,
+        )
+        if isinstance(inner, dict):
+            if inner is values and any(name in values for name in IDS):
+                return [_prediction(values, f"{path}, answer 1")]
+            return [_pair(k, v, path) for k, v in inner.items()]
+        values = inner
+    if not isinstance(values, list) or not values:
+        raise ValueError(f"{path} holds no list of answers and no object of them; see eval/README")
+    found = []
+    for i, row in enumerate(values, 1):
+        if not isinstance(row, dict):
+            raise ValueError(f"{path}: answer {i} is {type(row).__name__}, not an object")
+        found.append(_prediction(row, f"{path}, answer {i}"))
+    return found
+
+
+def _pair(question_id: str, value: Any, path: Path) -> Prediction:
+    where = f"{path}, {question_id}"
+    if isinstance(value, dict):
+        return _prediction({"question_id": question_id, **value}, where)
+    return Prediction((question_id,), _text(value, where), where)
+
+
+def _prediction(row: Mapping[str, Any], where: str) -> Prediction:
+    ids = [str(row[name]) for name in IDS if row.get(name) is not None]
+    if not ids:
+        raise ValueError(f"{where} has no id ({', '.join(IDS)}); is it a file of predictions?")
+    # a row of MMMU's own has "answer", the gold, beside "response"
+    name = next((n for n in ("response", *TEXTS) if n in row), None)
+    if name is None:
+        raise ValueError(f"{where} has no text ({', '.join(TEXTS)}); is it a file of predictions?")
+    question = next((row[n] for n in QUESTIONS if isinstance(row.get(n), str)), None)
+    exact = [] if question is None else [key(i, question) for i in ids]
+    return Prediction((*exact, *ids), _text(row[name], where), where)
+
+
+def _text(value: Any, where: str) -> str:
+    if isinstance(value, str):
+        return value
+    if isinstance(value, bool | int | float):
+        return str(value)
+    if isinstance(value, list) and len(value) == 1 and isinstance(value[0], str):
+        return value[0]
+    raise ValueError(f"{where}: the answer is {type(value).__name__}, not text")
+
+
+def mme_rows(path: Path, fields: tuple[int, ...]) -> list[list[str]]:
+    """Lines of tab-separated fields, of a number that is allowed. ValueError names the line."""
+    rows = []
+    for number, line in enumerate(read_text(path).split("\n"), 1):
+        if not line.strip():
+            continue
+        row = line.rstrip("\r").split("\t")
+        if len(row) not in fields:
+            wanted = " or ".join(map(str, fields))
+            raise ValueError(
+                f"{path}, line {number}: {len(row)} tab-separated fields, not {wanted}; is the "
+                "file whole?"
+            )
+        rows.append(row)
+    if not rows:
+        raise ValueError(f"{path} is empty; fetch or make it again")
+    return rows
+
+
+def _mme(path: Path) -> list[Prediction]:
+    return [
+        Prediction((key(f"{path.stem}/{image}", question),), said, f"{path}, line {i}")
+        for i, (image, question, _, said) in enumerate(mme_rows(path, (4,)), 1)
+    ]
+
+
+def _folder(path: Path) -> list[Prediction]:
+    kinds = (".txt", ".json", ".jsonl")
+    files = sorted(f for f in (*path.glob("*"), *path.glob("*/*")) if f.suffix in kinds)
+    if texts := [f for f in files if f.suffix == ".txt"]:
+        files = texts
+    if not files:
+        raise ValueError(f"{path} has no {', '.join(kinds)} in it; give a file of predictions")
+    return [prediction for file in files for prediction in read(file)]
+
+
+__all__ = ["Matched", "Prediction", "Row", "lines", "match", "mme_rows", "names", "read"]

@@ -1,0 +1,155 @@
+"""Score a file of predictions, ours or anybody's: `python -m eval.score`.
+
+    python -m eval.score --task scienceqa --questions llava_test_CQM-A_image.json \\
+        --predictions answers.jsonl
+    python -m eval.score --task pope --questions FOLDER --predictions answers.jsonl --protocol lmms
+
+--questions is a file with the answers that are right, as the benchmark distributes it, or the
+folder that eval.run takes as --data. Predictions are matched by id, never by their order. An answer
+in none of the forms that are looked for is counted as unparsed, a question without prediction as
+missing; both are wrong, and neither is guessed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from minillava.console import Parser, complain, one_voice
+
+from . import predictions, published
+from .tasks import TASKS
+from .tasks.base import Item, Score, Task
+
+
+@dataclass(frozen=True)
+class Scored:
+    """A score with what it is of."""
+
+    task: str
+    title: str
+    split: str
+    protocol: str
+    score: Score
+    missing: int = 0
+    unknown: tuple[str, ...] = ()  # predictions that belong to no question
+    duplicates: int = 0
+
+    def json(self) -> dict[str, Any]:
+        """One flat object; value as it is, figure with two decimals."""
+        rest = asdict(self)
+        score = rest.pop("score")
+        rest["unknown"] = len(self.unknown)
+        return {"figure": f"{self.score.value:.2f}", **score, **rest}
+
+    def text(self) -> str:
+        """The figure with what stands behind it, then further figures and notes, a line each."""
+        s = self.score
+        counts = f"{s.right:g} of {s.n}" if s.right is not None else f"{s.n} questions"
+        lines = [
+            f"{self.title}, {self.split}, {self.protocol} protocol: {s.metric} {s.value:.2f} "
+            f"({counts}; {s.unparsed} unparsed, {self.missing} missing)"
+        ]
+        lines += [f"  {name}: {_figure(value)}" for name, value in s.more.items()]
+        if self.duplicates:
+            lines.append(f"  {self.duplicates} questions were answered again: the last one counts")
+        if self.unknown:
+            lines.append(
+                f"  {len(self.unknown)} predictions belong to no question and do not count, the "
+                f"first is {self.unknown[0]}"
+            )
+        return "\n".join([*lines, *(f"  note: {note}" for note in s.notes)])
+
+
+def score(
+    task: Task, items: Sequence[Item], found: Sequence[predictions.Prediction], protocol: str
+) -> Scored:
+    """ValueError where predictions do not belong to the questions, or these have no answers."""
+    matched = predictions.match(items, found)
+    return Scored(
+        task.name,
+        task.title,
+        task.split,
+        protocol,
+        task.score(matched.answers, protocol),
+        matched.missing,
+        matched.unknown,
+        matched.duplicates,
+    )
+
+
+def task_named(name: str, protocol: str) -> Task:
+    if name not in TASKS:
+        raise ValueError(f"--task {name}: there is no such task; there are: {', '.join(TASKS)}")
+    task = TASKS[name]
+    if protocol not in task.setups:
+        allowed = ", ".join(task.setups)
+        raise ValueError(f"--protocol {protocol}: {name} is asked and scored as {allowed}")
+    return task
+
+
+def beside_published(scored: Scored, model: str, plan: str, weights: str) -> str:
+    """Published figures of the same task, split, metric, model, protocol and weights as text; empty
+    where there are none."""
+    measured = published.Measured(
+        scored.task,
+        scored.split,
+        scored.score.metric,
+        model,
+        plan,
+        scored.protocol,
+        weights,
+        scored.score.value,
+    )
+    tables = published.beside([measured], published.load())
+    return "\n".join(published.text_of(table) for table in tables if table.sources)
+
+
+def _figure(value: object) -> str:
+    return f"{value:.2f}" if isinstance(value, float) else str(value)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command line; returns its exit code: 0, or 2 after an error."""
+    parser = Parser(
+        prog="python -m eval.score",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    add = parser.add_argument
+    add("--task", required=True, metavar="T", help=", ".join(TASKS))
+    add("--questions", type=Path, metavar="FILE", help="not for demo, which draws its own")
+    add("--predictions", type=Path, required=True, metavar="FILE")
+    add("--protocol", default="llava", metavar="P", help="llava (default) or lmms")
+    add("--limit", type=int, metavar="N", help="only the first N questions were asked")
+    add("--model", choices=published.LAYERS, help="show its published figures beside")
+    add("--prune", default="none", metavar="PLAN", help="with --model: what was measured")
+    add("--weights", default=published.UNQUANTISED, metavar="W", help="with --model: or nf4, …")
+    add("--json", action="store_true", help="one object with every number")
+    try:
+        args = parser.parse_args(argv)
+        with one_voice():
+            task = task_named(args.task, args.protocol)
+            items = task.items(args.questions, args.protocol, args.limit)
+            found = predictions.read(args.predictions)
+            scored = score(task, items, found, args.protocol)
+            print(json.dumps(scored.json()) if args.json else scored.text(), flush=True)
+            if args.model and not args.json:
+                beside = beside_published(scored, args.model, args.prune, args.weights)
+                print(beside or "nothing is published here that may stand beside it", flush=True)
+    except BrokenPipeError:  # whoever reads us has enough, as `head` does
+        return 141
+    except (ValueError, OSError) as error:
+        complain(error)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

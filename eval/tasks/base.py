@@ -1,0 +1,169 @@
+"""What a benchmark is here: questions with pictures, how they are asked, and how answers count."""
+
+from __future__ import annotations
+
+import base64
+import io
+import re
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, ClassVar
+
+from PIL import Image
+
+PROTOCOLS = ("llava", "lmms")
+
+SHORT = "\nAnswer the question using a single word or phrase."
+LETTER = "\nAnswer with the option's letter from the given choices directly."
+
+
+@dataclass(frozen=True)
+class Picture:
+    """A picture that is opened when its turn comes. path: its file, None for one inside a table."""
+
+    name: str
+    read: Callable[[], Image.Image]
+    path: Path | None = None
+
+    @classmethod
+    def file(cls, path: Path) -> Picture:
+        return cls(str(path), lambda: Image.open(path), path)
+
+    @classmethod
+    def of(cls, name: str, image: Image.Image) -> Picture:
+        """One that is already there."""
+        return cls(name, lambda: image)
+
+    @classmethod
+    def base64(cls, name: str, text: str) -> Picture:
+        return cls(name, lambda: Image.open(io.BytesIO(base64.b64decode(text))))
+
+    def open(self) -> Image.Image:
+        """RGB and not turned by EXIF, as both protocols' code does. ValueError: cannot be read."""
+        try:
+            return self.read().convert("RGB")
+        except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+            why = " ".join(str(error).split())
+            raise ValueError(f"the picture {self.name} cannot be read ({why})") from None
+
+
+@dataclass(frozen=True)
+class Item:
+    """One question. text: without any template or <image>; gold: what the task's score reads."""
+
+    question_id: str | int
+    text: str
+    images: tuple[Picture, ...] = ()
+    gold: Mapping[str, Any] = field(default_factory=dict)
+    keys: tuple[str, ...] = ()  # further names under which a predictions file may answer it
+
+
+@dataclass(frozen=True)
+class Answer:
+    """A question with the text that was given to it; None: no prediction."""
+
+    item: Item
+    text: str | None
+
+    @property
+    def said(self) -> str:
+        """The text, empty for a missing one."""
+        return self.text or ""
+
+
+@dataclass(frozen=True)
+class Score:
+    """value: the task's figure, in percent unless `metric` says otherwise; right: questions, or
+    their credits, out of n; unparsed: answers that are in none of the forms looked for, counted
+    and never guessed; more: further figures by name."""
+
+    metric: str
+    value: float
+    n: int
+    right: float | None = None
+    unparsed: int = 0
+    more: Mapping[str, Any] = field(default_factory=dict)
+    notes: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Setup:
+    """How a protocol asks. template (of minillava/prompt.py) and aspect: None, the checkpoint's."""
+
+    max_new_tokens: int
+    template: str | None = "vicuna_v1"
+    aspect: str | None = "pad"
+    use_cache: bool = True
+
+
+class Task(ABC):
+    """A benchmark. needs: what to download, and where in --data it is looked for."""
+
+    name: ClassVar[str]
+    title: ClassVar[str]
+    split: ClassVar[str]
+    needs: ClassVar[tuple[str, ...]]
+    setups: ClassVar[Mapping[str, Setup]]
+    image_in_prompt: ClassVar[bool] = False  # LLaVA's script writes <image> into predictions
+
+    @abstractmethod
+    def items(self, source: Path | None, protocol: str, limit: int | None = None) -> list[Item]:
+        """The questions of a folder, or of one question file, in their order; at most `limit`.
+
+        ValueError, one line, names the path that is missing, or the line that is wrong.
+        """
+
+    @abstractmethod
+    def score(self, answers: Sequence[Answer], protocol: str) -> Score:
+        """All questions with their answers; a missing one is wrong. ValueError: no gold."""
+
+    def missing(self, path: Path) -> ValueError:
+        return ValueError(f"there is no {path}; {self.name} needs {'; or '.join(self.needs)}")
+
+
+def accuracy(
+    answers: Sequence[Answer], right: Sequence[bool | float], **more: Any
+) -> tuple[float, float]:
+    """Percent, and the sum. ValueError for no question at all."""
+    if not answers:
+        raise ValueError("there is no question to score; give a file that has some")
+    total = float(sum(right))
+    return 100 * total / len(answers), total
+
+
+def percent(right: Sequence[bool | float]) -> float | None:
+    """Mean in percent; None of nothing."""
+    return 100 * sum(right) / len(right) if right else None
+
+
+def gold_of(answer: Answer, name: str) -> Any:
+    """An item's gold by name. ValueError where the questions came without answers."""
+    if name not in answer.item.gold:
+        raise ValueError(
+            f"question {answer.item.question_id} has no gold {name}; give the official file that "
+            "has the answers"
+        )
+    return answer.item.gold[name]
+
+
+def lettered(options: Sequence[str], form: str = "{}. {}", between: str = "\n") -> str:
+    """Options with A, B, C in front."""
+    return between.join(form.format("ABCDEFGHIJ"[i], text) for i, text in enumerate(options))
+
+
+_YES_NO = re.compile(r"\s*please answer yes or no\.?", re.IGNORECASE)
+
+
+def asked(text: str) -> str:
+    """What a question is recognised by: its first line, without <image> and instructions, in lower
+    case. LLaVA's files repeat ids where one picture has several questions (TextVQA, MME)."""
+    lines = [line.strip() for line in text.replace("<image>", "").split("\n")]
+    first = next((line for line in lines if line), "")
+    return " ".join(_YES_NO.sub("", first).lower().split())
+
+
+def key(question_id: object, text: str) -> str:
+    """An id together with the question, for files whose ids repeat."""
+    return f"{question_id}\n{asked(text)}"
