@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import ctypes
+import math
+import sys
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -12,9 +15,10 @@ from tqdm import tqdm  # type: ignore[import-untyped,unused-ignore]
 from .linear import Int4, Int8, Weight, WidenedLinear, stored_linear
 from .llava import LLaVA
 from .quantise import to_int4, to_int8
-from .shards import Stored
+from .shards import FLOATS, Stored
 
 TIED = ("llama.embed_tokens.weight", "llama.lm_head.weight")  # one tensor in some models
+BLOCKS = ("llama.blocks.",)
 _BITS = {"I8": 8, "U8": 4}  # files' words for weights that are integers
 
 
@@ -26,13 +30,15 @@ def linear_layers(model: LLaVA) -> dict[str, nn.Linear]:
 def quantised_layers(model: LLaVA, bits: int) -> dict[str, int]:
     """Which linear layers get integers as weights, and of how many bits: our name -> 8 or 4.
 
-    The decoder's blocks; of a model in 4 bits the output head too, in 8, unless it is tied. The
-    vision tower, the projector and the embeddings stay as they are: a tenth of the memory.
+    The decoder's blocks get `bits`; the vision tower, the projector and an output head of its own
+    get 8. Embeddings, a head tied to them and everything small stay as they are.
     """
-    layers = {name: bits for name in linear_layers(model) if name.startswith("llama.blocks.")}
-    if bits == 4 and not model.config.text.tie_word_embeddings:
-        layers["llama.lm_head"] = 8
-    return layers
+    tied = model.config.text.tie_word_embeddings
+    return {
+        name: bits if name.startswith(BLOCKS) else 8
+        for name in linear_layers(model)
+        if not (tied and name == "llama.lm_head")
+    }
 
 
 def forms_of(
@@ -53,8 +59,11 @@ def forms_of(
     if not bits and quantize is None:
         return {}
     bits = bits or quantised_layers(model, 4 if quantize == "int4" else 8)
-    eight = "int8-dynamic" if quantize == "int8-dynamic" else "int8"
-    return {name: "int4" if n == 4 else eight for name, n in bits.items()}
+    names = {4: "int4", 8: "int8"}
+    dynamic = BLOCKS if quantize == "int8-dynamic" else ()  # elsewhere it would save no time
+    return {
+        name: "int8-dynamic" if name.startswith(dynamic) else names[n] for name, n in bits.items()
+    }
 
 
 def fill(
@@ -77,7 +86,9 @@ def fill(
     tied = TIED if model.config.text.tie_word_embeddings else ()
     if tied:
         _put_tied(model, [found[n] for n in TIED if n in found], device, storage)
-    for name in tqdm(found, "loading", unit="", leave=False, disable=None if progress else True):
+    # the largest first: what converting them takes for a moment is then not on top of all others
+    order = sorted(found, key=lambda name: -math.prod(found[name].shape))
+    for name in tqdm(order, "loading", unit="", leave=False, disable=None if progress else True):
         layer, _, part = name.rpartition(".")
         if name in tied or (layer in stored and part != "weight"):
             continue
@@ -87,11 +98,20 @@ def fill(
             bias = None if there is None else there.read(device, model.dtype)
             digits = 1 if forms.get(layer) == "int8-dynamic" else 2
             model.set_submodule(layer, stored_linear(weight, bias, digits))
+            del weight
+            _give_back()
         else:
             dtype = storage if name == TIED[0] else model.dtype
             _put(model, name, found[name].read(device, dtype))
     left = [n for n, t in (*model.named_parameters(), *model.named_buffers()) if t.is_meta]
     assert not left, f"without values: {left}"
+
+
+def _give_back() -> None:
+    """Return freed memory to the system. glibc keeps blocks below 32 MB, and what conversion leaves
+    between the weights that stay would add up to a third of a model in 4 bits."""
+    if sys.platform == "linux" and (trim := getattr(ctypes.CDLL(None), "malloc_trim", None)):
+        trim(0)
 
 
 def _put(model: LLaVA, name: str, value: Tensor) -> None:
@@ -134,5 +154,5 @@ def _weight(
             found[name + part].read(device, torch.bfloat16) for part in ("_scale", "_low")
         )
         return Int4(tensor.read(device, torch.uint8), scale, low)
-    wide = tensor.read(device, torch.float32)
-    return Int4(*to_int4(wide)) if form == "int4" else Int8(*to_int8(wide))
+    weight = tensor.read(device, FLOATS[tensor.kind])
+    return Int4(*to_int4(weight)) if form == "int4" else Int8(*to_int8(weight))

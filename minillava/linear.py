@@ -185,11 +185,15 @@ class Int4Linear(StoredLinear):
         self.group = G
         more = -N % PACKED_ROWS
         zero = (weight.low.float() + 8 * weight.scale.float()).bfloat16()  # the value of code 8
-        codes = F.pad(codes_of(weight.codes), (0, 0, 0, more)).int()
         pairs = torch.stack((weight.scale, zero), -1).transpose(0, 1)  # (K / G, N, 2)
         self.register_buffer("pairs", F.pad(pairs, (0, 0, 0, more)).contiguous(), persistent=False)
-        packed = torch.ops.aten._convert_weight_to_int4pack_for_cpu(codes, 1)
-        self.register_buffer("packed", packed, persistent=False)
+        packed = [
+            torch.ops.aten._convert_weight_to_int4pack_for_cpu(
+                F.pad(codes_of(piece), (0, 0, 0, -len(piece) % PACKED_ROWS)).int(), 1
+            )
+            for piece in weight.codes.split(WIDENED)
+        ]
+        self.register_buffer("packed", torch.cat(packed), persistent=False)
         self.nbytes = self.packed.nbytes + self.pairs.nbytes
 
     def product(self, x: Tensor) -> Tensor:

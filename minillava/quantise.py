@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 ROTATED = 128  # columns turned together, at most
+PIECE = 512  # rows that are worked on at one time: a row does not depend on others, memory does
 GROUP = 64  # columns of an int4 weight that share a scale, at most
 
 
@@ -44,6 +45,11 @@ def rotated(x: Tensor, out: Tensor | None = None) -> Tensor:
 
 def to_int8(weight: Tensor) -> tuple[Tensor, Tensor]:
     """Weight (N, K) -> codes (N, K) int8 in +-127 of the rotated weight, scale (N,) float32."""
+    codes, scale = zip(*map(_to_int8, weight.split(PIECE)), strict=True)
+    return torch.cat(codes), torch.cat(scale)
+
+
+def _to_int8(weight: Tensor) -> tuple[Tensor, Tensor]:
     turned = rotated(weight.float())
     lowest, highest = turned.aminmax(dim=1)
     scale = torch.maximum(highest, -lowest) / 127
@@ -62,6 +68,11 @@ def to_int4(weight: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     The value of a column is code * scale + low of its group. Of two columns in one byte the left
     one is in the low four bits. The codes are chosen for the scales as rounded.
     """
+    codes, scale, low = zip(*map(_to_int4, weight.split(PIECE)), strict=True)
+    return torch.cat(codes), torch.cat(scale), torch.cat(low)
+
+
+def _to_int4(weight: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     N, K = weight.shape
     groups = weight.float().view(N, -1, block(K, GROUP))  # (N, K / G, G)
     lowest, highest = groups.aminmax(dim=-1)
