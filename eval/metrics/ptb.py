@@ -1,0 +1,172 @@
+"""Captions to tokens, as pycocoevalcap does it before CIDEr and ROUGE-L.
+
+That is Stanford CoreNLP 3.4.1's PTBTokenizer, a Java program, in lower case and without some
+punctuation marks. Published figures come from it. Where Java or pycocoevalcap is missing our own
+tokeniser takes its place, and `tokenise` says which one ran.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import re
+import shutil
+import subprocess
+from collections.abc import Sequence
+from pathlib import Path
+
+JAVA = "pycocoevalcap PTBTokenizer (Java)"
+OWN = "own tokeniser"
+
+_JAR = "stanford-corenlp-3.4.1.jar"
+# pycocoevalcap's list. The brackets in capitals are never met: the text is in lower case, so that
+# "-lrb-" stays.
+_MARKS = "'' ' `` ` -LRB- -RRB- -LCB- -RCB- . ? ! , : - -- ... ;"
+_DROPPED = frozenset(_MARKS.split())
+# What ends a line for the Java program; one inside a caption would shift all captions behind it.
+_LINE_ENDS = re.compile("\r\n|[\n\r\x0b\x0c\x85\u2028\u2029]")
+
+
+def tokenise(captions: Sequence[str], use: str | None = None) -> tuple[list[str], str]:
+    """Each caption's tokens, joined with spaces, and what made them: JAVA or OWN.
+
+    use: one of these two; None takes JAVA where it is there. An empty caption has no tokens; a new
+    line inside one is a space. ValueError: JAVA is asked for and not there, or it fails.
+    """
+    if use not in (None, JAVA, OWN):
+        raise ValueError(f"there is no tokeniser {use!r}; give {JAVA!r} or {OWN!r}")
+    lines = [_LINE_ENDS.sub(" ", caption) for caption in captions]
+    jar = None if use == OWN else _jar()
+    if jar and shutil.which("java"):
+        return [_kept(line.rstrip().split(" ")) for line in _java(lines, jar)], JAVA
+    if use == JAVA:
+        raise ValueError(
+            f"{JAVA} needs the command java and pycocoevalcap (extra captions); install both"
+        )
+    return [own_tokens(line) for line in lines], OWN
+
+
+def _kept(tokens: Sequence[str]) -> str:
+    return " ".join(token for token in tokens if token not in _DROPPED)
+
+
+def _jar() -> Path | None:
+    """pycocoevalcap's copy of CoreNLP. The package is looked for, not imported: it needs more."""
+    found = importlib.util.find_spec("pycocoevalcap")
+    for folder in (found.submodule_search_locations or ()) if found else ():
+        jar = Path(folder, "tokenizer", _JAR)
+        if jar.is_file():
+            return jar
+    return None
+
+
+def _java(lines: Sequence[str], jar: Path) -> list[str]:
+    """One line of tokens for each line. The text goes in by stdin, nothing is written to disk."""
+    if not lines:
+        return []
+    command = ["java", "-cp", str(jar), "edu.stanford.nlp.process.PTBTokenizer"]
+    ran = subprocess.run(
+        [*command, "-preserveLines", "-lowerCase"],
+        input="".join(f"{line}\n" for line in lines).encode(errors="replace"),
+        capture_output=True,
+        check=False,
+    )
+    out = ran.stdout.decode().split("\n")[:-1]
+    if ran.returncode or len(out) != len(lines):
+        said = ran.stderr.decode(errors="replace").strip().splitlines() or ["nothing"]
+        raise ValueError(
+            f"PTBTokenizer gave {len(out)} lines for {len(lines)} captions and said {said[0]!r}; "
+            f"check `java -version`"
+        )
+    return out
+
+
+# Our own tokeniser. It follows what the Java program does to captions, found by asking it.
+
+_ABBREVIATIONS = (
+    "adj adm adv al ala apr ariz assn assoc asst atty attys aug ave bancorp bhd bldg blvd "
+    "brig bros calif capt cf cie cmdr co col colo comdr conn corp cos cpl ct dak dec dept det "
+    "dr drs ens esq est etc ext feb fla fri ft ga gen gov govs hon inc ind insp intl jan jos "
+    "jr jul jun kan kans ky lieut lt ltd maj mar md messrs mfg mich minn mlle mme mo mon mont "
+    "mr mrs ms msgr mt mtg natl neb nev nov oct okla penn pfc ph plc pres prof profs pte pty "
+    "pvt rd rep reps rev rt sen sens sep sept seq sfc sgt spc sq sr st ste supt supts sys tel "
+    "tenn thu thurs tue tues univ va vs vt wed wis wisc wm wyo"
+)
+_CAPITAL_ABBREVIATIONS = "ark az del ill la mass miss ore pa tex wash"
+_NUMBERED_ABBREVIATIONS = "art ca fig figs no nos op pp prop"
+
+
+def _any(words: str) -> str:
+    return "|".join(words.split())
+
+
+_CAPITALS = "|".join(f"{w[0].upper()}(?i:{w[1:]})" for w in _CAPITAL_ABBREVIATIONS.split())
+_L = r"[^\W\d_]"  # a letter
+_SUFFIX = r"'(?:[sdm]|ll|re|ve)(?!\w)"
+_TOKEN = re.compile(
+    rf"""
+      (?P<tag> </?[a-zA-Z][^<>]*> )
+    | (?P<link> https?://[^\s"<>|()]+[^\s"<>|.!?(){{}},-]
+        | (?:www\.)?(?:[\w-]+\.)+(?:com|net|org|edu)(?!\w)(?:/[^\s"<>|()]+[^\s"<>|.!?(){{}},-])?
+        | www\.(?:[\w-]+\.)+[a-zA-Z]{{2,4}}(?!\w)
+        | [\w.-]+@(?:[\w-]+\.)+\w+ | [@\#][A-Za-z_]\w* )
+    | (?P<phone> \(\d{{3}}\)[ ]?\d{{3}}[- ]\d{{4}} )
+    | (?P<fraction> \d{{1,4}}[ ]\d{{1,4}}/\d{{1,4}}(?![\d/]) )
+    | (?P<split> (?i: (?:can)(?=not(?!\w)) | gon(?=na(?!\w)) | got(?=ta(?!\w))
+        | wan(?=na(?!\w)) | (?:gim|lem)(?=me(?!\w)) | '?t(?=is(?!\w)|was(?!\w)) ) )
+    | (?P<letters> (?:{_L}\.)+(?:{_L}(?!\w))? )
+    | (?P<shortened> (?:(?i:{_any(_ABBREVIATIONS)})|{_CAPITALS}|(?i:ph\.d))\.
+        | (?i:{_any(_NUMBERED_ABBREVIATIONS)})\.(?=\s?\d) )
+    | (?P<clock> \d+:\d+(?=[ap]m(?!\w)) )
+    | (?P<number> [-+]?(?:\d+(?:[.,:]\d+)*|\.\d+)(?![^\W_]) (?![-/]\w) )
+    | (?P<both> [A-Z]&[A-Z](?!\w) )
+    | (?P<negated> {_L}+?(?=n't(?!\w)) )
+    | (?P<suffix> n't(?!\w) | {_SUFFIX} )
+    | (?P<short> '(?:\d0s|em|cause|till?|n'?)(?!\w) )
+    | (?P<word> (?:[oOdDlL]'{_L})?\w+(?:[-./]\w+)* )
+    | (?P<marks> [!?]+ | \.\.+ | -+ | \*+ | _+ | '' | `` | \S )
+    """,
+    re.VERBOSE,
+)
+_FORMS = str.maketrans(
+    {
+        "\u2018": "'",
+        "\u2019": "'",
+        "\u201c": " '' ",
+        "\u201d": " '' ",
+        '"': " '' ",
+        "\u2013": " -- ",
+        "\u2014": " -- ",
+        "\u2026": " ... ",
+        "\u00bc": "1/4",
+        "\u00bd": "1/2",
+        "\u00be": "3/4",
+    }
+)
+_SYMBOLS = {
+    "(": "-lrb-",
+    ")": "-rrb-",
+    "[": "-lsb-",
+    "]": "-rsb-",
+    "{": "-lcb-",
+    "}": "-rcb-",
+    "£": "#",
+    "€": "$",
+    "¢": "cents",
+}
+
+
+def own_tokens(caption: str) -> str:
+    """Our tokens of one caption, joined with spaces."""
+    tokens = []
+    for match in _TOKEN.finditer(caption.translate(_FORMS)):
+        token = match[0].lower()
+        if match.lastgroup in ("tag", "fraction"):  # a no-break space keeps them one token
+            token = token.replace(" ", "\u00a0")
+        elif match.lastgroup in ("phone", "smiley"):
+            token = token.replace("(", "-lrb-").replace(")", "-rrb-").replace(" ", "\u00a0")
+        elif match.lastgroup == "marks":
+            if token.startswith(".") or set(token) == {"-"}:
+                continue
+            token = _SYMBOLS.get(token, token)
+        tokens.append(token)
+    return _kept(tokens)
