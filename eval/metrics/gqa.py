@@ -11,9 +11,14 @@ import string
 _NO_PUNCTUATION = str.maketrans("", "", string.punctuation)
 
 
+def llava_prediction(text: str) -> str:
+    """What LLaVA's script submits: no periods at the end, no capitals."""
+    return text.rstrip(".").lower()
+
+
 def llava_correct(prediction: str, answer: str) -> bool:
-    """Equal without periods at the end and without capitals in the prediction."""
-    return prediction.rstrip(".").lower() == answer
+    """The submitted text is the answer as it is written."""
+    return llava_prediction(prediction) == answer
 
 
 def lmms_correct(prediction: str, answer: str) -> bool:

@@ -31,6 +31,11 @@ def parse(text: str) -> str:
     return "no" if {"No", "no", "not"}.intersection(words) else "yes"
 
 
+def lmms_parse(text: str) -> str:
+    """What lmms-eval compares with the label: all of the text, in lower case."""
+    return text.lower().strip()
+
+
 def llava_scores(labels: Sequence[str], texts: Sequence[str]) -> Scores:
     """LLaVA's script. yes_ratio: of the predictions. ValueError: a label other than yes or no,
     labels and texts of different number."""
@@ -56,7 +61,7 @@ def llava_scores(labels: Sequence[str], texts: Sequence[str]) -> Scores:
 def lmms_scores(labels: Sequence[str], texts: Sequence[str]) -> Scores:
     """lmms-eval: an answer counts only if it is yes or no and nothing else, what is undefined is 0,
     and yes_ratio is of the *labels*. ValueError as above."""
-    pairs = _pairs(labels, [text.lower().strip() for text in texts])
+    pairs = _pairs(labels, [lmms_parse(text) for text in texts])
     tp, fp, tn, fn = _counts(pairs)
     precision, recall = _ratio(tp, tp + fp) or 0.0, _ratio(tp, tp + fn) or 0.0
     return Scores(

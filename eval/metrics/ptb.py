@@ -112,17 +112,18 @@ _TOKEN = re.compile(
     | (?P<phone> \(\d{{3}}\)[ ]?\d{{3}}[- ]\d{{4}} )
     | (?P<fraction> \d{{1,4}}[ ]\d{{1,4}}/\d{{1,4}}(?![\d/]) )
     | (?P<split> (?i: (?:can)(?=not(?!\w)) | gon(?=na(?!\w)) | got(?=ta(?!\w))
-        | wan(?=na(?!\w)) | (?:gim|lem)(?=me(?!\w)) | '?t(?=is(?!\w)|was(?!\w)) ) )
-    | (?P<letters> (?:{_L}\.)+(?:{_L}(?!\w))? )
-    | (?P<shortened> (?:(?i:{_any(_ABBREVIATIONS)})|{_CAPITALS}|(?i:ph\.d))\.
+        | wan(?=na(?!\w)) | (?:gim|lem)(?=me(?!\w)) | 't(?=(?:is|was)(?!\w)) ) )
+    | (?P<letters> (?:{_L}\.)+(?:{_L}(?!\w))? | (?i:ph\.d\.?|[cC]\+\+) )
+    | (?P<shortened> (?:(?i:{_any(_ABBREVIATIONS)})|{_CAPITALS})\.
         | (?i:{_any(_NUMBERED_ABBREVIATIONS)})\.(?=\s?\d) )
     | (?P<clock> \d+:\d+(?=[ap]m(?!\w)) )
     | (?P<number> [-+]?(?:\d+(?:[.,:]\d+)*|\.\d+)(?![^\W_]) (?![-/]\w) )
-    | (?P<both> [A-Z]&[A-Z](?!\w) )
+    | (?P<both> [A-Z]+&[A-Z]+(?!\w) )
+    | (?P<smiley> [:;=][-o]?[()] | :[DP](?!\w) | \^_\^ )
     | (?P<negated> {_L}+?(?=n't(?!\w)) )
     | (?P<suffix> n't(?!\w) | {_SUFFIX} )
-    | (?P<short> '(?:\d0s|em|cause|till?|n'?)(?!\w) )
-    | (?P<word> (?:[oOdDlL]'{_L})?\w+(?:[-./]\w+)* )
+    | (?P<short> '(?:\d0s|em|cause|till?|\d\d|n'?)(?!\w) )
+    | (?P<word> (?:[A-HJ-XZodl]'{_L}|[a-z][aeiouy]'[aeiouy])?\w+(?:[-./]\w+)* )
     | (?P<marks> [!?]+ | \.\.+ | -+ | \*+ | _+ | '' | `` | \S )
     """,
     re.VERBOSE,
@@ -133,15 +134,17 @@ _FORMS = str.maketrans(
         "\u2019": "'",
         "\u201c": " '' ",
         "\u201d": " '' ",
-        '"': " '' ",
         "\u2013": " -- ",
         "\u2014": " -- ",
         "\u2026": " ... ",
         "\u00bc": "1/4",
         "\u00bd": "1/2",
         "\u00be": "3/4",
+        "\u2153": "1/3",
+        "\u2154": "2/3",
     }
 )
+_ASTRAL = re.compile("[\U00010000-\U0010ffff]")  # emoji: the Java program passes over them
 _SYMBOLS = {
     "(": "-lrb-",
     ")": "-rrb-",
@@ -158,14 +161,14 @@ _SYMBOLS = {
 def own_tokens(caption: str) -> str:
     """Our tokens of one caption, joined with spaces."""
     tokens = []
-    for match in _TOKEN.finditer(caption.translate(_FORMS)):
+    for match in _TOKEN.finditer(_ASTRAL.sub("", caption.translate(_FORMS))):
         token = match[0].lower()
         if match.lastgroup in ("tag", "fraction"):  # a no-break space keeps them one token
             token = token.replace(" ", "\u00a0")
         elif match.lastgroup in ("phone", "smiley"):
             token = token.replace("(", "-lrb-").replace(")", "-rrb-").replace(" ", "\u00a0")
         elif match.lastgroup == "marks":
-            if token.startswith(".") or set(token) == {"-"}:
+            if token.startswith(".") or set(token) == {"-"} or token == '"':
                 continue
             token = _SYMBOLS.get(token, token)
         tokens.append(token)

@@ -1,0 +1,541 @@
+"""Metrics against cases with known results: `python -m eval.check FILE.json...`.
+
+    python -m eval.check vqa_normalise.json cider_edge.json
+    python -m eval.check *.json --json
+
+A file's name begins with the kind of its cases (mme_parse_2.json holds cases of mme_parse); a file
+with another name is recognised by the fields of its first case. Every field of a case that our
+metrics can compute is compared, numbers to 1e-9. A case is right if all its fields are. BLEU is not
+computed. Exit code 0: all right, 1: some are not, 2: a file that holds no such cases.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import statistics
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from minillava.console import Parser, complain, one_voice
+
+from .metrics import (
+    aokvqa,
+    cider,
+    gqa,
+    mmbench,
+    mme,
+    mmmu,
+    pope,
+    ptb,
+    rouge,
+    scienceqa,
+    seed_bench,
+    vqa,
+)
+
+_TOLERANCE = 1e-9
+
+Case = Mapping[str, Any]
+Result = dict[str, Any]  # field -> what our metrics say
+
+
+@dataclass(frozen=True)
+class Kind:
+    """needs: what a case is made of, with a test of each; gives: fields that `compute` is compared
+    with, for all cases of a file at once; further: those that a case may leave out, with the field
+    that then stands for it, if any; whole: from the results, fields of the file itself."""
+
+    needs: Mapping[str, Callable[[Any], bool]]
+    gives: tuple[str, ...]
+    compute: Callable[[Sequence[Case]], Sequence[Result]]
+    further: Mapping[str, str | None] = field(default_factory=dict)
+    whole: Callable[[Sequence[Case], Sequence[Result]], Result] | None = None
+    captions: bool = False
+
+
+@dataclass(frozen=True)
+class Miss:
+    """A field that came out otherwise. case: its number in the file, from 1, and its name if any."""
+
+    case: str
+    field: str
+    expected: Any
+    came: Any
+
+
+@dataclass(frozen=True)
+class Checked:
+    """A file's result. tokeniser: which one made the tokens of captions."""
+
+    file: str
+    kind: str
+    right: int
+    total: int
+    misses: tuple[Miss, ...]
+    not_compared: tuple[str, ...] = ()
+    tokeniser: str | None = None
+
+
+# What each kind of case is and what we make of it.
+
+
+def _vqa_normalise(case: Case) -> Result:
+    return {
+        "evalai": vqa.evalai_normalise(case["text"]),
+        "vqa": vqa.vqa_normalise(case["text"]),
+    }
+
+
+def _vqa_soft_accuracy(case: Case) -> Result:
+    said, answers = case["prediction"], case["answers"]
+    return {rule: vqa.soft_accuracy(said, answers, rule) for rule in vqa.RULES}
+
+
+def _mme_parse(case: Case) -> Result:
+    return {"label": mme.parse(case["text"])}
+
+
+def _mme_score(case: Case) -> Result:
+    columns = ("question_id", "category", "answer", "prediction")
+    scores = mme.scores([mme.Row(*(row[name] for name in columns)) for row in case["rows"]])
+    perception = [value for name, value in scores.items() if name in mme.PERCEPTION]
+    return {
+        "perception": sum(perception),
+        "cognition": sum(scores.values()) - sum(perception),
+        "categories": scores,
+    }
+
+
+def _pope_parse(case: Case) -> Result:
+    return {"llava": pope.parse(case["text"]), "lmms_prediction": pope.lmms_parse(case["text"])}
+
+
+def _pope_score(case: Case) -> Result:
+    labels = [row["label"] for row in case["rows"]]
+    texts = [row["text"] for row in case["rows"]]
+    lmms = dataclasses.asdict(pope.lmms_scores(labels, texts))
+    lmms["yes_ratio_of_labels"] = lmms.pop("yes_ratio")
+    return {"llava": dataclasses.asdict(pope.llava_scores(labels, texts)), "lmms": lmms}
+
+
+def _gqa(case: Case) -> Result:
+    said, answer = case["prediction"], case["answer"]
+    return {
+        "llava_prediction": gqa.llava_prediction(said),
+        "llava_correct": gqa.llava_correct(said, answer),
+        "lmms_exact_match": gqa.lmms_correct(said, answer),
+    }
+
+
+def _mmmu_multi_choice(case: Case) -> Result:
+    choice = mmmu.choice(case["response"], case["options"])
+    official = mmmu.choice(case["response"], case["options"], official=True)
+    return {"choice": choice, "random": choice is None, "official_choice": official}
+
+
+def _mmmu_open(case: Case) -> Result:
+    return {
+        "parsed": mmmu.candidates(case["response"]),
+        "numbers": mmmu.numbers(case["response"]),
+        "gold_normalised": mmmu.normalise(case["gold"]),
+        "correct": mmmu.open_correct(case["response"], case["gold"]),
+    }
+
+
+def _mmmu_row(case: Case) -> Result:
+    """A row of published outputs, as the benchmark's own parser reads it."""
+    response, gold = case["response"], case["answer"]
+    if case["question_type"] != "multiple-choice":
+        right: bool | None = mmmu.open_correct(response, gold)
+        return {"parsed": mmmu.candidates(response), "random": False, "correct": right}
+    if not _texts(case.get("options")):
+        raise ValueError(f"the multiple-choice question {case.get('id')} has no list of options")
+    choice = mmmu.choice(response, case["options"], official=True)
+    right = None if choice is None else choice in ([gold] if isinstance(gold, str) else gold)
+    return {"parsed": choice, "random": choice is None, "correct": right}
+
+
+def _mmmu_whole(cases: Sequence[Case], results: Sequence[Result]) -> Result:
+    right = sum(result["correct"] is True for result in results)
+    guessed = sum(result["random"] for result in results)
+    return {
+        "n": len(results),
+        "correct_without_random": right,
+        "random_fallbacks": guessed,
+        "accuracy_bounds": [right / len(results), (right + guessed) / len(results)],
+    }
+
+
+def _scienceqa_parse(case: Case) -> Result:
+    text = case["text"]
+    golds = case.get("lmms", {})
+    return {rule: scienceqa.parse(text, rule) or "FAILED" for rule in scienceqa.RULES} | {
+        "lmms": {gold: scienceqa.lmms_correct(text, gold) for gold in golds}
+    }
+
+
+def _seed_bench(case: Case) -> Result:
+    return {
+        "llava_correct": seed_bench.llava_correct(case["text"], case["answer"]),
+        "lmms_correct": seed_bench.lmms_correct(case["text"], case["answer"]),
+    }
+
+
+def _aokvqa(case: Case) -> Result:
+    return {"correct": aokvqa.correct(case["output"], case["label"])}
+
+
+def _mmbench_infer(case: Case) -> Result:
+    return {"inferred": mmbench.infer(case["text"], case["choices"])}
+
+
+def _ocrvqa(case: Case) -> Result:
+    said, gold = rouge.clean(case["prediction"]), rouge.clean(case["answer"])
+    return {
+        "clean_prediction": said,
+        "clean_answer": gold,
+        "rouge_l": rouge.rouge_l(said, [gold]),
+    }
+
+
+def _ptb_tokens(cases: Sequence[Case]) -> list[Result]:
+    tokens, _ = ptb.tokenise([case["text"] for case in cases])
+    return [{"tokens": line} for line in tokens]
+
+
+def _corpora(cases: Sequence[Case]) -> list[Result]:
+    """Scores are of the file's own tokens, so that tokeniser and CIDEr are checked apart."""
+    nested = [
+        [[case["candidates"][image], *texts] for image, texts in case["references"].items()]
+        for case in cases
+    ]
+    tokens, _ = ptb.tokenise([text for case in nested for image in case for text in image])
+    rest = iter(tokens)
+    results = []
+    for case in cases:
+        ours = {i: [next(rest) for _ in range(1 + len(t))] for i, t in case["references"].items()}
+        result: Result = {
+            "candidate_tokens": {image: lines[:1] for image, lines in ours.items()},
+            "reference_tokens": {image: lines[1:] for image, lines in ours.items()},
+        }
+        said = {
+            i: t[0] for i, t in case.get("candidate_tokens", result["candidate_tokens"]).items()
+        }
+        golds = case.get("reference_tokens", result["reference_tokens"])
+        mean, each = cider.cider_d(said, golds)
+        rouges = [rouge.rouge_l(said[image], golds[image]) for image in golds]
+        result |= {"cider": mean, "cider_each": [each[image] for image in golds]}
+        results.append(result | {"rouge_l": statistics.fmean(rouges)})
+    return results
+
+
+def _items(cases: Sequence[Case]) -> list[Result]:
+    """One corpus whose images are the cases."""
+    tokens, _ = ptb.tokenise(
+        [t for case in cases for t in (case["candidate"], *case["references"])]
+    )
+    rest = iter(tokens)
+    results: list[Result] = []
+    said, golds = {}, {}
+    for i, case in enumerate(map(dict, cases)):
+        ours = [next(rest) for _ in range(1 + len(case["references"]))]
+        results.append({"candidate_tokens": ours[0], "reference_tokens": ours[1:]})
+        said[str(i)] = case.get("candidate_tokens", ours[0])
+        golds[str(i)] = case.get("reference_tokens", ours[1:])
+    _, each = cider.cider_d(said, golds)
+    for i, result in zip(said, results, strict=True):
+        result |= {"cider": each[i], "rouge_l": rouge.rouge_l(said[i], golds[i])}
+    return results
+
+
+def _means(cases: Sequence[Case], results: Sequence[Result]) -> Result:
+    return {n: statistics.fmean(result[n] for result in results) for n in ("cider", "rouge_l")}
+
+
+# Tests of fields.
+
+
+def _text(value: Any) -> bool:
+    return isinstance(value, str)
+
+
+def _texts(value: Any) -> bool:
+    return isinstance(value, list) and bool(value) and all(map(_text, value))
+
+
+def _text_or_texts(value: Any) -> bool:
+    return _text(value) or _texts(value)
+
+
+def _choices(value: Any) -> bool:
+    return isinstance(value, dict) and all(map(_text, value.values()))
+
+
+def _references(value: Any) -> bool:
+    return isinstance(value, dict) and bool(value) and all(map(_texts, value.values()))
+
+
+def _rows_of(*names: str) -> Callable[[Any], bool]:
+    return lambda rows: (
+        isinstance(rows, list)
+        and all(isinstance(row, dict) and all(_text(row.get(n)) for n in names) for row in rows)
+    )
+
+
+def _each(compute: Callable[[Case], Result]) -> Callable[[Sequence[Case]], list[Result]]:
+    return lambda cases: [compute(case) for case in cases]
+
+
+KINDS = {
+    "aokvqa": Kind({"output": _text, "label": _text}, ("correct",), _each(_aokvqa)),
+    "cider": Kind(
+        {"candidates": _choices, "references": _references},
+        ("cider",),
+        _corpora,
+        dict.fromkeys(("cider_each", "rouge_l", "candidate_tokens", "reference_tokens")),
+        captions=True,
+    ),
+    "gqa": Kind(
+        {"prediction": _text, "answer": _text},
+        ("llava_correct", "lmms_exact_match"),
+        _each(_gqa),
+        {"llava_prediction": None},
+    ),
+    "mmbench_infer": Kind(
+        {"text": _text, "choices": _choices}, ("inferred",), _each(_mmbench_infer)
+    ),
+    "mme_parse": Kind({"text": _text}, ("label",), _each(_mme_parse)),
+    "mme_score": Kind(
+        {"rows": _rows_of("question_id", "category", "answer", "prediction")},
+        ("perception", "cognition"),
+        _each(_mme_score),
+    ),
+    "mmmu_multi_choice": Kind(
+        {"response": _text, "options": _texts},
+        ("choice",),
+        _each(_mmmu_multi_choice),
+        {"random": None, "official_choice": "choice"},
+    ),
+    "mmmu_open": Kind(
+        {"response": _text, "gold": _text_or_texts},
+        ("parsed", "correct"),
+        _each(_mmmu_open),
+        dict.fromkeys(("numbers", "gold_normalised")),
+    ),
+    "mmmu_rows": Kind(
+        {"response": _text, "answer": _text_or_texts, "question_type": _text},
+        ("parsed", "correct"),
+        _each(_mmmu_row),
+        {"random": None},
+        whole=_mmmu_whole,
+    ),
+    "ocrvqa": Kind(
+        {"prediction": _text, "answer": _text},
+        ("clean_prediction", "clean_answer", "rouge_l"),
+        _each(_ocrvqa),
+    ),
+    "pope_parse": Kind({"text": _text}, ("llava",), _each(_pope_parse), {"lmms_prediction": None}),
+    "pope_score": Kind({"rows": _rows_of("label", "text")}, ("llava", "lmms"), _each(_pope_score)),
+    "ptb_tokens": Kind({"text": _text}, ("tokens",), _ptb_tokens, captions=True),
+    "scienceqa_parse": Kind(
+        {"text": _text}, ("llava", "simignore"), _each(_scienceqa_parse), {"lmms": None}
+    ),
+    "seed_bench": Kind(
+        {"text": _text, "answer": _text}, ("llava_correct", "lmms_correct"), _each(_seed_bench)
+    ),
+    "vqa_normalise": Kind({"text": _text}, ("evalai", "vqa"), _each(_vqa_normalise)),
+    "vqa_soft_accuracy": Kind(
+        {"prediction": _text, "answers": _texts},
+        ("textvqa", "vqav2"),
+        _each(_vqa_soft_accuracy),
+        {"vqav2-original": None},
+    ),
+}
+_CORPUS = Kind(
+    {"candidate": _text, "references": _texts},
+    ("cider",),
+    _items,
+    dict.fromkeys(("rouge_l", "candidate_tokens", "reference_tokens")),
+    whole=_means,
+    captions=True,
+)
+_UNORDERED = ("parsed", "gold_normalised")  # lists of what the official code keeps as a set
+
+
+# Files.
+
+
+def check(path: Path) -> Checked:
+    """A file's cases through our metrics. ValueError, one line: it cannot be read, it is of no
+    known kind, or a case lacks a field or holds something else in it."""
+    document, cases = _load(path)
+    name, kind = _kind(path, document, cases)
+    for i, case in enumerate(cases, 1):
+        _validate(case, kind, f"case {i} of {path}", name)
+    try:
+        results = kind.compute(cases)
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from None
+    names = [f"{i} ({c['name']})" if "name" in c else str(i) for i, c in enumerate(cases, 1)]
+    misses = [
+        [Miss(case_name, *found) for found in _compare(kind, case, result)]
+        for case_name, case, result in zip(names, cases, results, strict=True)
+    ]
+    if kind.whole:
+        known = {n: v for n, v in kind.whole(cases, results).items() if n in document}
+        if known:
+            wrong = [(n, document[n], v) for n, v in known.items() if not _same(document[n], v)]
+            misses.append([Miss("whole file", *found) for found in wrong])
+    compared = {*kind.needs, *kind.gives, *kind.further}
+    return Checked(
+        str(path),
+        name,
+        right=sum(not found for found in misses),
+        total=len(misses),
+        misses=tuple(miss for found in misses for miss in found),
+        not_compared=tuple(sorted({f for case in cases for f in case} - compared - _LABELS)),
+        tokeniser=ptb.tokenise([])[1] if kind.captions else None,
+    )
+
+
+_LABELS = {"name", "id", "subject", "options"}  # of a case, for the reader
+
+
+def _load(path: Path) -> tuple[Mapping[str, Any], list[Case]]:
+    try:
+        document = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise ValueError(f"there is no file {path}; give files of cases") from None
+    except OSError as error:
+        raise ValueError(f"{path} cannot be read ({error.strerror}); give files of cases") from None
+    except (ValueError, RecursionError):
+        raise ValueError(f"{path} is no JSON file; give files of cases") from None
+    if isinstance(document, list):
+        document = {"cases": document}
+    where = next((k for k in _CONTAINERS if isinstance(document, dict) and k in document), None)
+    cases = document[where] if where else None
+    if not isinstance(cases, list) or not cases or not all(isinstance(c, dict) for c in cases):
+        raise ValueError(
+            f"{path} has no list of cases; it needs one under {', '.join(_CONTAINERS)}"
+        )
+    return document, cases
+
+
+_CONTAINERS = ("cases", "items", "rows")
+
+
+def _kind(path: Path, document: Mapping[str, Any], cases: Sequence[Case]) -> tuple[str, Kind]:
+    if "items" in document and "cases" not in document:
+        return "cider", _CORPUS
+    named = [name for name in KINDS if path.stem.startswith(name)]
+    if named:
+        name = max(named, key=len)
+        return name, KINDS[name]
+    fitting = [n for n, kind in KINDS.items() if {*kind.needs, *kind.gives} <= cases[0].keys()]
+    if not fitting:
+        raise ValueError(
+            f"{path} is of no known kind, by its name or its fields; kinds are {', '.join(KINDS)}"
+        )
+    name = max(fitting, key=lambda n: len(KINDS[n].needs) + len(KINDS[n].gives))
+    return name, KINDS[name]
+
+
+def _validate(case: Case, kind: Kind, where: str, name: str) -> None:
+    lacking = [field_ for field_ in (*kind.needs, *kind.gives) if field_ not in case]
+    if lacking:
+        fields = ", ".join((*kind.needs, *kind.gives))
+        raise ValueError(f"{where} has no {lacking[0]}; a case of {name} has {fields}")
+    for field_, fits in kind.needs.items():
+        if not fits(case[field_]):
+            shown = json.dumps(case[field_])[:60]
+            raise ValueError(f"{where} has a {field_} that is not of {name}: {shown}")
+
+
+def _compare(kind: Kind, case: Case, result: Result) -> list[tuple[str, Any, Any]]:
+    """(field, expected, came) of each field that differs."""
+    wrong = []
+    for name in (*kind.gives, *kind.further):
+        source = name if name in case else kind.further.get(name)
+        if source is None:
+            continue
+        expected, came = case[source], result[name]
+        if name in _UNORDERED and isinstance(expected, list) and isinstance(came, list):
+            expected, came = _ordered(expected), _ordered(came)
+        if not _same(expected, came):
+            wrong.append((name, expected, came))
+    return wrong
+
+
+def _ordered(values: Sequence[Any]) -> list[Any]:
+    return sorted(values, key=lambda v: (isinstance(v, str), v))
+
+
+def _same(expected: Any, came: Any) -> bool:
+    """Equal; numbers to 1e-9, true and false as 1 and 0, of objects the fields that are expected."""
+    if isinstance(expected, dict):
+        return isinstance(came, dict) and all(
+            name in came and _same(value, came[name]) for name, value in expected.items()
+        )
+    if isinstance(expected, list):
+        return (
+            isinstance(came, list)
+            and len(expected) == len(came)
+            and all(map(_same, expected, came))
+        )
+    if isinstance(expected, int | float) and isinstance(came, int | float):
+        both_nan = math.isnan(expected) and math.isnan(came)
+        return both_nan or math.isclose(expected, came, rel_tol=_TOLERANCE, abs_tol=_TOLERANCE)
+    return type(expected) is type(came) and expected == came
+
+
+def text_of(checked: Sequence[Checked]) -> str:
+    """A line a file, under it its misses, at the end the sum."""
+    lines = []
+    for file in checked:
+        remarks = [file.kind]
+        if file.tokeniser:
+            remarks.append(f"tokens by {file.tokeniser}")
+        if file.not_compared:
+            remarks.append(f"not compared: {', '.join(file.not_compared)}")
+        lines.append(f"{file.file}: {file.right}/{file.total} ({'; '.join(remarks)})")
+        for miss in file.misses:
+            expected, came = (json.dumps(v, ensure_ascii=False) for v in (miss.expected, miss.came))
+            lines.append(f"  case {miss.case}, {miss.field}: expected {expected}, came {came}")
+    right, total = (sum(getattr(file, n) for file in checked) for n in ("right", "total"))
+    return "\n".join([*lines, f"total: {right}/{total}"])
+
+
+def json_of(checked: Sequence[Checked]) -> str:
+    return json.dumps(
+        {
+            "right": sum(file.right for file in checked),
+            "total": sum(file.total for file in checked),
+            "files": [dataclasses.asdict(file) for file in checked],
+        },
+        indent=2,
+        ensure_ascii=False,
+    )
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    parser = Parser(prog="python -m eval.check", description="Metrics against known results.")
+    parser.add_argument("files", metavar="FILE.json", nargs="+", type=Path)
+    parser.add_argument("--json", action="store_true", help="one JSON object instead of lines")
+    try:
+        given = parser.parse_args(arguments)
+        with one_voice():
+            checked = [check(path) for path in given.files]
+            print(json_of(checked) if given.json else text_of(checked))
+    except ValueError as error:
+        complain(error)
+        return 2
+    return 0 if all(file.right == file.total for file in checked) else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())
