@@ -144,6 +144,11 @@ class LayerView:
     def received(self, asked: Tensor, now: Rows, strongest: bool) -> Tensor:
         """Mean attention of rows to all rows, both counted as they stand now: (H, S'), float32;
         strongest: of each row that of its strongest head, (1, S')."""
+        if len(asked) > len(self.q):
+            raise ValueError(
+                f"attention of {len(asked)} rows was asked for, but while decoding only the newest "
+                "has a query; ask for `newest`, or say newest_row = False: the choice then stands"
+            )
         columns = self._columns(now)
         at = asked if columns is None else columns[asked]
         q = self.q[at - (len(self.k) - len(self.q))]

@@ -20,6 +20,7 @@ from .cache import KVCache, Mask, Rows, drop, hide, place, splice
 from .clip import CLIPVision
 from .config import Config
 from .llama import Block, LayerView, Llama, PromptAttention, StepAttention, longer, rotate
+from .pruning.asking import ask
 from .pruning.base import Context, DecoderState, Keep, Plan, Step, VisionState, received
 
 PICTURES = 8  # pictures in the vision tower at one time
@@ -358,6 +359,8 @@ class _Run:
         """Ask the method, once an image or once for all; for each image its candidates and Keep."""
         model, prompt, method = self.model, self.prompts[b], step.method
         N, grid = model.config.vision.num_patches, model.config.vision.grid
+        config = model.config
+        width = (config.vision if step.stage == "vision" else config.text).hidden_size
         candidates = rows.candidates(step.layer, step.number, method.shift)
         everyone = list(range(len(candidates)))
         groups = [everyone] if method.scope == "all" and everyone else [[i] for i in everyone]
@@ -382,7 +385,7 @@ class _Run:
                 vision=partial(self._vision_state, [prompt.images[i] for i in group]),
                 decoder=None if decoder is None else decoder(group, torch.cat(parts)),
             )
-            chosen += _by_image(parts, method.choose(context))
+            chosen += _by_image(parts, ask(method, context, sum(map(len, parts)), width))
         return chosen
 
     # ------------------------------------------------------------ what a method may ask for
@@ -415,7 +418,11 @@ class _Run:
             return received(q, k, asked, hidden, strongest)
 
         def view() -> LayerView:
-            assert previous is not None, f"{step.method.name}: layer 0 has no layer before it"
+            if previous is None:
+                raise ValueError(
+                    f"{step.method.name}: layer 0 has no layer before it whose attention could be "
+                    "read; ask for that of the coming layer, attention(rows, 0)"
+                )
             return previous.view(b)
 
         return DecoderState(
@@ -434,7 +441,11 @@ class _Run:
 
     @staticmethod
     def _whole(here: Here) -> Tensor:
-        assert here.held is None, "rows of the prompt are gone while decoding"
+        if here.held is not None:
+            raise ValueError(
+                "while decoding, rows of the prompt are gone; say newest_row = False, so that the "
+                "choice of the prompt stands, or read nothing but the newest row's attention"
+            )
         return here.x
 
     def _vision_state(self, pictures: list[int]) -> VisionState:

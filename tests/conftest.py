@@ -35,7 +35,12 @@ def pytest_configure(config: pytest.Config) -> None:
     for spec in config.getoption("--method"):
         from minillava.pruning import METHODS, load_file_method
 
-        method = load_file_method(spec)
+        try:
+            method = load_file_method(spec)
+        except ValueError as error:
+            raise pytest.UsageError(f"--method: {error}") from None
+        if method.name in METHODS:
+            raise pytest.UsageError(f"--method: {method.name!r} is here already; name it otherwise")
         METHODS[method.name] = method
 
 

@@ -5,7 +5,10 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
+import pytest
+
 from minillava import listing
+from minillava.cli import main
 from minillava.pruning import METHODS, load_file_method
 
 README = Path(listing.__file__).parent / "pruning" / "README.md"
@@ -23,10 +26,24 @@ def test_every_method_says_who_it_is() -> None:
         assert method.checked, name
 
 
-def test_the_readmes_own_method_can_be_loaded(tmp_path: Path) -> None:
-    code = re.search(r"```python\n(# mine\.py.*?)```", README.read_text(), re.DOTALL)
+def write_readmes(name: str, folder: Path) -> Path:
+    code = re.search(rf"```python\n(# {name}.*?)```", README.read_text(), re.DOTALL)
     assert code is not None
-    (tmp_path / "mine.py").write_text(code[1])
+    (folder / name).write_text(code[1])
+    return folder / name
+
+
+def test_the_readmes_own_method_can_be_loaded(tmp_path: Path) -> None:
+    write_readmes("mine.py", tmp_path)
     method = load_file_method(f"{tmp_path / 'mine.py'}:Loud")
     assert method.name == "loud"
     assert method(keep=0.25).stages() == (("embed", 0),)
+
+
+@pytest.mark.parametrize("method", ["Seen", "Seen:keep=8,mode=mask", "Folded"])
+def test_the_readmes_other_methods_run(
+    method: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = write_readmes("more.py", tmp_path)
+    assert main(["--prune", f"{file}:{method}"]) == 0
+    assert capsys.readouterr().out == "8\n"

@@ -14,6 +14,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, get_args, get_type_hints
 
+from .asking import at_work, check_stages
 from .base import Context, Keep, Method, Plan
 from .baselines import Grid, Pool, Random, TextOnly, Uniform
 from .cdpruner import CDPruner
@@ -168,8 +169,15 @@ def _read(text: str, files: bool) -> Plan:
                     "with --prune"
                 )
             cls = load_file_method(f"{own['file']}:{own['cls']}")
-            methods.append(_make(cls, _options(cls.name, own["options"] or "")))
+            if cls.name in METHODS or cls.name in PRESETS:
+                raise ValueError(f"{own['file']}: {cls.name!r} is here already; name it otherwise")
+            with at_work(cls):
+                method = _make(cls, _options(cls.name, own["options"] or ""))
+            check_stages(method)
+            methods.append(method)
             continue
+        if part.strip().endswith(".py"):
+            raise ValueError(f"{part.strip()}: which class? write FILE.py:Class")
         name, _, rest = part.strip().partition(":")
         options = _options(name, rest)
         if name in PRESETS:

@@ -60,6 +60,7 @@ class Method:
     drops_only: ClassVar[bool] = True  # no new or merged rows
     newest_row: ClassVar[bool] = False  # the score reads the newest row
     numbering: ClassVar[str] = "original"  # positions, unless the option says otherwise
+    file: ClassVar[str] = ""  # a user's own, that the method was read from
     aliases: ClassVar[Mapping[str, str]] = {}  # other spellings of options
     either: ClassVar[tuple[frozenset[str], ...]] = ()  # options of which only one may be given
 
@@ -96,6 +97,10 @@ class Method:
                 f"{self.name}: until={self.until} must be a layer after {self.stages()[0][1]}, "
                 f"at most {n_layers}"
             )
+        keep = getattr(self, "keep", None)
+        if isinstance(keep, int | float):
+            check_amount(self.name, keep)
+            check_keep(self.name, keep, n_tokens)
 
     def resolve(self, n_layers: int, n_tokens: int) -> Method:
         """The method with options that depend on the model made definite (ValueError: cannot be).

@@ -10,6 +10,7 @@ import importlib.util
 import inspect
 import re
 import sys
+from contextlib import redirect_stdout
 from pathlib import Path
 
 from .base import Method
@@ -40,8 +41,12 @@ def load_file_method(spec: str) -> type[Method]:
     method = methods[wanted]
     if "__dataclass_fields__" not in vars(method):
         raise ValueError(f"{file}: put @dataclass(frozen=True) above class {wanted}")
+    for needed in ("stages", "choose"):
+        if getattr(method, needed) is getattr(Method, needed):
+            raise ValueError(f"{file}: class {wanted} has no method {needed}; see Method")
     if "name" not in vars(method):
         method.name = wanted.lower()
+    method.file = str(file)
     return method
 
 
@@ -57,8 +62,9 @@ def _run(file: Path) -> dict[str, object]:
     module = importlib.util.module_from_spec(spec)
     sys.modules[spec.name] = module  # dataclasses look their annotations up there
     try:
-        spec.loader.exec_module(module)
-    except Exception as error:
+        with redirect_stdout(sys.stderr):
+            spec.loader.exec_module(module)
+    except (Exception, SystemExit) as error:
         why = str(error).partition("\n")[0]
         raise ValueError(f"{file} does not run: {type(error).__name__}: {why}") from error
     return vars(module)
