@@ -1,0 +1,99 @@
+"""Asking a method, and holding it to its word: whatever is wrong with one is told in one line.
+
+Methods of the package are tested; one in a file of the user's own is being written. Its exceptions
+name the method with file and line, and what it prints goes to stderr, beside the answer.
+"""
+
+from __future__ import annotations
+
+import itertools
+import sys
+import traceback
+from collections.abc import Iterator
+from contextlib import contextmanager, redirect_stdout
+
+import torch
+from torch import Tensor
+
+from .base import STAGES, Context, Keep, Method
+
+
+def ask(method: Method, context: Context, n: int, width: int) -> Keep:
+    """The method's choice among n candidates of so many features (ValueError: it is none)."""
+    with at_work(method):
+        keep = method.choose(context)
+    _check(method, keep, n, width)
+    return keep
+
+
+@contextmanager
+def at_work(method: Method | type[Method]) -> Iterator[None]:
+    """While code of a user's file runs."""
+    if not method.file:
+        yield
+        return
+    try:
+        with redirect_stdout(sys.stderr):
+            yield
+    except (Exception, SystemExit) as error:
+        if isinstance(error, ValueError) and str(error).startswith(method.name):
+            raise  # one of our own, that names it
+        frames = traceback.extract_tb(error.__traceback__)
+        lines = [frame.lineno for frame in frames if frame.filename == method.file]
+        where = f"{method.file}, line {lines[-1]}" if lines else method.file
+        what = "" if isinstance(error, ValueError) else f"{type(error).__name__}: "
+        raise ValueError(f"{method.name} ({where}): {what}{error}") from error
+
+
+def check_stages(method: Method) -> None:
+    """ValueError where `stages` gives what is no stage."""
+    with at_work(method):
+        stages = method.stages()
+    good = isinstance(stages, tuple) and all(
+        isinstance(s, tuple)
+        and len(s) == 2
+        and s[0] in STAGES
+        and isinstance(s[1], int)
+        and (s[0] == "decoder" or s[1] == 0)
+        for s in stages
+    )
+    if not good or not stages:
+        raise ValueError(
+            f'{method.name}: stages() gave {stages!r}; it must be a tuple of pairs: ("vision", 0) '
+            'before the projector, ("embed", 0) behind it, ("decoder", K) at the input of layer K'
+        )
+
+
+def _check(method: Method, keep: object, n: int, width: int) -> None:
+    name = method.name
+    if not isinstance(keep, Keep):
+        raise ValueError(f"{name}: choose() gave {type(keep).__name__}; return a Keep(index)")
+    index = keep.index
+    if not isinstance(index, Tensor) or index.ndim != 1 or index.dtype != torch.int64:
+        said = f"{tuple(index.shape)} {index.dtype}" if isinstance(index, Tensor) else repr(index)
+        hint = "; of a mask, take mask.nonzero()[:, 0]" if "bool" in said else ""
+        raise ValueError(f"{name}: Keep.index must be a tensor (K,) of int64, not {said}{hint}")
+    # a look at the numbers waits for a GPU: there, what is tested goes without
+    if index.device.type == "cpu" or method.file:
+        found = sorted(index.tolist())
+        if found and not 0 <= found[0] <= found[-1] < n:
+            wrong = found[0] if found[0] < 0 else found[-1]
+            raise ValueError(
+                f"{name}: Keep.index has {wrong}, but there are {n} candidates, 0 to {n - 1}"
+            )
+        if twice := [a for a, b in itertools.pairwise(found) if a == b]:
+            raise ValueError(f"{name}: Keep.index has {twice[0]} more than once; name each once")
+    for what, rows, count in (("rows", keep.rows, len(index)), ("extra", keep.extra, None)):
+        if rows is None:
+            continue
+        if method.drops_only:
+            raise ValueError(f"{name}: Keep.{what} are new rows; say drops_only = False")
+        if not isinstance(rows, Tensor) or not rows.is_floating_point() or rows.ndim != 2:
+            raise ValueError(f"{name}: Keep.{what} must be a tensor of floats, (rows, {width})")
+        if rows.shape[1] != width or count not in (None, len(rows)):
+            wanted = "M" if count is None else count
+            raise ValueError(
+                f"{name}: Keep.{what} is {tuple(rows.shape)}; it must be ({wanted}, {width})"
+            )
+    if keep.ordered and method.drops_only:
+        raise ValueError(f"{name}: Keep.ordered changes the order; say drops_only = False")
