@@ -48,19 +48,21 @@ Result = dict[str, Any]  # field -> what our metrics say
 class Kind:
     """needs: what a case is made of, with a test of each; gives: fields that `compute` is compared
     with, for all cases of a file at once; further: those that a case may leave out, with the field
-    that then stands for it, if any; whole: from the results, fields of the file itself."""
+    that then stands for it, if any; whole: from the results, fields of the file itself; forms:
+    tests of fields that are both compared and computed with."""
 
     needs: Mapping[str, Callable[[Any], bool]]
     gives: tuple[str, ...]
     compute: Callable[[Sequence[Case]], Sequence[Result]]
     further: Mapping[str, str | None] = field(default_factory=dict)
-    whole: Callable[[Sequence[Case], Sequence[Result]], Result] | None = None
+    whole: Callable[[Sequence[Result]], Result] | None = None
+    forms: Mapping[str, Callable[[Any], bool]] = field(default_factory=dict)
     captions: bool = False
 
 
 @dataclass(frozen=True)
 class Miss:
-    """A field that came out otherwise. case: its number in the file, from 1, and its name if any."""
+    """A field that came out otherwise. case: its number, from 1, and its name if it has one."""
 
     case: str
     field: str
@@ -160,7 +162,7 @@ def _mmmu_row(case: Case) -> Result:
     return {"parsed": choice, "random": choice is None, "correct": right}
 
 
-def _mmmu_whole(cases: Sequence[Case], results: Sequence[Result]) -> Result:
+def _mmmu_whole(results: Sequence[Result]) -> Result:
     right = sum(result["correct"] is True for result in results)
     guessed = sum(result["random"] for result in results)
     return {
@@ -210,6 +212,9 @@ def _ptb_tokens(cases: Sequence[Case]) -> list[Result]:
 
 def _corpora(cases: Sequence[Case]) -> list[Result]:
     """Scores are of the file's own tokens, so that tokeniser and CIDEr are checked apart."""
+    for case in cases:
+        if case["candidates"].keys() != case["references"].keys():
+            raise ValueError("candidates and references are of different images")
     nested = [
         [[case["candidates"][image], *texts] for image, texts in case["references"].items()]
         for case in cases
@@ -223,10 +228,9 @@ def _corpora(cases: Sequence[Case]) -> list[Result]:
             "candidate_tokens": {image: lines[:1] for image, lines in ours.items()},
             "reference_tokens": {image: lines[1:] for image, lines in ours.items()},
         }
-        said = {
-            i: t[0] for i, t in case.get("candidate_tokens", result["candidate_tokens"]).items()
-        }
-        golds = case.get("reference_tokens", result["reference_tokens"])
+        given = result | {name: case[name] for name in result if name in case}
+        said = {image: texts[0] for image, texts in given["candidate_tokens"].items()}
+        golds = given["reference_tokens"]
         mean, each = cider.cider_d(said, golds)
         rouges = [rouge.rouge_l(said[image], golds[image]) for image in golds]
         result |= {"cider": mean, "cider_each": [each[image] for image in golds]}
@@ -236,24 +240,23 @@ def _corpora(cases: Sequence[Case]) -> list[Result]:
 
 def _items(cases: Sequence[Case]) -> list[Result]:
     """One corpus whose images are the cases."""
-    tokens, _ = ptb.tokenise(
-        [t for case in cases for t in (case["candidate"], *case["references"])]
-    )
+    texts = [text for case in cases for text in (case["candidate"], *case["references"])]
+    tokens, _ = ptb.tokenise(texts)
     rest = iter(tokens)
     results: list[Result] = []
     said, golds = {}, {}
-    for i, case in enumerate(map(dict, cases)):
+    for i, case in enumerate(cases):
         ours = [next(rest) for _ in range(1 + len(case["references"]))]
         results.append({"candidate_tokens": ours[0], "reference_tokens": ours[1:]})
         said[str(i)] = case.get("candidate_tokens", ours[0])
         golds[str(i)] = case.get("reference_tokens", ours[1:])
     _, each = cider.cider_d(said, golds)
-    for i, result in zip(said, results, strict=True):
-        result |= {"cider": each[i], "rouge_l": rouge.rouge_l(said[i], golds[i])}
+    for image, result in zip(said, results, strict=True):
+        result |= {"cider": each[image], "rouge_l": rouge.rouge_l(said[image], golds[image])}
     return results
 
 
-def _means(cases: Sequence[Case], results: Sequence[Result]) -> Result:
+def _means(results: Sequence[Result]) -> Result:
     return {n: statistics.fmean(result[n] for result in results) for n in ("cider", "rouge_l")}
 
 
@@ -298,6 +301,7 @@ KINDS = {
         ("cider",),
         _corpora,
         dict.fromkeys(("cider_each", "rouge_l", "candidate_tokens", "reference_tokens")),
+        forms={"candidate_tokens": _references, "reference_tokens": _references},
         captions=True,
     ),
     "gqa": Kind(
@@ -343,7 +347,11 @@ KINDS = {
     "pope_score": Kind({"rows": _rows_of("label", "text")}, ("llava", "lmms"), _each(_pope_score)),
     "ptb_tokens": Kind({"text": _text}, ("tokens",), _ptb_tokens, captions=True),
     "scienceqa_parse": Kind(
-        {"text": _text}, ("llava", "simignore"), _each(_scienceqa_parse), {"lmms": None}
+        {"text": _text},
+        ("llava", "simignore"),
+        _each(_scienceqa_parse),
+        {"lmms": None},
+        forms={"lmms": lambda golds: isinstance(golds, dict)},
     ),
     "seed_bench": Kind(
         {"text": _text, "answer": _text}, ("llava_correct", "lmms_correct"), _each(_seed_bench)
@@ -362,6 +370,7 @@ _CORPUS = Kind(
     _items,
     dict.fromkeys(("rouge_l", "candidate_tokens", "reference_tokens")),
     whole=_means,
+    forms={"candidate_tokens": _text, "reference_tokens": _texts},
     captions=True,
 )
 _UNORDERED = ("parsed", "gold_normalised")  # lists of what the official code keeps as a set
@@ -387,7 +396,7 @@ def check(path: Path) -> Checked:
         for case_name, case, result in zip(names, cases, results, strict=True)
     ]
     if kind.whole:
-        known = {n: v for n, v in kind.whole(cases, results).items() if n in document}
+        known = {n: v for n, v in kind.whole(results).items() if n in document}
         if known:
             wrong = [(n, document[n], v) for n, v in known.items() if not _same(document[n], v)]
             misses.append([Miss("whole file", *found) for found in wrong])
@@ -454,6 +463,9 @@ def _validate(case: Case, kind: Kind, where: str, name: str) -> None:
         if not fits(case[field_]):
             shown = json.dumps(case[field_])[:60]
             raise ValueError(f"{where} has a {field_} that is not of {name}: {shown}")
+    for field_, fits in kind.forms.items():
+        if field_ in case and not fits(case[field_]):
+            raise ValueError(f"{where} has a {field_} that is not of {name}")
 
 
 def _compare(kind: Kind, case: Case, result: Result) -> list[tuple[str, Any, Any]]:
@@ -476,7 +488,7 @@ def _ordered(values: Sequence[Any]) -> list[Any]:
 
 
 def _same(expected: Any, came: Any) -> bool:
-    """Equal; numbers to 1e-9, true and false as 1 and 0, of objects the fields that are expected."""
+    """Equal; numbers to 1e-9, true and false as 1 and 0, of objects the fields expected."""
     if isinstance(expected, dict):
         return isinstance(came, dict) and all(
             name in came and _same(value, came[name]) for name, value in expected.items()
