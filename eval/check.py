@@ -501,7 +501,7 @@ def _same(expected: Any, came: Any) -> bool:
         )
     if isinstance(expected, int | float) and isinstance(came, int | float):
         both_nan = math.isnan(expected) and math.isnan(came)
-        return both_nan or math.isclose(expected, came, rel_tol=_TOLERANCE, abs_tol=_TOLERANCE)
+        return both_nan or math.isclose(expected, came, rel_tol=0, abs_tol=_TOLERANCE)
     return type(expected) is type(came) and expected == came
 
 

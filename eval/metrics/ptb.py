@@ -92,6 +92,11 @@ _ABBREVIATIONS = (
     "tenn thu thurs tue tues univ va vs vt wed wis wisc wm wyo"
 )
 _CAPITAL_ABBREVIATIONS = "ark az del ill la mass miss ore pa tex wash"
+# Words that begin a sentence, so that a single letter before them has ended one.
+_STARTS = (
+    "The A An In At He She It They We You This That These There But So If When While Some Many One "
+    "Here What After As Her Their Our"
+)
 _NUMBERED_ABBREVIATIONS = "art ca fig figs no nos op pp prop"
 
 
@@ -113,6 +118,7 @@ _TOKEN = re.compile(
     | (?P<fraction> \d{{1,4}}[ ]\d{{1,4}}/\d{{1,4}}(?![\d/]) )
     | (?P<split> (?i: (?:can)(?=not(?!\w)) | gon(?=na(?!\w)) | got(?=ta(?!\w))
         | wan(?=na(?!\w)) | (?:gim|lem)(?=me(?!\w)) | 't(?=(?:is|was)(?!\w)) ) )
+    | (?P<initial> {_L}(?=\.\s+(?:{_any(_STARTS)})\s) )
     | (?P<letters> (?:{_L}\.)+(?:{_L}(?!\w))? | (?i:ph\.d\.?|[cC]\+\+) )
     | (?P<shortened> (?:(?i:{_any(_ABBREVIATIONS)})|{_CAPITALS})\.
         | (?i:{_any(_NUMBERED_ABBREVIATIONS)})\.(?=\s?\d) )
