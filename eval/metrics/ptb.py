@@ -113,14 +113,14 @@ _TOKEN = re.compile(
     | (?P<link> https?://[^\s"<>|()]+[^\s"<>|.!?(){{}},-]
         | (?:www\.)?(?:[\w-]+\.)+(?:com|net|org|edu)(?!\w)(?:/[^\s"<>|()]+[^\s"<>|.!?(){{}},-])?
         | www\.(?:[\w-]+\.)+[a-zA-Z]{{2,4}}(?!\w)
-        | [\w.-]+@(?:[\w-]+\.)+\w+ | [@\#][A-Za-z_]\w* )
+        | [\w.-]+@(?:[\w-]+\.)+\w+ | @[A-Za-z_]\w* | \#[A-Za-z]+ )
     | (?P<phone> \(\d{{3}}\)[ ]?\d{{3}}[- ]\d{{4}} )
     | (?P<fraction> \d{{1,4}}[ ]\d{{1,4}}/\d{{1,4}}(?![\d/]) )
     | (?P<split> (?i: (?:can)(?=not(?!\w)) | gon(?=na(?!\w)) | got(?=ta(?!\w))
         | wan(?=na(?!\w)) | (?:gim|lem)(?=me(?!\w)) | 't(?=(?:is|was)(?!\w)) ) )
     | (?P<initial> {_L}(?=\.\s+(?:{_any(_STARTS)})\s) )
     | (?P<letters> (?:{_L}\.)+(?:{_L}(?!\w))? | (?i:ph\.d\.?|[cC]\+\+) )
-    | (?P<shortened> (?:(?i:{_any(_ABBREVIATIONS)})|{_CAPITALS})\.
+    | (?P<shortened> (?:(?i:{_any(_ABBREVIATIONS)})|{_CAPITALS})\.(?!{_L})
         | (?i:{_any(_NUMBERED_ABBREVIATIONS)})\.(?=\s?\d) )
     | (?P<clock> \d+:\d+(?=[ap]m(?!\w)) )
     | (?P<number> [-+]?(?:\d+(?:[.,:]\d+)*|\.\d+)(?![^\W_]) (?![-/]\w) )
@@ -128,12 +128,22 @@ _TOKEN = re.compile(
     | (?P<smiley> [:;=][-o]?[()] | :[DP](?!\w) | \^_\^ )
     | (?P<negated> {_L}+?(?=n't(?!\w)) )
     | (?P<suffix> n't(?!\w) | {_SUFFIX} )
-    | (?P<short> '(?:\d0s|em|cause|till?|\d\d|n'?)(?!\w) )
-    | (?P<word> (?:[A-HJ-XZodl]'{_L}|[a-z][aeiouy]'[aeiouy])?\w+(?:[-./]\w+)* )
-    | (?P<marks> [!?]+ | \.\.+ | -+ | \*+ | _+ | '' | `` | \S )
+    | (?P<short> 'n' | '(?:\d0s|em|cause|till?|n|\d\d(?!\"))(?!\w)
+        | (?i:c'mon)(?!\w) | (?i:c\#) | (?i:us)\$ | [yY]'(?=\w) )
+    | (?P<paused> {_L}+\.(?=[,;:]) )
+    | (?P<word> (?:[A-HJ-XZodl]'{_L}|[a-z][aeiouy]'[aeiouy])?
+        (?: {_L}+!{_L}+(?!\w) | \w+(?:[-./\u2010\u2011](?:[dl]')?\w+)* ) )
+    | (?P<marks> [!?]+ | \.\.+ | [-\u2010\u2011\u00ad]+ | \*+ | _+ | '' | `` | \S )
     """,
     re.VERBOSE,
 )
+_FRACTIONS = {
+    "\u00bc": "1/4",
+    "\u00bd": "1/2",
+    "\u00be": "3/4",
+    "\u2153": "1/3",
+    "\u2154": "2/3",
+}
 _FORMS = str.maketrans(
     {
         "\u2018": "'",
@@ -143,14 +153,15 @@ _FORMS = str.maketrans(
         "\u2013": " -- ",
         "\u2014": " -- ",
         "\u2026": " ... ",
-        "\u00bc": "1/4",
-        "\u00bd": "1/2",
-        "\u00be": "3/4",
-        "\u2153": "1/3",
-        "\u2154": "2/3",
+        "\u00ab": " '' ",
+        "\u00b2": " \u00b2",
+        "\u00b3": " \u00b3",
+        "\u00bb": " '' ",
+        **{fraction: f" {fraction} " for fraction in _FRACTIONS},
     }
 )
 _ASTRAL = re.compile("[\U00010000-\U0010ffff]")  # emoji: the Java program passes over them
+_ENTITIES = {"&amp;": "&", "&quot;": '"', "&lt;": "<", "&gt;": ">"}
 _SYMBOLS = {
     "(": "-lrb-",
     ")": "-rrb-",
@@ -165,7 +176,14 @@ _SYMBOLS = {
 
 
 def own_tokens(caption: str) -> str:
-    """Our tokens of one caption, joined with spaces."""
+    """Our tokens of one caption, joined with spaces.
+
+    Equal to the Java program's on all 461 known cases, and on 98 of 100 captions with an unusual
+    token put in. The program also looks at the caption behind: a last word "D." loses its period
+    where "The" follows. This does not.
+    """
+    for entity, mark in _ENTITIES.items():
+        caption = caption.replace(entity, mark)
     tokens = []
     for match in _TOKEN.finditer(_ASTRAL.sub("", caption.translate(_FORMS))):
         token = match[0].lower()
@@ -174,8 +192,10 @@ def own_tokens(caption: str) -> str:
         elif match.lastgroup in ("phone", "smiley"):
             token = token.replace("(", "-lrb-").replace(")", "-rrb-").replace(" ", "\u00a0")
         elif match.lastgroup == "marks":
-            if token.startswith(".") or set(token) == {"-"} or token == '"':
+            if token.startswith(".") or set(token) <= set("-\u2010\u2011\u00ad") or token == '"':
                 continue
             token = _SYMBOLS.get(token, token)
+        else:
+            token = _FRACTIONS.get(token, token)
         tokens.append(token)
     return _kept(tokens)
