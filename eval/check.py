@@ -484,6 +484,9 @@ def _compare(kind: Kind, case: Case, result: Result) -> list[tuple[str, Any, Any
 
 
 def _ordered(values: Sequence[Any]) -> list[Any]:
+    """Numbers, then texts; a list of anything else stays as it is."""
+    if not all(isinstance(value, str | int | float) for value in values):
+        return list(values)
     return sorted(values, key=lambda v: (isinstance(v, str), v))
 
 

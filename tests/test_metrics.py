@@ -107,6 +107,7 @@ def test_pope_refuses_labels_that_are_none():
 
 def test_gqa_space_and_punctuation():
     assert gqa.llava_correct("T-shirt..", "t-shirt")
+    assert gqa.llava_correct(".5", ".5")
     assert not gqa.lmms_correct("yes ", "yes")
     assert gqa.lmms_correct("T-shirt!", "tshirt")
 
@@ -119,7 +120,8 @@ def test_mmmu_letters():
     assert mmmu.choice("AB", options) == "B"
     assert mmmu.choice("AB", options, official=True) is None
     assert mmmu.choice("I say B. Not sure", options) == "B"
-    assert mmmu.choice("it must be the GREEN one here", options) == "C"
+    assert mmmu.choice("it is the GREEN one here", options) == "C"
+    assert mmmu.choice("it is the GREEN one", options) is None  # five words
     assert mmmu.choice("green", options) is None
     assert mmmu.choice("", []) is None
 
@@ -222,6 +224,11 @@ def test_cider_of_the_reference_itself():
         ("one\ntwo\u2028three", "one two three"),
         ("a dog 🐶 at home", "a dog at home"),
         ("the letter J. The end", "the letter j the end"),
+        ("1½ cups &amp; two-year-old c'mon y'all", "1 1/2 cups & two-year-old c'mon y' all"),
+        (
+            "No. 5 of no. Then 22 3/4 (650) 723-0293",
+            "no. 5 of no then 22\u00a03/4 -lrb-650-rrb-\u00a0723-0293",
+        ),
     ],
 )
 def test_own_tokeniser(caption, tokens):
