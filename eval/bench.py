@@ -18,6 +18,7 @@ import torch
 
 from minillava import load
 from minillava.checkpoint import DTYPES, QUANTIZE
+from minillava.console import positive as positive
 from minillava.llava import LLaVA
 from minillava.processor import Processor
 
@@ -38,7 +39,7 @@ def add_options(parser: argparse.ArgumentParser, batch: int = 1) -> None:
     add = parser.add_argument
     add("--task", default="demo", metavar="T", help=f"default demo; {', '.join(TASKS)}")
     add("--data", type=Path, metavar="DIR", help="the benchmark's files; demo needs none")
-    add("--protocol", default="llava", metavar="P", help="llava (default) or lmms")
+    add("--protocol", metavar="P", help="llava (default) or lmms; a few tasks have others")
     add("--model", default=str(DEMO), metavar="DIR|HUB_ID", help="default: the demo")
     add("--revision", metavar="R", help="branch, tag or commit of a hub id")
     add("--out", type=Path, required=True, metavar="DIR")
@@ -48,14 +49,6 @@ def add_options(parser: argparse.ArgumentParser, batch: int = 1) -> None:
     add("--device", default="cpu", help="cpu, cuda or cuda:N")
     add("--dtype", choices=DTYPES)
     add("--quantize", choices=QUANTIZE)
-
-
-def positive(text: str) -> int:
-    """An option's value that counts something."""
-    n = int(text) if text.isdecimal() else 0
-    if not n:
-        raise argparse.ArgumentTypeError(f"{text!r} must be a whole number from 1 on")
-    return n
 
 
 @dataclass(frozen=True)
@@ -84,7 +77,9 @@ class Bench:
     @classmethod
     def open(cls, args: argparse.Namespace, among: Ranks = ALONE) -> Bench:
         """Read the questions and load the model. ValueError for what is missing or broken."""
-        task, found = task_named(args.task, args.protocol), []
+        task, protocol = task_named(args.task, args.protocol)
+        args = argparse.Namespace(**{**vars(args), "protocol": protocol})
+        found: list[Bench] = []
 
         def prepare() -> None:
             items = task.items(args.data, args.protocol, args.limit)

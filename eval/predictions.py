@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from .tasks.base import Answer, Item, key
-from .tasks.files import Row, read_json, read_jsonl, read_table, read_text
+from .tasks.files import read_json, read_jsonl, read_table, read_text, tab_rows
 
 IDS = ("question_id", "questionId", "id", "image_id", "index")
 TEXTS = ("text", "prediction", "answer", "caption", "response", "output", "pred")
@@ -187,29 +187,10 @@ def _text(value: Any, where: str) -> str:
     raise ValueError(f"{where}: the answer is {type(value).__name__}, not text")
 
 
-def mme_rows(path: Path, fields: tuple[int, ...]) -> list[list[str]]:
-    """Lines of tab-separated fields, of a number that is allowed. ValueError names the line."""
-    rows = []
-    for number, line in enumerate(read_text(path).split("\n"), 1):
-        if not line.strip():
-            continue
-        row = line.rstrip("\r").split("\t")
-        if len(row) not in fields:
-            wanted = " or ".join(map(str, fields))
-            raise ValueError(
-                f"{path}, line {number}: {len(row)} tab-separated fields, not {wanted}; is the "
-                "file whole?"
-            )
-        rows.append(row)
-    if not rows:
-        raise ValueError(f"{path} is empty; fetch or make it again")
-    return rows
-
-
 def _mme(path: Path) -> list[Prediction]:
     return [
         Prediction((key(f"{path.stem}/{image}", question),), said, f"{path}, line {i}")
-        for i, (image, question, _, said) in enumerate(mme_rows(path, (4,)), 1)
+        for i, (image, question, _, said) in enumerate(tab_rows(path, (4,)), 1)
     ]
 
 
@@ -221,6 +202,3 @@ def _folder(path: Path) -> list[Prediction]:
     if not files:
         raise ValueError(f"{path} has no {', '.join(kinds)} in it; give a file of predictions")
     return [prediction for file in files for prediction in read(file)]
-
-
-__all__ = ["Matched", "Prediction", "Row", "lines", "match", "mme_rows", "names", "read"]

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -22,7 +23,7 @@ from typing import Any
 
 from minillava.console import Parser, complain, one_voice
 
-from . import predictions, published
+from . import predictions, published, store
 from .tasks import TASKS
 from .tasks.base import Item, Score, Task
 
@@ -45,6 +46,9 @@ class Scored:
         rest = asdict(self)
         score = rest.pop("score")
         rest["unknown"] = len(self.unknown)
+        del score["split"]
+        if math.isnan(self.score.value):  # which JSON does not know
+            score["value"] = None
         return {"figure": f"{self.score.value:.2f}", **score, **rest}
 
     def text(self) -> str:
@@ -71,26 +75,29 @@ def score(
 ) -> Scored:
     """ValueError where predictions do not belong to the questions, or these have no answers."""
     matched = predictions.match(items, found)
+    result = task.score(matched.answers, protocol)
     return Scored(
         task.name,
         task.title,
-        task.split,
+        result.split or task.split,
         protocol,
-        task.score(matched.answers, protocol),
+        result,
         matched.missing,
         matched.unknown,
         matched.duplicates,
     )
 
 
-def task_named(name: str, protocol: str) -> Task:
+def task_named(name: str, protocol: str | None) -> tuple[Task, str]:
+    """A task, and the protocol, without one its first. ValueError: there is none of that name."""
     if name not in TASKS:
         raise ValueError(f"--task {name}: there is no such task; there are: {', '.join(TASKS)}")
     task = TASKS[name]
+    protocol = protocol or next(iter(task.setups))
     if protocol not in task.setups:
         allowed = ", ".join(task.setups)
         raise ValueError(f"--protocol {protocol}: {name} is asked and scored as {allowed}")
-    return task
+    return task, protocol
 
 
 def beside_published(scored: Scored, model: str, plan: str, weights: str) -> str:
@@ -110,6 +117,15 @@ def beside_published(scored: Scored, model: str, plan: str, weights: str) -> str
     return "\n".join(published.text_of(table) for table in tables if table.sources)
 
 
+def _submit(
+    task: Task, items: Sequence[Item], found: Sequence[predictions.Prediction], path: Path
+) -> None:
+    rows = task.submission(predictions.match(items, found).answers)
+    if rows is None:
+        raise ValueError(f"--submission: {task.name} has no server that takes one")
+    store.write_whole(path, store.as_json(rows))
+
+
 def _figure(value: object) -> str:
     return f"{value:.2f}" if isinstance(value, float) else str(value)
 
@@ -126,19 +142,22 @@ def main(argv: Sequence[str] | None = None) -> int:
     add("--task", required=True, metavar="T", help=", ".join(TASKS))
     add("--questions", type=Path, metavar="FILE", help="not for demo, which draws its own")
     add("--predictions", type=Path, required=True, metavar="FILE")
-    add("--protocol", default="llava", metavar="P", help="llava (default) or lmms")
+    add("--protocol", metavar="P", help="llava (default) or lmms; a few tasks have others")
     add("--limit", type=int, metavar="N", help="only the first N questions were asked")
     add("--model", choices=published.LAYERS, help="show its published figures beside")
     add("--prune", default="none", metavar="PLAN", help="with --model: what was measured")
     add("--weights", default=published.UNQUANTISED, metavar="W", help="with --model: or nf4, …")
+    add("--submission", type=Path, metavar="FILE", help="write what the server takes (VQAv2)")
     add("--json", action="store_true", help="one object with every number")
     try:
         args = parser.parse_args(argv)
         with one_voice():
-            task = task_named(args.task, args.protocol)
-            items = task.items(args.questions, args.protocol, args.limit)
+            task, protocol = task_named(args.task, args.protocol)
+            items = task.items(args.questions, protocol, args.limit)
             found = predictions.read(args.predictions)
-            scored = score(task, items, found, args.protocol)
+            scored = score(task, items, found, protocol)
+            if args.submission:
+                _submit(task, items, found, args.submission)
             print(json.dumps(scored.json()) if args.json else scored.text(), flush=True)
             if args.model and not args.json:
                 beside = beside_published(scored, args.model, args.prune, args.weights)

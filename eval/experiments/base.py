@@ -22,6 +22,7 @@ from .. import plots, store
 from ..bench import Bench, Done, add_options
 from ..ranks import Ranks
 from ..run import command
+from ..score import task_named
 
 Row = Mapping[str, Any]
 
@@ -89,9 +90,9 @@ def report(
 ) -> str:
     """Write results.json and results.md, and return the latter's text. tables: title -> rows, all
     of a table with the same columns."""
-    name = Path(args.model).name
+    name, (_, protocol) = Path(args.model).name, task_named(args.task, args.protocol)
     setting = (
-        f"{args.task}, {args.protocol} protocol, {name}, seed {args.seed}, "
+        f"{args.task}, {protocol} protocol, {name}, seed {args.seed}, "
         f"{torch.get_num_threads()} threads, torch {torch.__version__.partition('+')[0]}; "
         f"{time.perf_counter() - began:.0f} s for what was not there from an earlier run"
     )

@@ -65,7 +65,7 @@ def _real(
     there, notes = {}, []
     for name in TASKS:
         try:
-            there[name] = task_named(name, "lmms").items(args.data / name, "lmms", args.limit)
+            there[name] = task_named(name, "lmms")[0].items(args.data / name, "lmms", args.limit)
         except ValueError as error:
             notes.append(f"left out: {name}: {error}")
     if not there:
@@ -80,7 +80,7 @@ def _real(
         opened = (
             Bench.open(own)
             if opened is None
-            else replace(opened, args=own, task=task_named(name, "lmms"), items=items)
+            else replace(opened, args=own, task=task_named(name, "lmms")[0], items=items)
         )
         done = base.ask_all(opened, plans)
         for plan, d in done.items():

@@ -86,6 +86,7 @@ class Score:
     unparsed: int = 0
     more: Mapping[str, Any] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
+    split: str | None = None  # where the questions decide it; else the task's
 
 
 @dataclass(frozen=True)
@@ -99,7 +100,8 @@ class Setup:
 
 
 class Task(ABC):
-    """A benchmark. needs: what to download, and where in --data it is looked for."""
+    """A benchmark. needs: what to download, and where in --data it is looked for; setups: how each
+    protocol asks, the first by default. split and metrics are in published.json's words."""
 
     name: ClassVar[str]
     title: ClassVar[str]
@@ -119,18 +121,13 @@ class Task(ABC):
     def score(self, answers: Sequence[Answer], protocol: str) -> Score:
         """All questions with their answers; a missing one is wrong. ValueError: no gold."""
 
-    def missing(self, path: Path) -> ValueError:
-        return ValueError(f"there is no {path}; {self.name} needs {'; or '.join(self.needs)}")
+    def missing(self, path: Path | None) -> ValueError:
+        where = f"there is nothing to read in {path}" if path else f"{self.name} needs data"
+        return ValueError(f"{where}; give {'; or '.join(self.needs)}")
 
-
-def accuracy(
-    answers: Sequence[Answer], right: Sequence[bool | float], **more: Any
-) -> tuple[float, float]:
-    """Percent, and the sum. ValueError for no question at all."""
-    if not answers:
-        raise ValueError("there is no question to score; give a file that has some")
-    total = float(sum(right))
-    return 100 * total / len(answers), total
+    def submission(self, answers: Sequence[Answer]) -> list[dict[str, Any]] | None:
+        """What the benchmark's server takes; None: it has none, or scores nothing we cannot."""
+        return None
 
 
 def percent(right: Sequence[bool | float]) -> float | None:
@@ -138,9 +135,23 @@ def percent(right: Sequence[bool | float]) -> float | None:
     return 100 * sum(right) / len(right) if right else None
 
 
-def gold_of(answer: Answer, name: str) -> Any:
+def accuracy(right: Sequence[bool | float], unparsed: int = 0, **more: Any) -> Score:
+    """The share of right answers (or of credits). more: further fields of the Score. ValueError for
+    no question at all."""
+    value = percent(right)
+    if value is None:
+        raise ValueError("there is no question to score; give a file that has some")
+    return Score("accuracy", value, len(right), float(sum(right)), unparsed, **more)
+
+
+def unparsed_among(answers: Sequence[Answer], parse: Callable[[str], object]) -> int:
+    """Answers that are there and that `parse` makes nothing of."""
+    return sum(a.text is not None and parse(a.text) is None for a in answers)
+
+
+def gold_of(answer: Answer, name: str = "answer") -> Any:
     """An item's gold by name. ValueError where the questions came without answers."""
-    if name not in answer.item.gold:
+    if answer.item.gold.get(name) is None:
         raise ValueError(
             f"question {answer.item.question_id} has no gold {name}; give the official file that "
             "has the answers"

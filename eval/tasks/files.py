@@ -5,7 +5,7 @@ from __future__ import annotations
 import csv
 import json
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -96,9 +96,28 @@ def read_table(path: Path) -> list[Row]:
     return rows
 
 
-def field(row: Mapping[str, Any], name: str, path: Path, number: object) -> Any:
+def tab_rows(path: Path, fields: tuple[int, ...]) -> list[list[str]]:
+    """Lines of tab-separated fields, of a number that is allowed. ValueError names the line."""
+    rows = []
+    for number, line in enumerate(read_text(path).split("\n"), 1):
+        if not line.strip():
+            continue
+        row = line.rstrip("\r").split("\t")
+        if len(row) not in fields:
+            wanted = " or ".join(map(str, fields))
+            raise ValueError(
+                f"{path}, line {number}: {len(row)} tab-separated fields, not {wanted}; is the "
+                "file whole?"
+            )
+        rows.append(row)
+    if not rows:
+        raise ValueError(f"{path} is empty; fetch or make it again")
+    return rows
+
+
+def field(row: Any, name: str, path: Path | None, number: object) -> Any:
     """A row's field that must be there. number: how the row is called."""
-    if name not in row or row[name] is None:
+    if not isinstance(row, Mapping) or row.get(name) is None:
         raise ValueError(f"{path}: {number} has no {name!r}; is it the right file?")
     return row[name]
 
@@ -126,17 +145,22 @@ def image_folder(folder: Path, *names: str) -> Path:
 
 @dataclass(frozen=True)
 class Table:
-    """Rows of a `datasets` folder or of parquet files. Pictures are read when they are opened."""
+    """Rows of a `datasets` folder or of parquet files. Pictures are decoded as they are opened."""
 
     path: Path
     rows: list[Row]  # without pictures
-    picture: Callable[[int, str, int], Image.Image]  # row, column, number in a list
-    columns: tuple[str, ...]  # of pictures
+    stored: Callable[[int, str], list[Any]]  # row, column: its pictures as they are stored
+    decode: Callable[[Any], Image.Image]
 
     def image(self, i: int, column: str = "image", number: int = 0) -> Picture:
         return Picture(
-            f"{self.path}, row {i}, {column}", lambda: self.picture(i, column, number), None
+            f"{self.path}, row {i}, {column}",
+            lambda: self.decode(self.stored(i, column)[number]),
         )
+
+    def images_in(self, i: int, column: str = "image") -> int:
+        """How many pictures a row has in a column, 0 if there is no such column."""
+        return len(self.stored(i, column))
 
 
 def find_table(folder: Path, *names: str) -> Table | None:
@@ -172,18 +196,19 @@ def _table(path: Path, read: Callable[[Any], Any]) -> Table:
         ) from None
     try:
         rows = read(datasets)
+        pictures = [name for name, kind in rows.features.items() if "Image(" in repr(kind)]
+        for name in pictures:
+            plain = datasets.Image(decode=False)
+            listed = not isinstance(rows.features[name], datasets.Image)
+            rows = rows.cast_column(name, datasets.Sequence(plain) if listed else plain)
+        plain_rows = [dict(row) for row in rows.remove_columns(pictures)]
     except Exception as error:  # the library raises whatever its readers stumble over
         raise ValueError(f"{path} cannot be read ({error}); fetch it again") from None
-    pictures = tuple(name for name, kind in rows.features.items() if "Image(" in repr(kind))
 
-    def picture(i: int, column: str, number: int) -> Image.Image:
+    def stored(i: int, column: str) -> list[Any]:
+        if column not in pictures:
+            return []
         found = rows[i][column]
-        return found[number] if isinstance(found, list) else found
+        return found if isinstance(found, list) else [found] if found else []
 
-    return Table(path, list(_plain(rows, pictures)), picture, pictures)
-
-
-def _plain(rows: Any, pictures: Sequence[str]) -> Iterator[Row]:
-    """Rows without their pictures, but with how many there are in each column: {column}_count."""
-    for row in rows.remove_columns(list(pictures)):
-        yield dict(row)
+    return Table(path, plain_rows, stored, datasets.Image().decode_example)

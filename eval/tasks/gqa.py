@@ -1,0 +1,65 @@
+"""GQA: questions about the relations of things in a picture, one word."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from ..metrics import gqa as metric
+from .base import SHORT, Answer, Item, Picture, Score, Setup, Task, accuracy, gold_of
+from .files import field, find_table, first_there, image_folder, read_json
+
+FILE = "testdev_balanced_questions.json"
+
+
+class GQA(Task):
+    name = "gqa"
+    title = "GQA"
+    split = "testdev_balanced"
+    needs = (
+        f"a folder with {FILE} (questions1.2.zip of "
+        "cs.stanford.edu/people/dorarad/gqa) and images/",
+        "a folder with testdev_balanced_instructions/ and testdev_balanced_images/ of the "
+        "datasets repository lmms-lab-encoder/GQA",
+    )
+    setups = {"llava": Setup(128), "lmms": Setup(16)}  # noqa: RUF012
+
+    def items(self, source: Path | None, protocol: str, limit: int | None = None) -> list[Item]:
+        if source is None or not source.exists():
+            raise self.missing(source)
+        if source.is_dir():
+            asked = find_table(source, "testdev_balanced_instructions")
+            seen = find_table(source, "testdev_balanced_images")
+            if asked is not None and seen is not None:
+                place = {str(row["id"]): seen.image(i) for i, row in enumerate(seen.rows)}
+                return [
+                    Item(
+                        str(row["id"]),
+                        row["question"] + SHORT,
+                        (field(place, str(row["imageId"]), seen.path, "the pictures' table"),),
+                        {"answer": row["answer"]},
+                    )
+                    for row in asked.rows[:limit]
+                ]
+        path = (
+            source if source.is_file() else first_there(source, "testdev_balanced_questions.json")
+        )
+        if path is None:
+            raise self.missing(source)
+        values = read_json(path)
+        if not isinstance(values, dict):
+            raise ValueError(f"{path} is no object id -> question; give the official file")
+        folder = image_folder(path.parent, "images", "data/images")
+        return [
+            Item(
+                i,
+                field(row, "question", path, i) + SHORT,
+                (Picture.file(folder / f"{field(row, 'imageId', path, i)}.jpg"),),
+                {"answer": row.get("answer")},
+            )
+            for i, row in list(values.items())[:limit]
+        ]
+
+    def score(self, answers: Sequence[Answer], protocol: str) -> Score:
+        correct = metric.lmms_correct if protocol == "lmms" else metric.llava_correct
+        return accuracy([correct(a.said, gold_of(a)) for a in answers])

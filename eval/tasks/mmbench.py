@@ -1,0 +1,107 @@
+"""MMBench dev: multiple choice in every rotation of its options, judged here without a model."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from ..metrics import mmbench as metric
+from .base import (
+    LETTER,
+    Answer,
+    Item,
+    Picture,
+    Score,
+    Setup,
+    Task,
+    accuracy,
+    gold_of,
+    lettered,
+    percent,
+    unparsed_among,
+)
+from .files import Row, field, find_table, first_there, read_table
+
+FILE = "mmbench_dev_20230712.tsv"
+
+
+class MMBench(Task):
+    name = "mmbench"
+    title = "MMBench"
+    split = "dev"
+    needs = (
+        f"a folder with {FILE} (opencompass; pictures are inside)",
+        "a folder of the datasets repository lmms-lab-encoder/MMBench, config en (dev*.parquet)",
+    )
+    setups = {"llava": Setup(1024), "lmms": Setup(1024)}  # noqa: RUF012
+
+    def items(self, source: Path | None, protocol: str, limit: int | None = None) -> list[Item]:
+        if source is None or not source.exists():
+            raise self.missing(source)
+        if source.is_dir() and (table := find_table(source, "dev")) is not None:
+            return [
+                _item(row, table.path, i, (table.image(i),), protocol)
+                for i, row in enumerate(table.rows[:limit])
+            ]
+        path = source if source.is_file() else first_there(source, FILE)
+        if path is None:
+            raise self.missing(source)
+        items = []
+        for i, row in enumerate(read_table(path)[:limit]):
+            data = row.get("image")
+            pictures = (Picture.base64(f"{path}, row {i}", data),) if data else ()
+            items.append(_item(row, path, i, pictures, protocol))
+        return items
+
+    def score(self, answers: Sequence[Answer], protocol: str) -> Score:
+        inferred = [metric.infer(a.said, a.item.gold["options"]) for a in answers]
+        rows = [
+            metric.Row(int(a.item.question_id), gold_of(a), letter)
+            for a, letter in zip(answers, inferred, strict=True)
+        ]
+        right, questions = metric.circular(rows)
+        alone = [row.inferred == row.gold for row in rows]
+        note = (
+            "unparsed answers go to a GPT judge in the official evaluation, and LLaVA's figures "
+            "come from its server; here they are wrong"
+        )
+        more = {"without rotation": percent(alone), "rows": len(rows)}
+        unparsed = unparsed_among(answers, lambda text: _found(text, answers))
+        if not questions:
+            return accuracy([])
+        value = 100 * right / questions
+        return Score("accuracy", value, questions, right, unparsed, more, (note,))
+
+
+def _found(text: str, answers: Sequence[Answer]) -> str | None:
+    """The letter that is inferred from a text, by the options it was given to."""
+    given = next(a for a in answers if a.text == text)
+    return metric.infer(text, given.item.gold["options"])
+
+
+def _item(row: Row, path: Path, i: int, pictures: tuple[Picture, ...], protocol: str) -> Item:
+    number = field(row, "index", path, f"row {i}")
+    question = field(row, "question", path, f"question {number}")
+    options: dict[str, str] = {}
+    for letter in "ABCDE":
+        if not _there(row.get(letter)):
+            if protocol == "llava":
+                break  # the script stops at the first that is missing
+            continue
+        options[letter] = str(row[letter])
+    hint = row.get("hint") if _there(row.get("hint")) else None
+    listed = lettered(list(options.values()))
+    if protocol == "llava":
+        text = f"{hint}\n{question}\n{listed}" if hint else f"{question}\n{listed}"
+        text += LETTER
+    else:
+        lines = "\n".join(f"{letter}. {option}" for letter, option in options.items())
+        head = f"{hint} {question}" if hint else question
+        text = f"{head} There are several options:\n{lines}\n{LETTER}"
+    gold = {"answer": row.get("answer") or None, "options": options}
+    return Item(int(number), text, pictures, gold)
+
+
+def _there(value: object) -> bool:
+    """Cells without a value say nan or none, or are one."""
+    return value is not None and value == value and str(value).lower() not in ("", "nan", "none")

@@ -1,0 +1,105 @@
+"""MME: two yes/no questions a picture in fourteen categories."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+
+from ..metrics import mme as metric
+from .base import SHORT, Answer, Item, Picture, Score, Setup, Task, gold_of, unparsed_among
+from .files import find_table, image_folder, tab_rows
+
+_INSTRUCTION = " Please answer yes or no."
+CATEGORIES = (*metric.PERCEPTION, *metric.COGNITION)
+
+
+class MME(Task):
+    """The value is perception (of 2,000); cognition (of 800) is beside it."""
+
+    name = "mme"
+    title = "MME"
+    split = "test"
+    needs = (
+        "the folder MME_Benchmark_release_version of the official release (asked for at "
+        "github.com/BradyFU/Awesome-Multimodal-Large-Language-Models), with a folder a category",
+        "a folder of the datasets repository lmms-lab-encoder/MME (test*.parquet)",
+        "to score: a folder of CATEGORY.txt with picture, question and truth between tabs",
+    )
+    setups = {"llava": Setup(128), "lmms": Setup(16)}  # noqa: RUF012
+
+    def items(self, source: Path | None, protocol: str, limit: int | None = None) -> list[Item]:
+        if source is None or not source.exists():
+            raise self.missing(source)
+        found = list(self._all(source))
+        if not found:
+            raise self.missing(source)
+        return found[:limit]
+
+    def _all(self, source: Path) -> Iterator[Item]:
+        if source.is_dir() and (table := find_table(source, "test")) is not None:
+            for i, row in enumerate(table.rows):
+                name = str(row["question_id"])
+                category = row.get("category") or name.partition("/")[0]
+                gold = {"answer": row["answer"], "category": category}
+                yield _item(name, row["question"], (table.image(i),), gold)
+            return
+        if source.is_file():
+            yield from _lines(source)
+            return
+        for category in CATEGORIES:
+            if (source / f"{category}.txt").is_file():
+                yield from _lines(source / f"{category}.txt")
+            elif (source / category).is_dir():
+                yield from _category(source / category)
+
+    def score(self, answers: Sequence[Answer], protocol: str) -> Score:
+        rows = [
+            metric.Row(str(a.item.question_id), gold_of(a, "category"), gold_of(a), a.said)
+            for a in answers
+        ]
+        scores = metric.scores(rows)
+        parts = {
+            "perception": sum(scores.get(c, 0.0) for c in metric.PERCEPTION),
+            "cognition": sum(v for c, v in scores.items() if c not in metric.PERCEPTION),
+        }
+        more = {
+            "cognition": parts["cognition"],
+            "perception + cognition": sum(parts.values()),
+            **scores,
+        }
+        missing = [c for c in CATEGORIES if c not in scores]
+        notes = (f"without {', '.join(missing)}: no figure of MME",) if missing else ()
+        right = sum(metric.parse(row.said) == row.gold.strip().lower() for row in rows)
+        unparsed = unparsed_among(answers, lambda t: {"other": None}.get(metric.parse(t), t))
+        return Score("perception", parts["perception"], len(rows), right, unparsed, more, notes)
+
+
+def _item(
+    name: str, question: str, pictures: tuple[Picture, ...], gold: Mapping[str, object]
+) -> Item:
+    return Item(name, question.strip().replace(_INSTRUCTION, "") + SHORT, pictures, gold)
+
+
+def _category(folder: Path) -> Iterator[Item]:
+    """Pictures with a text of two lines each, in one folder or in two."""
+    images = image_folder(folder, "images") if (folder / "images").is_dir() else folder
+    texts = image_folder(folder, "questions_answers_YN")
+    texts = texts if texts.is_dir() else folder
+    pictures = {
+        p.stem: p for p in images.iterdir() if p.suffix.lower() in (".jpg", ".png", ".jpeg")
+    }
+    for path in sorted(texts.glob("*.txt")):
+        if path.stem not in pictures:
+            raise ValueError(f"{path} has no picture in {images}; is the release whole?")
+        picture = pictures[path.stem]
+        for question, answer in tab_rows(path, (2,)):
+            gold = {"answer": answer, "category": folder.name}
+            name = f"{folder.name}/{picture.name}"
+            yield _item(name, question, (Picture.file(picture),), gold)
+
+
+def _lines(path: Path) -> Iterator[Item]:
+    """LLaVA's and the official form of answers, with the truth in the third place."""
+    for image, question, truth, *_ in tab_rows(path, (3, 4)):
+        gold = {"answer": truth, "category": path.stem}
+        yield _item(f"{path.stem}/{image}", question, (Picture.file(path.parent / image),), gold)

@@ -1,0 +1,63 @@
+"""OCR-VQA as FastV's script asks and scores it: questions about book covers, ROUGE-L."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from ..metrics.rouge import clean, rouge_l
+from .base import Answer, Item, Picture, Score, Setup, Task, gold_of, percent
+from .files import field, find_table, first_there, image_folder, read_json
+
+PICTURES = 500  # of the test split, as the script takes them
+
+
+class OCRVQA(Task):
+    name = "ocrvqa"
+    title = "OCR-VQA, the first 500 covers"
+    split = "test"
+    needs = (
+        "a folder saved by datasets' save_to_disk of howard-hou/OCR-VQA, or its parquet files "
+        "(test*.parquet)",
+        "a folder with dataset.json (ocr-vqa.github.io) and images/",
+    )
+    setups = {"own": Setup(50, "llava_v1")}  # noqa: RUF012
+
+    def items(self, source: Path | None, protocol: str, limit: int | None = None) -> list[Item]:
+        if source is None or not source.exists():
+            raise self.missing(source)
+        covers: list[tuple[str, dict[str, object], tuple[Picture, ...]]] = []
+        if source.is_dir() and (table := find_table(source, "test")) is not None:
+            path = table.path
+            for number, row in enumerate(table.rows[:PICTURES]):
+                name = str(row.get("image_id", number))
+                covers.append((name, row, (table.image(number),)))
+        else:
+            file = source if source.is_file() else first_there(source, "dataset.json")
+            if file is None:
+                raise self.missing(source)
+            path, values = file, read_json(file)
+            if not isinstance(values, dict):
+                raise ValueError(f"{path} is no object id -> cover; give OCR-VQA's dataset.json")
+            folder = image_folder(path.parent, "images")
+            test = [(i, row) for i, row in values.items() if row.get("split", 3) == 3]  # 3: test
+            for i, row in test[:PICTURES]:
+                covers.append((i, row, (Picture.file(folder / f"{i}.jpg"),)))
+        items = []
+        for i, row, pictures in covers:
+            questions, answers = field(row, "questions", path, i), field(row, "answers", path, i)
+            if len(questions) != len(answers):
+                raise ValueError(
+                    f"{path}: {i} has {len(questions)} questions and {len(answers)} answers"
+                )
+            for j, (question, answer) in enumerate(zip(questions, answers, strict=True)):
+                items.append(Item(f"{i}_{j}", question, pictures, {"answer": answer}))
+        return items[:limit]
+
+    def score(self, answers: Sequence[Answer], protocol: str) -> Score:
+        """Mean ROUGE-L times 100. The script calls it CIDEr."""
+        credits = [rouge_l(clean(a.said), [clean(gold_of(a))]) for a in answers]
+        value = percent(credits)
+        if value is None:
+            raise ValueError("there is no question to score; give a file that has some")
+        return Score("ROUGE-L", value, len(answers), sum(credits))

@@ -1,0 +1,120 @@
+"""POPE: is there such a thing in the picture? Three splits of how the absent ones were chosen."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict
+from pathlib import Path
+
+from ..metrics import pope as metric
+from .base import SHORT, Answer, Item, Picture, Score, Setup, Task, gold_of
+from .files import field, find_table, first_there, image_folder, json_rows
+
+SPLITS = ("random", "popular", "adversarial")
+
+
+class POPE(Task):
+    """The value is the mean F1 of the splits, as LLaVA reports it."""
+
+    name = "pope"
+    title = "POPE"
+    split = "random, popular and adversarial"
+    needs = (
+        "a folder with coco_pope_random.json, coco_pope_popular.json, coco_pope_adversarial.json "
+        "(github.com/AoiDragon/POPE, output/coco; also in coco/), perhaps LLaVA's "
+        "llava_pope_test.jsonl, and COCO's val2014/",
+        "a folder of the datasets repository lmms-lab-encoder/POPE (test*.parquet)",
+    )
+    setups = {"llava": Setup(128), "lmms": Setup(128)}  # noqa: RUF012
+
+    def items(self, source: Path | None, protocol: str, limit: int | None = None) -> list[Item]:
+        if source is None or not source.exists():
+            raise self.missing(source)
+        return [item for item, _ in zip(self._all(source), range(limit or 10**9), strict=False)]
+
+    def _all(self, source: Path) -> Iterator[Item]:
+        if source.is_dir() and (table := find_table(source, "test")) is not None:
+            for i, row in enumerate(table.rows):
+                gold = {"answer": row["answer"], "split": row.get("category")}
+                ids = f"{row.get('category')}/{row['question_id']}"
+                text = row["question"].strip() + SHORT
+                yield Item(ids, text, (table.image(i),), gold, (str(row["question_id"]),))
+            return
+        if source.is_file():
+            yield from self._split(source, _split_of(source), {})
+            return
+        files = {
+            split: first_there(source, f"coco_pope_{split}.json", f"coco/coco_pope_{split}.json")
+            for split in SPLITS
+        }
+        if not any(files.values()):
+            raise self.missing(source)
+        asked = first_there(source, "llava_pope_test.jsonl")
+        numbers: dict[str, list[object]] = {}
+        for row in json_rows(asked) if asked else ():
+            own = numbers.setdefault(str(field(row, "category", asked, "a question")), [])
+            own.append(field(row, "question_id", asked, "a question"))
+        for split, path in files.items():
+            if path is not None:
+                yield from self._split(path, split, numbers)
+
+    def _split(self, path: Path, split: str, numbers: dict[str, list[object]]) -> Iterator[Item]:
+        """LLaVA numbers the questions of all splits through; the answers stand in their order."""
+        rows = json_rows(path)
+        own = numbers.get(split)
+        if own is not None and len(own) != len(rows):
+            raise ValueError(
+                f"{path} has {len(rows)} questions, llava_pope_test.jsonl has {len(own)} of "
+                f"{split}; take both from one version of POPE"
+            )
+        folder = image_folder(path.parent, "val2014", "../val2014", "images")
+        for i, row in enumerate(rows):
+            number = field(row, "question_id", path, f"row {i}")
+            name = field(row, "image", path, f"row {i}")
+            text = field(row, "text", path, f"row {i}").strip() + SHORT
+            gold = {"answer": row.get("label"), "split": split}
+            pictures = (Picture.file(folder / name),)
+            if own is not None:
+                yield Item(str(own[i]), text, pictures, gold, (f"{split}/{number}",))
+            else:
+                yield Item(f"{split}/{number}", text, pictures, gold, (str(number),))
+
+    def score(self, answers: Sequence[Answer], protocol: str) -> Score:
+        scores = metric.lmms_scores if protocol == "lmms" else metric.llava_scores
+        groups: dict[str, list[Answer]] = {}
+        for a in answers:
+            groups.setdefault(a.item.gold.get("split") or "all", []).append(a)
+        if not groups:
+            raise ValueError("there is no question to score; give a file that has some")
+        more: dict[str, object] = {}
+        f1s = []
+        for split, group in groups.items():
+            found = scores([gold_of(a) for a in group], [a.said for a in group])
+            f1s.append(found.f1)
+            for name, value in asdict(found).items():
+                whole = isinstance(value, int) or value is None
+                more[f"{split} {name}"] = value if whole else 100 * value
+        defined = [f1 for f1 in f1s if f1 is not None]
+        notes = []
+        if len(defined) < len(f1s):
+            notes.append("F1 is undefined in a split without any yes; it is left out of the mean")
+        if protocol == "lmms":
+            notes.append("yes_ratio is that of the labels, as lmms-eval computes it")
+        else:
+            notes.append("whatever is no No counts as a yes, so nothing is unparsed")
+        strange = sum(
+            a.text is not None and metric.lmms_parse(a.text) not in ("yes", "no") for a in answers
+        )
+        value = 100 * sum(defined) / len(defined) if defined else 0.0
+        right = sum(
+            (metric.lmms_parse(a.said) if protocol == "lmms" else metric.parse(a.said))
+            == gold_of(a).strip().lower()
+            for a in answers
+        )
+        unparsed = strange if protocol == "lmms" else 0
+        split = self.split if set(groups) == set(SPLITS) else ", ".join(groups)
+        return Score("F1", value, len(answers), right, unparsed, more, tuple(notes), split)
+
+
+def _split_of(path: Path) -> str:
+    return next((split for split in SPLITS if split in path.stem), path.stem)

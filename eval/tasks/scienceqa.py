@@ -1,0 +1,171 @@
+"""ScienceQA: multiple choice from schoolbooks; papers report the questions with a picture."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from ..metrics import scienceqa as metric
+from .base import (
+    LETTER,
+    Answer,
+    Item,
+    Picture,
+    Score,
+    Setup,
+    Task,
+    accuracy,
+    gold_of,
+    lettered,
+    percent,
+)
+from .files import Row, field, find_table, first_there, read_json
+
+_PARTS = re.compile(r"Context: (.*)\nQuestion: (.*)\nOptions: (.*)", re.DOTALL)
+_OPTION = re.compile(r"(?:^| )\(([A-Z])\) ")
+_ANSWER = re.compile(r"The answer is ([A-Z])\.")
+
+
+LETTERS = "ABCDEFGH"
+
+
+class ScienceQA(Task):
+    """llava and simignore: the scripts of the two repositories; they parse differently."""
+
+    name = "scienceqa"
+    title = "ScienceQA"
+    split = "test with image"
+    needs = (
+        "a folder with llava_test_CQM-A.json (LLaVA's eval.zip) or problems.json and "
+        "pid_splits.json (github.com/lupantech/ScienceQA), and the pictures as "
+        "images/test/ID/image.png",
+        "a folder of the datasets repository lmms-lab-encoder/ScienceQA, config ScienceQA-IMG",
+    )
+    setups = {  # noqa: RUF012
+        "llava": Setup(1024),
+        "lmms": Setup(16),
+        "simignore": Setup(1, use_cache=False),
+    }
+    image_in_prompt = True
+
+    def items(self, source: Path | None, protocol: str, limit: int | None = None) -> list[Item]:
+        """Of a folder those with a picture, of a file all."""
+        if source is None or not source.exists():
+            raise self.missing(source)
+        if source.is_file():
+            found = self._file(source, protocol)
+        elif (table := find_table(source, "test")) is not None:
+            found = [
+                self._item(
+                    row.get("id", i),
+                    (row.get("hint") or "", row["question"], row["choices"]),
+                    row["answer"],
+                    (table.image(i),),
+                    protocol,
+                )
+                for i, row in enumerate(table.rows)
+            ]
+        else:
+            names = ("llava_test_CQM-A_image.json", "llava_test_CQM-A.json", "problems.json")
+            path = first_there(source, *names)
+            if path is None:
+                raise self.missing(source)
+            found = [item for item in self._file(path, protocol) if item.images]
+        return found[:limit]
+
+    def _file(self, path: Path, protocol: str) -> list[Item]:
+        values = read_json(path)
+        folder = first_there(path.parent, "images/test", "test", "images") or path.parent / "images"
+        if isinstance(values, dict):
+            return self._problems(path, values, folder, protocol)
+        if not isinstance(values, list) or not all(isinstance(row, dict) for row in values):
+            raise ValueError(
+                f"{path} is no list of questions and no problems.json; see {self.name}"
+            )
+        return [self._conversation(path, row, folder, protocol) for row in values]
+
+    def _problems(
+        self, path: Path, problems: dict[str, Any], images: Path, protocol: str
+    ) -> list[Item]:
+        splits = path.parent / "pid_splits.json"
+        if splits.is_file():
+            ids = field(read_json(splits), "test", splits, "it")
+        else:
+            ids = [i for i, p in problems.items() if field(p, "split", path, i) == "test"]
+        items = []
+        for i in map(str, ids):
+            p = field(problems, i, path, "problems.json")
+            parts = (
+                p.get("hint") or "",
+                field(p, "question", path, i),
+                field(p, "choices", path, i),
+            )
+            pictures = (Picture.file(images / i / p["image"]),) if p.get("image") else ()
+            items.append(self._item(i, parts, field(p, "answer", path, i), pictures, protocol))
+        return items
+
+    def _conversation(self, path: Path, row: Row, images: Path, protocol: str) -> Item:
+        i = field(row, "id", path, "a question")
+        turns = [turn["value"] for turn in field(row, "conversations", path, i)]
+        text = turns[0].replace("<image>", "").strip()
+        parts = _PARTS.fullmatch(text)
+        answer = _ANSWER.search(turns[1]) if len(turns) > 1 else None
+        if parts is None:
+            raise ValueError(f"{path}: question {i} is not of the form Context, Question, Options")
+        choices = _OPTION.split(parts[3])[2::2]
+        gold = ord(answer[1]) - ord("A") if answer else None
+        pictures = (Picture.file(images / row["image"]),) if row.get("image") else ()
+        hint = "" if parts[1] == "N/A" else parts[1]
+        return self._item(i, (hint, parts[2], choices), gold, pictures, protocol, text + LETTER)
+
+    def _item(
+        self,
+        number: object,
+        parts: tuple[str, str, Sequence[str]],
+        answer: int | None,
+        pictures: tuple[Picture, ...],
+        protocol: str,
+        text: str | None = None,
+    ) -> Item:
+        hint, question, choices = parts
+        if protocol == "lmms":
+            context = f"Context: {hint}\n" if hint else ""
+            text = f"{context}{question}\n{lettered(choices)}{LETTER}"
+        elif text is None:
+            options = lettered(choices, "({}) {}", " ")
+            text = f"Context: {hint or 'N/A'}\nQuestion: {question}\nOptions: {options}{LETTER}"
+        gold = {"answer": None if answer is None else LETTERS[answer], "choices": len(choices)}
+        return Item(str(number), text, pictures, gold)
+
+    def score(self, answers: Sequence[Answer], protocol: str) -> Score:
+        golds = [gold_of(a) for a in answers]
+        letters = [_letter(a, protocol) for a in answers]
+        right = [letter == gold for letter, gold in zip(letters, golds, strict=True)]
+        unparsed = sum(
+            a.text is not None and x is None for a, x in zip(answers, letters, strict=True)
+        )
+
+        pictured = [bool(a.item.images) for a in answers]
+        more: dict[str, Any] = {}
+        if not all(pictured):
+            seen = [r for r, has in zip(right, pictured, strict=True) if has]
+            blind = [r for r, has in zip(right, pictured, strict=True) if not has]
+            more = {
+                "with image": percent(seen),
+                "with image, questions": len(seen),
+                "without image": percent(blind),
+                "without image, questions": len(blind),
+            }
+        split = self.split if all(pictured) else "test"
+        return accuracy(right, given.count(None), more=more, split=split)
+
+
+def _letter(answer: Answer, protocol: str) -> str | None:
+    """The letter of an answer, if it is one of the question's."""
+    possible = LETTERS[: answer.item.gold["choices"]]
+    if protocol == "lmms":
+        return next((x for x in possible if metric.lmms_correct(answer.said, x)), None)
+    letter = metric.parse(answer.said, protocol)
+    return letter if letter is not None and letter in possible else None

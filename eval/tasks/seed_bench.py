@@ -1,0 +1,82 @@
+"""SEED-Bench: multiple choice about pictures, and about clips."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from ..metrics import seed_bench as metric
+from .base import (
+    LETTER,
+    Answer,
+    Item,
+    Picture,
+    Score,
+    Setup,
+    Task,
+    accuracy,
+    gold_of,
+    lettered,
+    percent,
+    unparsed_among,
+)
+from .files import Row, field, find_table, first_there, image_folder, read_json, section
+
+
+class SEEDBench(Task):
+    """A folder asks about pictures alone: clips have none until somebody cuts frames."""
+
+    name = "seed_bench"
+    title = "SEED-Bench"
+    split = "image"
+    needs = (
+        "a folder with SEED-Bench.json and SEED-Bench-image/ (the datasets repository "
+        "AILab-CVC/SEED-Bench)",
+        "a folder of lmms-lab-encoder/SEED-Bench (test*.parquet)",
+    )
+    setups = {"llava": Setup(128), "lmms": Setup(1024)}  # noqa: RUF012
+
+    def items(self, source: Path | None, protocol: str, limit: int | None = None) -> list[Item]:
+        if source is None or not source.exists():
+            raise self.missing(source)
+        if source.is_dir() and (table := find_table(source, "test")) is not None:
+            found = []
+            for i, row in enumerate(table.rows):
+                many = table.images_in(i)
+                pictures = tuple(table.image(i, number=j) for j in range(many))
+                found.append(_item(row, table.path, i, pictures))
+            return found[:limit]
+        path = source if source.is_file() else first_there(source, "SEED-Bench.json")
+        if path is None:
+            raise self.missing(source)
+        folder = image_folder(path.parent, "SEED-Bench-image", "images")
+        found = []
+        for i, row in enumerate(section(read_json(path), "questions", path)):
+            is_image = row.get("data_type", "image") == "image"
+            pictures = (Picture.file(folder / str(row.get("data_id"))),) if is_image else ()
+            if is_image or source.is_file():
+                found.append(_item(row, path, i, pictures))
+        return found[:limit]
+
+    def score(self, answers: Sequence[Answer], protocol: str) -> Score:
+        correct = metric.lmms_correct if protocol == "lmms" else metric.llava_correct
+        right = [correct(a.said, gold_of(a)) for a in answers]
+        kinds = [a.item.gold["data_type"] for a in answers]
+        more = {
+            kind: percent([r for r, k in zip(right, kinds, strict=True) if k == kind])
+            for kind in dict.fromkeys(kinds)
+        }
+        split = {("image",): "image", ("video",): "video"}.get(tuple(more), "image and video")
+
+        def parse(text: str) -> object:
+            return next((x for x in "ABCD" if correct(text, x)), None)
+
+        return accuracy(right, unparsed_among(answers, parse), more=more, split=split)
+
+
+def _item(row: Row, path: Path, i: int, pictures: tuple[Picture, ...]) -> Item:
+    number = field(row, "question_id", path, f"row {i}")
+    choices = [str(field(row, f"choice_{x}", path, f"question {number}")) for x in "abcd"]
+    text = f"{field(row, 'question', path, f'question {number}')}\n{lettered(choices)}{LETTER}"
+    gold = {"answer": row.get("answer"), "data_type": row.get("data_type", "image")}
+    return Item(str(number), text, pictures, gold)

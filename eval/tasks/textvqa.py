@@ -1,0 +1,80 @@
+"""TextVQA: questions whose answer is written in the picture."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from ..metrics.vqa import soft_accuracy
+from .base import SHORT, Answer, Item, Picture, Score, Setup, Task, accuracy, gold_of, key
+from .files import field, find_table, first_there, image_folder, json_rows, read_json, section
+
+FILE, ASKED = "TextVQA_0.5.1_val.json", "llava_textvqa_val_v051_ocr.jsonl"
+
+
+class TextVQA(Task):
+    """llava: with the tokens that an OCR engine has read, from LLaVA's question file; lmms:
+    without, and the question put through str.capitalize."""
+
+    name = "textvqa"
+    title = "TextVQA"
+    split = "val"
+    needs = (
+        f"a folder with {FILE} (textvqa.org), train_images/, and for the protocol llava its "
+        f"{ASKED} (LLaVA's eval.zip)",
+        "for lmms also a folder of lmms-lab-encoder/textvqa (validation*.parquet)",
+    )
+    setups = {"llava": Setup(128), "lmms": Setup(16)}  # noqa: RUF012
+
+    def items(self, source: Path | None, protocol: str, limit: int | None = None) -> list[Item]:
+        if source is None or not source.exists():
+            raise self.missing(source)
+        if source.is_dir() and protocol == "lmms":
+            table = find_table(source, "validation", "val")
+            if table is not None:
+                return [
+                    Item(
+                        str(row["question_id"]),
+                        row["question"].capitalize() + SHORT,
+                        (table.image(i),),
+                        {"answers": row["answers"]},
+                        (str(row.get("image_id")),),
+                    )
+                    for i, row in enumerate(table.rows[:limit])
+                ]
+        path = source if source.is_file() else first_there(source, FILE)
+        if path is None:
+            raise self.missing(source)
+        asked = self._asked(source, protocol)
+        folder = image_folder(path.parent, "train_images", "images")
+        items = []
+        for i, row in enumerate(section(read_json(path), "data", path)[:limit]):
+            number = str(field(row, "question_id", path, f"row {i}"))
+            image = str(field(row, "image_id", path, f"row {i}"))
+            question = field(row, "question", path, f"row {i}")
+            text = question.capitalize() + SHORT if protocol == "lmms" else question + SHORT
+            if asked is not None:
+                text = field(asked, key(image, question), source / ASKED, f"question {number}")
+            pictures = (Picture.file(folder / f"{image}.jpg"),)
+            gold = {"answers": row.get("answers")}
+            items.append(Item(number, text, pictures, gold, (image, key(image, question))))
+        return items
+
+    def _asked(self, source: Path, protocol: str) -> dict[str, str] | None:
+        """LLaVA's questions by picture and first line; None where they are not needed."""
+        if protocol == "lmms" or source.is_file():
+            return None
+        path = source / ASKED
+        if not path.is_file():
+            raise self.missing(path)
+        found = {}
+        for i, row in enumerate(json_rows(path)):
+            number = field(row, "question_id", path, f"row {i}")
+            text = field(row, "text", path, f"row {i}")
+            found[key(number, text)] = text
+        return found
+
+    def score(self, answers: Sequence[Answer], protocol: str) -> Score:
+        credits = [soft_accuracy(a.said, gold_of(a, "answers"), "textvqa") for a in answers]
+        split = "val with OCR tokens" if protocol == "llava" else self.split
+        return accuracy(credits, split=split)

@@ -1,0 +1,97 @@
+"""VQAv2: open questions about COCO pictures, ten answers each."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from ..metrics.vqa import evalai_normalise, soft_accuracy
+from .base import SHORT, Answer, Item, Picture, Score, Setup, Task, accuracy, gold_of
+from .files import Row, field, find_table, first_there, image_folder, read_json, section
+
+QUESTIONS = (
+    "v2_OpenEnded_mscoco_val2014_questions.json",
+    "v2_OpenEnded_mscoco_test-dev2015_questions.json",
+)
+
+
+class VQAv2(Task):
+    """val is scored here; test-dev, which papers report, only by the server."""
+
+    name = "vqav2"
+    title = "VQAv2"
+    split = "val"
+    needs = (
+        f"a folder with {QUESTIONS[0]} and v2_mscoco_val2014_annotations.json (visualqa.org) and "
+        "COCO's val2014/",
+        f"a folder with {QUESTIONS[1]} and test2015/, for a submission",
+        "a folder of the datasets repository lmms-lab-encoder/VQAv2 (validation*.parquet)",
+    )
+    setups = {"llava": Setup(128), "lmms": Setup(16)}  # noqa: RUF012
+
+    def items(self, source: Path | None, protocol: str, limit: int | None = None) -> list[Item]:
+        if source is None or not source.exists():
+            raise self.missing(source)
+        if source.is_dir() and (table := find_table(source, "validation", "val")) is not None:
+            return [
+                _item(row, (table.image(i),), _texts(row.get("answers")))
+                for i, row in enumerate(table.rows[:limit])
+            ]
+        path = source if source.is_file() else first_there(source, *QUESTIONS)
+        if path is None:
+            raise self.missing(source)
+        values = read_json(path)
+        if isinstance(values, dict) and "annotations" in values:  # enough to score, not to ask
+            rows = section(values, "annotations", path)
+            return [_item({"question": "", **row}, (), _texts(row["answers"])) for row in rows]
+        rows = section(values, "questions", path)[:limit]
+        year = next(
+            (y for y in ("val2014", "test2015", "train2014") if y[:4] in path.name), "val2014"
+        )
+        answers = _annotations(path)
+        folder = image_folder(path.parent, year, "images")
+        items = []
+        for i, row in enumerate(rows):
+            number = field(row, "question_id", path, f"row {i}")
+            field(row, "question", path, f"question {number}")
+            image = int(field(row, "image_id", path, f"question {number}"))
+            pictures = (Picture.file(folder / f"COCO_{year}_{image:012d}.jpg"),)
+            items.append(_item(row, pictures, answers.get(number)))
+        return items
+
+    def score(self, answers: Sequence[Answer], protocol: str) -> Score:
+        if answers and all(a.item.gold["answers"] is None for a in answers):
+            note = "these questions come without answers; eval.score --submission writes the file "
+            note += "that the server at eval.ai scores"
+            nothing = float("nan")
+            return Score("accuracy", nothing, len(answers), notes=(note,), split="test-dev")
+        rule = "vqav2" if protocol == "lmms" else "vqav2-original"
+        return accuracy([soft_accuracy(a.said, gold_of(a, "answers"), rule) for a in answers])
+
+    def submission(self, answers: Sequence[Answer]) -> list[dict[str, Any]]:
+        """All questions; "" for those without an answer."""
+        return [
+            {"question_id": a.item.question_id, "answer": evalai_normalise(a.said)} for a in answers
+        ]
+
+
+def _item(row: Row, pictures: tuple[Picture, ...], answers: list[str] | None) -> Item:
+    return Item(row["question_id"], row["question"] + SHORT, pictures, {"answers": answers})
+
+
+def _texts(answers: Any) -> list[str] | None:
+    return None if answers is None else [answer["answer"] for answer in answers]
+
+
+def _annotations(questions: Path) -> dict[object, list[str]]:
+    """Question -> answers, of the file that belongs to a question file; none beside test's."""
+    name = questions.name.replace("OpenEnded_", "").replace("questions", "annotations")
+    path = questions.parent / name
+    if not path.is_file():
+        return {}
+    rows = section(read_json(path), "annotations", path)
+    return {
+        field(row, "question_id", path, "a row"): _texts(field(row, "answers", path, "a row")) or []
+        for row in rows
+    }
