@@ -131,6 +131,8 @@ def _flickr(path: Path, folder: Path) -> list[Item]:
             if not tab:
                 raise ValueError(f"{path}, line {i}: no tab between picture and caption")
             captions.setdefault(name.partition("#")[0], []).append(caption)
+    if not captions:
+        raise ValueError(f"{path} is empty; fetch or make it again")
     return [
         _item(Path(name).stem, Picture.file(folder / name), texts, name)
         for name, texts in captions.items()

@@ -57,6 +57,8 @@ class MME(Task):
             metric.Row(str(a.item.question_id), gold_of(a, "category"), gold_of(a), a.said)
             for a in answers
         ]
+        if not rows:
+            raise ValueError("there is no question to score; give a file that has some")
         scores = metric.scores(rows)
         parts = {
             "perception": sum(scores.get(c, 0.0) for c in metric.PERCEPTION),

@@ -40,6 +40,8 @@ class OCRVQA(Task):
             if not isinstance(values, dict):
                 raise ValueError(f"{path} is no object id -> cover; give OCR-VQA's dataset.json")
             folder = image_folder(path.parent, "images")
+            for i, row in values.items():
+                field(row, "questions", path, i)
             test = [(i, row) for i, row in values.items() if row.get("split", 3) == 3]  # 3: test
             for i, row in test[:PICTURES]:
                 covers.append((i, row, (Picture.file(folder / f"{i}.jpg"),)))

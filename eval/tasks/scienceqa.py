@@ -143,9 +143,7 @@ class ScienceQA(Task):
         golds = [gold_of(a) for a in answers]
         letters = [_letter(a, protocol) for a in answers]
         right = [letter == gold for letter, gold in zip(letters, golds, strict=True)]
-        unparsed = sum(
-            a.text is not None and x is None for a, x in zip(answers, letters, strict=True)
-        )
+        given = [letter for a, letter in zip(answers, letters, strict=True) if a.text is not None]
 
         pictured = [bool(a.item.images) for a in answers]
         more: dict[str, Any] = {}
