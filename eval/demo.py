@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import sys
 import time
 from collections import defaultdict
@@ -23,15 +24,17 @@ from typing import Any
 import torch
 
 from minillava import Batch, load, parse_plan
-from minillava.generate import Result, generate
+from minillava.console import Parser, command, natural, positive
+from minillava.generate import Result, Settings, check_plan, generate, prompts_of
 from minillava.llava import LLaVA
 from minillava.processor import Processor
 from minillava.pruning import METHODS
 from weights import scenes
 
-from . import fit
+from . import fit, store
 
 BATCH = 32
+LENGTH = 48  # new tokens; the longest answer is a caption
 SHARES = (0.5, 0.25, 0.11)
 ADAPTIVE = ("prumerge", "prumerge-plus", "text-only")  # they have no budget
 WITHOUT_A_TOWER = ("trim", "cdpruner")
@@ -74,8 +77,9 @@ def plans(model: LLaVA, processor: Processor) -> list[str]:
 
 
 def _fitted(model: LLaVA, processor: Processor, save: int) -> str:
-    prompts, images = zip(*fit.samples(processor, None, 20, seed=0), strict=True)
-    batch = processor(list(prompts), images=[[image] for image in images])
+    pairs = fit.samples(None, 20, seed=0)
+    prompts = [processor.prompt(text, 1) for text, _ in pairs]
+    batch = processor(prompts, images=[[image] for _, image in pairs])
     return f"fitprune:delete={'/'.join(map(str, fit.fit(model, batch, save)))}"
 
 
@@ -99,7 +103,7 @@ def measure(
     right: dict[str, list[bool]] = defaultdict(list)
     entering: list[float] = []
     for i, (batch, examples) in enumerate(groups):
-        result = generate(model, batch, plan, max_new_tokens=48, seed=seed + i * BATCH)
+        result = generate(model, batch, plan, max_new_tokens=LENGTH, seed=seed + i * BATCH)
         entering.append(_mean_entering(result))
         for tokens, example in zip(result.tokens, examples, strict=True):
             right[example.kind].append(processor.decode(tokens).strip() == example.answer)
@@ -137,41 +141,62 @@ def table(rows: Sequence[dict[str, Any]]) -> str:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
-    parser.add_argument("plans", nargs="*", metavar="PLAN")
-    parser.add_argument("--model", default=str(Path(__file__).parent.parent / "weights" / "demo"))
-    parser.add_argument("--questions", type=int, default=900, help="default 900")
-    parser.add_argument("--kinds", nargs="+", choices=[*scenes.KINDS])
-    parser.add_argument("--seed", type=int, default=2026)
-    parser.add_argument("--out", type=Path, help="write NAME.json and NAME.md")
-    args = parser.parse_args(argv)
-    try:
-        model, processor = load(args.model)
-        wanted = ["", *args.plans]
-        if not args.plans:
-            wanted = plans(model, processor)
-        for text in wanted:
-            parse_plan(text or None)
-        groups = questions(processor, args.seed, args.questions, args.kinds)
-        rows = []
-        for text in wanted:
-            rows.append(measure(model, processor, groups, text, args.seed))
-            print(json.dumps(rows[-1]), file=sys.stderr, flush=True)
-    except ValueError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+    """Run the command line; returns its exit code: 0, 2 after an error, 130 after Ctrl-C."""
+    parser = Parser(
+        prog="python -m eval.demo",
+        description=(__doc__ or "").partition("\n")[0],
+        allow_abbrev=False,
+    )
+    add = parser.add_argument
+    add("plans", nargs="*", metavar="PLAN")
+    add("--model", default=str(Path(__file__).parent.parent / "weights" / "demo"))
+    add("--questions", type=positive, default=900, help="default 900")
+    add("--kinds", nargs="+", choices=[*scenes.KINDS])
+    add("--seed", type=natural, default=2026)
+    add("--out", type=Path, help="write NAME.json and NAME.md")
+    return command(lambda: _run(parser.parse_args(argv)))
+
+
+def _run(args: argparse.Namespace) -> None:
+    for text in args.plans:
+        parse_plan(text)
+    files = _out(args.out) if args.out else []
+    model, processor = load(args.model)
+    wanted = ["", *args.plans] if args.plans else plans(model, processor)
+    groups = questions(processor, args.seed, args.questions, args.kinds)
+    check(model, groups[0][0], wanted)
+    rows = []
+    for text in wanted:
+        rows.append(measure(model, processor, groups, text, args.seed))
+        print(json.dumps(rows[-1]), file=sys.stderr, flush=True)
     seconds, threads = sum(row["seconds"] for row in rows), torch.get_num_threads()
     note = (
         f"{args.questions} held-out questions, seed {args.seed}; {seconds:.0f} s on {threads} "
         f"thread{'s' * (threads > 1)}, torch {torch.__version__.partition('+')[0]}"
     )
-    if args.out:
-        args.out.parent.mkdir(parents=True, exist_ok=True)
-        found = {"seed": args.seed, "model": Path(args.model).name, "rows": rows}
-        args.out.with_suffix(".json").write_text(json.dumps(found, indent=1) + "\n")
-        args.out.with_suffix(".md").write_text(f"{note}\n\n{table(rows)}\n")
-    print(f"{note}\n\n{table(rows)}")
-    return 0
+    print(f"{note}\n\n{table(rows)}", flush=True)
+    found = {"seed": args.seed, "model": Path(args.model).name, "rows": rows}
+    texts = (json.dumps(found, indent=1) + "\n", f"{note}\n\n{table(rows)}\n")
+    for path, text in zip(files, texts, strict=False):
+        store.write_whole(path, text)
+
+
+def check(model: LLaVA, batch: Batch, texts: Sequence[str]) -> None:
+    """Refuse plans that cannot run before minutes go into those before them (ValueError)."""
+    layers, patches = model.config.text.num_hidden_layers, model.config.vision.num_patches
+    settings, prompts = Settings(LENGTH, 0, (), 0.0, 1.0, 0), prompts_of(model, batch)
+    for text in texts:
+        check_plan(model, prompts, parse_plan(text or None).resolve(layers, patches), settings)
+
+
+def _out(name: Path) -> list[Path]:
+    """NAME.json and NAME.md, where they can be written."""
+    name.parent.mkdir(parents=True, exist_ok=True)
+    files = [name.with_suffix(".json"), name.with_suffix(".md")]
+    for path in files:
+        if path.is_dir() or not os.access(path.parent, os.W_OK):
+            raise ValueError(f"--out {name}: {path} cannot be written; give another name")
+    return files
 
 
 if __name__ == "__main__":

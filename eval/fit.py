@@ -22,9 +22,10 @@ stays. All samples run as one batch, so that the layers of all can be counted to
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import ClassVar
@@ -35,9 +36,9 @@ from torch import Tensor
 
 from minillava import Batch, load, parse_plan
 from minillava.config import TextConfig
+from minillava.console import Parser, command, natural, positive, real
 from minillava.generate import generate, prompts_of
 from minillava.llava import LLaVA
-from minillava.processor import Processor
 from minillava.pruning import Context, Keep, Method, Plan
 from minillava.pruning.base import Stage
 
@@ -188,50 +189,73 @@ def fit(model: LLaVA, batch: Batch, percent: int) -> tuple[int, ...]:
 # ---------------------------------------------------------------- samples
 
 
-def samples(
-    processor: Processor, file: Path | None, n: int, seed: int
-) -> Iterator[tuple[str, Image.Image]]:
-    """Prompts and their pictures: the file's first n, or n of the demo's scenes."""
+def samples(file: Path | None, n: int, seed: int) -> list[tuple[str, Image.Image]]:
+    """Questions and their pictures: the file's first n, or n of the demo's scenes.
+
+    Raises ValueError for a line that is not as it should be.
+    """
     if file is None:
         from weights import scenes
 
-        pairs = [(e.question, scene.image) for scene, e in scenes.held_out(seed, n, None)]
-    else:
-        lines = [json.loads(line) for line in file.read_text().splitlines() if line.strip()][:n]
-        pairs = [(x["text"], Image.open(file.parent / x["image"])) for x in lines]
-    return ((processor.prompt(text, 1), image) for text, image in pairs)
+        return [(e.question, scene.image) for scene, e in scenes.held_out(seed, n, None)]
+    lines = ((i, x) for i, x in enumerate(file.read_text("utf-8").splitlines(), 1) if x.strip())
+    found: list[tuple[str, Image.Image]] = []
+    for i, line in itertools.islice(lines, n):
+        try:
+            sample = json.loads(line)
+            text, name = str(sample["text"]), str(sample["image"])
+        except (ValueError, KeyError, TypeError):
+            raise ValueError(
+                f'{file}, line {i}: {line[:60]!r} must be {{"image": FILE, "text": QUESTION}}; '
+                "correct it"
+            ) from None
+        found.append((text, Image.open(file.parent / name)))
+    if not found:
+        raise ValueError(f"{file} has no samples; give one JSON object a line")
+    return found
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
-    parser.add_argument("method", choices=["vtw", "fitprune"])
-    parser.add_argument("--model", default=str(Path(__file__).parent.parent / "weights" / "demo"))
-    parser.add_argument("--samples", type=Path, metavar="FILE.jsonl")
-    parser.add_argument("--number", type=int, default=20, help="samples, default 20")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--threshold", type=float, default=0.003, help="vtw, default 0.003")
-    parser.add_argument("--first", type=int, default=5, help="vtw: first layer tried, default 5")
-    parser.add_argument("--save", type=int, default=60, help="fitprune: percent, default 60")
-    args = parser.parse_args(argv)
-    try:
-        model, processor = load(args.model)
-        pairs = list(samples(processor, args.samples, args.number, args.seed))
-        if args.method == "vtw":
-            layers = range(args.first, model.config.text.num_hidden_layers)
-            batches = [processor([prompt], images=[[image]]) for prompt, image in pairs]
-            found = divergences(model, batches, layers)
-            for layer, value in zip(layers, found.tolist(), strict=True):
-                print(f"layer {layer:2}  {value:.6f}")
-            print(f"vtw:layer={first_below(found, layers, args.threshold)}")
-        else:
-            prompts, images = zip(*pairs, strict=True)
-            batch = processor(list(prompts), images=[[image] for image in images])
-            table = fit(model, batch, args.save)
-            print(f"fitprune:delete={'/'.join(map(str, table))}")
-    except (ValueError, OSError, KeyError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    return 0
+    """Run the command line; returns its exit code: 0, 2 after an error, 130 after Ctrl-C."""
+    parser = Parser(
+        prog="python -m eval.fit",
+        description=(__doc__ or "").partition("\n")[0],
+        allow_abbrev=False,
+    )
+    add = parser.add_argument
+    add("method", choices=["vtw", "fitprune"])
+    add("--model", default=str(Path(__file__).parent.parent / "weights" / "demo"))
+    add("--samples", type=Path, metavar="FILE.jsonl")
+    add("--number", type=positive, default=20, help="samples, default 20")
+    add("--seed", type=natural, default=0)
+    add("--threshold", type=real, default=0.003, help="vtw, default 0.003")
+    add("--first", type=natural, default=5, help="vtw: first layer tried, default 5")
+    add("--save", type=positive, default=60, help="fitprune: percent, default 60")
+    return command(lambda: _run(parser.parse_args(argv)))
+
+
+def _run(args: argparse.Namespace) -> None:
+    if args.save > 99:
+        raise ValueError(
+            f"--save {args.save} must be a percentage from 1 to 99; give a smaller one"
+        )
+    pairs = samples(args.samples, args.number, args.seed)
+    model, processor = load(args.model)
+    prompts = [processor.prompt(text, 1) for text, _ in pairs]
+    images = [[image] for _, image in pairs]
+    if args.method == "fitprune":
+        table = fit(model, processor(prompts, images=images), args.save)
+        print(f"fitprune:delete={'/'.join(map(str, table))}")
+        return
+    n_layers = model.config.text.num_hidden_layers
+    layers = range(args.first, n_layers)
+    if not layers:
+        raise ValueError(f"--first {args.first}, but the model has {n_layers} layers; give fewer")
+    batches = [processor([p], images=[i]) for p, i in zip(prompts, images, strict=True)]
+    found = divergences(model, batches, layers)
+    for layer, value in zip(layers, found.tolist(), strict=True):
+        print(f"layer {layer:2}  {value:.6f}")
+    print(f"vtw:layer={first_below(found, layers, args.threshold)}")
 
 
 if __name__ == "__main__":

@@ -27,11 +27,11 @@ import torch
 from torch import Tensor
 
 from minillava import Batch, load, parse_plan
-from minillava.checkpoint import DTYPES, QUANTIZE, empty_model
+from minillava.checkpoint import DTYPES, QUANTIZE, empty_model, find_device
 from minillava.config import Config, TextConfig, VisionConfig
-from minillava.console import complain, one_voice
+from minillava.console import Parser, command, positive
 from minillava.fill import fill, forms_of
-from minillava.generate import generate
+from minillava.generate import Settings, check_plan, generate, prompts_of
 from minillava.linear import weight_bytes
 from minillava.llama import causal_attention
 from minillava.llava import LLaVA
@@ -170,6 +170,10 @@ def measure(
     bandwidth: float,
 ) -> list[Row]:
     """All plans in turn, `repeats` rounds after one that does not count; the first is unpruned."""
+    layers, patches = model.config.text.num_hidden_layers, model.config.vision.num_patches
+    settings, prompts = Settings(new_tokens, new_tokens, (), 0.0, 1.0, 0), prompts_of(model, batch)
+    for text in plans:  # what cannot run is refused before any plan takes its time
+        check_plan(model, prompts, parse_plan(text or None).resolve(layers, patches), settings)
     results = {text: Measured() for text in plans}
     for turn in range(repeats + 1):
         for text, m in results.items():
@@ -219,7 +223,9 @@ def _row(model: LLaVA, form: str, text: str, m: Measured, whole: Measured, bandw
 
 def run(args: argparse.Namespace) -> tuple[list[Row], Limits]:
     """Every form in turn, each with its own model in memory; all plans on each."""
-    device = torch.device(args.device)
+    device = find_device(args.device)
+    if args.layers and args.shape is None:
+        raise ValueError(f"--layers {args.layers} is of --shape; give --shape 7b or 13b with it")
     plans = list(dict.fromkeys(["", *args.prune]))
     for text in plans:
         parse_plan(text or None)
@@ -312,6 +318,11 @@ def runs(counts: Sequence[int]) -> str:
     return ", ".join(f"{len(list(same))} x {n}" for n, same in itertools.groupby(counts))
 
 
+def as_json(rows: Sequence[Row], limits: Limits) -> str:
+    found = {"machine": machine(limits), "limits": limits, "rows": rows}
+    return json.dumps(found, default=asdict)
+
+
 def machine(limits: Limits) -> str:
     rates = ", ".join(f"{form} {rate / 1e9:.0f}" for form, rate in limits.gemm.items())
     return (
@@ -323,56 +334,38 @@ def machine(limits: Limits) -> str:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(
-        prog="python -m eval.latency", description=(__doc__ or "").partition("\n")[0]
+    """Run the command line; returns its exit code: 0, 2 after an error, 130 after Ctrl-C."""
+    parser = Parser(
+        prog="python -m eval.latency",
+        description=(__doc__ or "").partition("\n")[0],
+        allow_abbrev=False,
     )
     which = parser.add_mutually_exclusive_group()
     which.add_argument("--model", default=str(DEMO), metavar="DIR|HUB_ID", help="default: the demo")
     which.add_argument("--shape", choices=SHAPES, help="random weights of a true shape instead")
-    parser.add_argument("--layers", type=_count, help="of --shape: only so many decoder layers")
-    parser.add_argument("--prune", nargs="+", default=["fastv:k=2,r=0.5"], metavar="PLAN")
-    parser.add_argument("--form", nargs="+", default=["float32"], choices=FORMS)
-    parser.add_argument("--text-tokens", type=_count, default=44, help="beside the picture's")
-    parser.add_argument("--new-tokens", type=_count, default=8)
-    parser.add_argument("--repeats", type=_count, default=3, help="rounds that count, default 3")
-    parser.add_argument("--device", default="cpu")
-    parser.add_argument("--json", action="store_true", help="one object with every number")
-    args = parser.parse_args(argv)
-    try:
-        with one_voice():
-            rows, limits = run(args)
-    except (ValueError, MemoryError, RuntimeError) as error:
-        complain(error)
-        return 2
-    except KeyboardInterrupt:
-        return 130
-    if args.json:
-        print(
-            json.dumps(
-                {
-                    "machine": machine(limits),
-                    "limits": asdict(limits),
-                    "rows": [asdict(row) for row in rows],
-                }
-            )
-        )
-    else:
-        print(f"{machine(limits)}\n\n{table(rows)}")
-    for row in rows:
-        if not row.pays:
-            print(
-                f"warning: {row.plan} does not pay here: its prefill takes "
-                f"{1 / row.speedup:.2f} times as long as the unpruned one",
-                file=sys.stderr,
-            )
-    return 0
+    add = parser.add_argument
+    add("--layers", type=positive, help="of --shape: only so many decoder layers")
+    add("--prune", nargs="+", default=["fastv:k=2,r=0.5"], metavar="PLAN")
+    add("--form", nargs="+", default=["float32"], choices=FORMS)
+    add("--text-tokens", type=positive, default=44, help="beside the picture's")
+    add("--new-tokens", type=positive, default=8)
+    add("--repeats", type=positive, default=3, help="rounds that count, default 3")
+    add("--device", default="cpu")
+    add("--json", action="store_true", help="one object with every number")
 
+    def act() -> None:
+        args = parser.parse_args(argv)
+        rows, limits = run(args)
+        print(as_json(rows, limits) if args.json else f"{machine(limits)}\n\n{table(rows)}")
+        for row in rows:
+            if not row.pays:
+                print(
+                    f"warning: {row.plan} does not pay here: its prefill takes "
+                    f"{1 / row.speedup:.2f} times as long as the unpruned one",
+                    file=sys.stderr,
+                )
 
-def _count(text: str) -> int:
-    n = int(text) if text.isdecimal() else 0
-    if not n:
-        raise argparse.ArgumentTypeError(f"{text!r} must be a whole number from 1 on")
-    return n
+    return command(act)
 
 
 if __name__ == "__main__":

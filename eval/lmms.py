@@ -20,7 +20,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 from unittest.mock import patch
 
-from minillava.console import complain
+from minillava.console import Parser, complain
 
 NAME, CLASS = "minillava", "eval.lmms_model.MiniLLaVA"
 
@@ -28,9 +28,12 @@ NAME, CLASS = "minillava", "eval.lmms_model.MiniLLaVA"
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a command line of lmms-eval; returns its exit code."""
     words = list(sys.argv[1:] if argv is None else argv)
-    if words in (["-h"], ["--help"]):
-        print(__doc__)
+    asks_for_help = words in (["-h"], ["--help"])
+    if asks_for_help:
+        print(__doc__, flush=True)
     if importlib.util.find_spec("lmms_eval") is None:
+        if asks_for_help:
+            return 0
         complain(ValueError("lmms-eval is not installed; pip install 'minillava[lmms]'"))
         return 2
     try:
@@ -62,6 +65,7 @@ def _run(words: list[str]) -> None:
     single = _failing(own.cli_evaluate_single)
     with (
         patch.object(own, "cli_evaluate_single", single),
+        patch.object(argparse.ArgumentParser, "error", Parser.error),
         patch.object(sys, "argv", ["lmms-eval", *words]),
     ):
         dispatch()

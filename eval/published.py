@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import Any
 
 from minillava import parse_plan
-from minillava.console import Parser, complain
+from minillava.console import Parser, command
 from minillava.pruning import Method
 
 FILE = Path(__file__).with_name("published.json")
@@ -435,20 +435,17 @@ def main(argv: Sequence[str] | None = None) -> int:
         "--method", metavar="M", help="as a source or a plan names it: FastV, fastv"
     )
     parser.add_argument("--json", action="store_true")
-    try:
+
+    def run() -> None:
         args = parser.parse_args(argv)
         every = load()
         found = find(every, args.task, args.method)
         if not found:
             asked = f"--task {args.task}" + (f" --method {args.method}" if args.method else "")
             raise ValueError(f"nothing is published here for {asked}; leave one out to see more")
-        print(as_json(found, every) if args.json else listing(found, every), flush=True)
-    except BrokenPipeError:  # whoever reads us has enough, as `head` does
-        return 141
-    except (ValueError, OSError) as error:
-        complain(error)
-        return 2
-    return 0
+        print(as_json(found, every) if args.json else listing(found, every))
+
+    return command(run)
 
 
 if __name__ == "__main__":

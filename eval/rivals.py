@@ -12,16 +12,19 @@ tokens of a GGUF file, without any vision. Beside it stand our own: `python -m e
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import json
+import shutil
 import subprocess
 import sys
 import time
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
 
-from minillava.console import complain, one_voice
+from minillava.console import Parser, command, positive
 
 from . import cost
 
@@ -93,40 +96,58 @@ def llama_cpp_times(bench: str, gguf: str, tokens: int, threads: int) -> dict[st
     except (OSError, subprocess.CalledProcessError) as error:
         said = (getattr(error, "stderr", None) or str(error)).strip().splitlines()
         raise ValueError(f"--llama-bench {bench} failed ({said[-1] if said else error})") from None
-    tests = json.loads(done.stdout)
-    prefill = next(t for t in tests if t["n_prompt"])["avg_ns"] / 1e9
-    token = next(t for t in tests if t["n_gen"])
-    return {"prefill": prefill, "per_token": token["avg_ns"] / 1e9 / token["n_gen"]}
+    try:
+        prefill, token = json.loads(done.stdout)
+        return {
+            "prefill": prefill["avg_ns"] / 1e9,
+            "per_token": token["avg_ns"] / 1e9 / token["n_gen"],
+        }
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(
+            f"--llama-bench {bench} printed something else than its results as JSON "
+            f"({type(error).__name__}: {error}); give llama.cpp's llama-bench"
+        ) from None
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(
-        prog="python -m eval.rivals", description=(__doc__ or "").partition("\n")[0]
+    """Run the command line; returns its exit code: 0, 2 after an error, 130 after Ctrl-C."""
+    parser = Parser(
+        prog="python -m eval.rivals",
+        description=(__doc__ or "").partition("\n")[0],
+        allow_abbrev=False,
     )
-    parser.add_argument("--dtype", choices=("bfloat16", "float16", "float32"), default="bfloat16")
-    parser.add_argument("--tokens", type=int, default=620)
-    parser.add_argument("--repeats", type=int, default=2)
-    parser.add_argument("--llama-bench", metavar="BIN")
-    parser.add_argument("--gguf", metavar="FILE", help="a 7B for llama-bench, random or real")
-    args = parser.parse_args(argv)
+    add = parser.add_argument
+    add("--dtype", choices=("bfloat16", "float16", "float32"), default="bfloat16")
+    add("--tokens", type=positive, default=620, help="of the prompt, default 620")
+    add("--repeats", type=positive, default=2, help="that count, default 2")
+    add("--llama-bench", metavar="BIN")
+    add("--gguf", metavar="FILE", help="a 7B for llama-bench, random or real")
+    return command(lambda: _run(parser.parse_args(argv)))
+
+
+def _run(args: argparse.Namespace) -> None:
+    _check(args)
     began = time.perf_counter()
-    try:
-        if bool(args.llama_bench) != bool(args.gguf):
-            raise ValueError("--llama-bench and --gguf belong together; give both or neither")
-        with one_voice():
-            dtype = getattr(torch, args.dtype)
-            times = transformers_times(dtype, args.tokens, args.repeats)
-            found = {f"transformers {args.dtype}": times}
-        if args.llama_bench:
-            threads = torch.get_num_threads()
-            found["llama.cpp"] = llama_cpp_times(args.llama_bench, args.gguf, args.tokens, threads)
-    except (ValueError, ImportError, RuntimeError) as error:
-        complain(error)
-        return 2
+    times = transformers_times(getattr(torch, args.dtype), args.tokens, args.repeats)
+    found = {f"transformers {args.dtype}": times}
+    if args.llama_bench:
+        threads = torch.get_num_threads()
+        found["llama.cpp"] = llama_cpp_times(args.llama_bench, args.gguf, args.tokens, threads)
     for name, times in found.items():
         print(f"{name}: " + ", ".join(f"{what} {value:.3f} s" for what, value in times.items()))
     print(f"{time.perf_counter() - began:.0f} s in all", file=sys.stderr)
-    return 0
+
+
+def _check(args: argparse.Namespace) -> None:
+    """What can be refused before minutes of work."""
+    if bool(args.llama_bench) != bool(args.gguf):
+        raise ValueError("--llama-bench and --gguf belong together; give both or neither")
+    if args.llama_bench and shutil.which(args.llama_bench) is None:
+        raise ValueError(f"--llama-bench {args.llama_bench} is no program; give llama.cpp's")
+    if args.gguf and not Path(args.gguf).is_file():
+        raise ValueError(f"there is no file --gguf {args.gguf}; give the GGUF file of a 7B")
+    if importlib.util.find_spec("transformers") is None:
+        raise ValueError("transformers is not installed; pip install 'minillava[test]'")
 
 
 if __name__ == "__main__":

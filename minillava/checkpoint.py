@@ -59,7 +59,7 @@ def load(
     if that is a terminal.
     Every failure is a ValueError of one line with the value, what was allowed and what to do.
     """
-    place, storage = _device(device), _dtype(dtype)
+    place, storage = find_device(device), _dtype(dtype)
     if quantize not in (None, *QUANTIZE):
         raise ValueError(f"quantize={quantize!r}, but must be {', '.join(QUANTIZE)}; choose one")
     if quantize == "int8-dynamic" and place != _CPU:
@@ -157,7 +157,8 @@ def _some(names: list[str]) -> str:
     return ", ".join(names[:_LISTED]) + more
 
 
-def _device(device: str | torch.device) -> torch.device:
+def find_device(device: str | torch.device) -> torch.device:
+    """cpu, cuda or cuda:N, if it is there (ValueError)."""
     name = str(device)
     if not re.fullmatch(r"cpu|cuda(:\d+)?", name):
         raise ValueError(f"device={name!r}, but must be cpu, cuda or cuda:N; choose one of them")

@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from .checkpoint import load
-from .console import Parser, complain, one_voice
+from .console import Parser, command, real, whole
 from .fetch import open_image
 from .generate import Settings
 from .image import ASPECTS
@@ -27,17 +27,7 @@ DEMO = Path(__file__).parent.parent / "weights" / "demo"  # beside the package i
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a command line; returns its exit code: 0, 2 after an error, 130 after Ctrl-C."""
-    try:
-        with one_voice():
-            _run(_parser().parse_args(argv))
-        return 0
-    except KeyboardInterrupt:
-        return 130
-    except BrokenPipeError:  # whoever reads us has enough, as `head` does
-        return 141
-    except (ValueError, OSError, MemoryError, RuntimeError) as error:
-        complain(error)
-        return 2
+    return command(lambda: _run(_parser().parse_args(argv)))
 
 
 def _run(args: argparse.Namespace) -> None:
@@ -151,11 +141,11 @@ def _parser() -> argparse.ArgumentParser:
         help="for example fastv:k=2,r=0.5; --list-methods shows all",
     )
     add("--focus", metavar="TEXT", help="what text-guided methods look at, else the question")
-    add("--max-new-tokens", metavar="N", type=_whole, default=256)
-    add("--min-new-tokens", metavar="N", type=_whole, default=0)
-    add("--temperature", metavar="T", type=_real, default=0.0, help="0: always the likeliest token")
-    add("--top-p", metavar="P", type=_real, default=1.0)
-    add("--seed", metavar="S", type=_whole, help="of sampling, and of methods that draw")
+    add("--max-new-tokens", metavar="N", type=whole, default=256)
+    add("--min-new-tokens", metavar="N", type=whole, default=0)
+    add("--temperature", metavar="T", type=real, default=0.0, help="0: always the likeliest token")
+    add("--top-p", metavar="P", type=real, default=1.0)
+    add("--seed", metavar="S", type=whole, help="of sampling, and of methods that draw")
     add("--stop", metavar="TEXT", action="append", default=[], help="end before this text")
     add("--device", metavar="D", default="cpu", help="cpu, cuda or cuda:N")
     add("--dtype", metavar="T", help="float32, float16 or bfloat16; on a CPU of storage only")
@@ -168,17 +158,3 @@ def _parser() -> argparse.ArgumentParser:
     add("--chat", action="store_true", help="go on with the lines of stdin")
     add("--list-methods", action="store_true", help="show pruning methods, options and presets")
     return parser
-
-
-def _whole(text: str) -> int:
-    try:
-        return int(text)
-    except ValueError:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number") from None
-
-
-def _real(text: str) -> float:
-    try:
-        return float(text)
-    except ValueError:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a number") from None

@@ -6,10 +6,11 @@ import argparse
 import contextlib
 import io
 import logging
+import os
 import re
 import sys
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import NoReturn
 
 import torch
@@ -22,6 +23,60 @@ class Parser(argparse.ArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         raise ValueError(f"{message.removeprefix('argument ')}; --help explains the options")
+
+    def exit(self, status: int = 0, message: str | None = None) -> NoReturn:
+        _flush()  # the text of --help
+        super().exit(status, message)
+
+
+def command(act: Callable[[], object]) -> int:
+    """Parse and act; returns the exit code: 0, 2 after one line for an error, 130 after Ctrl-C."""
+    try:
+        with one_voice():
+            act()
+        return 0
+    except KeyboardInterrupt:
+        return 130
+    except BrokenPipeError:  # whoever reads us has enough, as `head` does
+        return 141
+    except (ValueError, OSError, MemoryError, RuntimeError) as error:
+        complain(error)
+        return 2
+
+
+# ---------------------------------------------------------------- values of options
+
+
+def whole(text: str) -> int:
+    try:
+        return int(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number") from None
+
+
+def positive(text: str) -> int:
+    """What counts something."""
+    n = int(text) if text.isdecimal() else 0
+    if not n:
+        raise argparse.ArgumentTypeError(f"{text!r} must be a whole number from 1 on")
+    return n
+
+
+def natural(text: str) -> int:
+    """A seed, for instance."""
+    if not text.isdecimal():
+        raise argparse.ArgumentTypeError(f"{text!r} must be a whole number from 0 on")
+    return int(text)
+
+
+def real(text: str) -> float:
+    try:
+        return float(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number") from None
+
+
+# ---------------------------------------------------------------- what is said
 
 
 @contextlib.contextmanager
@@ -36,8 +91,23 @@ def one_voice() -> Iterator[None]:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             yield
+        _flush()
+    except BrokenPipeError:
+        _flush()
+        raise
     finally:
         logging.disable(before)
+
+
+def _flush() -> None:
+    """Raises BrokenPipeError if nobody reads any more; what is left is then thrown away, or Python
+    would try again at its end and complain of it."""
+    try:
+        sys.stdout.flush()
+    except BrokenPipeError:
+        if sys.stdout is sys.__stdout__:
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        raise
 
 
 def complain(error: Exception) -> None:

@@ -146,10 +146,6 @@ def test_samples_from_a_file(tmp_path: Path) -> None:
     lines = [json.dumps({"image": "a.png", "text": t, "question_id": 1}) for t in ("x?", "y?")]
     (tmp_path / "q.jsonl").write_text("\n".join(lines) + "\n\n")
 
-    class Processor:
-        def prompt(self, text: str, images: int) -> str:
-            return f"{images} {text}"
-
-    found = list(fit.samples(Processor(), tmp_path / "q.jsonl", 1, 0))  # type: ignore[arg-type]
-    assert [prompt for prompt, _ in found] == ["1 x?"]
+    found = fit.samples(tmp_path / "q.jsonl", 1, 0)
+    assert [text for text, _ in found] == ["x?"]
     assert found[0][1].size == (4, 4)

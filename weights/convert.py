@@ -16,7 +16,6 @@ such a logit is the mean of the true ones, so it is never the largest.
 
 from __future__ import annotations
 
-import argparse
 import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -28,7 +27,7 @@ from torch import Tensor
 
 from minillava.checkpoint import empty_model, match
 from minillava.config import Config
-from minillava.console import complain, one_voice
+from minillava.console import Parser, command
 from minillava.entries import Entries, read_json
 from minillava.names import our_name, published_name
 from minillava.shards import Stored
@@ -70,8 +69,10 @@ class Conversion:
 
 def main(argv: list[str] | None = None) -> int:
     """Returns the exit code: 0, 2 after an error, 130 after Ctrl-C."""
-    parser = argparse.ArgumentParser(
-        prog="python -m weights.convert", description=(__doc__ or "").partition("\n")[0]
+    parser = Parser(
+        prog="python -m weights.convert",
+        description=(__doc__ or "").partition("\n")[0],
+        allow_abbrev=False,
     )
     parser.add_argument("src", type=Path, metavar="SRC", help="folder of the checkpoint")
     parser.add_argument("dst", type=Path, metavar="DST", help="folder to write, or to go on with")
@@ -81,17 +82,13 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument(
         "--base", type=Path, metavar="DIR", help=f"folder of the Llama for a SRC of {PROJECTOR}"
     )
-    args = parser.parse_args(argv)
-    try:
-        with one_voice():
-            convert(args.src, args.dst, args.vision_tower, args.base)
-    except (ValueError, OSError, MemoryError) as error:
-        complain(error)
-        return 2
-    except KeyboardInterrupt:
-        return 130
-    print(f"{args.dst} is complete: python -m minillava.generate --model {args.dst}")
-    return 0
+
+    def run() -> None:
+        args = parser.parse_args(argv)
+        convert(args.src, args.dst, args.vision_tower, args.base)
+        print(f"{args.dst} is complete: python -m minillava.generate --model {args.dst}")
+
+    return command(run)
 
 
 def convert(

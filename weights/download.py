@@ -8,11 +8,10 @@ the CLIP that they name with them; `python -m weights.convert` makes of them wha
 
 from __future__ import annotations
 
-import argparse
 import sys
 from pathlib import Path
 
-from minillava.console import complain, one_voice
+from minillava.console import Parser, command
 from minillava.entries import read_json
 from minillava.hub import fetch, snapshot
 
@@ -21,23 +20,19 @@ _SMALL = ["*.json", "tokenizer.model"]
 
 def main(argv: list[str] | None = None) -> int:
     """Print the folder that `--model` takes; 2 and one line on stderr where there is none."""
-    parser = argparse.ArgumentParser(prog="python -m weights.download", description=__doc__)
+    parser = Parser(prog="python -m weights.download", description=__doc__, allow_abbrev=False)
     parser.add_argument("hub_id", nargs="?", default="llava-hf/llava-1.5-7b-hf")
     parser.add_argument("--revision", help="branch, tag or commit; default: main")
     parser.add_argument("--to", metavar="DIR", help="a folder of your own instead of the cache")
-    args = parser.parse_args(argv)
-    try:
-        with one_voice():
-            folder = fetch_any(args.hub_id, args.revision, args.to)
-            print(folder)
-            if "mm_vision_tower" in read_json(folder / "config.json"):
-                print(f"next: python -m weights.convert {folder} DST", file=sys.stderr)
-    except ValueError as error:
-        complain(error)
-        return 2
-    except KeyboardInterrupt:
-        return 130
-    return 0
+
+    def run() -> None:
+        args = parser.parse_args(argv)
+        folder = fetch_any(args.hub_id, args.revision, args.to)
+        print(folder)
+        if "mm_vision_tower" in read_json(folder / "config.json"):
+            print(f"next: python -m weights.convert {folder} DST", file=sys.stderr)
+
+    return command(run)
 
 
 def fetch_any(hub_id: str, revision: str | None = None, to: str | None = None) -> Path:

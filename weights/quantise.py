@@ -11,7 +11,6 @@ on (files.py).
 
 from __future__ import annotations
 
-import argparse
 import sys
 from pathlib import Path
 
@@ -20,7 +19,7 @@ from torch import Tensor
 
 from minillava.checkpoint import empty_model, match
 from minillava.config import Config
-from minillava.console import complain, one_voice
+from minillava.console import Parser, command
 from minillava.entries import read_json
 from minillava.fill import quantised_layers
 from minillava.hub import find
@@ -35,23 +34,21 @@ _DTYPES = FLOATS | {"I8": torch.int8, "U8": torch.uint8}
 
 def main(argv: list[str] | None = None) -> int:
     """Returns the exit code: 0, 2 after an error, 130 after Ctrl-C."""
-    parser = argparse.ArgumentParser(
-        prog="python -m weights.quantise", description=(__doc__ or "").partition("\n")[0]
+    parser = Parser(
+        prog="python -m weights.quantise",
+        description=(__doc__ or "").partition("\n")[0],
+        allow_abbrev=False,
     )
     parser.add_argument("src", metavar="SRC", help="folder or hub id of a llava-hf checkpoint")
     parser.add_argument("dst", type=Path, metavar="DST", help="folder to write, or to go on with")
     parser.add_argument("--bits", type=int, choices=(8, 4), required=True)
-    args = parser.parse_args(argv)
-    try:
-        with one_voice():
-            quantise(find(args.src), args.dst, args.bits)
-    except (ValueError, MemoryError) as error:
-        complain(error)
-        return 2
-    except KeyboardInterrupt:
-        return 130
-    print(f"{args.dst} is complete: python -m minillava.generate --model {args.dst}")
-    return 0
+
+    def run() -> None:
+        args = parser.parse_args(argv)
+        quantise(find(args.src), args.dst, args.bits)
+        print(f"{args.dst} is complete: python -m minillava.generate --model {args.dst}")
+
+    return command(run)
 
 
 def quantise(src: Path, dst: Path, bits: int, shard_bytes: int = SHARD_BYTES) -> None:

@@ -21,8 +21,10 @@ from __future__ import annotations
 import argparse
 import io
 import socket
+import sys
 import time
 from collections import defaultdict
+from collections.abc import Sequence
 from dataclasses import dataclass
 from multiprocessing import get_context
 from pathlib import Path
@@ -33,6 +35,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
+
+from minillava.console import Parser, command, natural, positive, real
 
 from .demo_data import CONFIG, RUNS, Batch, Mix, make_batch, tokenizer, write_whole
 from .demo_model import Demo, Muon, answer_loss, patch_loss, symbols
@@ -324,16 +328,24 @@ def accuracy(model: Demo, batch: Batch) -> dict[str, float]:
     return summary(right)
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+def main(argv: Sequence[str] | None = None) -> int:
+    """Returns the exit code: 0, 2 after an error, 130 after Ctrl-C."""
+    parser = Parser(
+        prog="python -m weights.train_demo",
+        description=(__doc__ or "").partition("\n")[0],
+        allow_abbrev=False,
+    )
     parser.add_argument("--stage", choices=STAGES, help="only this one")
-    parser.add_argument("--seed", type=int, default=1)
-    parser.add_argument("--workers", type=int, default=2, help="processes of one thread each")
-    parser.add_argument("--save-every", type=float, default=120.0, metavar="SECONDS")
+    parser.add_argument("--seed", type=natural, default=1)
+    parser.add_argument("--workers", type=positive, default=2, help="processes of one thread each")
+    parser.add_argument("--save-every", type=real, default=120.0, metavar="SECONDS")
     parser.add_argument("--export", choices=STAGES, help="write weights/demo from this stage")
-    parser.add_argument("--evaluate", type=int, metavar="SEED", help="measure weights/demo")
-    parser.add_argument("--n", type=int, default=1800, help="questions of --evaluate")
-    args = parser.parse_args()
+    parser.add_argument("--evaluate", type=natural, metavar="SEED", help="measure weights/demo")
+    parser.add_argument("--n", type=positive, default=1800, help="questions of --evaluate")
+    return command(lambda: _run(parser.parse_args(argv)))
+
+
+def _run(args: argparse.Namespace) -> None:
     if args.evaluate is not None:
         report(args.evaluate, args.n)
         return
@@ -363,4 +375,4 @@ def report(seed: int, n: int) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())
