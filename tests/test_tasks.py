@@ -442,7 +442,7 @@ def test_mmmu_replays_the_official_guesses_and_counts_them(tmp_path: Path) -> No
     assert scored("mmmu", items, ["(B)", "It is 5."], "llava").value == 100
     found = scored("mmmu", items, ["neither", "five"], "llava")
     assert found.unparsed == 1
-    assert found.more["without guesses"] == 50
+    assert found.more["without_fallback"] == 50
     assert found.value in (50, 100)
     assert "seed 42" in found.notes[0]
 
@@ -475,6 +475,43 @@ def test_captions_say_what_tokenised_them(tmp_path: Path) -> None:
     alone = scored("coco2017", items[:1], ["a red dog"], "lmms")
     assert alone.value == 0
     assert any("one picture" in note for note in alone.notes)
+
+
+@pytest.mark.parametrize("name", [name for name in TASKS if name != "demo"])
+def test_a_missing_answer_is_wrong_and_not_unparsed(name: str, tmp_path: Path) -> None:
+    gold: dict[str, Any] = {
+        "answer": "yes" if name in ("pope", "mme") else "A",
+        "answers": ["the"] * 10,  # which normalises to nothing
+        "captions": ["a dog"],
+        "options": {"A": "x"} if name == "mmbench" else ["x", "y"],
+        "choices": 2,
+        "category": "existence",
+        "split": "random",
+        "data_type": "image",
+    }
+    if name == "ocrvqa":
+        gold["answer"] = "The"
+    for protocol in TASKS[name].setups:
+        pair = [Item(1, "Is it?", (), gold)] * 2
+        found = scored(name, pair, [None, None], protocol)
+        assert (found.value, found.right or 0, found.unparsed) == (0, 0, 0)
+
+
+def test_mmbench_reads_an_answer_with_its_own_options() -> None:
+    golds = [{"answer": "A", "options": {"A": text, "B": "cat"}} for text in ("owl", "dog")]
+    items = [Item(i, "Which?", (), gold) for i, gold in enumerate(golds)]
+    found = scored("mmbench", items, ["dog", "dog"], "llava")
+    assert (found.right, found.unparsed) == (1, 1)
+
+
+def test_vqav2_annotations_alone_score_and_are_limited(tmp_path: Path) -> None:
+    path = tmp_path / "v2_mscoco_val2014_annotations.json"
+    row = {"question_id": 1, "answers": [{"answer": "2"}] * 10}
+    save(path, {"annotations": [row, {**row, "question_id": 2}]})
+    assert len(TASKS["vqav2"].items(path, "llava", 1)) == 1
+    save(path, {"annotations": [{"question_id": 1}]})
+    with pytest.raises(ValueError, match="row 0 has no 'answers'"):
+        TASKS["vqav2"].items(path, "llava")
 
 
 @pytest.mark.parametrize("name", [name for name in TASKS if name != "demo"])

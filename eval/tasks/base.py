@@ -13,6 +13,8 @@ from typing import Any, ClassVar
 
 from PIL import Image
 
+from ..metrics.vqa import soft_accuracy
+
 PROTOCOLS = ("llava", "lmms")
 
 SHORT = "\nAnswer the question using a single word or phrase."
@@ -157,6 +159,12 @@ def gold_of(answer: Answer, name: str = "answer") -> Any:
             "has the answers"
         )
     return answer.item.gold[name]
+
+
+def credit(answer: Answer, rule: str) -> float:
+    """VQA's soft accuracy. A missing answer has none, though a gold answer may normalise to ""."""
+    golds = gold_of(answer, "answers")
+    return 0.0 if answer.text is None else soft_accuracy(answer.text, golds, rule)
 
 
 def lettered(options: Sequence[str], form: str = "{}. {}", between: str = "\n") -> str:

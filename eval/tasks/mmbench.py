@@ -18,7 +18,6 @@ from .base import (
     gold_of,
     lettered,
     percent,
-    unparsed_among,
 )
 from .files import Row, field, find_table, first_there, read_table
 
@@ -66,17 +65,14 @@ class MMBench(Task):
             "come from its server; here they are wrong"
         )
         more = {"without rotation": percent(alone), "rows": len(rows)}
-        unparsed = unparsed_among(answers, lambda text: _found(text, answers))
+        unparsed = sum(
+            a.text is not None and letter is None
+            for a, letter in zip(answers, inferred, strict=True)
+        )
         if not questions:
             return accuracy([])
         value = 100 * right / questions
         return Score("accuracy", value, questions, right, unparsed, more, (note,))
-
-
-def _found(text: str, answers: Sequence[Answer]) -> str | None:
-    """The letter that is inferred from a text, by the options it was given to."""
-    given = next(a for a in answers if a.text == text)
-    return metric.infer(text, given.item.gold["options"])
 
 
 def _item(row: Row, path: Path, i: int, pictures: tuple[Picture, ...], protocol: str) -> Item:

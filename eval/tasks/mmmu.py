@@ -123,7 +123,7 @@ class MMMU(Task):
             subjects.setdefault(_subject(str(a.item.question_id)), []).append(correct)
         n = max(len(right), 1)
         more: dict[str, Any] = {
-            "without guesses": 100 * (sum(right) - guesses_right) / n,
+            "without_fallback": 100 * (sum(right) - guesses_right) / n,
             "lowest": 100 * (sum(right) - guesses_right) / n,
             "highest": 100 * (sum(right) - guesses_right + guessed) / n,
             "guesses": guessed,
@@ -132,7 +132,7 @@ class MMMU(Task):
         }
         note = (
             f"as the official script: {guessed} unparsed answers guessed at random with seed "
-            f"{SEED}; without guesses {more['without guesses']:.2f}"
+            f"{SEED}; without guesses {more['without_fallback']:.2f}"
         )
         return accuracy(right, guessed, more=more, notes=(note,))
 

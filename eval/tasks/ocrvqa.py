@@ -58,7 +58,9 @@ class OCRVQA(Task):
 
     def score(self, answers: Sequence[Answer], protocol: str) -> Score:
         """Mean ROUGE-L times 100. The script calls it CIDEr."""
-        credits = [rouge_l(clean(a.said), [clean(gold_of(a))]) for a in answers]
+        credits = [
+            rouge_l(clean(a.said), [clean(gold_of(a))]) * (a.text is not None) for a in answers
+        ]
         value = percent(credits)
         if value is None:
             raise ValueError("there is no question to score; give a file that has some")

@@ -89,7 +89,7 @@ class POPE(Task):
         more: dict[str, object] = {}
         f1s = []
         for split, group in groups.items():
-            found = scores([gold_of(a) for a in group], [a.said for a in group])
+            found = scores([gold_of(a) for a in group], [_said(a) for a in group])
             f1s.append(found.f1)
             for name, value in asdict(found).items():
                 whole = isinstance(value, int) or value is None
@@ -107,13 +107,20 @@ class POPE(Task):
         )
         value = 100 * sum(defined) / len(defined) if defined else 0.0
         right = sum(
-            (metric.lmms_parse(a.said) if protocol == "lmms" else metric.parse(a.said))
+            (metric.lmms_parse(_said(a)) if protocol == "lmms" else metric.parse(_said(a)))
             == gold_of(a).strip().lower()
             for a in answers
         )
         unparsed = strange if protocol == "lmms" else 0
         split = self.split if set(groups) == set(SPLITS) else ", ".join(groups)
         return Score("F1", value, len(answers), right, unparsed, more, tuple(notes), split)
+
+
+def _said(answer: Answer) -> str:
+    """The text; for a missing one the wrong word, as LLaVA's rule would read a yes in nothing."""
+    if answer.text is not None:
+        return answer.text
+    return "no" if gold_of(answer).strip().lower() == "yes" else "yes"
 
 
 def _split_of(path: Path) -> str:

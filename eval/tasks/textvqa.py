@@ -5,8 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from ..metrics.vqa import soft_accuracy
-from .base import SHORT, Answer, Item, Picture, Score, Setup, Task, accuracy, gold_of, key
+from .base import SHORT, Answer, Item, Picture, Score, Setup, Task, accuracy, credit, key
 from .files import field, find_table, first_there, image_folder, json_rows, read_json, section
 
 FILE, ASKED = "TextVQA_0.5.1_val.json", "llava_textvqa_val_v051_ocr.jsonl"
@@ -75,6 +74,6 @@ class TextVQA(Task):
         return found
 
     def score(self, answers: Sequence[Answer], protocol: str) -> Score:
-        credits = [soft_accuracy(a.said, gold_of(a, "answers"), "textvqa") for a in answers]
+        credits = [credit(a, "textvqa") for a in answers]
         split = "val with OCR tokens" if protocol == "llava" else self.split
         return accuracy(credits, split=split)

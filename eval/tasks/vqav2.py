@@ -6,8 +6,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from ..metrics.vqa import evalai_normalise, soft_accuracy
-from .base import SHORT, Answer, Item, Picture, Score, Setup, Task, accuracy, gold_of
+from ..metrics.vqa import evalai_normalise
+from .base import SHORT, Answer, Item, Picture, Score, Setup, Task, accuracy, credit
 from .files import Row, field, find_table, first_there, image_folder, read_json, section
 
 QUESTIONS = (
@@ -44,7 +44,14 @@ class VQAv2(Task):
         values = read_json(path)
         if isinstance(values, dict) and "annotations" in values:  # enough to score, not to ask
             rows = section(values, "annotations", path)
-            return [_item({"question": "", **row}, (), _texts(row["answers"])) for row in rows]
+            return [
+                _item(
+                    {"question": "", "question_id": field(row, "question_id", path, f"row {i}")},
+                    (),
+                    _texts(field(row, "answers", path, f"row {i}")),
+                )
+                for i, row in enumerate(rows[:limit])
+            ]
         rows = section(values, "questions", path)[:limit]
         year = next(
             (y for y in ("val2014", "test2015", "train2014") if y[:4] in path.name), "val2014"
@@ -67,7 +74,7 @@ class VQAv2(Task):
             nothing = float("nan")
             return Score("accuracy", nothing, len(answers), notes=(note,), split="test-dev")
         rule = "vqav2" if protocol == "lmms" else "vqav2-original"
-        return accuracy([soft_accuracy(a.said, gold_of(a, "answers"), rule) for a in answers])
+        return accuracy([credit(a, rule) for a in answers])
 
     def submission(self, answers: Sequence[Answer]) -> list[dict[str, Any]]:
         """All questions; "" for those without an answer."""
