@@ -106,7 +106,7 @@ def _flush() -> None:
         sys.stdout.flush()
     except BrokenPipeError:
         if sys.stdout is sys.__stdout__:
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
         raise
 
 
