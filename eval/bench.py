@@ -26,7 +26,7 @@ from . import cost, predict, store
 from .predict import Run
 from .predictions import read
 from .ranks import ALONE, Ranks
-from .score import Scored, score, task_named
+from .score import Scored, questions, score, task_named
 from .summary import Costs, summary
 from .tasks import TASKS
 from .tasks.base import Item, Task
@@ -82,7 +82,7 @@ class Bench:
         found: list[Bench] = []
 
         def prepare() -> None:
-            items = task.items(args.data, args.protocol, args.limit)
+            items = questions(task, args.data, args.protocol, args.limit)
             device = among.device(args.device)
             both = load(args.model, device, args.dtype, args.quantize, args.revision, progress=True)
             found.append(cls(args, task, items, *both, among))

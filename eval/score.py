@@ -100,6 +100,20 @@ def task_named(name: str, protocol: str | None) -> tuple[Task, str]:
     return task, protocol
 
 
+def questions(
+    task: Task, source: Path | None, protocol: str, limit: int | None = None
+) -> list[Item]:
+    """Task.items, for files that anybody may have written: a value of a wrong kind deep in one is
+    an error of the file's, too (ValueError)."""
+    try:
+        return task.items(source, protocol, limit)
+    except (TypeError, AttributeError, KeyError, IndexError) as error:
+        raise ValueError(
+            f"{source} is not as {task.name} is distributed ({type(error).__name__}: {error}); "
+            f"give {'; or '.join(task.needs)}"
+        ) from error
+
+
 def beside_published(scored: Scored, model: str, plan: str, weights: str) -> str:
     """Published figures of the same task, split, metric, model, protocol and weights as text; empty
     where there are none."""
@@ -153,7 +167,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         args = parser.parse_args(argv)
         with one_voice():
             task, protocol = task_named(args.task, args.protocol)
-            items = task.items(args.questions, protocol, args.limit)
+            items = questions(task, args.questions, protocol, args.limit)
             found = predictions.read(args.predictions)
             scored = score(task, items, found, protocol)
             if args.submission:

@@ -156,6 +156,9 @@ def test_two_processes_give_what_one_gives(whole: Path, tmp_path: Path) -> None:
     path = tmp_path / whole.name
     assert [row["question_id"] for row in rows_of(path)] == list(range(12))
     assert texts_of(path) == texts_of(whole)
+    # each has half of the work, and its own first two batches
+    cold = [row["question_id"] for row in rows_of(path) if not row["metadata"]["warm"]]
+    assert cold == [0, 1, 2, 3]
     alone = json.loads(whole.with_suffix(".json").read_text())
     assert result["score"] == alone["score"]
     assert not list(tmp_path.glob("*.part-*"))
@@ -264,6 +267,21 @@ def test_costs_leave_the_first_batches_out() -> None:
 
 
 # ---------------------------------------------------------------- eval.score
+
+
+@pytest.mark.parametrize("inner", [5, [5], {"a": 5}, None, "x"])
+def test_a_question_file_with_values_of_a_wrong_kind(
+    inner: object, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path, told = tmp_path / "q.json", tmp_path / "p.jsonl"
+    path.write_text(json.dumps([{"id": "1", "conversations": inner}]))
+    told.write_text('{"question_id": "1", "text": "A"}\n')
+    argv = ["--task", "scienceqa", "--questions", str(path), "--predictions", str(told)]
+    assert score.main(argv) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("error: ")
+    assert "q.json" in error
+    assert error.count("\n") == 1
 
 
 def test_score_of_our_own_file(whole: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -21,7 +21,7 @@ from .. import plots
 from ..bench import Bench, Done
 from ..predict import NONE
 from ..run import published_of
-from ..score import task_named
+from ..score import questions, task_named
 from . import base
 
 TASKS = ("nocaps", "flickr30k", "coco2014", "coco2017", "mmmu", "gqa", "mme", "seed_bench")
@@ -65,7 +65,8 @@ def _real(
     there, notes = {}, []
     for name in TASKS:
         try:
-            there[name] = task_named(name, "lmms")[0].items(args.data / name, "lmms", args.limit)
+            task, _ = task_named(name, "lmms")
+            there[name] = questions(task, args.data / name, "lmms", args.limit)
         except ValueError as error:
             notes.append(f"left out: {name}: {error}")
     if not there:

@@ -33,7 +33,7 @@ class MME(Task):
         found = list(self._all(source))
         if not found:
             raise self.missing(source)
-        return found[:limit]
+        return found[: limit and limit + limit % 2]  # two a picture
 
     def _all(self, source: Path) -> Iterator[Item]:
         if source.is_dir() and (table := find_table(source, "test")) is not None:

@@ -66,12 +66,19 @@ class SEEDBench(Task):
             kind: percent([r for r, k in zip(right, kinds, strict=True) if k == kind])
             for kind in dict.fromkeys(kinds)
         }
+        notes = []
+        if "video" in more:
+            notes.append(
+                "figures called SEED are of pictures and clips together in some papers and tables, "
+                "also under the name Image-acc (60.5), and of pictures alone in others"
+            )
         split = {("image",): "image", ("video",): "video"}.get(tuple(more), "image and video")
 
         def parse(text: str) -> object:
             return next((x for x in "ABCD" if correct(text, x)), None)
 
-        return accuracy(right, unparsed_among(answers, parse), more=more, split=split)
+        unparsed = unparsed_among(answers, parse)
+        return accuracy(right, unparsed, more=more, notes=tuple(notes), split=split)
 
 
 def _item(row: Row, path: Path, i: int, pictures: tuple[Picture, ...]) -> Item:
