@@ -21,7 +21,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from minillava.console import Parser, complain, one_voice
+from minillava.console import Parser, command
 
 from .metrics import (
     aokvqa,
@@ -541,15 +541,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = Parser(prog="python -m eval.check", description="Metrics against known results.")
     parser.add_argument("files", metavar="FILE.json", nargs="+", type=Path)
     parser.add_argument("--json", action="store_true", help="one JSON object instead of lines")
-    try:
+    checked: list[Checked] = []
+
+    def act() -> None:
         given = parser.parse_args(arguments)
-        with one_voice():
-            checked = [check(path) for path in given.files]
-            print(json_of(checked) if given.json else text_of(checked))
-    except ValueError as error:
-        complain(error)
-        return 2
-    return 0 if all(file.right == file.total for file in checked) else 1
+        checked.extend(check(path) for path in given.files)
+        print(json_of(checked) if given.json else text_of(checked), flush=True)
+
+    code = command(act)
+    return code or int(any(file.right != file.total for file in checked))
 
 
 if __name__ == "__main__":

@@ -20,7 +20,8 @@ from contextlib import nullcontext
 
 import torch
 
-from minillava.console import Parser, complain, one_voice
+from minillava import console
+from minillava.console import Parser
 
 from . import cost, predict, published, store
 from .bench import Bench, Done, add_options
@@ -167,26 +168,25 @@ def main(argv: Sequence[str] | None = None) -> int:
 def command(
     parser: Parser, argv: Sequence[str] | None, act: Callable[[argparse.Namespace, Ranks], None]
 ) -> int:
-    """Parse, and act alone in --out; what cannot be done ends with one line and code 2."""
-    try:
+    """Parse, and act alone in --out; returns the exit code of console.command. Of several processes
+    the first speaks for all."""
+
+    def run() -> None:
         args = parser.parse_args(argv)
-        with one_voice(), ranks() as among:
+        with ranks() as among:
             try:
                 with store.locked(args.out) if among.rank == 0 else nullcontext():
                     act(args, among)
-            except (ValueError, OSError, MemoryError, RuntimeError) as error:
+            except KeyboardInterrupt:
                 if among.rank == 0:
-                    complain(error)
-                return 2
-        return 0
-    except KeyboardInterrupt:
-        print("stopped; the same command goes on from here", file=sys.stderr)
-        return 130
-    except BrokenPipeError:  # whoever reads us has enough, as `head` does
-        return 141
-    except (ValueError, OSError) as error:
-        complain(error)
-        return 2
+                    print("stopped; the same command goes on from here", file=sys.stderr)
+                raise
+            except (ValueError, OSError):
+                if among.rank:
+                    sys.exit(2)
+                raise
+
+    return console.command(run)
 
 
 if __name__ == "__main__":

@@ -21,7 +21,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from minillava.console import Parser, complain, one_voice
+from minillava.console import Parser, command, positive
 
 from . import predictions, published, store
 from .tasks import TASKS
@@ -157,31 +157,27 @@ def main(argv: Sequence[str] | None = None) -> int:
     add("--questions", type=Path, metavar="FILE", help="not for demo, which draws its own")
     add("--predictions", type=Path, required=True, metavar="FILE")
     add("--protocol", metavar="P", help="llava (default) or lmms; a few tasks have others")
-    add("--limit", type=int, metavar="N", help="only the first N questions were asked")
+    add("--limit", type=positive, metavar="N", help="only the first N questions were asked")
     add("--model", choices=published.LAYERS, help="show its published figures beside")
     add("--prune", default="none", metavar="PLAN", help="with --model: what was measured")
     add("--weights", default=published.UNQUANTISED, metavar="W", help="with --model: or nf4, …")
     add("--submission", type=Path, metavar="FILE", help="write what the server takes (VQAv2)")
     add("--json", action="store_true", help="one object with every number")
-    try:
+
+    def act() -> None:
         args = parser.parse_args(argv)
-        with one_voice():
-            task, protocol = task_named(args.task, args.protocol)
-            items = questions(task, args.questions, protocol, args.limit)
-            found = predictions.read(args.predictions)
-            scored = score(task, items, found, protocol)
-            if args.submission:
-                _submit(task, items, found, args.submission)
-            print(json.dumps(scored.json()) if args.json else scored.text(), flush=True)
-            if args.model and not args.json:
-                beside = beside_published(scored, args.model, args.prune, args.weights)
-                print(beside or "nothing is published here that may stand beside it", flush=True)
-    except BrokenPipeError:  # whoever reads us has enough, as `head` does
-        return 141
-    except (ValueError, OSError) as error:
-        complain(error)
-        return 2
-    return 0
+        task, protocol = task_named(args.task, args.protocol)
+        items = questions(task, args.questions, protocol, args.limit)
+        found = predictions.read(args.predictions)
+        scored = score(task, items, found, protocol)
+        if args.submission:
+            _submit(task, items, found, args.submission)
+        print(json.dumps(scored.json()) if args.json else scored.text(), flush=True)
+        if args.model and not args.json:
+            beside = beside_published(scored, args.model, args.prune, args.weights)
+            print(beside or "nothing is published here that may stand beside it", flush=True)
+
+    return command(act)
 
 
 if __name__ == "__main__":

@@ -91,9 +91,10 @@ def report(
     """Write results.json and results.md, and return the latter's text. tables: title -> rows, all
     of a table with the same columns."""
     name, (_, protocol) = Path(args.model).name, task_named(args.task, args.protocol)
+    threads = torch.get_num_threads()
     setting = (
         f"{args.task}, {protocol} protocol, {name}, seed {args.seed}, "
-        f"{torch.get_num_threads()} threads, torch {torch.__version__.partition('+')[0]}; "
+        f"{threads} thread{'s' * (threads > 1)}, torch {torch.__version__.partition('+')[0]}; "
         f"{time.perf_counter() - began:.0f} s for what was not there from an earlier run"
     )
     parts = [f"# {title}", setting, *notes]

@@ -51,4 +51,6 @@ class Demo(Task):
             kind.append(a.said.strip() == a.item.gold["answer"])
         counted = [x for kind, xs in right.items() if kind != "caption" for x in xs]
         kinds = {kind: percent(right[kind]) for kind in scenes.KINDS if kind in right}
-        return Score("accuracy", percent(counted) or 0.0, len(counted), sum(counted), more=kinds)
+        notes = ("captions are not in the figure; their own is of whole sentences",)
+        value = percent(counted) or 0.0
+        return Score("accuracy", value, len(counted), sum(counted), more=kinds, notes=notes)
