@@ -81,7 +81,8 @@ def bars(
     if log:
         axes.set_yscale("log")
     axes.margins(y=0.12)
-    axes.legend(fontsize="small")
+    if len(names) > 1:
+        figure.legend(loc="outside lower center", ncols=4, fontsize="small")
     _finish(plt, figure, axes, path, title, ("", label))
 
 

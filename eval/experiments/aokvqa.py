@@ -40,10 +40,11 @@ def run(args: argparse.Namespace) -> str:
         done = base.ask_all(bench, list(PLANS))
         rows += [_row(form, bench, d, before) for d in done.values()]
         metric = done[NONE].scored.score.metric
+        first = next(name for name in rows[0] if name.startswith("first token"))
         del bench, done
     title = f"FastV at K=2 on {args.task}: score, first token, memory"
     names = [f"{row['weights']}\n{row['R, %'] or 'unpruned'}" for row in rows]
-    for picture, column in (("score", metric), ("first_token", "first token, s")):
+    for picture, column in (("score", metric), ("first_token", first)):
         heights = {n: {column: row[column]} for n, row in zip(names, rows, strict=True)}
         plots.bars(args.out / f"{picture}.png", heights, f"{title}; below: R in %", column)
     tables = {"One question at a time": rows}

@@ -109,7 +109,7 @@ def report(
 
 
 def markdown(rows: Sequence[Row]) -> str:
-    """Rows of the same columns as a table; numbers with at most four significant digits."""
+    """Rows of the same columns as a table; numbers with two decimals, small ones with three digits."""
     names = list(rows[0])
     lines = ["| " + " | ".join(names) + " |", "|---" + "|---:" * (len(names) - 1) + "|"]
     lines += ["| " + " | ".join(_cell(row[name]) for name in names) + " |" for row in rows]
@@ -120,17 +120,18 @@ def _cell(value: object) -> str:
     if value is None:
         return ""
     if isinstance(value, float):
-        return f"{value:.2f}" if abs(value) >= 10 else f"{value:.4g}"
+        return f"{value:.2f}" if abs(value) >= 1 or not value else f"{value:.3g}"
     return str(value)
 
 
 def costs(done: Done) -> dict[str, Any]:
     """The columns that every table has beside its scores."""
     c = done.costs
+    many = f" of {c.batch}" if c.batch > 1 else ""
     return {
         "image tokens a layer": c.image_tokens,
         "FastV's FLOPs, %": 100 * c.fastv_share,
-        "first token, s": c.first_token.median if c.first_token else None,
+        f"first token{many}, s": c.first_token.median if c.first_token else None,
         "cache, MB": c.cache_bytes / 1e6,
     }
 
