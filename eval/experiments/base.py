@@ -109,7 +109,7 @@ def report(
 
 
 def markdown(rows: Sequence[Row]) -> str:
-    """Rows of the same columns as a table; numbers with two decimals, small ones with three digits."""
+    """Rows of the same columns as a table; numbers with two decimals, small with three digits."""
     names = list(rows[0])
     lines = ["| " + " | ".join(names) + " |", "|---" + "|---:" * (len(names) - 1) + "|"]
     lines += ["| " + " | ".join(_cell(row[name]) for name in names) + " |" for row in rows]
