@@ -210,23 +210,36 @@ def _ptb_tokens(cases: Sequence[Case]) -> list[Result]:
     return [{"tokens": line} for line in tokens]
 
 
+Corpus = tuple[Mapping[str, str], Mapping[str, Sequence[str]]]  # captions, references
+
+
+def _tokens_of(corpora: Sequence[Corpus]) -> list[tuple[dict[str, str], dict[str, list[str]]]]:
+    """As pycocoevalcap does it: of each corpus first all references, then all captions."""
+    lists = [
+        texts
+        for said, golds in corpora
+        for texts in ([t for image in golds for t in golds[image]], [said[i] for i in golds])
+    ]
+    tokens, _ = ptb.tokenise_apart(lists)
+    found = []
+    for i, (_, golds) in enumerate(corpora):
+        rest = iter(tokens[2 * i])
+        references = {image: [next(rest) for _ in texts] for image, texts in golds.items()}
+        found.append((dict(zip(golds, tokens[2 * i + 1], strict=True)), references))
+    return found
+
+
 def _corpora(cases: Sequence[Case]) -> list[Result]:
     """Scores are of the file's own tokens, so that tokeniser and CIDEr are checked apart."""
     for case in cases:
         if case["candidates"].keys() != case["references"].keys():
             raise ValueError("candidates and references are of different images")
-    nested = [
-        [[case["candidates"][image], *texts] for image, texts in case["references"].items()]
-        for case in cases
-    ]
-    tokens, _ = ptb.tokenise([text for case in nested for image in case for text in image])
-    rest = iter(tokens)
+    tokens = _tokens_of([(case["candidates"], case["references"]) for case in cases])
     results = []
-    for case in cases:
-        ours = {i: [next(rest) for _ in range(1 + len(t))] for i, t in case["references"].items()}
+    for case, (said, golds) in zip(cases, tokens, strict=True):
         result: Result = {
-            "candidate_tokens": {image: lines[:1] for image, lines in ours.items()},
-            "reference_tokens": {image: lines[1:] for image, lines in ours.items()},
+            "candidate_tokens": {image: [line] for image, line in said.items()},
+            "reference_tokens": golds,
         }
         given = result | {name: case[name] for name in result if name in case}
         said = {image: texts[0] for image, texts in given["candidate_tokens"].items()}
@@ -240,16 +253,16 @@ def _corpora(cases: Sequence[Case]) -> list[Result]:
 
 def _items(cases: Sequence[Case]) -> list[Result]:
     """One corpus whose images are the cases."""
-    texts = [text for case in cases for text in (case["candidate"], *case["references"])]
-    tokens, _ = ptb.tokenise(texts)
-    rest = iter(tokens)
-    results: list[Result] = []
-    said, golds = {}, {}
-    for i, case in enumerate(cases):
-        ours = [next(rest) for _ in range(1 + len(case["references"]))]
-        results.append({"candidate_tokens": ours[0], "reference_tokens": ours[1:]})
-        said[str(i)] = case.get("candidate_tokens", ours[0])
-        golds[str(i)] = case.get("reference_tokens", ours[1:])
+    names = [str(i) for i in range(len(cases))]
+    candidates = {name: case["candidate"] for name, case in zip(names, cases, strict=True)}
+    references = {name: case["references"] for name, case in zip(names, cases, strict=True)}
+    [(said, golds)] = _tokens_of([(candidates, references)])
+    results: list[Result] = [
+        {"candidate_tokens": said[name], "reference_tokens": golds[name]} for name in names
+    ]
+    for name, case in zip(names, cases, strict=True):
+        said[name] = case.get("candidate_tokens", said[name])
+        golds[name] = case.get("reference_tokens", golds[name])
     _, each = cider.cider_d(said, golds)
     for image, result in zip(said, results, strict=True):
         result |= {"cider": each[image], "rouge_l": rouge.rouge_l(said[image], golds[image])}

@@ -47,7 +47,8 @@ def read(path: Path) -> list[Prediction]:
     - JSONL and json lists of objects with an id (IDS) and a text (TEXTS): LLaVA's answer files,
       submissions to the VQA server, caption results, MMMU's output.json
     - a json object id -> text, by itself or under "outputs" (LLaVA's ScienceQA results), and one
-      with such a list under "rows", "data", "annotations" or "results"
+      with such a list under "rows", "data", "annotations" or "results", or with one under each of
+      "correct" and "incorrect" (what LLaVA's eval_science_qa.py makes of answers)
     - csv and tsv with the columns index and prediction (MMBench)
     - MME's CATEGORY.txt (picture, question, truth, answer), and a folder of them
     - a folder of json or jsonl files, each as above (also one level down: SUBJECT/output.json)
@@ -134,6 +135,9 @@ def _is_one_value(text: str) -> bool:
 
 def _json(path: Path, values: Any) -> list[Prediction]:
     if isinstance(values, dict):
+        judged = [values.get(name) for name in ("correct", "incorrect")]
+        if all(isinstance(rows, list) for rows in judged):
+            return _json(path, [row for rows in judged for row in rows or ()])
         inner = next(
             (
                 values[k]

@@ -115,6 +115,10 @@ def test_gqa_space_and_punctuation():
 # Letters.
 
 
+def test_mmmu_candidates_of_several_marks():
+    assert mmmu.candidates("so ?;\nit is :'") == ["?;", ":'"]  # only a single mark is no answer
+
+
 def test_mmmu_letters():
     options = ["red", "blue", "green"]
     assert mmmu.choice("AB", options) == "B"
@@ -165,6 +169,26 @@ def test_mmbench_article_is_no_choice():
     assert mmbench.infer("A brown dog barks", choices) == "B"
     assert mmbench.infer("(C). is it", choices) == "C"
     assert mmbench.infer("none", choices) is None
+
+
+@pytest.mark.parametrize(
+    ("text", "letter"),
+    [
+        ("I would go with B because of A dog", "A"),  # a capital before a space is a candidate
+        ("Both A. and B.", "B"),  # the last of the surest form
+        ("B - surely", "B"),
+        ("surely -B.", "B"),
+        ("(A) rather than C: no", "A"),
+        ("My answer is one of A, B; no, the answer is B", "B"),
+        ("The answer is A, so I think. My answer is B or A yes", "A"),
+        ("Cat", "C"),
+        ("答案是B吧", "B"),
+        ("none", None),
+        (" .'", None),
+    ],
+)
+def test_mmbench_offline_judge(text, letter):
+    assert mmbench.extract(text, "ABC") == letter
 
 
 def test_mmbench_counts_a_question_only_if_all_rotations_are_right():
@@ -235,6 +259,20 @@ def test_own_tokeniser(caption, tokens):
     assert ptb.tokenise([caption], ptb.OWN) == ([tokens], ptb.OWN)
 
 
+_FOLLOWED = ["8th Ave/Cth D.", "", "The dog", "Cth D.", "the dog", "See No.", "5 dogs", "at D."]
+
+
+def test_own_tokeniser_looks_into_the_next_caption():
+    tokens = ["8th ave/cth d", "", "the dog", "cth d.", "the dog", "see no.", "5 dogs"]
+    assert ptb.tokenise(_FOLLOWED, ptb.OWN)[0] == [*tokens, "at d."]
+
+
+def test_lists_are_tokenised_as_files_of_their_own():
+    apart, used = ptb.tokenise_apart([["at D."], ["The dog"], [], ["See No."], ["5 dogs"]], ptb.OWN)
+    assert apart == [["at d."], ["the dog"], [], ["see no"], ["5 dogs"]]
+    assert used == ptb.OWN
+
+
 def test_tokeniser_that_is_missing(monkeypatch):
     monkeypatch.setattr(ptb.shutil, "which", lambda _: None)
     assert ptb.tokenise(["A dog."])[1] == ptb.OWN
@@ -251,3 +289,5 @@ def test_java_and_own_tokeniser_agree():
     if used == ptb.OWN:
         pytest.skip("java and pycocoevalcap are not here")
     assert tokens == ours
+    lists = [_FOLLOWED, _FOLLOWED[:1], _FOLLOWED[2:]]
+    assert ptb.tokenise_apart(lists, ptb.JAVA)[0] == ptb.tokenise_apart(lists, ptb.OWN)[0]

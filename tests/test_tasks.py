@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 from PIL import Image
 
+from eval.predictions import read
 from eval.tasks import TASKS
 from eval.tasks.base import Answer, Item, Score
 from minillava.prompt import conversation
@@ -402,6 +403,7 @@ def test_textvqa_and_vqav2_give_credits(tmp_path: Path) -> None:
     found = scored("textvqa", items, ["Nokia."], "llava")
     assert (found.value, found.split) == (100, "val with OCR tokens")
     assert items[0].keys[0] == "00ab"  # as LLaVA's predictions name it
+    assert TASKS["textvqa"].setups["lmms"].max_new_tokens == 1024  # its YAML sets none
     vqav2(tmp_path)
     items = TASKS["vqav2"].items(tmp_path, "lmms")
     assert scored("vqav2", items, ["two"], "lmms").value == 100
@@ -437,15 +439,62 @@ def test_seed_bench_says_which_of_it_was_scored(tmp_path: Path) -> None:
 def test_mmmu_replays_the_official_guesses_and_counts_them(tmp_path: Path) -> None:
     mmmu(tmp_path)
     items = TASKS["mmmu"].items(tmp_path / "outputs.json", "llava")
-    assert items[0].text == f"Which <image 1>?\nA. $6\nB. $7\n\n{LETTER.strip()}"
-    assert items[1].text == f"How much?\n\n{SHORT.strip()}"
+    assert items[0].text == f"Which <image 1>?\n(A) $6\n(B) $7\n{LETTER}"
+    assert items[1].text == f"How much?{SHORT}"
     assert items[1].gold["answer"] == ["5", "five"]
+    lmms = TASKS["mmmu"].items(tmp_path / "outputs.json", "lmms")
+    assert lmms[0].text == f"Which <image 1>?\nA. $6\nB. $7\n\n{LETTER.strip()}"
+    assert lmms[1].text == f"How much?\n\n{SHORT.strip()}"
+    assert lmms[1].gold["answer"] == "['5', 'five']"  # which it compares as one text
     assert scored("mmmu", items, ["(B)", "It is 5."], "llava").value == 100
     found = scored("mmmu", items, ["neither", "five"], "llava")
     assert found.unparsed == 1
     assert found.more["without_fallback"] == 50
     assert found.value in (50, 100)
     assert "seed 42" in found.notes[0]
+
+
+def test_mmmu_scores_the_official_example_outputs(tmp_path: Path) -> None:
+    row = {"id": "validation_Art_1", "question_type": "multiple-choice", "answer": "B"}
+    told = {"all_choices": ["A", "B"], "index2ans": {"A": "a red one", "B": "a blue one"}}
+    said = "I think it must be a blue one"
+    save(tmp_path / "Art" / "output.json", [{**row, **told, "response": said}])
+    for source in (tmp_path, tmp_path / "Art" / "output.json"):
+        items = TASKS["mmmu"].items(source, "llava")
+        assert scored("mmmu", items, [said], "llava").more["without_fallback"] == 100
+        (found,) = read(source)
+        assert (found.keys, found.text) == (("validation_Art_1",), said)
+
+
+def test_mmmu_without_options_takes_letters_as_they_stand(tmp_path: Path) -> None:
+    gold = {"question_type": "multiple-choice", "ground_truth": "B"}
+    open_ = {"question_type": "short-answer", "ground_truth": ["5", "five"]}
+    found = {f"validation_Art_{i}": gold for i in (1, 2, 3)} | {"validation_Art_4": open_}
+    save(tmp_path / "answer_dict_val.json", found)
+    items = TASKS["mmmu"].items(tmp_path / "answer_dict_val.json", "llava")
+    score = scored("mmmu", items, ["B", "A", "(B)", "it is five"], "llava")
+    assert (score.right, score.unparsed, score.more["guesses"]) == (2, 1, 0)
+    assert "main_eval_only.py" in score.notes[1]
+
+
+def test_mmbench_judges_offline_as_lmms_eval_does(tmp_path: Path) -> None:
+    mmbench(tmp_path)
+    items = TASKS["mmbench"].items(tmp_path, "lmms")
+    texts = ["A very brown animal", "(B, I mean", "?"]
+    found = scored("mmbench", items, texts, "lmms")
+    assert (found.right, found.n, found.unparsed, found.more["judged"]) == (1, 2, 1, 2)
+    found = scored("mmbench", items, texts, "llava")
+    assert (found.right, found.unparsed) == (0, 3)
+
+
+def test_mmbench_takes_none_for_a_choice_and_e_for_no_choice(tmp_path: Path) -> None:
+    table = tmp_path / "mmbench_dev_20230712.tsv"
+    table.write_text("index\tquestion\tA\tB\tE\tanswer\n7\tWhich?\tdog\tNone\towl\tA\n")
+    (item,) = TASKS["mmbench"].items(tmp_path, "lmms")
+    assert item.gold["options"] == {"A": "dog", "B": "None", "E": "owl"}
+    assert scored("mmbench", [item], ["a dog and an owl"], "lmms").value == 100
+    (item,) = TASKS["mmbench"].items(tmp_path, "llava")
+    assert item.gold["options"] == {"A": "dog"}  # its script ends the list there
 
 
 def test_mmbench_wants_every_rotation(tmp_path: Path) -> None:
@@ -560,7 +609,7 @@ def test_a_table_of_single_pictures_and_rows_without(tmp_path: Path) -> None:
     image = Image.new("RGB", (8, 8), "blue")
     rows = {
         "id": ["validation_Art_1", "validation_Art_2"],
-        "question": ["<image 1>?", "?"],
+        "question": ["<image 2> in <image 1>?", "<image 1>?"],
         "question_type": ["multiple-choice", "open"],
         "options": ["['x', 'y']", "[]"],
         "answer": ["A", "7"],
@@ -573,4 +622,17 @@ def test_a_table_of_single_pictures_and_rows_without(tmp_path: Path) -> None:
     found.save_to_disk(str(tmp_path / "Art" / "validation"))
     task = TASKS["mmmu"]
     assert [len(item.images) for item in task.items(tmp_path, "lmms")] == [2, 1]
+    assert [image.name[-7:] for image in task.items(tmp_path, "lmms")[0].images] == [
+        "image_1",
+        "image_2",
+    ]
     assert [len(item.images) for item in task.items(tmp_path, "llava")] == [1, 1]
+    rows["question"] = ["Which?", "<image 1>?"]  # lmms-eval shows what the question speaks of
+    found = datasets.Dataset.from_dict(rows, features=datasets.Features(strings | pictures))
+    found.save_to_disk(str(tmp_path / "text" / "validation"))
+    assert [len(item.images) for item in task.items(tmp_path / "text", "lmms")] == [0, 1]
+    rows["question"] = ["Which?", "<image 2>?"]
+    found = datasets.Dataset.from_dict(rows, features=datasets.Features(strings | pictures))
+    found.save_to_disk(str(tmp_path / "none" / "validation"))
+    with pytest.raises(ValueError, match="validation_Art_2 has no image_2"):
+        task.items(tmp_path / "none", "lmms")

@@ -1,12 +1,13 @@
-"""MMBench without a judge: the choice an answer names, and groups of rotated choices.
+"""MMBench without a judge model: the choice an answer names, and groups of rotated choices.
 
-Source: lmms-eval's tasks/mmbench/mmbench_evals.py (can_infer, eval_result).
+Sources: lmms-eval's tasks/mmbench/mmbench_evals.py (can_infer, eval_result), and for answers that
+the first cannot infer _task_utils/mcq_extract.py, its offline judge ("static").
 """
 
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 _LETTERS = "ABCDE"  # E also where there are four choices: a judge says E for "none of these"
@@ -60,6 +61,51 @@ def _letter(text: str) -> str | None:
 def _text(text: str, choices: Mapping[str, str]) -> str | None:
     found = [letter for letter, choice in choices.items() if choice.lower() in text.lower()]
     return found[0] if len(found) == 1 else None
+
+
+# (what makes a letter a candidate, how much that counts); "space" is of words such as "vitamin A "
+_CANDIDATES = (("({})", 6), ("{}.", 5), ("{}:", 4), ("{})", 3), ("{} ", 2))
+_PHRASES = (
+    *(
+        f"{whose}{noun} is"
+        for noun in ("answer", "correct answer", "best answer", "correct option", "best option")
+        for whose in ("the ", "")
+    ),
+    *("the choice is", "choice is", "the correct choice is", "correct choice is"),
+    *("i choose", "i select", "i pick", "my answer is", "my choice is"),
+    *("옵션", "정답은", "답은", "답:", "答案是", "答案为", "选", "答えは"),
+)
+
+
+def extract(text: str, letters: Sequence[str]) -> str | None:
+    """The letter that lmms-eval's offline judge reads out of an answer that cannot be inferred.
+
+    Of all letters in one of the forms the one in the surest form counts, of several the last; where
+    none is, any capital of these letters does: "Cat" is a C. None: there is none.
+    """
+    text = text.strip()
+    for mark in ",.!?;:'\"":
+        text = text.strip(mark)
+    bare, text = text.strip(), f" {text} "
+    lower = text.lower()
+    found = [
+        (weight, text.rfind(form.format(letter)), letter)
+        for form, weight in _CANDIDATES
+        for letter in letters
+        if form.format(letter) in text
+    ]
+    for phrase in _PHRASES:
+        if (at := lower.find(phrase)) >= 0:
+            places = ((text.find(letter, at + len(phrase)), letter) for letter in letters)
+            found += [(7, place, letter) for place, letter in places if place >= 0]
+    for letter in letters:
+        if bare.startswith(letter) and not bare[1:2].isalpha():
+            found.append((10, 0, letter))
+        if bare.endswith(letter) and not bare[-2:-1].isalpha():
+            found.append((9, len(text), letter))
+    if not found:
+        found = [(0, text.rfind(letter), letter) for letter in letters if letter in text]
+    return max(found, key=lambda candidate: candidate[:2])[2] if found else None
 
 
 def circular(rows: Iterable[Row]) -> tuple[int, int]:

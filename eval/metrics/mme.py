@@ -1,6 +1,7 @@
 """MME: two yes/no questions a picture, scored apart and together.
 
-Source: MME's calculation.py as lmms-eval carries it (tasks/mme/utils.py).
+Source: MME's calculation.py as lmms-eval carries it (tasks/mme/utils.py). The original knows no
+"y" and "n" alone, and drops neither periods nor spaces first.
 """
 
 from __future__ import annotations

@@ -89,7 +89,7 @@ def candidates(response: str) -> list[str | float]:
     response = response.strip().strip(".").lower()
     lines = response.split("\n")
     tails = [_tail(line, last=i == len(lines) - 1) for i, line in enumerate(lines)]
-    texts = [tail for tail in tails if tail and tail not in _TRIMMED] or [response]
+    texts = [tail for tail in tails if tail not in ("", *_TRIMMED)] or [response]
     return list(dict.fromkeys(normalise([*texts, *(n for text in texts for n in numbers(text))])))
 
 

@@ -82,9 +82,9 @@ class Captions(Task):
         golds = [gold_of(a, "captions") for a in answers]
         if not golds:
             raise ValueError("there is no picture to score; give a file that has some")
-        texts = [a.said for a in answers] + [text for captions in golds for text in captions]
-        tokens, which = ptb.tokenise(texts)
-        said, rest = tokens[: len(answers)], iter(tokens[len(answers) :])
+        texts = [[a.said for a in answers], [text for captions in golds for text in captions]]
+        (said, gold_tokens), which = ptb.tokenise_apart(texts)
+        rest = iter(gold_tokens)
         names = [f"{i}" for i in range(len(answers))]
         references = {n: [next(rest) for _ in g] for n, g in zip(names, golds, strict=True)}
         value, _ = cider_d(dict(zip(names, said, strict=True)), references)

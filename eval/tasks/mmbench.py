@@ -53,26 +53,41 @@ class MMBench(Task):
         return items
 
     def score(self, answers: Sequence[Answer], protocol: str) -> Score:
-        inferred = [metric.infer(a.said, a.item.gold["options"]) for a in answers]
+        """lmms: what lmms-eval's task mmbench_en_dev_static gives, whose offline judge reads what
+        cannot be inferred; llava: without a judge."""
+        inferred = [metric.infer(a.said, _choices(a)) for a in answers]
+        read = inferred
+        if protocol == "lmms":
+            read = [
+                letter or metric.extract(a.said, tuple(_choices(a)))
+                for a, letter in zip(answers, inferred, strict=True)
+            ]
         rows = [
             metric.Row(int(a.item.question_id), gold_of(a), letter)
-            for a, letter in zip(answers, inferred, strict=True)
+            for a, letter in zip(answers, read, strict=True)
         ]
         right, questions = metric.circular(rows)
         alone = [row.inferred == row.gold for row in rows]
+        given = [i for i, a in enumerate(answers) if a.text is not None]
+        unparsed = sum(read[i] is None for i in given)
+        more = {"without rotation": percent(alone), "rows": len(rows)}
         note = (
             "unparsed answers go to a GPT judge in the official evaluation, and LLaVA's figures "
             "come from its server; here they are wrong"
         )
-        more = {"without rotation": percent(alone), "rows": len(rows)}
-        unparsed = sum(
-            a.text is not None and letter is None
-            for a, letter in zip(answers, inferred, strict=True)
-        )
+        if protocol == "lmms":
+            judged = sum(inferred[i] is None and read[i] is not None for i in given)
+            more["judged"] = judged
+            note = f"{judged} answers were read by lmms-eval's offline judge, which is a loose one"
         if not questions:
             return accuracy([])
         value = 100 * right / questions
         return Score("accuracy", value, questions, right, unparsed, more, (note,))
+
+
+def _choices(answer: Answer) -> dict[str, str]:
+    """What is looked for: never E, though some rows have one."""
+    return {x: text for x, text in answer.item.gold["options"].items() if x in "ABCD"}
 
 
 def _item(row: Row, path: Path, i: int, pictures: tuple[Picture, ...], protocol: str) -> Item:
@@ -80,12 +95,12 @@ def _item(row: Row, path: Path, i: int, pictures: tuple[Picture, ...], protocol:
     question = field(row, "question", path, f"question {number}")
     options: dict[str, str] = {}
     for letter in "ABCDE":
-        if not _there(row.get(letter)):
+        if not _there(row.get(letter), protocol):
             if protocol == "llava":
                 break  # the script stops at the first that is missing
             continue
         options[letter] = str(row[letter])
-    hint = row.get("hint") if _there(row.get("hint")) else None
+    hint = row.get("hint") if _there(row.get("hint"), protocol) else None
     listed = lettered(list(options.values()))
     if protocol == "llava":
         text = f"{hint}\n{question}\n{listed}" if hint else f"{question}\n{listed}"
@@ -98,6 +113,7 @@ def _item(row: Row, path: Path, i: int, pictures: tuple[Picture, ...], protocol:
     return Item(int(number), text, pictures, gold)
 
 
-def _there(value: object) -> bool:
-    """Cells without a value say nan or none, or are one."""
-    return value is not None and value == value and str(value).lower() not in ("", "nan", "none")
+def _there(value: object, protocol: str) -> bool:
+    """Cells without a value are empty or say nan; for LLaVA's script also none."""
+    empty = ("", "nan") if protocol == "lmms" else ("", "nan", "none")
+    return value is not None and value == value and str(value).lower() not in empty

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import ast
+import re
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +15,6 @@ from .base import (
     SHORT,
     Answer,
     Item,
-    Picture,
     Score,
     Setup,
     Task,
@@ -25,6 +26,8 @@ from .base import (
 from .files import Row, Table, field, find_table, json_rows, read_json
 
 SEED = 42  # of the official script's guesses
+_NAMES = ("validation", "val")
+_PICTURE = re.compile(r"<image (\d+)>")
 
 
 class MMMU(Task):
@@ -37,8 +40,8 @@ class MMMU(Task):
     needs = (
         "a folder with the 30 subjects of the datasets repository MMMU/MMMU "
         "(SUBJECT/validation*.parquet), or lmms-lab-encoder/MMMU (validation*.parquet)",
-        "to score: answer_dict_val.json (github.com/MMMU-Benchmark/MMMU) together with options, as "
-        "the official example outputs have them",
+        "to score: example outputs of github.com/MMMU-Benchmark/MMMU (a file, or the folder with "
+        "SUBJECT/output.json), or its answer_dict_val.json for answers that are letters already",
     )
     setups = {"llava": Setup(128), "lmms": Setup(128)}  # noqa: RUF012
 
@@ -46,79 +49,40 @@ class MMMU(Task):
         if source is None or not source.exists():
             raise self.missing(source)
         if source.is_file():
-            return self._file(source)[:limit]
-        folders = [source, *sorted(f for f in source.iterdir() if f.is_dir())]
-        tables = [t for f in folders if (t := find_table(f, "validation", "val")) is not None]
+            return _file(source, protocol)[:limit]
+        subjects = sorted(f for f in source.iterdir() if f.is_dir())
+        whole = find_table(source, *_NAMES)
+        tables = [whole] if whole else [t for f in subjects if (t := find_table(f, *_NAMES))]
+        found = [item for table in tables for item in _table(table, protocol)]
         if not tables:
+            files = sorted(source.glob("*/output.json"))
+            found = [item for file in files for item in _file(file, protocol)]
+        if not found:
             raise self.missing(source)
-        found = [item for table in tables for item in self._table(table, protocol)]
         return found[:limit]
-
-    def _table(self, table: Table, protocol: str) -> list[Item]:
-        items = []
-        for i, row in enumerate(table.rows):
-            most = 1 if protocol == "llava" else 7
-            columns = [f"image_{j}" for j in range(1, most + 1)]
-            pictures = tuple(table.image(i, c) for c in columns if table.images_in(i, c))
-            options = _options(row.get("options"))
-            items.append(self._item(row, row["id"], options, row.get("answer"), pictures))
-        return items
-
-    def _file(self, path: Path) -> list[Item]:
-        values = read_json(path)
-        rows: list[Row]
-        if isinstance(values, dict) and isinstance(values.get("rows"), list):
-            rows = values["rows"]
-        elif isinstance(values, dict):
-            rows = [{"id": i, **row} for i, row in values.items() if isinstance(row, dict)]
-        else:
-            rows = json_rows(path)
-        items = []
-        for i, row in enumerate(rows):
-            number = field(row, "id", path, f"row {i}")
-            given = row.get("options", row.get("all_options"))
-            options = _options(given)
-            if field(row, "question_type", path, number) == "multiple-choice" and not options:
-                raise ValueError(
-                    f"{path}: {number} has no options, whose texts the parser looks for; give the "
-                    "official example outputs, or the datasets folder"
-                )
-            gold = row.get("answer", row.get("ground_truth"))
-            items.append(self._item(row, number, options, gold, ()))
-        if not items:
-            raise ValueError(f"{path} has no questions of MMMU; see --help")
-        return items
-
-    def _item(
-        self, row: Row, number: str, options: list[str], gold: Any, pictures: tuple[Picture, ...]
-    ) -> Item:
-        multiple = row.get("question_type") == "multiple-choice"
-        question = row.get("question") or ""
-        if multiple:
-            text = f"{question}\n{lettered(options)}\n\n{LETTER.strip()}"
-        else:
-            text = f"{question}\n\n{SHORT.strip()}"
-            gold = _golds(gold)
-        answer = {"answer": gold, "options": options if multiple else None}
-        return Item(str(number), text, pictures, answer)
 
     def score(self, answers: Sequence[Answer], protocol: str) -> Score:
         guess = metric.guesses(SEED)
-        right, guessed, guesses_right = [], 0, 0
+        right, unparsed, guessed, guesses_right, bare = [], 0, 0, 0, 0
         subjects: dict[str, list[bool]] = {}
         for a in answers:
             gold, options = gold_of(a), a.item.gold["options"]
-            if options is None:
-                correct = a.text is not None and metric.open_correct(a.said, gold)
-            elif a.text is None:
+            golds = gold if isinstance(gold, list) else [gold]
+            bare += options == []
+            if a.text is None:
                 correct = False
+            elif options is None:
+                correct = metric.open_correct(a.said, gold)
+            elif not options:  # read before, by whoever wrote the file
+                unparsed += re.fullmatch("[A-Z]", a.said) is None
+                correct = a.said in golds
             else:
                 letter = metric.choice(a.said, options, official=protocol != "lmms")
+                correct = letter in golds
                 if letter is None:
                     guessed += 1
-                    letter = guess(options)
-                    guesses_right += letter == gold
-                correct = letter == gold
+                    correct = guess(options) in golds
+                    guesses_right += correct
             right.append(correct)
             subjects.setdefault(_subject(str(a.item.question_id)), []).append(correct)
         n = max(len(right), 1)
@@ -130,15 +94,71 @@ class MMMU(Task):
             "guesses that were right": guesses_right,
             **{subject: percent(rs) for subject, rs in sorted(subjects.items())},
         }
-        note = (
+        notes = [
             f"as the official script: {guessed} unparsed answers guessed at random with seed "
             f"{SEED}; without guesses {more['without_fallback']:.2f}"
-        )
-        return accuracy(right, guessed, more=more, notes=(note,))
+        ]
+        if bare:
+            notes.append(
+                f"{bare} multiple-choice questions come without options, so that only answers that "
+                "are a letter already count, as in main_eval_only.py"
+            )
+        return accuracy(right, guessed + unparsed, more=more, notes=tuple(notes))
 
 
-def _options(value: Any) -> list[str]:
-    """A list, or the text of a Python list, as the data set has it."""
+def _table(table: Table, protocol: str) -> list[Item]:
+    items = []
+    for i, row in enumerate(table.rows):
+        item = _item(row, str(row["id"]), _options(row), protocol)
+        # llava: the first; lmms: those that the question or an option speaks of
+        named = sorted(set(_PICTURE.findall(item.text))) if protocol == "lmms" else ["1"]
+        columns = [f"image_{j}" for j in named]
+        if absent := [c for c in columns if not table.images_in(i, c)]:
+            raise ValueError(f"{table.path}: {row['id']} has no {absent[0]}; fetch it again")
+        items.append(replace(item, images=tuple(table.image(i, c) for c in columns)))
+    return items
+
+
+def _file(path: Path, protocol: str) -> list[Item]:
+    values = read_json(path)
+    rows: list[Row]
+    if isinstance(values, dict) and isinstance(values.get("rows"), list):
+        rows = values["rows"]
+    elif isinstance(values, dict):
+        rows = [{"id": i, **row} for i, row in values.items() if isinstance(row, dict)]
+    else:
+        rows = json_rows(path)
+    items = []
+    for i, row in enumerate(rows):
+        number = str(field(row, "id", path, f"row {i}"))
+        field(row, "question_type", path, number)
+        items.append(_item(row, number, _options(row), protocol))
+    if not items:
+        raise ValueError(f"{path} has no questions of MMMU; see --help")
+    return items
+
+
+def _item(row: Row, number: str, options: list[str], protocol: str) -> Item:
+    """The options of open questions are None, those that nobody knows []."""
+    multiple = row.get("question_type") == "multiple-choice"
+    question, gold = row.get("question") or "", row.get("answer", row.get("ground_truth"))
+    if gold is not None:
+        gold = [str(text) for text in gold] if isinstance(gold, list) else str(gold)
+    if protocol == "lmms":
+        how = f"{lettered(options)}\n\n{LETTER.strip()}" if multiple else f"\n{SHORT.strip()}"
+    else:
+        how = f"{lettered(options, '({}) {}')}\n{LETTER}" if multiple else SHORT.strip()
+        gold = gold if multiple else _golds(gold)
+    given = {"answer": gold, "options": options if multiple else None}
+    return Item(number, f"{question}\n{how}", (), given)
+
+
+def _options(row: Row) -> list[str]:
+    """A list, the text of a Python list as the data set has it, or letter -> text as the official
+    outputs do."""
+    value = row.get("options")
+    if value is None and isinstance(row.get("index2ans"), dict):
+        value = [text for _, text in sorted(row["index2ans"].items())]
     if isinstance(value, str):
         try:
             value = ast.literal_eval(value)
@@ -148,7 +168,7 @@ def _options(value: Any) -> list[str]:
 
 
 def _golds(value: Any) -> Any:
-    """An open answer, or the text of a Python list of such."""
+    """Open answers; lmms-eval takes the text of a Python list of them for one."""
     if isinstance(value, str) and value.startswith("[") and value.endswith("]"):
         try:
             return [str(answer) for answer in ast.literal_eval(value)]

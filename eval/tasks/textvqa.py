@@ -23,7 +23,7 @@ class TextVQA(Task):
         f"{ASKED} (LLaVA's eval.zip)",
         "for lmms also a folder of lmms-lab-encoder/textvqa (validation*.parquet)",
     )
-    setups = {"llava": Setup(128), "lmms": Setup(16)}  # noqa: RUF012
+    setups = {"llava": Setup(128), "lmms": Setup(1024)}  # noqa: RUF012
 
     def items(self, source: Path | None, protocol: str, limit: int | None = None) -> list[Item]:
         if source is None or not source.exists():
