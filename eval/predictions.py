@@ -69,7 +69,7 @@ def read(path: Path) -> list[Prediction]:
     text = read_text(path)
     if not text.strip():
         raise ValueError(f"{path} is empty; fetch or make it again")
-    if path.suffix != ".jsonl" and _is_one_value(text):
+    if text.lstrip()[0] == "[" or (path.suffix != ".jsonl" and _is_one_value(text)):
         return _json(path, read_json(path))
     return lines(path)
 

@@ -106,7 +106,10 @@ def questions(
     """Task.items, for files that anybody may have written: a value of a wrong kind deep in one is
     an error of the file's, too (ValueError)."""
     try:
-        return task.items(source, protocol, limit)
+        items = task.items(source, protocol, limit)
+        if strange := [item for item in items if not isinstance(item.text, str)]:
+            raise TypeError(f"the question {strange[0].question_id} is no text")
+        return items
     except (TypeError, AttributeError, KeyError, IndexError) as error:
         raise ValueError(
             f"{source} is not as {task.name} is distributed ({type(error).__name__}: {error}); "

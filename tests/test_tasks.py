@@ -325,6 +325,10 @@ def test_scienceqa_by_its_three_rules(tmp_path: Path) -> None:
     assert scored("scienceqa", items, ["A", "(B) cat", "A"], "llava").unparsed == 1
     assert scored("scienceqa", items, ["a", "B.", None], "lmms").right == 2
     assert scored("scienceqa", items, [None] * 3, "llava").unparsed == 0
+    found = scored("scienceqa", items, [None, "B", None], "llava")  # as papers ask them
+    assert (found.right, found.n, found.split) == (1, 2, "test with image")
+    assert "1 questions without a picture is answered" in found.notes[0]
+    assert scored("scienceqa", items[:1], [None], "llava").n == 1
 
 
 def test_the_picture_stands_before_the_question_wherever_the_file_has_it(tmp_path: Path) -> None:
@@ -445,7 +449,7 @@ def test_mmmu_replays_the_official_guesses_and_counts_them(tmp_path: Path) -> No
     lmms = TASKS["mmmu"].items(tmp_path / "outputs.json", "lmms")
     assert lmms[0].text == f"Which <image 1>?\nA. $6\nB. $7\n\n{LETTER.strip()}"
     assert lmms[1].text == f"How much?\n\n{SHORT.strip()}"
-    assert lmms[1].gold["answer"] == "['5', 'five']"  # which it compares as one text
+    assert lmms[1].gold["answer"] == ["['5', 'five']"]  # which it compares as one text
     assert scored("mmmu", items, ["(B)", "It is 5."], "llava").value == 100
     found = scored("mmmu", items, ["neither", "five"], "llava")
     assert found.unparsed == 1
@@ -541,6 +545,8 @@ def test_a_missing_answer_is_wrong_and_not_unparsed(name: str, tmp_path: Path) -
     }
     if name == "ocrvqa":
         gold["answer"] = "The"
+    if name == "mmmu":
+        gold["answer"] = ["A"]
     for protocol in TASKS[name].setups:
         pair = [Item(1, "Is it?", (), gold)] * 2
         found = scored(name, pair, [None, None], protocol)
@@ -562,6 +568,22 @@ def test_vqav2_annotations_alone_score_and_are_limited(tmp_path: Path) -> None:
     save(path, {"annotations": [{"question_id": 1}]})
     with pytest.raises(ValueError, match="row 0 has no 'answers'"):
         TASKS["vqav2"].items(path, "llava")
+
+
+@pytest.mark.parametrize("gold", [7, ["yes"], {"a": "yes"}, True, ""])
+def test_gold_of_a_wrong_kind_is_told(gold: object, tmp_path: Path) -> None:
+    row = {"imageId": "n1", "question": "Is it red?", "answer": gold}
+    save(tmp_path / "testdev_balanced_questions.json", {"201": row})
+    textvqa(tmp_path)
+    row = {"question_id": 34602, "image_id": "00ab", "question": "what Brand is it?"}
+    save(tmp_path / "TextVQA_0.5.1_val.json", {"data": [{**row, "answers": [gold]}]})
+    for name, number in (("gqa", "201"), ("textvqa", "34602")):
+        items = TASKS[name].items(tmp_path, "llava")
+        if gold == "":
+            assert scored(name, items, ["yes"], "llava").value == 0
+            continue
+        with pytest.raises(ValueError, match=f"question {number} has the answer"):
+            scored(name, items, ["yes"], "llava")
 
 
 @pytest.mark.parametrize("name", [name for name in TASKS if name != "demo"])

@@ -151,19 +151,38 @@ def unparsed_among(answers: Sequence[Answer], parse: Callable[[str], object]) ->
     return sum(a.text is not None and parse(a.text) is None for a in answers)
 
 
-def gold_of(answer: Answer, name: str = "answer") -> Any:
-    """An item's gold by name. ValueError where the questions came without answers."""
-    if answer.item.gold.get(name) is None:
-        raise ValueError(
-            f"question {answer.item.question_id} has no gold {name}; give the official file that "
-            "has the answers"
-        )
-    return answer.item.gold[name]
+def gold_of(answer: Answer, name: str = "answer") -> str:
+    """An item's gold by name. ValueError where the questions came without answers, or with
+    something else in their place."""
+    gold = _gold(answer, name)
+    if not isinstance(gold, str):
+        raise _no_gold(answer, f"the {name} {repr(gold)[:60]}, which is no text")
+    return gold
+
+
+def golds_of(answer: Answer, name: str) -> list[str]:
+    """One of several; ValueError as above, and where there is none."""
+    golds = _gold(answer, name)
+    if not isinstance(golds, list) or not golds or not all(isinstance(g, str) for g in golds):
+        raise _no_gold(answer, f"the {name} {repr(golds)[:60]}, which is no list of texts")
+    return golds
+
+
+def _gold(answer: Answer, name: str) -> object:
+    gold = answer.item.gold.get(name)
+    if gold is None:
+        raise _no_gold(answer, f"no gold {name}")
+    return gold
+
+
+def _no_gold(answer: Answer, what: str) -> ValueError:
+    number = answer.item.question_id
+    return ValueError(f"question {number} has {what}; give the official file that has the answers")
 
 
 def credit(answer: Answer, rule: str) -> float:
     """VQA's soft accuracy. A missing answer has none, though a gold answer may normalise to ""."""
-    golds = gold_of(answer, "answers")
+    golds = golds_of(answer, "answers")
     return 0.0 if answer.text is None else soft_accuracy(answer.text, golds, rule)
 
 

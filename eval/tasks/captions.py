@@ -11,7 +11,7 @@ from typing import Any
 
 from ..metrics import ptb
 from ..metrics.cider import cider_d
-from .base import Answer, Item, Picture, Score, Setup, Task, gold_of
+from .base import Answer, Item, Picture, Score, Setup, Task, golds_of
 from .files import (
     Row,
     Table,
@@ -79,7 +79,7 @@ class Captions(Task):
 
     def score(self, answers: Sequence[Answer], protocol: str) -> Score:
         """CIDEr-D times 100, as tables print it."""
-        golds = [gold_of(a, "captions") for a in answers]
+        golds = [golds_of(a, "captions") for a in answers]
         if not golds:
             raise ValueError("there is no picture to score; give a file that has some")
         texts = [[a.said for a in answers], [text for captions in golds for text in captions]]

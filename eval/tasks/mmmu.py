@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import re
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -19,7 +20,7 @@ from .base import (
     Setup,
     Task,
     accuracy,
-    gold_of,
+    golds_of,
     lettered,
     percent,
 )
@@ -66,13 +67,12 @@ class MMMU(Task):
         right, unparsed, guessed, guesses_right, bare = [], 0, 0, 0, 0
         subjects: dict[str, list[bool]] = {}
         for a in answers:
-            gold, options = gold_of(a), a.item.gold["options"]
-            golds = gold if isinstance(gold, list) else [gold]
+            golds, options = golds_of(a, "answer"), a.item.gold["options"]
             bare += options == []
             if a.text is None:
                 correct = False
             elif options is None:
-                correct = metric.open_correct(a.said, gold)
+                correct = metric.open_correct(a.said, golds)
             elif not options:  # read before, by whoever wrote the file
                 unparsed += re.fullmatch("[A-Z]", a.said) is None
                 correct = a.said in golds
@@ -142,14 +142,13 @@ def _item(row: Row, number: str, options: list[str], protocol: str) -> Item:
     """The options of open questions are None, those that nobody knows []."""
     multiple = row.get("question_type") == "multiple-choice"
     question, gold = row.get("question") or "", row.get("answer", row.get("ground_truth"))
-    if gold is not None:
-        gold = [str(text) for text in gold] if isinstance(gold, list) else str(gold)
+    golds = gold if isinstance(gold, list) or gold is None else [str(gold)]
     if protocol == "lmms":
         how = f"{lettered(options)}\n\n{LETTER.strip()}" if multiple else f"\n{SHORT.strip()}"
     else:
         how = f"{lettered(options, '({}) {}')}\n{LETTER}" if multiple else SHORT.strip()
-        gold = gold if multiple else _golds(gold)
-    given = {"answer": gold, "options": options if multiple else None}
+        golds = golds if multiple or isinstance(gold, list) else _listed(gold)
+    given = {"answer": golds, "options": options if multiple else None}
     return Item(number, f"{question}\n{how}", (), given)
 
 
@@ -167,14 +166,12 @@ def _options(row: Row) -> list[str]:
     return [str(option) for option in value or ()]
 
 
-def _golds(value: Any) -> Any:
-    """Open answers; lmms-eval takes the text of a Python list of them for one."""
+def _listed(value: Any) -> list[str] | None:
+    """Open answers, which stand as the text of a Python list; lmms-eval takes that for one."""
     if isinstance(value, str) and value.startswith("[") and value.endswith("]"):
-        try:
+        with suppress(ValueError, SyntaxError):
             return [str(answer) for answer in ast.literal_eval(value)]
-        except (ValueError, SyntaxError):
-            return value
-    return value
+    return None if value is None else [str(value)]
 
 
 def _subject(number: str) -> str:

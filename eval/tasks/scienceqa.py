@@ -140,6 +140,14 @@ class ScienceQA(Task):
         return Item(str(number), text, pictures, gold)
 
     def score(self, answers: Sequence[Answer], protocol: str) -> Score:
+        """Papers ask the questions with a picture alone: if no other has an answer, these are left
+        out."""
+        asked = [a for a in answers if a.item.images]
+        notes: tuple[str, ...] = ()
+        if asked and all(a.text is None for a in answers if not a.item.images):
+            if left := len(answers) - len(asked):
+                notes = (f"none of the {left} questions without a picture is answered: left out",)
+            answers = asked
         golds = [gold_of(a) for a in answers]
         letters = [_letter(a, protocol) for a in answers]
         right = [letter == gold for letter, gold in zip(letters, golds, strict=True)]
@@ -157,7 +165,7 @@ class ScienceQA(Task):
                 "without image, questions": len(blind),
             }
         split = self.split if all(pictured) else "test"
-        return accuracy(right, given.count(None), more=more, split=split)
+        return accuracy(right, given.count(None), more=more, notes=notes, split=split)
 
 
 def _letter(answer: Answer, protocol: str) -> str | None:

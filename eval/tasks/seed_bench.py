@@ -85,5 +85,5 @@ def _item(row: Row, path: Path, i: int, pictures: tuple[Picture, ...]) -> Item:
     number = field(row, "question_id", path, f"row {i}")
     choices = [str(field(row, f"choice_{x}", path, f"question {number}")) for x in "abcd"]
     text = f"{field(row, 'question', path, f'question {number}')}\n{lettered(choices)}{LETTER}"
-    gold = {"answer": row.get("answer"), "data_type": row.get("data_type", "image")}
+    gold = {"answer": row.get("answer"), "data_type": str(row.get("data_type", "image"))}
     return Item(str(number), text, pictures, gold)
