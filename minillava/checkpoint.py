@@ -16,11 +16,13 @@ import torch
 from torch.overrides import TorchFunctionMode
 
 from .config import Config
+from .config_file import read_config
 from .fill import TIED, fill, forms_of, linear_layers
 from .hub import find
 from .llava import LLaVA
 from .names import our_name, published_name
 from .processor import Processor
+from .processor_files import read_processor
 from .quantise import stored_parts
 from .shards import FLOATS, Stored, stored_tensors
 
@@ -65,8 +67,8 @@ def load(
     if quantize == "int8-dynamic" and place != _CPU:
         raise ValueError("quantize='int8-dynamic' is arithmetic for CPUs; on CUDA use 'int8'")
     folder = find(path_or_hub_id, revision)
-    config = Config.from_file(folder / "config.json")
-    processor = Processor.from_folder(folder, config)
+    config = read_config(folder / "config.json")
+    processor = read_processor(folder, config)
     stored = stored_tensors(folder)
     model = empty_model(config)
     found = match(model, stored, folder)

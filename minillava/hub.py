@@ -6,7 +6,7 @@ import os
 import re
 from pathlib import Path
 
-from .config import Config
+from .config_file import read_config
 
 _HUB_ID = re.compile(r"\w[\w.-]*/\w[\w.-]*")  # org/name
 
@@ -42,7 +42,7 @@ def fetch(hub_id: str, revision: str | None = None, to: str | Path | None = None
     own instead of the cache. Raises ValueError if the hub, the network or the config refuses.
     """
     folder = snapshot(hub_id, revision, to, ["*.json", "tokenizer.model"])
-    Config.from_file(folder / "config.json")
+    read_config(folder / "config.json")
     return snapshot(hub_id, revision, to, ["*.json", "tokenizer.model", "*.safetensors"])
 
 

@@ -10,13 +10,10 @@ mean colour, that square resized. EXIF rotation is left to the caller.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 from PIL import Image
 from torch import Tensor
-
-from .entries import Entries, read_json
 
 ASPECTS = ("crop", "pad")
 STRIP = 1 << 24  # pixels in work at one time where a picture is taken in strips (64 MB)
@@ -25,7 +22,7 @@ MAX_AREA = 1 << 32  # pixels of a picture padded, or enlarged before the middle 
 
 @dataclass(frozen=True)
 class ImageConfig:
-    """What preprocessor_config.json says; the defaults are those of LLaVA-1.5."""
+    """What preprocessor_config.json says (processor_files.py reads it); LLaVA-1.5's by default."""
 
     size: int = 336  # pixels of the shorter side after the resize
     crop: int = 336  # S, side of the square cut from the middle
@@ -38,23 +35,6 @@ class ImageConfig:
     def fill(self) -> tuple[int, ...]:
         """The mean colour, cut down to whole grey levels as the original code does."""
         return tuple(int(255 * m) for m in self.mean)
-
-    @classmethod
-    def from_folder(cls, folder: str | Path, image_size: int) -> ImageConfig:
-        """Read preprocessor_config.json, else processor_config.json, else take the vision tower's
-        `image_size` and CLIP's numbers.
-
-        Raises ValueError, naming file, entry, value, what is allowed and what to do, for settings
-        that this code does not compute.
-        """
-        own, shared = (Path(folder) / f"{n}_config.json" for n in ("preprocessor", "processor"))
-        if own.is_file():
-            entries = Entries(str(own), "", read_json(own))
-        elif shared.is_file():
-            entries = Entries(str(shared), "", read_json(shared)).section("image_processor", {})
-        else:
-            return cls(image_size, image_size)
-        return _read(entries, image_size) if entries.values else cls(image_size, image_size)
 
 
 def preprocess(image: Image.Image, config: ImageConfig, aspect: str = "crop") -> Tensor:
@@ -192,55 +172,3 @@ def _convert(image: Image.Image, mode: str) -> Image.Image:
             f"a picture of mode {image.mode} cannot be turned into {mode} ({error}); "
             "convert it to RGB first"
         ) from error
-
-
-# ------------------------------------------------------------ settings
-
-
-def _read(e: Entries, image_size: int) -> ImageConfig:
-    """Absent entries are what CLIPImageProcessor takes them to be."""
-    for key in ("do_resize", "do_center_crop", "do_rescale", "do_normalize", "do_convert_rgb"):
-        e.only(key, (True,), True)
-    e.only("do_pad", (False,), False, "leave it out and ask for image_aspect='pad'")
-    kinds = ("CLIPImageProcessor", "CLIPImageProcessorFast", "CLIPImageProcessorPil")
-    e.only("image_processor_type", kinds, kinds[0])
-    e.only("feature_extractor_type", ("CLIPFeatureExtractor", *kinds), kinds[0])
-    crop, size = _side(e, "crop_size", ("height", "width")), _side(e, "size", ("shortest_edge",))
-    if crop != image_size:
-        raise e.error("crop_size", crop, f"{image_size} like vision_config.image_size")
-    if size < crop:
-        raise e.error("size", size, f"at least {crop} like crop_size")
-    filters = tuple(f.value for f in Image.Resampling if f != Image.Resampling.NEAREST)
-    config = ImageConfig(
-        size=size,
-        crop=crop,
-        resample=e.only("resample", filters, Image.Resampling.BICUBIC.value),
-        mean=_colour(e, "image_mean", ImageConfig.mean),
-        std=_colour(e, "image_std", ImageConfig.std),
-        rescale=e.number("rescale_factor", 1 / 255),
-    )
-    # of the loading code, or without influence on pixels
-    e.seen.update(("processor_class", "data_format", "input_data_format", "return_tensors"))
-    e.seen.update(("default_to_square", "device", "disable_grouping", "image_seq_length"))
-    e.refuse_strangers()
-    return config
-
-
-def _side(e: Entries, key: str, names: tuple[str, ...]) -> int:
-    """A length that stands there as a number (old files) or once under each of `names`."""
-    e.seen.add(key)
-    value = e.values.get(key, 224)
-    side = value[names[0]] if isinstance(value, dict) and names[0] in value else value
-    if value not in (side, dict.fromkeys(names, side)) or type(side) is not int or side < 1:
-        allowed = f"pixels as one number, or the same number under {' and '.join(names)}"
-        raise e.error(key, value, allowed)
-    return side
-
-
-def _colour(e: Entries, key: str, default: tuple[float, ...]) -> tuple[float, ...]:
-    e.seen.add(key)
-    value = e.values.get(key, default)
-    numbers = isinstance(value, list | tuple) and all(type(v) in (int, float) for v in value)
-    if not numbers or len(value) != 3 or (key == "image_std" and 0 in value):
-        raise e.error(key, value, "three numbers (std: none of them 0)")
-    return tuple(float(v) for v in value)

@@ -8,13 +8,11 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 from PIL import Image
 from torch import Tensor
 
-from .config import Config
 from .image import ImageConfig, check_aspect, preprocess
 from .llava import Batch
 from .prompt import IMAGE, Choices, conversation, split_choices
@@ -33,29 +31,6 @@ class Processor:
     num_image_tokens: int
     aspect: str = "crop"
     template: str = "llava-hf"
-
-    @classmethod
-    def from_folder(cls, folder: str | Path, config: Config) -> Processor:
-        """Of a checkpoint. One made for padded pictures was converted from the original layout,
-        and speaks vicuna_v1. Raises ValueError for files that do not fit each other."""
-        tokenizer = Tokenizer.from_folder(folder, config.image_token_id)
-        if tokenizer.image_id != config.image_token_id:
-            raise ValueError(
-                f"{folder}: {IMAGE} has id {tokenizer.image_id} in the tokenizer's files, but "
-                f"{config.image_token_id} in config.json; take both from one checkpoint"
-            )
-        if len(tokenizer) > config.text.vocab_size:
-            raise ValueError(
-                f"{folder}: the tokenizer's ids go up to {len(tokenizer) - 1}, but the model has "
-                f"vocab_size={config.text.vocab_size}; take both from one checkpoint"
-            )
-        return cls(
-            tokenizer,
-            ImageConfig.from_folder(folder, config.vision.image_size),
-            config.vision.num_patches,
-            config.image_aspect,
-            "vicuna_v1" if config.image_aspect == "pad" else "llava-hf",
-        )
 
     def __call__(
         self,

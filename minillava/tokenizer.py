@@ -12,13 +12,11 @@ ValueError (there OverflowError and TypeError).
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any
 
 import sentencepiece
 
-from .entries import Entries, read_json
 from .prompt import IMAGE
 
 SPACE = "\u2581"  # how pieces write a space
@@ -62,29 +60,6 @@ class Tokenizer:
         self._special_ids = frozenset(self.special_tokens.values())
         self._any_special = _alternatives(self.special_tokens)
         self._own_special = _alternatives(own)
-
-    @classmethod
-    def from_folder(cls, folder: str | Path, image_id: int) -> Tokenizer:
-        """Read a checkpoint's tokenizer.model and the json files beside it.
-
-        image_id: of <image>, where no file names it. Raises ValueError for files that are missing
-        or ask for something this code does not do.
-        """
-        folder = Path(folder)
-        model = folder / "tokenizer.model"
-        if not model.is_file():
-            raise ValueError(
-                f"there is no {model}; only SentencePiece models are read, not tokenizer.json: "
-                "copy tokenizer.model from the repository that the checkpoint was made from"
-            )
-        path = folder / "tokenizer_config.json"
-        entries = Entries(str(path), "", read_json(path) if path.is_file() else {})
-        entries.only("add_bos_token", (True,), True)
-        entries.only("add_eos_token", (False,), False)
-        entries.only("clean_up_tokenization_spaces", (False,), False)
-        padding = entries.values.get("pad_token")
-        content = padding.get("content") if isinstance(padding, Mapping) else padding
-        return cls(model, {IMAGE: image_id} | _added_tokens(folder, entries), content or "<unk>")
 
     def __len__(self) -> int:
         """One more than the largest id."""
@@ -194,38 +169,3 @@ def _unicode(text: str) -> str:
             "pair and no Unicode text; remove it"
         ) from None
     return text
-
-
-def _added_tokens(folder: Path, config: Entries) -> dict[str, int]:
-    """From the first of the three places where transformers writes them that has any."""
-    return dict(_listed(folder / "tokenizer.json", "added_tokens")) or (
-        dict(_numbered(config)) or dict(_named(folder / "added_tokens.json"))
-    )
-
-
-def _listed(path: Path, key: str) -> Iterator[tuple[str, int]]:
-    if path.is_file():
-        for token in read_json(path).get(key) or ():
-            yield _plain(path, token, token.get("id"))
-
-
-def _numbered(config: Entries) -> Iterator[tuple[str, int]]:
-    for number, token in config.section("added_tokens_decoder", {}).values.items():
-        yield _plain(Path(config.source), token, int(number) if number.isdecimal() else number)
-
-
-def _named(path: Path) -> Iterator[tuple[str, int]]:
-    if path.is_file():
-        for content, number in read_json(path).items():
-            yield _plain(path, {"content": content}, number)
-
-
-def _plain(path: Path, token: Mapping[str, Any], number: object) -> tuple[str, int]:
-    content = token.get("content")
-    odd = [flag for flag in ("lstrip", "rstrip", "single_word") if token.get(flag)]
-    if odd or not isinstance(content, str) or not content or type(number) is not int:
-        raise ValueError(
-            f"{path}: the added token {content!r} with id {number!r} {' and '.join(odd)} is not "
-            "supported, only plain tokens with an id are; use the files of llava-hf/llava-1.5-7b-hf"
-        )
-    return content, number

@@ -18,7 +18,7 @@ from torch import Tensor
 from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration
 
 from minillava.checkpoint import load, match, widest
-from minillava.config import Config
+from minillava.config_file import config_of, read_config
 from minillava.llava import LLaVA
 from minillava.names import published_name
 from minillava.shards import Stored, stored_tensors
@@ -251,6 +251,20 @@ def test_unknown_arguments_are_refused(folder: Path, arguments: dict[str, Any], 
     assert "\n" not in str(caught.value)
 
 
+@pytest.mark.parametrize("name", ["lm_head.weight", "model.embed_tokens.weight"])
+def test_values_that_float16_cannot_hold_are_refused(folder: Path, name: str) -> None:
+    name = f"language_model.{name}"
+
+    def large(state: dict[str, Tensor]) -> dict[str, Tensor]:
+        state[name][7, 3] = 70000.0
+        return state
+
+    rewrite(folder, large)
+    load(folder, dtype="bfloat16")
+    with pytest.raises(ValueError, match=f"{name} has values that float16 cannot .* take dtype bf"):
+        load(folder, dtype="float16")
+
+
 # ------------------------------------------------------------ tensors that do not fit
 
 
@@ -453,7 +467,7 @@ def test_memory_peaks_at_the_weights_plus_one_tensor(tmp_path: Path) -> None:
     config = json.loads((TINY_A / "config.json").read_text())
     config["text_config"] |= {"hidden_size": 256, "intermediate_size": 2048, "num_hidden_layers": 8}
     with torch.device("meta"):
-        shapes = LLaVA(Config.from_dict(config)).state_dict()
+        shapes = LLaVA(config_of(config)).state_dict()
     sizes = [tensor.numel() * 4 for tensor in shapes.values()]
     assert sum(sizes) > 25 * max(sizes)
     folders = [tmp_path / "16-bit", tmp_path / "32-bit"]
@@ -477,5 +491,5 @@ def test_memory_peaks_at_the_weights_plus_one_tensor(tmp_path: Path) -> None:
 def test_match_reads_headers_only(folder: Path) -> None:
     tensors = stored_tensors(folder)
     with torch.device("meta"):
-        model = LLaVA(Config.from_file(folder / "config.json"))
+        model = LLaVA(read_config(folder / "config.json"))
     assert match(model, tensors, folder).keys() == model.state_dict().keys()

@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import LlavaConfig
 
-from minillava.config import Config
+from minillava.config_file import config_of, read_config
 
 CHECKPOINTS = Path(__file__).parent / "goldens" / "checkpoints"
 
@@ -94,7 +94,7 @@ ROPES: list[dict[str, Any]] = [
 
 
 def check_against_transformers(entries: dict[str, Any]) -> None:
-    ours = Config.from_dict(copy.deepcopy(entries))
+    ours = config_of(copy.deepcopy(entries))
     theirs: Any = LlavaConfig.from_dict(copy.deepcopy(entries))
     for key in VISION:
         assert getattr(ours.vision, key) == getattr(theirs.vision_config, key), key
@@ -110,7 +110,7 @@ def check_against_transformers(entries: dict[str, Any]) -> None:
 
 def test_the_published_7b_config_is_what_transformers_takes_it_for() -> None:
     check_against_transformers(HUB_7B)
-    config = Config.from_dict(HUB_7B)
+    config = config_of(HUB_7B)
     assert (config.vision.num_patches, config.text.hidden_size) == (576, 4096)
     assert (config.eos_token_ids, config.image_aspect) == ((2,), "crop")
 
@@ -163,31 +163,31 @@ def test_end_tokens_come_from_generation_config_then_config(
     entries = {**HUB_7B, **top, "text_config": {**HUB_7B["text_config"], **text}}
     (tmp_path / "config.json").write_text(json.dumps(entries))
     (tmp_path / "generation_config.json").write_text(json.dumps(generation))
-    assert Config.from_file(tmp_path / "config.json").eos_token_ids == expected
+    assert read_config(tmp_path / "config.json").eos_token_ids == expected
 
 
 @pytest.mark.parametrize(
     ("ratio", "aspect"), [(None, "crop"), ("square", "crop"), ("crop", "crop"), ("pad", "pad")]
 )
 def test_the_picture_shape_is_that_of_the_checkpoint(ratio: str | None, aspect: str) -> None:
-    assert Config.from_dict({**HUB_7B, "image_aspect_ratio": ratio}).image_aspect == aspect
+    assert config_of({**HUB_7B, "image_aspect_ratio": ratio}).image_aspect == aspect
 
 
 def test_the_image_token_has_two_names() -> None:
     entries = {k: v for k, v in HUB_7B.items() if k != "image_token_index"}
-    assert Config.from_dict({**entries, "image_token_id": 31}).image_token_id == 31
-    assert Config.from_dict({**HUB_7B, "image_token_id": 32000}).image_token_id == 32000
+    assert config_of({**entries, "image_token_id": 31}).image_token_id == 31
+    assert config_of({**HUB_7B, "image_token_id": 32000}).image_token_id == 32000
 
 
 @pytest.mark.parametrize("layer", [-25, -1, 0, 24])
 def test_any_one_hidden_state_may_be_read(layer: int) -> None:
-    assert Config.from_dict({**HUB_7B, "vision_feature_layer": layer}).vision_feature_layer == layer
+    assert config_of({**HUB_7B, "vision_feature_layer": layer}).vision_feature_layer == layer
 
 
 def test_entries_without_influence_are_passed_over() -> None:
     text = {**HUB_7B["text_config"], "pretraining_tp": 2, "sliding_window": None, "moe": False}
     entries = {**HUB_7B, "text_config": text, "_commit_hash": "abc", "use_cache": True}
-    assert Config.from_dict(entries) == Config.from_dict(HUB_7B)
+    assert config_of(entries) == config_of(HUB_7B)
 
 
 REFUSED: list[tuple[str, Any, str]] = [
@@ -262,7 +262,7 @@ def test_what_is_not_computed_is_refused_in_one_line(entry: str, value: Any, say
         place = place.setdefault(section, {})
     place[key] = value
     with pytest.raises(ValueError, match=r"hub/config\.json: ") as caught:
-        Config.from_dict(entries, source="hub/config.json")
+        config_of(entries, source="hub/config.json")
     message = str(caught.value)
     assert key in message
     assert (
@@ -289,7 +289,7 @@ def test_what_is_not_computed_is_refused_in_one_line(entry: str, value: Any, say
 def test_half_said_rope_scaling_is_refused(scaling: dict[str, Any], says: str) -> None:
     text = {**HUB_7B["text_config"], "rope_scaling": scaling}
     with pytest.raises(ValueError, match=says):
-        Config.from_dict({**HUB_7B, "text_config": text})
+        config_of({**HUB_7B, "text_config": text})
 
 
 @pytest.mark.parametrize(
@@ -301,6 +301,6 @@ def test_an_unreadable_file_is_named(tmp_path: Path, content: str | None, says: 
     if content is not None:
         path.write_bytes(content.encode("utf-8", "surrogateescape"))
     with pytest.raises(ValueError, match=says) as caught:
-        Config.from_file(path)
+        read_config(path)
     assert str(path) in str(caught.value)
     assert "\n" not in str(caught.value)

@@ -19,6 +19,7 @@ from safetensors.torch import load_file
 
 import minillava.image
 from minillava.image import ImageConfig, preprocess
+from minillava.processor_files import read_image_config
 
 TINY_A = Path(__file__).parent / "goldens" / "checkpoints" / "tiny-a"
 S = 28
@@ -238,25 +239,25 @@ def test_a_truncated_picture_is_refused() -> None:
 
 
 def test_settings_are_read_from_where_checkpoints_have_them(tmp_path: Path) -> None:
-    published = ImageConfig.from_folder(TINY_A / "hub-sharded", 56)
+    published = read_image_config(TINY_A / "hub-sharded", 56)
     assert published == ImageConfig(56, 56)
 
-    assert ImageConfig.from_folder(tmp_path, 56) == published  # no file at all
+    assert read_image_config(tmp_path, 56) == published  # no file at all
 
     content = json.loads((TINY_A / "hub-sharded" / "preprocessor_config.json").read_text())
     content["image_mean"] = [0.5, 0.25, 0.125]
     (tmp_path / "processor_config.json").write_text(json.dumps({"image_processor": content}))
-    nested = ImageConfig.from_folder(tmp_path, 56)  # as transformers 5 writes it
+    nested = read_image_config(tmp_path, 56)  # as transformers 5 writes it
     assert nested.mean == (0.5, 0.25, 0.125)
     assert nested.fill == (127, 63, 31)
 
     old = {"crop_size": 56, "size": 64, "resample": 2, "feature_extractor_type": None}
     (tmp_path / "preprocessor_config.json").write_text(json.dumps(old))
-    assert ImageConfig.from_folder(tmp_path, 56) == ImageConfig(64, 56, 2)  # it goes first
+    assert read_image_config(tmp_path, 56) == ImageConfig(64, 56, 2)  # it goes first
 
     (tmp_path / "preprocessor_config.json").unlink()
     (tmp_path / "processor_config.json").write_text('{"patch_size": 14}')
-    assert ImageConfig.from_folder(tmp_path, 56) == published
+    assert read_image_config(tmp_path, 56) == published
 
 
 @pytest.mark.parametrize(
@@ -288,4 +289,4 @@ def test_settings_that_are_not_computed_are_refused(
     content = {"crop_size": 56, "size": 56} | entries
     (tmp_path / "preprocessor_config.json").write_text(json.dumps(content))
     with pytest.raises(ValueError, match=f"preprocessor_config.json: .*{re.escape(said)}"):
-        ImageConfig.from_folder(tmp_path, 56)
+        read_image_config(tmp_path, 56)

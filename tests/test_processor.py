@@ -14,17 +14,17 @@ import pytest
 import torch
 from PIL import Image
 
-from minillava.config import Config
+from minillava.config_file import read_config
 from minillava.image import preprocess
-from minillava.processor import Processor
+from minillava.processor_files import read_processor
 
 HERE = Path(__file__).parent / "goldens"
 TOY = HERE / "checkpoints" / "tiny-a" / "hub-sharded"
 REAL = HERE / "tokenizer" / "tiny-c"
 N, IMAGE = 16, 318
 
-CONFIG = Config.from_file(TOY / "config.json")
-ours = Processor.from_folder(TOY, CONFIG)
+CONFIG = read_config(TOY / "config.json")
+ours = read_processor(TOY, CONFIG)
 SCIENCE = (
     "USER: <image>\nContext: N/A\nQuestion: Which?\nOptions: (A) red fish (B) blue\n"
     "Answer with the option's letter from the given choices directly. ASSISTANT:"
@@ -55,7 +55,7 @@ def picture(seed: int, width: int = 70, height: int = 60) -> Image.Image:
 
 
 def test_ids_equal_the_goldens(goldens: Path) -> None:
-    processor = Processor.from_folder(REAL, Config.from_file(REAL / "config.json"))
+    processor = read_processor(REAL, read_config(REAL / "config.json"))
     golden = json.loads((goldens / "tokenizer" / "processor_tiny-c.json").read_text())
     assert len(golden["rows"]) == 3
     for row in golden["rows"]:
@@ -257,7 +257,7 @@ def test_a_typed_placeholder_is_refused() -> None:
 
 
 def test_a_checkpoint_for_padded_pictures_speaks_as_the_original() -> None:
-    processor = Processor.from_folder(TOY, replace(CONFIG, image_aspect="pad"))
+    processor = read_processor(TOY, replace(CONFIG, image_aspect="pad"))
     assert (processor.aspect, processor.template) == ("pad", "vicuna_v1")
     assert (ours.aspect, ours.template) == ("crop", "llava-hf")
 
@@ -265,7 +265,7 @@ def test_a_checkpoint_for_padded_pictures_speaks_as_the_original() -> None:
 def test_files_that_do_not_fit_each_other_are_refused(tmp_path: Path) -> None:
     shutil.copytree(TOY, tmp_path, dirs_exist_ok=True, ignore=shutil.ignore_patterns("*.saf*"))
     with pytest.raises(ValueError, match=r"<image> has id 318 .* but 317 in config.json"):
-        Processor.from_folder(tmp_path, replace(CONFIG, image_token_id=317))
+        read_processor(tmp_path, replace(CONFIG, image_token_id=317))
     small = replace(CONFIG, text=replace(CONFIG.text, vocab_size=319))
     with pytest.raises(ValueError, match=r"ids go up to 319, but the model has vocab_size=319"):
-        Processor.from_folder(tmp_path, small)
+        read_processor(tmp_path, small)

@@ -12,6 +12,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from minillava.processor_files import read_tokenizer
 from minillava.tokenizer import StreamDecoder, Tokenizer
 
 HERE = Path(__file__).parent / "goldens"
@@ -19,8 +20,8 @@ TOY = HERE / "checkpoints" / "tiny-a" / "hub-sharded"
 REAL = HERE / "tokenizer" / "tiny-c"  # 32000 pieces, of a real model
 SPECIAL = ("<unk>", "<s>", "</s>", "<image>", "<pad>")
 
-toy = Tokenizer.from_folder(TOY, 318)
-real = Tokenizer.from_folder(REAL, 32000)
+toy = read_tokenizer(TOY, 318)
+real = read_tokenizer(REAL, 32000)
 
 
 @pytest.fixture(scope="session")
@@ -77,7 +78,7 @@ def test_ids_equal_hugging_faces_for_ten_thousand_texts(goldens: Path, folder: s
     path = goldens / "checkpoints" / folder
     if not (path / "tokenizer.json").is_file():
         pytest.skip(f"{path} has no tokenizer.json; run with --goldens ../shared/goldens")
-    ours, theirs = Tokenizer.from_folder(path, 0), AutoTokenizer.from_pretrained(path)
+    ours, theirs = read_tokenizer(path, 0), AutoTokenizer.from_pretrained(path)
 
     @settings(max_examples=10_000, deadline=None, suppress_health_check=list(HealthCheck))
     @given(text=texts(ours))
@@ -157,7 +158,7 @@ def folder(tmp_path: Path) -> Path:
 def test_special_tokens_are_read_from_wherever_they_are(folder: Path, file: str | None) -> None:
     if file:
         shutil.copyfile(TOY / file, folder / file)
-    tokenizer = Tokenizer.from_folder(folder, 318)
+    tokenizer = read_tokenizer(folder, 318)
     assert tokenizer.encode("<image>a</s>") == toy.encode("<image>a</s>")
     assert tokenizer.pad_id == (319 if file == "tokenizer_config.json" else 0)
     assert len(tokenizer) == (320 if file else 319)
@@ -165,23 +166,23 @@ def test_special_tokens_are_read_from_wherever_they_are(folder: Path, file: str 
 
 def test_the_files_go_before_the_callers_image_id(folder: Path) -> None:
     shutil.copyfile(TOY / "added_tokens.json", folder / "added_tokens.json")
-    assert Tokenizer.from_folder(folder, 7).image_id == 318
+    assert read_tokenizer(folder, 7).image_id == 318
 
 
 def test_the_padding_token_may_be_an_object(folder: Path) -> None:
     config = json.loads((TOY / "tokenizer_config.json").read_text())
     config["pad_token"] = {"content": "<pad>", "lstrip": False}
     (folder / "tokenizer_config.json").write_text(json.dumps(config))
-    assert Tokenizer.from_folder(folder, 318).pad_id == 319
+    assert read_tokenizer(folder, 318).pad_id == 319
 
 
 def test_a_folder_without_a_sentencepiece_model_is_refused(tmp_path: Path) -> None:
     shutil.copyfile(TOY / "tokenizer.json", tmp_path / "tokenizer.json")
     with pytest.raises(ValueError, match=r"no .*tokenizer.model; only SentencePiece .* copy"):
-        Tokenizer.from_folder(tmp_path, 318)
+        read_tokenizer(tmp_path, 318)
     (tmp_path / "tokenizer.model").write_bytes(b"rubbish")
     with pytest.raises(ValueError, match=r"tokenizer.model is no SentencePiece model"):
-        Tokenizer.from_folder(tmp_path, 318)
+        read_tokenizer(tmp_path, 318)
 
 
 @pytest.mark.parametrize(
@@ -208,4 +209,4 @@ def test_files_that_ask_for_something_else_are_refused(
 ) -> None:
     (folder / file).write_text(json.dumps(content))
     with pytest.raises(ValueError, match=re.escape(said)):
-        Tokenizer.from_folder(folder, 318)
+        read_tokenizer(folder, 318)
