@@ -15,7 +15,7 @@ import argparse
 import gc
 import itertools
 import json
-import os
+import math
 import platform
 import sys
 import time
@@ -269,14 +269,22 @@ def _refuse_too_large(config: Config, form: str) -> None:
     values = sum(t.numel() for t in empty_model(config).state_dict().values())
     size = {"float32": 4.0, "float16": 2.0, "bfloat16": 2.0, "int4": 0.7}.get(form, 1.2)
     needed = values * size + 2e9
-    free = (
-        os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") if os.name == "posix" else 1e18
-    )
+    free = _available()
     if needed > free:
         raise ValueError(
             f"--form {form} needs {needed / 1e9:.1f} GB of memory for this shape, and "
             f"{free / 1e9:.1f} GB are free; take a smaller form, or fewer --layers"
         )
+
+
+def _available(meminfo: Path = Path("/proc/meminfo")) -> float:
+    """Bytes that a new process can have: free ones, and what only caches files."""
+    try:
+        lines = meminfo.read_text("ascii").splitlines()
+    except OSError:  # not Linux: the system says no if it must
+        return math.inf
+    found = dict(line.split(":", 1) for line in lines)
+    return 1024 * int(found["MemAvailable"].removesuffix("kB"))
 
 
 # ---------------------------------------------------------------- output

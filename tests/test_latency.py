@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import math
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -111,12 +113,18 @@ def test_random_weights_of_a_shape(capsys: pytest.CaptureFixture[str]) -> None:
 def test_a_shape_that_does_not_fit_is_refused(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    real = latency.os.sysconf
-    few = {"SC_AVPHYS_PAGES": 2**20, "SC_PAGE_SIZE": 4096}
-    monkeypatch.setattr(latency.os, "sysconf", lambda name: few.get(name) or real(name))
+    monkeypatch.setattr(latency, "_available", lambda: 4.3e9)
     assert main(["--shape", "7b", "--form", "int4"]) == 2
     err = capsys.readouterr().err
-    assert "--form int4 needs 6.9 GB" in err or "GB of memory for this shape, and 4.3 GB" in err
+    assert "--form int4 needs 6.9 GB" in err
+    assert "and 4.3 GB are free" in err
+
+
+def test_memory_that_only_caches_files_is_free(tmp_path: Path) -> None:
+    path = tmp_path / "meminfo"
+    path.write_text("MemTotal: 100 kB\nMemFree: 10 kB\nMemAvailable:   70 kB\nHugePages_Total: 0\n")
+    assert latency._available(path) == 70 * 1024
+    assert latency._available(tmp_path / "missing") == math.inf
 
 
 def test_a_prompt_beyond_the_positions_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
