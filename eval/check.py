@@ -430,7 +430,7 @@ _LABELS = {"name", "id", "subject", "options"}  # of a case, for the reader
 
 def _load(path: Path) -> tuple[Mapping[str, Any], list[Case]]:
     try:
-        document = json.loads(path.read_text(encoding="utf-8"))
+        document = json.loads(path.read_text(encoding="utf-8-sig"))
     except FileNotFoundError:
         raise ValueError(f"there is no file {path}; give files of cases") from None
     except OSError as error:

@@ -180,6 +180,12 @@ def test_bad_input_is_one_line(name, content, words, tmp_path, capsys):
     assert re.search(words, _error([_write(tmp_path, name, content)], capsys))
 
 
+def test_a_file_may_begin_with_a_byte_order_mark(tmp_path):
+    path = tmp_path / "gqa.json"
+    path.write_bytes(b"\xef\xbb\xbf" + next(p for p in CASES if p.stem == "gqa").read_bytes())
+    assert check.main([str(path)]) == 0
+
+
 def test_files_that_cannot_be_read(tmp_path, capsys):
     assert "there is no file" in _error([tmp_path / "none.json"], capsys)
     assert "cannot be read" in _error([tmp_path], capsys)

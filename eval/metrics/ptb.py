@@ -143,7 +143,8 @@ _TOKEN = re.compile(
     | (?P<shortened> (?:(?i:{_any(_ABBREVIATIONS)})|{_CAPITALS})\.(?!{_L})
         | (?i:{_any(_NUMBERED_ABBREVIATIONS)})\.(?=\s?\d) )
     | (?P<clock> \d+:\d+(?=[ap]m(?!\w)) )
-    | (?P<number> [-+]?(?:\d+(?:[.,:]\d+)*|\.\d+)(?![^\W_]) (?![-/]\w) )
+    | (?P<measure> \d+(?:[.,]\d+)+{_L}*(?:-\w+)+ )
+    | (?P<number> [-+]?(?:\d*(?:[.,:]\d+)+ | \d+(?![^\W_])(?![-/]\w)) )
     | (?P<both> [A-Z]+&[A-Z]+(?!\w) )
     | (?P<smiley> [:;=][-o]?[()] | :[DP](?!\w) | \^_\^ )
     | (?P<negated> {_L}+?(?=n't(?!\w)) )
@@ -152,7 +153,7 @@ _TOKEN = re.compile(
         | (?i:c'mon)(?!\w) | (?i:c\#) | (?i:us)\$ | [yY]'(?=\w) )
     | (?P<paused> {_L}+\.(?=[,;:]) )
     | (?P<word> (?:[A-HJ-XZodl]'{_L}|[a-z][aeiouy]'[aeiouy])?
-        (?: {_L}+!{_L}+(?!\w) | \w+(?:[-./\u2010\u2011](?:[dl]')?\w+)* ) )
+        (?: {_L}+!{_L}+(?!\w) | \w+(?:(?:[-/\u2010\u2011]|\.(?!\d))(?:[dl]')?\w+)* ) )
     | (?P<marks> [!?]+ | \.\.+ | [-\u2010\u2011\u00ad]+ | \*+ | _+ | '' | `` | \S )
     """,
     re.VERBOSE,
@@ -198,8 +199,8 @@ _SYMBOLS = {
 def own_tokens(caption: str, behind: str = "") -> str:
     """Our tokens of one caption, joined with spaces. behind: the next caption of the file.
 
-    Equal to the Java program's on all 461 known cases, and on 99 of 100 captions with an unusual
-    token put in.
+    Equal to the Java program's on all 461 known cases, on 2,122 human captions (COCO, ABSTRACT-50S)
+    and on 6,000 sentences of schoolbooks (ScienceQA). What it does not follow: formulas.
     """
     caption = _plain(caption)
     tokens = []
