@@ -249,7 +249,7 @@ def test_cider_of_the_reference_itself():
         ("a dog 🐶 at home", "a dog at home"),
         ("the letter J. The end", "the letter j the end"),
         ("1½ cups &amp; two-year-old c'mon y'all", "1 1/2 cups & two-year-old c'mon y' all"),
-        ("3.5mm lens, 1,000ft up, 0.1N.", "3.5 mm lens 1,000 ft up 0.1 n"),
+        ("3.5mm lens, 1,000ft up, 0.1N.", "3.5 mm lens 1,000 ft up 0.1 n."),
         ("a 2.5-inch pipe, mp3.5, dogs,2 cats", "a 2.5-inch pipe mp3 .5 dogs ,2 cats"),
         (
             "No. 5 of no. Then 22 3/4 (650) 723-0293",
