@@ -10,7 +10,8 @@ does, which counts a layer whose output is pruned as if its input had been.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import itertools
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import TypeVar
 
@@ -83,6 +84,16 @@ class Budgeted(Method):
         super().check(n_layers, n_tokens, starts)
 
 
+def between(jumps: Iterable[float]) -> Iterator[float]:
+    """A number between any two neighbours: every value of what only changes at these jumps."""
+    return ((a + b) / 2 for a, b in itertools.pairwise(sorted(set(jumps))))
+
+
+def check_ascending(name: str, layers: Sequence[int]) -> None:
+    if list(layers) != sorted(set(layers)):
+        raise ValueError(f"{name}: layers={'/'.join(map(str, layers))} must ascend")
+
+
 def check_stages(name: str, layers: Sequence[int], values: Sequence[float], option: str) -> None:
     """Refuse lists that are not one value for each of some ascending layers."""
     said = "/".join(map(str, layers))
@@ -91,8 +102,7 @@ def check_stages(name: str, layers: Sequence[int], values: Sequence[float], opti
             f"{name}: layers={said} are {len(layers)}, but {option}="
             f"{'/'.join(map(str, values))} are {len(values)}; give one for each layer"
         )
-    if list(layers) != sorted(set(layers)):
-        raise ValueError(f"{name}: layers={said} must ascend")
+    check_ascending(name, layers)
 
 
 def check_after_first(name: str, layer: int) -> None:

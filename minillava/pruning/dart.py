@@ -84,7 +84,7 @@ class DART(Budgeted):
         return (min(n_tokens, PIVOTS + 2 * PIVOTS * (k // (2 * PIVOTS))) if k else 0,)
 
     def variants(self, n_layers: int, n_tokens: int) -> Iterator[tuple[str, DART]]:
-        for k in range(2 * PIVOTS, n_tokens + 1, 2 * PIVOTS):
+        for k in (1, *range(2 * PIVOTS, n_tokens + 1, 2 * PIVOTS)):  # 1: the pivots alone
             yield f"keep={k}", replace(self, average=None, keep=k)
 
     def choose(self, c: Context) -> Keep:

@@ -20,7 +20,7 @@ from typing import ClassVar
 from torch import Tensor
 
 from .base import Context, Keep, Stage, top
-from .budget import Budgeted, check_stages
+from .budget import Budgeted, between, check_ascending, check_stages
 
 
 def pyramiddrop_score(attention: Tensor) -> Tensor:
@@ -49,6 +49,9 @@ class PyramidDrop(Budgeted):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        if self.average is not None:  # sets the ratios, as many as there are layers
+            check_ascending(self.name, self.layers)
+            return
         check_stages(self.name, self.layers, self.ratios, "ratios")
         if any(not 0 <= r <= 1 for r in self.ratios) or sorted(self.ratios)[::-1] != [*self.ratios]:
             raise ValueError(
@@ -63,10 +66,11 @@ class PyramidDrop(Budgeted):
         return tuple(int(n_tokens * ratio) for ratio in self.ratios)
 
     def variants(self, n_layers: int, n_tokens: int) -> Iterator[tuple[str, PyramidDrop]]:
-        for first in range(1, n_tokens + 1):
-            # half a token on: int() of the product must give `first` again
-            q = min(1.0, (first + 0.5) / n_tokens)
-            ratios = tuple(q ** (i + 1) for i in range(len(self.layers)))
+        # int(n_tokens * q^i) changes where q is the i-th root of a share
+        stages = range(1, len(self.layers) + 1)
+        roots = ((k / n_tokens) ** (1 / i) for i in stages for k in range(1, n_tokens + 1))
+        for q in (*between(roots), 1.0):
+            ratios = tuple(q**i for i in stages)
             text = f"ratios={'/'.join(f'{r:.4f}' for r in ratios)}"
             yield text, replace(self, average=None, ratios=ratios)
 
