@@ -256,11 +256,11 @@ def clusters(x: list[Tensor], n: int) -> list[Tensor]:
         nearest = sorted(distance[i])[:n]
         density.append(math.exp(-sum(d * d for d in nearest) / n))
     largest = max(max(row) for row in distance)
-    score = {}
+    score: dict[int, float] = {}
     for i in q:
         to_denser = [distance[i][j] for j in q if density[j] > density[i]]
         score[i] = density[i] * min([*to_denser, largest])
-    peaks = best(score, n)
+    peaks = torch.tensor([score[i] for i in q]).topk(n).indices.tolist()  # with its order of ties
     members: list[list[Tensor]] = [[] for _ in peaks]
     for i in q:
         away = [-1.0 if peak == i else distance[peak][i] for peak in peaks]

@@ -230,13 +230,14 @@ def test_choices_are_those_of_the_written_out_method(model: Any, batch: Batch, n
 
 
 @pytest.mark.parametrize("seed", range(5))
-def test_cluster_means_are_the_written_out_ones(seed: int) -> None:
-    x = torch.randn(47, 12, generator=torch.Generator().manual_seed(seed)) * 3
-    expected = reference.clusters(list(x), 5)
-    tiny.assert_close(sparsevlm.cluster_means(x, 5), torch.stack(expected))
+@pytest.mark.parametrize(("rows", "n"), [(47, 5), (16, 2), (11, 2)])  # two peaks of a pair tie
+def test_cluster_means_are_the_written_out_ones(seed: int, rows: int, n: int) -> None:
+    x = torch.randn(rows, 12, generator=torch.Generator().manual_seed(seed)) * 3
+    expected = reference.clusters(list(x), n)
+    tiny.assert_close(sparsevlm.cluster_means(x, n), torch.stack(expected))
 
 
-def test_rows_that_coincide_are_clustered_by_index() -> None:
+def test_rows_that_coincide_have_themselves_as_mean() -> None:
     x = torch.ones(12, 3)
     assert torch.equal(sparsevlm.cluster_means(x, 2), torch.ones(2, 3))
 
@@ -318,6 +319,9 @@ def test_published_counts() -> None:
         ("dart:keep=1.5", "keep=1.5 must be a whole number of tokens, or a share"),
         ("vtw:layer=2,average=3", "average and layer say the same"),
         ("fastv:average=3,scope=all", "average=3 counts one image"),
+        ("sparsevlm:layers=1/2,average=40", "for 3 layers, layers=1/2 are 2; give keep="),
+        ("sparsevlm:layers=3/2/5,average=40", "layers=3/2/5 must ascend"),
+        ("pyramiddrop:layers=3/2,average=40", "layers=3/2 must ascend"),
         ("trim:keep=-1", "keep=-1 must be"),
     ],
 )
@@ -344,7 +348,6 @@ def test_what_a_plan_cannot_say(plan: str, said: str) -> None:
         ("fastv:average=9", "out of reach with 6 layers and 64 image tokens; the nearest is"),
         ("pyramiddrop:layers=3/4/5,average=20", "the nearest is average=32.2"),
         ("fastv:average=40+random:keep=0.5", "solved for one method alone, this plan has 2"),
-        ("sparsevlm:layers=1/2,average=40", "keep=300/200/110 are 3"),
     ],
 )
 def test_what_a_model_cannot_do(model: Any, batch: Batch, plan: str, said: str) -> None:
@@ -390,6 +393,60 @@ def test_no_variant_is_nearer(options: str, average: float) -> None:
     assert len(every) > 1
     limit = {"vtw": 9.0, "fitprune": 40.0, "dart": 4.0}.get(chosen.name, 0.6)
     assert abs(reached - average) <= limit
+
+
+def mean_entering(layers: list[int], left: list[int], n_layers: int, n_tokens: int) -> float:
+    """Counted layer by layer: n_tokens before the first of `layers`, then what each leaves."""
+    total = 0
+    for layer in range(n_layers):
+        passed = [n for at, n in zip(layers, left, strict=True) if at <= layer]
+        total += passed[-1] if passed else n_tokens
+    return total / n_layers
+
+
+@pytest.mark.parametrize(
+    ("layers", "n_layers", "n_tokens", "averages"),
+    [
+        ([8, 16, 24], 32, 576, [150, 192, 300.5]),
+        ([8, 16, 24], 40, 576, [128, 150, 192]),
+        ([2, 4, 6], 32, 576, [64, 128, 192]),
+        ([4], 32, 576, [100, 192]),
+        ([2, 4, 6, 8, 10], 32, 576, [64, 100, 128]),
+        ([2, 4, 6], 8, 64, [16.5, 24, 32, 48]),
+    ],
+)
+def test_pyramiddrops_ratios_are_the_nearest_of_their_curve(
+    layers: list[int], n_layers: int, n_tokens: int, averages: list[float]
+) -> None:
+    stages = range(1, len(layers) + 1)
+    steps = {tuple(int(n_tokens * (s / 9000) ** i) for i in stages) for s in range(1, 9001)}
+    curve = {mean_entering(layers, [*left], n_layers, n_tokens) for left in steps if left[0]}
+    for average in averages:
+        plan = f"pyramiddrop:layers={slashes(layers)},average={average}"
+        method = resolved(plan, n_layers, n_tokens)
+        reached = mean_entering(layers, [*method.left(n_tokens)], n_layers, n_tokens)
+        assert abs(reached - average) <= min(abs(a - average) for a in curve) + 1e-9
+
+
+@pytest.mark.parametrize(("n_layers", "average"), [(32, 64), (32, 192), (40, 128), (40, 192)])
+def test_sparsevlms_list_is_the_nearest_in_its_proportions(n_layers: int, average: float) -> None:
+    nearest = 576.0
+    for keep in {tuple(max(1, round(s / 9000 * k)) for k in (570, 380, 209)) for s in range(9000)}:
+        n, left = 576, []
+        for k in keep:
+            kept = min(k, n - 1)
+            n = kept + int((int((n - kept) * 0.3) + 1) / 10) + 1
+            left.append(n)
+        reached = mean_entering([3, 7, 16], left, n_layers, 576)
+        nearest = min(nearest, abs(reached - average))
+    method = resolved(f"sparsevlm:average={average}", n_layers)
+    assert abs(method.reaches(n_layers, 576) - average) <= nearest + 1e-9
+
+
+def test_darts_least_are_its_pivots() -> None:
+    assert resolved("dart:average=19", 8, 64).left(64) == (4,)
+    with pytest.raises(ValueError, match=r"the nearest is average=19\.0 \(keep=1\)"):
+        resolved("dart:average=16", 8, 64)
 
 
 def test_defaults_lie_on_their_own_curve() -> None:
@@ -513,8 +570,9 @@ def test_only_the_command_line_runs_files(own: Path) -> None:
         ("mine.py:NUMBER", OWN, "has no method NUMBER"),
         ("mine.py:Method", OWN, "has no method Method"),
         ("mine.py:Bare", OWN, "put @dataclass(frozen=True) above class Bare"),
-        ("mine.py:A", "x = (", "does not run: SyntaxError"),
-        ("mine.py:A", "1 / 0", "does not run: ZeroDivisionError: division by zero"),
+        ("mine.py:A", "x = 1\nx = (", "mine.py, line 2 does not run: SyntaxError: '(' was never"),
+        ("mine.py:A", "x = 1\n1 / 0", "line 2 does not run: ZeroDivisionError: division by zero"),
+        ("mine.py:A", "\n\nimport nothing_here", "mine.py, line 3 does not run: ModuleNotFoundE"),
         ("mine.py:A", "", "its methods: none; derive one from minillava.pruning.Method"),
         ("mine.py:Longest:size=3", OWN, "longest has no option 'size'; it has: keep, mode"),
         ("mine.py:Longest:keep=x", OWN, "longest: keep=x: must be a whole number"),

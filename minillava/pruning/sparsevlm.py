@@ -28,7 +28,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .base import Context, Keep, Stage, check_amount, check_keep, count, top
-from .budget import Budgeted, check_after_first, check_stages
+from .budget import Budgeted, between, check_after_first, check_ascending, check_stages
 
 
 def raters(image: Tensor, text: Tensor) -> Tensor:
@@ -52,7 +52,9 @@ def cluster_means(x: Tensor, n: int) -> Tensor:
     """Means (n, D) of the clusters of rows x (q, D) around n density peaks, densest first.
 
     A row's density is exp(-mean squared distance to its n nearest rows, itself among them); a peak
-    is dense and far from every denser row. Distances are divided by sqrt(D).
+    is dense and far from every denser row. Distances are divided by sqrt(D). With n = 2 two rows
+    that are nearest to each other are equally dense, and peaks both: such ties stand as topk on a
+    CPU, the released code's, leaves them.
     """
     x = x.float()
     distance = torch.cdist(x, x, compute_mode="donot_use_mm_for_euclid_dist") / x.shape[1] ** 0.5
@@ -60,7 +62,7 @@ def cluster_means(x: Tensor, n: int) -> Tensor:
     density = (-nearest.square().mean(1)).exp()  # (q,)
     denser = density > density[:, None]  # (q, q): column j is denser than row i
     apart = distance.where(denser, distance.max()).amin(1)
-    peaks = top(apart * density, n, "SparseVLM's clusters")  # (n,)
+    peaks = (apart * density).cpu().topk(n).indices.to(x.device)  # (n,)
     cluster = distance[peaks].argmin(0)  # (q,)
     cluster[peaks] = torch.arange(n, device=x.device)
     member = F.one_hot(cluster, n).T.to(x.dtype)  # (n, q)
@@ -87,6 +89,15 @@ class SparseVLM(Budgeted):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        if self.average is not None:
+            check_ascending(self.name, self.layers)
+            if len(self.layers) != len(SparseVLM.keep):
+                raise ValueError(
+                    f"sparsevlm: average= scales the published list for {len(SparseVLM.keep)} "
+                    f"layers, layers={'/'.join(map(str, self.layers))} are {len(self.layers)}; "
+                    "give keep="
+                )
+            return
         check_stages(self.name, self.layers, self.keep, "keep")
         for k in self.keep:
             check_amount(self.name, k)
@@ -110,10 +121,11 @@ class SparseVLM(Budgeted):
 
     def variants(self, n_layers: int, n_tokens: int) -> Iterator[tuple[str, SparseVLM]]:
         shape = SparseVLM.keep  # the published list of 192
-        if len(self.layers) != len(shape):
-            return
-        for first in range(1, n_tokens):
-            keep = tuple(max(1, round(first * k / shape[0])) for k in shape)
+        # round(scale * k) changes at halves; the first stage drops one token at least
+        halves = ((m + 0.5) / k for k in shape for m in range(n_tokens))
+        most = (n_tokens - 0.5) / shape[0]
+        for scale in between(half for half in halves if half <= most):
+            keep = tuple(max(1, round(scale * k)) for k in shape)
             yield f"keep={'/'.join(map(str, keep))}", replace(self, average=None, keep=keep)
 
     def choose(self, c: Context) -> Keep:
