@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -98,7 +99,7 @@ def test_a_sound_one_runs(tried: Try) -> None:
     ],
 )
 def test_a_choice_that_is_none(tried: Try, body: str, words: str) -> None:
-    refused(tried(body), "mine", words)
+    refused(tried(body), "mine (", "mine.py, line 1", words)
 
 
 @pytest.mark.parametrize(
@@ -106,6 +107,7 @@ def test_a_choice_that_is_none(tried: Try, body: str, words: str) -> None:
     [
         ("return Keep(torch.arange(2), rows=c.features()[:3])", "(3, 128); it must be (2, 128)"),
         ("return Keep(torch.arange(2), rows=c.features()[:2, :5])", "(2, 5)"),
+        ("return Keep(torch.arange(1), rows=c.features()[:1] / 0)", "rows has NaN or infinite"),
         ("return Keep(torch.arange(2), rows=[1.0])", "must be a tensor of floats"),
         ("return Keep(torch.arange(2), extra=c.features()[0])", "must be a tensor of floats"),
         ("return Keep(torch.arange(2), extra=c.features()[:1, :5])", "it must be (M, 128)"),
@@ -129,7 +131,7 @@ def test_merged_rows_that_are_none(tried: Try, body: str, words: str) -> None:
     ],
 )
 def test_a_stage_that_is_none(tried: Try, stages: str) -> None:
-    refused(tried(stages=stages), "mine: stages() gave", '("decoder", K)')
+    refused(tried(stages=stages), "mine.py, line 11): stages() gave", '("decoder", K)')
 
 
 @pytest.mark.parametrize(
@@ -175,6 +177,22 @@ def test_what_is_gone_while_decoding(tried: Try, body: str, words: str) -> None:
     assert tried(body, DECODER, options=":mode=mask")[0] == 0
 
 
+@pytest.mark.parametrize(
+    ("asked", "words"),
+    [
+        ("check(self, n_layers, n_tokens, starts):\n        1 / 0", "line 11): ZeroDivisionError"),
+        ("check(self):\n        pass", "mine.py): TypeError"),
+        ("resolve(self, n_layers, n_tokens):\n        self.x", "line 11): AttributeError"),
+        ("most(self, n_tokens):\n        return [][0]", "line 11): IndexError"),
+        ("vision_layers(self, n_layers):\n        return (-2,)", "gave (-2,); it must be a tuple"),
+        ("vision_layers(self, n_layers):\n        return (n_layers + 1,)", "from 0 to 6"),
+        ("vision_layers(self, n_layers):\n        return 3", "gave 3; it must be a tuple"),
+    ],
+)
+def test_what_else_it_overrides(tried: Try, asked: str, words: str) -> None:
+    refused(tried(more=f"    def {asked}\n"), "mine (", words)
+
+
 def test_what_it_prints_stays_out_of_the_answer(tried: Try) -> None:
     code, out, err = tried(
         "print('looking'); " + FIRST, more="    print('made')\n", argv=("--json",)
@@ -182,6 +200,19 @@ def test_what_it_prints_stays_out_of_the_answer(tried: Try) -> None:
     assert code == 0
     assert json.loads(out)["plan"]
     assert err.split() == ["made", "looking"]
+
+
+@pytest.mark.parametrize("folder", [".", "deeper/.."])
+def test_a_file_named_from_where_one_stands(
+    tried: Try, folder: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
+    tried()
+    (tmp_path / "deeper").mkdir()
+    file = tmp_path / "mine.py"
+    file.write_text(file.read_text().replace(FIRST, "raise RuntimeError('one\\ntwo')"))
+    monkeypatch.chdir(tmp_path)
+    done = main(["--prune", f"{folder}/mine.py:Mine"]), *capsys.readouterr()
+    refused(done, "mine.py, line 15): RuntimeError: one two")
 
 
 @pytest.mark.parametrize("missing", ["stages", "choose"])

@@ -9,8 +9,10 @@ from __future__ import annotations
 import itertools
 import sys
 import traceback
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, redirect_stdout
+from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -38,11 +40,50 @@ def at_work(method: Method | type[Method]) -> Iterator[None]:
     except (Exception, SystemExit) as error:
         if isinstance(error, ValueError) and str(error).startswith(method.name):
             raise  # one of our own, that names it
-        frames = traceback.extract_tb(error.__traceback__)
-        lines = [frame.lineno for frame in frames if frame.filename == method.file]
-        where = f"{method.file}, line {lines[-1]}" if lines else method.file
         what = "" if isinstance(error, ValueError) else f"{type(error).__name__}: "
-        raise ValueError(f"{method.name} ({where}): {what}{error}") from error
+        where = f"{method.name} ({place(error, method.file)})"
+        raise ValueError(f"{where}: {what}{' '.join(str(error).split())}") from error
+
+
+def place(error: BaseException, file: str) -> str:
+    """A user's file, with the line of it that failed."""
+    path = str(Path(file).absolute())
+    frames = traceback.extract_tb(error.__traceback__)
+    lines = [frame.lineno for frame in frames if frame.filename == path]
+    if isinstance(error, SyntaxError) and error.filename == path:  # it has no frame
+        lines.append(error.lineno)
+    return f"{file}, line {lines[-1]}" if lines else file
+
+
+def guard(method: type[Method]) -> None:
+    """Let what else a user's class overrides tell its mistakes as `choose` and `stages` do."""
+    for asked in ("check", "resolve", "most", "vision_layers"):
+        own = getattr(method, asked)
+        if own is not getattr(Method, asked):
+            own = _known_states(own) if asked == "vision_layers" else own
+            setattr(method, asked, at_work(method)(own))
+
+
+def _known_states(own: Callable[[Method, int], tuple[int, ...]]) -> Callable[[Method, int], Any]:
+    """`vision_layers`, its answer checked."""
+
+    def vision_layers(self: Method, n_layers: int) -> tuple[int, ...]:
+        states = own(self, n_layers)
+        if not isinstance(states, tuple) or not all(i in range(n_layers + 1) for i in states):
+            raise ValueError(
+                f"vision_layers gave {states!r}; it must be a tuple of numbers from 0 to {n_layers}"
+            )
+        return states
+
+    return vision_layers
+
+
+def _who(method: Method, asked: str) -> str:
+    """The method's name; a user's own with its file and the line where what was asked begins."""
+    code = getattr(getattr(method, asked), "__code__", None)
+    if not method.file or code is None:
+        return method.name
+    return f"{method.name} ({method.file}, line {code.co_firstlineno})"
 
 
 def check_stages(method: Method) -> None:
@@ -59,13 +100,14 @@ def check_stages(method: Method) -> None:
     )
     if not good or not stages:
         raise ValueError(
-            f'{method.name}: stages() gave {stages!r}; it must be a tuple of pairs: ("vision", 0) '
-            'before the projector, ("embed", 0) behind it, ("decoder", K) at the input of layer K'
+            f"{_who(method, 'stages')}: stages() gave {stages!r}; it must be a tuple of pairs: "
+            '("vision", 0) before the projector, ("embed", 0) behind it, ("decoder", K) at the '
+            "input of layer K"
         )
 
 
 def _check(method: Method, keep: object, n: int, width: int) -> None:
-    name = method.name
+    name = _who(method, "choose")
     if not isinstance(keep, Keep):
         raise ValueError(f"{name}: choose() gave {type(keep).__name__}; return a Keep(index)")
     index = keep.index
@@ -95,5 +137,7 @@ def _check(method: Method, keep: object, n: int, width: int) -> None:
             raise ValueError(
                 f"{name}: Keep.{what} is {tuple(rows.shape)}; it must be ({wanted}, {width})"
             )
+        if method.file and not rows.isfinite().all():
+            raise ValueError(f"{name}: Keep.{what} has NaN or infinite numbers")
     if keep.ordered and method.drops_only:
         raise ValueError(f"{name}: Keep.ordered changes the order; say drops_only = False")

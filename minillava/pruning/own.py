@@ -13,6 +13,7 @@ import sys
 from contextlib import redirect_stdout
 from pathlib import Path
 
+from .asking import guard, place
 from .base import Method
 
 SPEC = re.compile(r"(?P<file>.+\.py):(?P<cls>[A-Za-z_]\w*)(?::(?P<options>.*))?", re.DOTALL)
@@ -47,6 +48,7 @@ def load_file_method(spec: str) -> type[Method]:
     if "name" not in vars(method):
         method.name = wanted.lower()
     method.file = str(file)
+    guard(method)
     return method
 
 
@@ -56,7 +58,7 @@ def _name(file: Path) -> str:
 
 def _run(file: Path) -> dict[str, object]:
     """The names in a file after running it."""
-    spec = importlib.util.spec_from_file_location(_name(file), file)
+    spec = importlib.util.spec_from_file_location(_name(file), file.absolute())
     assert spec is not None
     assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
@@ -65,6 +67,7 @@ def _run(file: Path) -> dict[str, object]:
         with redirect_stdout(sys.stderr):
             spec.loader.exec_module(module)
     except (Exception, SystemExit) as error:
-        why = str(error).partition("\n")[0]
-        raise ValueError(f"{file} does not run: {type(error).__name__}: {why}") from error
+        why = error.msg if isinstance(error, SyntaxError) else str(error).partition("\n")[0]
+        where = place(error, str(file))
+        raise ValueError(f"{where} does not run: {type(error).__name__}: {why}") from error
     return vars(module)
