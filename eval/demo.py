@@ -1,8 +1,8 @@
 """How plans fare on the demo checkpoint: accuracy per kind of question, offline, in minutes.
 
-    python -m eval.demo                        every method at 50, 25 and 11 % of the image tokens
-    python -m eval.demo PLAN [PLAN ...]        these plans, beside the unpruned model
-    python -m eval.demo --kinds where PLAN     only some kinds of question
+    python -m eval.demo --out eval/results/demo   every method at 50, 25 and 11 % of the tokens
+    python -m eval.demo PLAN [PLAN ...]           these plans, beside the unpruned model
+    python -m eval.demo --kinds where PLAN        only some kinds of question
 
 Questions are weights/scenes.py's held-out ones: new scenes with handwriting that was never trained
 on, the same ones for every plan. An answer is right if it is the expected text exactly. Results go
@@ -150,7 +150,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     add = parser.add_argument
     add("plans", nargs="*", metavar="PLAN")
     add("--model", default=str(Path(__file__).parent.parent / "weights" / "demo"))
-    add("--questions", type=positive, default=900, help="default 900")
+    add("--questions", type=positive, default=450, help="default 450")
     add("--kinds", nargs="+", choices=[*scenes.KINDS])
     add("--seed", type=natural, default=2026)
     add("--out", type=Path, help="write NAME.json and NAME.md")

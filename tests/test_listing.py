@@ -40,7 +40,7 @@ def test_the_readmes_own_method_can_be_loaded(tmp_path: Path) -> None:
     assert method(keep=0.25).stages() == (("embed", 0),)
 
 
-@pytest.mark.parametrize("method", ["Seen", "Seen:keep=8,mode=mask", "Folded"])
+@pytest.mark.parametrize("method", ["Seen", "Seen:keep=8,mode=mask", "Looked", "Folded"])
 def test_the_readmes_other_methods_run(
     method: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -9,8 +9,9 @@ maximum.
 
 Deviations: any prompt and any number of images, where the released code wants a ScienceQA prompt
 with one image. Its mask ends where FastV's layer begins (`until`), by an accident of the mask that
-FastV rebuilds; without `until` ours stays. What the text is, and how the prompt was cut into
-pieces, is the processor's business (`focus`, `tokens`).
+FastV rebuilds; without `until` ours stays. The other measures, of which the released code has only
+comments, take the rows as they are and the nearest pair first. What the text is, and how the prompt
+was cut into pieces, is the processor's business (`focus`, `tokens`).
 """
 
 from __future__ import annotations
