@@ -11,7 +11,9 @@ of it. Activations go in and come out in the model's dtype, float32 on a CPU.
     int8-dynamic int8 weights, activations as one 7-bit digit            widened piece by piece
     int4         4-bit weights, bfloat16 activations, float32 sums       widened piece by piece
 
-Every row of the result depends on its own row alone, to the last bit, and NaN gives NaN.
+Every row of the result depends on its own row alone, and NaN gives NaN. Integer activations and
+int4 give a row the same bits in any company; the others differ by float32's rounding, as its own
+product does where a library takes few rows in another order.
 """
 
 from __future__ import annotations
@@ -161,8 +163,9 @@ class Int8Linear(StoredLinear):
         levels = x.new_empty(self.digits * R + 1, K)
         first = rotated(x, out=levels[:R])
         lowest, highest = first.aminmax(dim=1, keepdim=True)
-        step = torch.maximum(highest, -lowest) / DIGIT  # (R, 1); NaN or inf if the row has one
-        first.div_(step.clamp_min(torch.finfo(x.dtype).tiny)).nan_to_num_(0.0, 0.0, 0.0)
+        step = torch.maximum(highest, -lowest).div_(DIGIT)  # (R, 1); NaN or inf if the row has one
+        step.clamp_min_(torch.finfo(x.dtype).tiny)
+        first.div_(step).nan_to_num_(0.0, 0.0, 0.0)
         if self.digits == 2:
             second = levels[R:-1].copy_(first)
             second.sub_(first.round_()).mul_(2 * DIGIT)
@@ -215,9 +218,14 @@ def stored_linear(weight: Weight, bias: Tensor | None, digits: int = 2) -> Store
         K, groups = 2 * weight.codes.shape[1], weight.scale.shape[1]
         if weight.codes.device.type == "cpu" and K // groups in PACKED_GROUPS and packs("int4"):
             return Int4Linear(weight, bias)
-    elif weight.dtype == torch.float16 and packs("float16"):
+    elif weight.dtype == torch.float16 and packs("float16") and _is_finite(weight):
         return HalfLinear(weight, bias)
     return WidenedLinear(weight, bias)
+
+
+def _is_finite(weight: Tensor) -> bool:
+    """Of float16, whose finite values have a finite sum; fbgemm makes infinity 65504."""
+    return bool(weight.sum(dtype=torch.float32).isfinite())
 
 
 @functools.cache

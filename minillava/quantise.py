@@ -12,10 +12,12 @@ from __future__ import annotations
 import functools
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 ROTATED = 128  # columns turned together, at most
 PIECE = 512  # rows that are worked on at one time: a row does not depend on others, memory does
+FEW = 16  # rows below which a matrix product may add in another order
 GROUP = 64  # columns of an int4 weight that share a scale, at most
 
 
@@ -37,10 +39,12 @@ def rotated(x: Tensor, out: Tensor | None = None) -> Tensor:
     """Turn the columns of (R, K) in blocks; doing it twice gives x again."""
     b = block(x.shape[-1], ROTATED)
     H = hadamard(b).to(x.device, x.dtype)
-    if out is not None:
-        torch.mm(x.reshape(-1, b), H, out=out.view(-1, b))
-        return out
-    return (x.reshape(-1, b) @ H).view(x.shape)
+    out = torch.empty_like(x) if out is None else out
+    blocks, turned = x.reshape(-1, b), out.view(-1, b)
+    if len(blocks) < FEW:  # as many as it takes for the bits that they have among others
+        return turned.copy_((F.pad(blocks, (0, 0, 0, FEW)) @ H)[: len(blocks)]).view(x.shape)
+    torch.mm(blocks, H, out=turned)
+    return out
 
 
 def to_int8(weight: Tensor) -> tuple[Tensor, Tensor]:

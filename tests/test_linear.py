@@ -131,15 +131,17 @@ def test_a_layer_multiplies_by_the_weight_as_stored(form: str, shape: tuple[int,
 
 
 @pytest.mark.parametrize("form", FORMS)
-def test_a_row_does_not_depend_on_its_neighbours(form: str) -> None:
-    x, weight = example(R=33)
+@pytest.mark.parametrize("K", [64, 96, 192, 256])
+def test_a_row_does_not_depend_on_its_neighbours(form: str, K: int) -> None:
+    x, weight = example(N=520, K=K, R=33)
     x[3] *= 1e4
     layer = FORMS[form](weight)
     together = layer(x)
     for n in (1, 2, 5):
         alone = torch.cat([layer(rows) for rows in x.split(n)])
         if form in ("float16", "bfloat16") or form.endswith("widened"):  # as float32's own GEMM
-            torch.testing.assert_close(alone, together, rtol=1e-5, atol=1e-4)
+            noise = (alone - together).abs().amax(1) / together.square().mean(1).sqrt()
+            assert noise.max() <= 1e-5
         else:
             assert torch.equal(alone, together)
 
@@ -173,6 +175,17 @@ def test_shapes_bias_and_many_rows(form: str, monkeypatch: pytest.MonkeyPatch) -
     assert layer(torch.zeros(2, 192)).equal(bias.expand(2, -1))
 
 
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize(("size", "limit"), [(3e-38, 0.6), (1e-30, 0.1), (1e20, 0.1)])
+def test_rows_of_any_size_keep_it(form: str, size: float, limit: float) -> None:
+    x, weight = example()
+    x[:, 5] /= 40
+    y = FORMS[form](weight)(x * size) / size
+    exact = x @ as_stored(form, weight).T
+    assert (y - exact).abs().max() <= limit * exact.square().mean().sqrt()
+    assert FORMS[form](weight)(x * 1e-42).abs().max() < 1e-40
+
+
 def test_a_second_digit_is_worth_a_hundred_times() -> None:
     x, weight = example()
     exact = x @ as_stored("int8", weight).T
@@ -189,6 +202,15 @@ def test_the_rotation_is_what_makes_one_digit_bearable(monkeypatch: pytest.Monke
     monkeypatch.setattr("minillava.quantise.ROTATED", 1)
     plain = (FORMS["int8-dynamic"](weight)(x) - exact).square().mean()
     assert turned < plain / 8
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+def test_a_float16_weight_that_is_not_finite_is_not_made_finite(value: float) -> None:
+    x, weight = example()
+    weight[3, 70] = value
+    y = FORMS["float16"](weight)(x)
+    torch.testing.assert_close(y, x @ weight.half().float().T, equal_nan=True, rtol=1e-5, atol=1e-4)
+    assert not y[:, 3].isfinite().any()
 
 
 # ---------------------------------------------------------------- the choice
