@@ -136,8 +136,11 @@ class LLaVA(nn.Module):
 
     def states_read(self, plan: Plan) -> set[int]:
         """Hidden states of the vision tower, by number, that LLaVA and the plan's methods read."""
-        L = self.config.vision.num_hidden_layers
-        return {self.feature_layer}.union(*(m.vision_layers(L) for m in plan.methods))
+        L, N = self.config.vision.num_hidden_layers, self.config.vision.num_patches
+        read = set[int]().union(*(m.vision_layers(L) for m in plan.methods))
+        if len(plan.methods) == 1 and plan.methods[0].own_features(N):
+            return read
+        return read | {self.feature_layer}
 
     def encode(self, pixels: Tensor, plan: Plan) -> Encoded:
         """Run the vision tower on pixels (pictures, 3, S, S); keeps the states the plan reads."""
@@ -163,10 +166,7 @@ class LLaVA(nn.Module):
         run = _Run(self, prompts, encoded, seed)
         history: list[tuple[Step, list[Rows]]] = []
 
-        features = [
-            [encoded.hidden[self.feature_layer][i, 1:] for i in p.images] if encoded else []
-            for p in prompts
-        ]  # [b][image] (N, C)
+        features = self._features(prompts, encoded)  # [b][image] (N, C)
         for step in plan.at("vision"):
             for b in range(len(prompts)):
                 rows[b], features[b] = run.prune_features(step, b, rows[b], features[b])
@@ -209,6 +209,14 @@ class LLaVA(nn.Module):
         last = torch.tensor([len(r) for r in rows], device=x.device).cumsum(0) - 1
         logits = self.llama.logits(x[last])  # (B, V)
         return logits, State(plan, list(prompts), layers, history, cache, seed)
+
+    def _features(self, prompts: Sequence[Prompt], encoded: Encoded | None) -> list[list[Tensor]]:
+        if encoded is None:
+            return [[] for _ in prompts]
+        rows = encoded.hidden.get(self.feature_layer)
+        if rows is None:  # a method makes every row itself: these only hold their places
+            rows = next(iter(encoded.hidden.values()))
+        return [[rows[i, 1:] for i in p.images] for p in prompts]
 
     def _project(self, features: list[list[Tensor]]) -> list[list[Tensor]]:
         flat = [image for sample in features for image in sample]

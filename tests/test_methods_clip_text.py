@@ -241,7 +241,7 @@ def test_outliers_are_counted_as_written_out(seed: int) -> None:
 
 def test_rows_without_a_patch_have_no_relevance(model: Any, batch: Batch, clip: ClipText) -> None:
     plan = f"trim:keep=20,clip={clip.source}+cdpruner:keep=9,clip={clip.source}"
-    with pytest.raises(ValueError, match="rows without a patch have no relevance"):
+    with pytest.raises(ValueError, match="rows that are no patch, which this one cannot rank"):
         run(model, batch, plan)
 
 

@@ -14,13 +14,13 @@ import pytest
 import reference_vision as reference
 import torch
 from safetensors.torch import load_file
-from tiny import make_batch
+from tiny import make_batch, watching
 from torch import Tensor
 
 from minillava import Batch, load, parse_plan
 from minillava.clip import CLIPVision
 from minillava.config import VisionConfig
-from minillava.generate import generate
+from minillava.generate import encode_images, generate
 from minillava.pruning import METHODS, PRESETS, baselines, divprune, holov, prumerge, vispruner
 from minillava.pruning.base import Context, Keep, VisionState
 
@@ -323,7 +323,9 @@ def test_hired_cuts_a_share_and_the_others_round() -> None:
     assert amounts == {"hired": 3, "fastervlm": 4}
 
 
-@pytest.mark.parametrize(("n", "surplus"), [(24, 7), (30, 22), (288, 200), (512, 96), (63, 40)])
+@pytest.mark.parametrize(
+    ("n", "surplus"), [(24, 7), (30, 22), (288, 200), (512, 96), (63, 40), (574, 571), (46, 39)]
+)
 def test_vispruner_thins_out_as_released(n: int, surplus: int) -> None:
     """The order of one round decides the next; one matrix for both, so that nothing is rounded."""
     g = torch.Generator().manual_seed(n)
@@ -505,6 +507,28 @@ def test_tome_says_what_its_blocks_can_reach() -> None:
     with pytest.raises(ValueError, match=r"tome: keep=2 cannot be reached .* use keep=4$"):
         p.choose("tome", keep=2)
     assert len(p.choose("tome", keep=4)[0]) == 4
+
+
+@pytest.mark.parametrize(
+    ("plan", "runs"),
+    [
+        ("tome:r=2", 0),
+        ("tome:keep=9", 0),
+        ("tome:r=0", 1),
+        ("tome:keep=1.0", 1),
+        ("tome:r=2+uniform:keep=3", 1),
+        ("tome:r=2+visionzip:dominant=3,contextual=1", 1),
+    ],
+)
+def test_tome_alone_runs_in_the_towers_place(model: Any, plan: str, runs: int) -> None:
+    batch = make_batch(model, "ttItttt", "tIttItt", "ttt")
+    everything = encode_images(model, batch, parse_plan("tome:r=1+fastervlm:keep=4"))
+    expected = generate(model, batch, parse_plan(plan), 2, output_logits=True, encoded=everything)
+    with watching(*model.vision.blocks[: model.feature_layer]) as outputs:
+        result = generate(model, batch, parse_plan(plan), 2, output_logits=True)
+    assert [len(calls) for calls in outputs] == [runs] * model.feature_layer
+    assert torch.equal(result.logits, expected.logits)
+    assert result.report.kept == expected.report.kept
 
 
 @pytest.mark.parametrize(

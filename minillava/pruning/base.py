@@ -117,6 +117,11 @@ class Method:
         """Hidden states of the vision tower it reads, besides LLaVA's feature layer."""
         return ()
 
+    def own_features(self, n_tokens: int) -> bool:
+        """Whether it makes every row itself, of states in `vision_layers` (ToMe): alone in a plan,
+        it spares the vision tower its own way to LLaVA's feature layer."""
+        return False
+
     @property
     def shift(self) -> int:
         """Rows by which its window begins behind the image's first patch (FastV as released: 1)."""

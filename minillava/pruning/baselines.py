@@ -15,32 +15,17 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from .base import Context, Keep, Method, Stage, check_amount, check_keep, count
-from .vision import whole_grid
+from .base import Context, Keep, Method, Stage, check_amount, count
+from .vision import Budget, whole_grid
 
 
 @dataclass(frozen=True)
-class _Baseline(Method):
-    keep: float = field(metadata={"help": "number or share kept"})
-
+class _Baseline(Budget):
     paper: ClassVar[str] = "baseline"
     acts: ClassVar[str] = "after the projector, before layer 0"
     checked: ClassVar[str] = "properties"
-    identity: ClassVar[str | None] = "keep=1.0"
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        check_amount(self.name, self.keep)
-
-    def stages(self) -> tuple[tuple[Stage, int], ...]:
-        return (("embed", 0),)
-
-    def check(self, n_layers: int, n_tokens: int, starts: tuple[int, ...]) -> None:
-        super().check(n_layers, n_tokens, starts)
-        check_keep(self.name, self.keep, n_tokens)
-
-    def most(self, n_tokens: int) -> int:
-        return count(self.keep, n_tokens)
+    numbering: ClassVar[str] = "original"
+    stage: ClassVar[Stage] = "embed"
 
 
 @dataclass(frozen=True)
@@ -49,7 +34,7 @@ class Random(_Baseline):
 
     def choose(self, c: Context) -> Keep:
         order = torch.randperm(len(c.patches), generator=c.generator)
-        return Keep(order[: count(self.keep, c.total)].to(c.patches.device))
+        return Keep(order[: self.amount(c.total)].to(c.patches.device))
 
 
 @dataclass(frozen=True)
@@ -58,7 +43,7 @@ class Uniform(_Baseline):
 
     def choose(self, c: Context) -> Keep:
         n = len(c.patches)
-        k = min(count(self.keep, c.total), n)
+        k = min(self.amount(c.total), n)
         steps = torch.arange(k, device=c.patches.device)
         return Keep((2 * steps + 1) * n // (2 * max(k, 1)))  # floor((i + 0.5) n / k)
 
@@ -131,8 +116,6 @@ class Grid(Method):
 
     def check(self, n_layers: int, n_tokens: int, starts: tuple[int, ...]) -> None:
         super().check(n_layers, n_tokens, starts)
-        if self.keep is not None:
-            check_keep(self.name, self.keep, n_tokens)
         side = round((n_tokens / (len(starts) if self.scope == "all" else 1)) ** 0.5)
         for key, value in (("h", self.h), ("w", self.w)):
             if value is not None and not 1 <= value <= side:

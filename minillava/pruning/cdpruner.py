@@ -25,14 +25,15 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..clip_text import OPENAI, load_clip, question
-from .base import Context, Keep, Method, Stage, check_amount, check_keep, count
+from .base import Context, Keep, Stage
+from .vision import Budget, patches
 
 BRIEF = "Answer the question using a single word or phrase."
 
 
-def relevance(patches: Tensor, text: Tensor) -> Tensor:
+def relevance(seen: Tensor, text: Tensor) -> Tensor:
     """How much the text's pieces (m, E) are about the patches (n, E): (n,), 0 (and 1e-6) to 1."""
-    r = -(F.normalize(patches, dim=-1) @ F.normalize(text, dim=-1).T).mean(1)
+    r = -(F.normalize(seen, dim=-1) @ F.normalize(text, dim=-1).T).mean(1)
     span = r.max() - r.min()
     return (r - r.min() + 1e-6) / span if span > 0 else torch.ones_like(r)
 
@@ -55,8 +56,7 @@ def greedy(kernel: Tensor, k: int) -> Tensor:
 
 
 @dataclass(frozen=True)
-class CDPruner(Method):
-    keep: float = field(metadata={"help": "number or share kept"})
+class CDPruner(Budget):
     clip: str = field(default=OPENAI, metadata={"help": "the CLIP with the text tower"})
 
     name: ClassVar[str] = "cdpruner"
@@ -64,36 +64,22 @@ class CDPruner(Method):
     source: ClassVar[str] = "Theia-4869/CDPruner 9541616, llava_arch.py, clip_encoder.py"
     acts: ClassVar[str] = "after the projector, before layer 0"
     checked: ClassVar[str] = "a reference of its own in the tests, on a random open_clip model"
-    identity: ClassVar[str | None] = "keep=1.0"
-    numbering: ClassVar[str] = "compact"
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        check_amount(self.name, self.keep)
-
-    def stages(self) -> tuple[tuple[Stage, int], ...]:
-        return (("embed", 0),)
+    stage: ClassVar[Stage] = "embed"
 
     def check(self, n_layers: int, n_tokens: int, starts: tuple[int, ...]) -> None:
         super().check(n_layers, n_tokens, starts)
-        check_keep(self.name, self.keep, n_tokens)
-        if count(self.keep, n_tokens) < n_tokens:
+        if self.amount(n_tokens) < n_tokens:
             load_clip(self.clip, torch.device("cpu"))
 
-    def most(self, n_tokens: int) -> int:
-        return count(self.keep, n_tokens)
-
     def choose(self, c: Context) -> Keep:
-        n, k = len(c.patches), count(self.keep, c.total)
+        n, k = len(c.patches), self.amount(c.total)
         if k >= n:
             return Keep(torch.arange(n, device=c.patches.device))
-        if (c.patches < 0).any():
-            raise ValueError("cdpruner: rows without a patch have no relevance; let it come first")
-        x = F.normalize(c.features().float(), dim=-1)  # (n, D)
+        here, x = patches(c), F.normalize(c.features().float(), dim=-1)  # (n, D)
         clip = load_clip(self.clip, x.device)
         seen = c.vision()
-        patches = seen.hidden[seen.feature_layer][:, 1:].flatten(0, 1)[c.patches]  # (n, C)
-        r = relevance(clip.patches(patches), clip.segments(question(c.focus_text(), BRIEF)))
+        read = seen.hidden[seen.feature_layer][:, 1:].flatten(0, 1)[here]  # (n, C)
+        r = relevance(clip.patches(read), clip.segments(question(c.focus_text(), BRIEF)))
         kernel = r[:, None] * (x @ x.T) * r
         if kernel.isnan().any():
             raise ValueError(f"NaN in the kernel of {c.what}: the weights or the input are broken")

@@ -12,8 +12,8 @@ is not reading order. Numbered anew. A merged token has the number of the odd on
 `keep` instead of r: as many merges as leave that number, spread over the blocks as evenly as
 possible, the first ones taking more.
 
-Cost: the tower then runs twice, unpruned for everybody and merging here, which is about 3 % of a
-prompt's time in a model of 7B; what merging saves within the tower is not had.
+Alone in a plan it runs in the tower's place; in a plan with others, which may read the tower as it
+is, beside it.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .base import Context, Keep, Method, Stage, check_amount, check_keep, count
+from .base import Context, Keep, Method, Stage, check_amount, count
 from .vision import assigned, cosines, whole_grid
 
 if TYPE_CHECKING:
@@ -122,11 +122,6 @@ class ToMe(Method):
     def stages(self) -> tuple[tuple[Stage, int], ...]:
         return (("vision", 0),)
 
-    def check(self, n_layers: int, n_tokens: int, starts: tuple[int, ...]) -> None:
-        super().check(n_layers, n_tokens, starts)
-        if self.keep is not None:
-            check_keep("tome", self.keep, n_tokens)
-
     def most(self, n_tokens: int) -> int:
         if self.keep is not None:
             return count(self.keep, n_tokens)
@@ -134,6 +129,11 @@ class ToMe(Method):
 
     def vision_layers(self, n_layers: int) -> tuple[int, ...]:
         return (0,)
+
+    def own_features(self, n_tokens: int) -> bool:
+        if self.keep is None:
+            return bool(self.r)
+        return count(self.keep, n_tokens) < n_tokens
 
     def merges(self, total: int, blocks: int) -> list[int]:
         """How many in each block; a block cannot merge more than half of its tokens."""

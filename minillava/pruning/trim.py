@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 from ..clip_text import OPENAI, load_clip, question
-from .base import Context, Keep, Method, Stage, check_amount, check_keep, top
+from .base import Context, Keep, Method, Stage, check_amount, top
 
 
 def outliers(likeness: Tensor) -> int:
@@ -60,8 +60,6 @@ class TRIM(Method):
 
     def check(self, n_layers: int, n_tokens: int, starts: tuple[int, ...]) -> None:
         super().check(n_layers, n_tokens, starts)
-        if self.keep is not None:
-            check_keep(self.name, self.keep, n_tokens)
         if self.keep is None or self.amount(n_tokens) < n_tokens:
             load_clip(self.clip, torch.device("cpu"))
 

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .base import Context, Method, Stage, check_amount, check_keep, count
+from .base import Context, Method, Stage, check_amount, count
 
 
 @dataclass(frozen=True)
@@ -28,10 +28,6 @@ class Budget(Method):
 
     def stages(self) -> tuple[tuple[Stage, int], ...]:
         return ((self.stage, 0),)
-
-    def check(self, n_layers: int, n_tokens: int, starts: tuple[int, ...]) -> None:
-        super().check(n_layers, n_tokens, starts)
-        check_keep(self.name, self.keep, n_tokens)
 
     def amount(self, total: int) -> int:
         return count(self.keep, total)

@@ -5,13 +5,14 @@ llava/model/llava_arch.py, encode_images. Between vision tower and projector:
 
 important: the int(T * important) patches with the largest mean over heads of the class token's
 attention in the second last block. diverse: the others as a list, by falling attention; while it
-is too long, halve it into even and odd places, and drop the q = min(8, surplus) even ones with the
+is too long, halve it into even and odd places, and drop the min(8, surplus) even ones with the
 largest cosine (features before the projector) to an odd one. The next list is what is left of the
-even ones, in the order of falling cosine, then the odd ones: that order decides the next round.
+even ones, in the order of falling cosine, then the odd ones: that order decides the next round, so
+that two cosines that are equal in float32 can change much of the choice.
 All that stay are in reading order and numbered anew.
 
-Deviations: a list of odd length, or shorter than 2 q, breaks the released code; here the even half
-is the longer one, and q is at most the odd half.
+Deviations: most lists of odd length break the released code (a few leave one token too few), and so
+do short ones; here the even half is the longer one, and is dropped whole if it has fewer than 8.
 """
 
 from __future__ import annotations
@@ -34,7 +35,7 @@ def distinct(likeness: Tensor, order: Tensor, keep: int) -> Tensor:
         return order[:0]
     while len(order) > keep:
         even, odd = order[::2], order[1::2]
-        q = min(AT_ONCE, len(order) - keep, len(odd))
+        q = min(AT_ONCE, len(order) - keep)  # more than there are even ones: all of them
         closest = likeness[even[:, None], odd].amax(1)
         rank = closest.sort(descending=True, stable=True).indices
         order = torch.cat((even[rank[q:]], odd))

@@ -26,7 +26,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from .base import Context, Keep, Stage, check_amount, check_keep, count, top
+from .base import Context, Keep, Stage, check_amount, count, top
 from .budget import Budgeted
 from .vision import (
     assigned,
@@ -107,7 +107,6 @@ class VScan(Budgeted):
                 f"for example, layer={n_layers // 2}, or final=0 for its first part alone"
             )
         super().check(n_layers, n_tokens, starts)
-        check_keep(self.name, self.keep, n_tokens)
         keep, final = count(self.keep, n_tokens), self.last(n_tokens)
         if final > keep:
             raise ValueError(f"vscan: final={self.final} is more than the {keep} tokens of keep")
