@@ -12,8 +12,8 @@ WIDTH, INDENT = 100, 11
 
 
 def methods() -> str:
-    """Each method with its paper, where it acts, its options, presets, and what it was checked
-    against."""
+    """Each method with its paper, where it acts, its options, presets, what it was checked against,
+    and the released file it follows."""
     blocks = [
         "\n".join([f"{method.name}: {method.paper}", *_entries(method)])
         for method in METHODS.values()
@@ -28,8 +28,8 @@ def methods() -> str:
 def table() -> str:
     """The same as a Markdown table, for pruning/README.md."""
     lines = [
-        "| method | paper | acts | options | checked against | released file |",
-        "|---" * 6 + "|",
+        "| method | paper | acts | options | presets | checked against | released file |",
+        "|---" * 7 + "|",
     ]
     shared = {"positions", "mode", "scope", "until"}
     for method in METHODS.values():
@@ -39,6 +39,7 @@ def table() -> str:
             method.paper,
             method.acts,
             "; ".join(own).replace("|", " or "),
+            ", ".join(f"`{name}`" for name, _ in _presets(method)),
             method.checked,
             method.source,
         ]
@@ -49,10 +50,18 @@ def table() -> str:
 def _entries(method: type[Method]) -> Iterator[str]:
     yield from _entry("acts", method.acts)
     yield from _entry("options", "; ".join(_options(method)))
-    for name, preset in PRESETS.items():
-        if f"{method.name}:" in preset.plan:
-            yield from _entry("preset", f"{name} = {preset.plan}")
+    for name, plan in _presets(method):
+        yield from _entry("preset", f"{name} = {plan}")
     yield from _entry("checked", method.checked)
+    if method.source:
+        yield from _entry("released", method.source)
+
+
+def _presets(method: type[Method]) -> Iterator[tuple[str, str]]:
+    """Names and plans of those that have the method in them."""
+    for name, preset in PRESETS.items():
+        if method.name in (part.partition(":")[0] for part in preset.plan.split("+")):
+            yield name, preset.plan
 
 
 def _entry(title: str, text: str) -> list[str]:

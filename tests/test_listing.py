@@ -9,13 +9,24 @@ import pytest
 
 from minillava import listing
 from minillava.cli import main
-from minillava.pruning import METHODS, load_file_method
+from minillava.pruning import METHODS, PRESETS, load_file_method
 
 README = Path(listing.__file__).parent / "pruning" / "README.md"
 
 
 def test_the_readme_has_the_table_of_the_registry() -> None:
     assert listing.table() in README.read_text()
+
+
+def test_the_list_says_of_each_method_what_it_knows() -> None:
+    blocks = dict(zip(METHODS, listing.methods().split("\n\n"), strict=False))
+    for name, block in blocks.items():
+        said, method = " ".join(block.split()), METHODS[name]
+        assert said.startswith(f"{name}: {method.paper} acts {method.acts} options ")
+        assert f" checked {method.checked}" in said
+        assert said.endswith(f" released {method.source}" if method.source else method.checked)
+        of_it = {p for p, preset in PRESETS.items() if f"{name}:" in preset.plan}
+        assert set(re.findall(r" preset (\S+) = ", said)) == of_it
 
 
 def test_every_method_says_who_it_is() -> None:
