@@ -404,7 +404,13 @@ def test_as_a_program_an_error_is_one_line_and_exit_code_2() -> None:
 def test_as_a_program_it_ends_quietly_when_interrupted() -> None:
     pipe = subprocess.PIPE
     command = program("--prompt", "Hi", "--chat")
-    with subprocess.Popen(command, cwd=ROOT, text=True, stdin=pipe, stdout=pipe, stderr=pipe) as p:
+
+    def heed() -> None:  # tests that a shell runs in the background ignore the signal by birth
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+    with subprocess.Popen(
+        command, cwd=ROOT, text=True, stdin=pipe, stdout=pipe, stderr=pipe, preexec_fn=heed
+    ) as p:
         assert p.stdout
         assert p.stdout.readline()  # the first answer; now it waits for a question
         p.send_signal(signal.SIGINT)
