@@ -7,6 +7,8 @@ attention (dense, causality not discounted), as torch's FlopCounterMode does.
 
 from __future__ import annotations
 
+import ctypes
+import gc
 import resource
 import statistics
 import sys
@@ -23,6 +25,8 @@ from torch import nn
 from minillava.config import Config, TextConfig
 from minillava.llava import LLaVA
 from minillava.pruning.base import Plan
+
+RESET = Path("/proc/self/clear_refs")
 
 # ---------------------------------------------------------------- formulas
 
@@ -70,15 +74,22 @@ def cache_bytes(entering: Sequence[int], config: TextConfig, itemsize: int = 4) 
     return sum(entering) * 2 * config.num_key_value_heads * config.head_dim * itemsize
 
 
-def activation_bytes(rows: int, config: Config, itemsize: int = 4) -> int:
-    """The largest moment of a prefill of so many rows, weights and cache apart: in a block's MLP
-    (its input and that normalised, gate and up), or in the tower's (input, normalised, one matrix
-    before and after its activation); beside it the pictures' features."""
+def activation_bytes(entering: Sequence[int], config: Config, itemsize: int = 4) -> int:
+    """The largest moment of a prefill of one sample with one picture and so many rows in each
+    layer, weights and cache apart (without what layers of integer weights need for themselves).
+
+    It is in a block's MLP. In the decoder there are the prompt's embeddings; rows before the block,
+    after its attention, and normalised; queries and keys, which a method may ask for; gate, up and
+    their product; the tower's states and projected features. In the tower: the patches; rows as in
+    the decoder; one matrix, its sigmoid and their product.
+    """
     t, v = config.text, config.vision
-    decoder = rows * (2 * t.hidden_size + 2 * t.intermediate_size)
-    tower = (v.num_patches + 1) * (2 * v.hidden_size + 2 * v.intermediate_size)
-    features = v.num_patches * t.hidden_size
-    return (max(decoder, tower) + features) * itemsize
+    N, D, C = v.num_patches, t.hidden_size, v.hidden_size
+    heads = (t.num_attention_heads + t.num_key_value_heads) * t.head_dim
+    row = 3 * D + heads + 3 * t.intermediate_size
+    decoder = max(entering) * (D + row) + (N + 1) * C + N * D
+    tower = (N + 1) * (3 * C + 3 * v.intermediate_size) + N * C
+    return max(decoder, tower) * itemsize
 
 
 # ---------------------------------------------------------------- time
@@ -173,16 +184,29 @@ def memory_bandwidth(device: torch.device, size: int = 2**30) -> float:
     return size / seconds(values.sum, device)
 
 
+def peaks_begin_anew() -> bool:
+    """Whether the system can start a new peak of resident memory (Linux)."""
+    return RESET.exists()
+
+
 @contextmanager
 def peak_memory() -> Iterator[Callable[[], int]]:
     """Inside, a function that gives the process's peak of resident bytes since it began.
 
-    Linux can start a new peak; elsewhere it is that of the process's whole life.
+    Linux can start a new peak; elsewhere it is that of the process's whole life. All that the
+    process holds is in it, the libraries' code too.
     """
-    reset = Path("/proc/self/clear_refs")
-    if reset.exists():
-        reset.write_text("5")
+    if peaks_begin_anew():
+        RESET.write_text("5")
     yield _peak
+
+
+def give_back() -> None:
+    """Return freed memory to the system, where the C library can (glibc)."""
+    gc.collect()
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+    if trim is not None:
+        trim(0)
 
 
 def resident_bytes() -> int:

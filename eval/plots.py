@@ -24,9 +24,9 @@ def heat_map(
     rows: Sequence[str],
     columns: Sequence[str],
     title: str,
-    labels: tuple[str, str],
+    labels: tuple[str, str, str],
 ) -> None:
-    """values [row][column], each written into its field; labels: of columns and rows."""
+    """values [row][column], each written into its field; labels: of columns, rows and values."""
     plt = _pyplot()
     figure, axes = plt.subplots(figsize=SIZE, layout="constrained")
     image = axes.imshow(values, aspect="auto", cmap="viridis")
@@ -37,8 +37,8 @@ def heat_map(
         for j, value in enumerate(row):
             dark = value < (low + high) / 2
             axes.text(j, i, f"{value:.1f}", ha="center", va="center", color="w" if dark else "k")
-    figure.colorbar(image)
-    _finish(plt, figure, axes, path, title, labels)
+    figure.colorbar(image, label=labels[2])
+    _finish(plt, figure, axes, path, title, labels[:2])
 
 
 def curves(
@@ -59,7 +59,8 @@ def curves(
     if log:
         axes.set_yscale("log")
     axes.grid(alpha=0.3)
-    axes.legend(fontsize="small")
+    axes.margins(y=0.08)
+    _legend(figure)
     _finish(plt, figure, axes, path, title, labels)
 
 
@@ -82,8 +83,13 @@ def bars(
         axes.set_yscale("log")
     axes.margins(y=0.12)
     if len(names) > 1:
-        figure.legend(loc="outside lower center", ncols=4, fontsize="small")
+        _legend(figure)
     _finish(plt, figure, axes, path, title, ("", label))
+
+
+def _legend(figure: Any) -> None:
+    """Below, where it hides nothing."""
+    figure.legend(loc="outside lower center", ncols=4, fontsize="small", handlelength=3)
 
 
 def _finish(

@@ -3,9 +3,9 @@
     python -m eval.experiments.ablation --method fastv --limit 200 --out DIR
     python -m eval.experiments.ablation --method simignore --layers 2 4 6 --out DIR
 
-fastv: `fastv:k=K,r=R` (arXiv 2403.06764, the ablation of K and R). simignore: tokens unlike the
-text are ignored from layer 0 to K-1, and FastV takes the share R from layer K on, as the released
-pipeline composes them (arXiv 2412.09817, figure 7). Tokens are masked, as in both papers, so these
+fastv: `fastv:k=K,r=R` (arXiv 2403.06764, figure 7). simignore: tokens unlike the text are ignored
+from layer 0 to K-1, and FastV takes the share R from layer K on, as the released pipeline composes
+them (arXiv 2412.09817). Tokens are masked, as in both papers, so these
 tables are of accuracy: nothing becomes faster. FLOPs are those of the same plan dropped.
 """
 
@@ -19,6 +19,7 @@ from collections.abc import Sequence
 from .. import cost, plots
 from ..bench import Bench, positive
 from ..predict import NONE
+from ..run import published_of
 from . import base
 
 IGNORED = 0.785  # share that Simignore's released 7B setting leaves, 452 of 576
@@ -58,7 +59,7 @@ def run(args: argparse.Namespace) -> str:
         [str(k) for k in layers],
         [f"{100 * r:g} %" for r in args.r],
         f"{title}; unpruned {whole.value:.1f}",
-        ("R, share of the image tokens pruned", "K, first pruned layer"),
+        ("R, share of the image tokens pruned", "K, first pruned layer", whole.metric),
     )
     plots.curves(
         args.out / "curves.png",
@@ -74,6 +75,7 @@ def run(args: argparse.Namespace) -> str:
         {f"unpruned: {whole.metric} {whole.value:.2f}": rows},
         ["heat_map.png", "curves.png"],
         began,
+        published=published_of(list(done.values())),
     )
 
 

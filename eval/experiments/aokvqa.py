@@ -4,10 +4,11 @@
     python -m eval.experiments.aokvqa --task aokvqa --data DIR --model HUB_ID --out DIR
 
 The table of FastV's README (arXiv 2403.06764): K=2, R = 25, 50 and 75 %, one question at a time.
-There, memory is that of a GPU and 4-bit is bitsandbytes nf4; here it is this process's, and 4-bit
-is our int4. Memory is given twice: computed (weights as they are held, cache, and the largest
-moment of the activations), and measured (the peak of resident memory less what was there before the
-model was loaded, with the library's own buffers). The column for CUDA is empty unless measured.
+There, memory is that of a GPU and 4-bit is bitsandbytes nf4; here 4-bit is our int4, and memory is
+that of the first question's prompt and first token, given twice. Computed: weights as they are
+held, cache, and the largest moment of the activations. Measured, on a CPU: the peak of resident
+memory of a process of its own, less what it held before the model was loaded, with whatever the
+library takes for its own work (memory.py). The column for CUDA is empty unless measured.
 """
 
 from __future__ import annotations
@@ -18,12 +19,12 @@ import time
 from collections.abc import Sequence
 from typing import Any
 
-from minillava.linear import weight_bytes
-
-from .. import cost, plots
-from ..bench import Bench, Done
+from .. import plots
+from ..bench import Done
 from ..predict import NONE
+from ..run import published_of
 from . import base
+from .memory import Memory, memory, peaks
 
 FORMS = {
     "16-bit": {"dtype": "float16", "quantize": None},
@@ -33,39 +34,53 @@ PLANS = {NONE: None, **{f"fastv:k=2,r={r / 100:g}": r for r in (25, 50, 75)}}  #
 
 
 def run(args: argparse.Namespace) -> str:
-    began, rows = time.perf_counter(), []
+    began, rows, published = time.perf_counter(), [], []
     for form, settings in FORMS.items():
-        before = cost.resident_bytes()
-        bench = base.bench(base.with_form(args, **settings))
+        own = base.with_form(args, **settings)
+        measured = peaks(own, list(PLANS))  # before this process holds a model, too
+        bench = base.bench(own)
         done = base.ask_all(bench, list(PLANS))
-        rows += [_row(form, bench, d, before) for d in done.values()]
+        rows += [
+            _row(form, done[plan], memory(bench, plan, peak))
+            for plan, peak in zip(PLANS, measured, strict=True)
+        ]
+        published += published_of(list(done.values()))
         metric = done[NONE].scored.score.metric
         first = next(name for name in rows[0] if name.startswith("first token"))
         del bench, done
-    title = f"FastV at K=2 on {args.task}: score, first token, memory"
+    title = f"FastV at K=2 on {args.task}"
     names = [f"{row['weights']}\n{row['R, %'] or 'unpruned'}" for row in rows]
-    for picture, column in (("score", metric), ("first_token", first)):
-        heights = {n: {column: row[column]} for n, row in zip(names, rows, strict=True)}
-        plots.bars(args.out / f"{picture}.png", heights, f"{title}; below: R in %", column)
+    shown = {"score": [metric], "first_token": [first], "memory": [f"{m}, MB" for m in MEMORIES]}
+    for picture, columns in shown.items():
+        there = [c for c in columns if all(row[c] is not None for row in rows)]
+        heights = {n: {c: row[c] for c in there} for n, row in zip(names, rows, strict=True)}
+        label = "MB" if picture == "memory" else columns[0]
+        plots.bars(args.out / f"{picture}.png", heights, f"{title}; below: R in %", label)
     tables = {"One question at a time": rows}
-    return base.report(args.out, args, title, tables, ["score.png", "first_token.png"], began)
+    pictures = [f"{picture}.png" for picture in shown]
+    return base.report(args.out, args, title, tables, pictures, began, published=published)
 
 
-def _row(form: str, bench: Bench, done: Done, before: int) -> dict[str, Any]:
-    config, itemsize, c = bench.model.config, bench.model.dtype.itemsize, done.costs
-    weights, peak = weight_bytes(bench.model), c.peak_bytes
-    activations = cost.activation_bytes(round(c.prompt_tokens), config, itemsize)
-    on_cpu = bench.model.device.type == "cpu"
+MEMORIES = ("memory computed", "memory measured")
+
+
+def _row(form: str, done: Done, memory: Memory) -> dict[str, Any]:
     return {
         "weights": form,
         "R, %": PLANS[done.run.plan],
         **base.unparsed(done),
         **base.costs(done),
-        "weights, MB": weights / 1e6,
-        "memory computed, MB": (weights + c.cache_bytes + activations) / 1e6,
-        "memory measured, MB": (peak - before) / 1e6 if peak and on_cpu else None,
-        "CUDA memory, MB": None if on_cpu or peak is None else peak / 1e6,
+        "weights, MB": memory.weights / 1e6,
+        "cache, MB": memory.cache / 1e6,
+        "activations, MB": memory.activations / 1e6,
+        "memory computed, MB": memory.computed / 1e6,
+        "memory measured, MB": _mb(memory.measured),
+        "CUDA memory, MB": _mb(memory.cuda),
     }
+
+
+def _mb(value: int | None) -> float | None:
+    return None if value is None else value / 1e6
 
 
 def main(argv: Sequence[str] | None = None) -> int:

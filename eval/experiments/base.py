@@ -87,9 +87,10 @@ def report(
     pictures: Sequence[str],
     began: float,
     notes: Sequence[str] = (),
+    published: Sequence[str] = (),
 ) -> str:
     """Write results.json and results.md, and return the latter's text. tables: title -> rows, all
-    of a table with the same columns."""
+    of a table with the same columns; published: figures that may stand beside ours, as text."""
     name, (_, protocol) = Path(args.model).name, task_named(args.task, args.protocol)
     threads = torch.get_num_threads()
     setting = (
@@ -100,9 +101,12 @@ def report(
     parts = [f"# {title}", setting, *notes]
     for heading, rows in tables.items():
         parts += [f"## {heading}", markdown(rows)]
+    if published:
+        parts += ["## Beside published figures", *(f"```\n{t}\n```" for t in published)]
     parts += [f"![{Path(p).stem}]({p})" for p in pictures]
     text = "\n\n".join(parts) + "\n"
     found = {"title": title, "setting": setting, "notes": list(notes), "tables": tables}
+    found |= {"published": list(published)} if published else {}
     store.write_whole(out / "results.json", json.dumps(found, indent=1, ensure_ascii=False) + "\n")
     store.write_whole(out / "results.md", text)
     return text

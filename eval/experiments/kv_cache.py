@@ -47,7 +47,7 @@ def run(args: argparse.Namespace) -> str:
     for picture, column in (("seconds", "seconds"), ("cache", "cache, MB")):
         heights: dict[str, dict[str, float]] = {}
         for row in rows:
-            heights.setdefault(row["picture"], {})[row[""]] = row[column]
+            heights.setdefault(f"picture {row['picture']}", {})[row[""]] = row[column]
         if column == "cache, MB":
             heights = {g: {n: v for n, v in bars.items() if v} for g, bars in heights.items()}
         plots.bars(args.out / f"{picture}.png", heights, title, column, log=column == "seconds")

@@ -18,6 +18,7 @@ from collections.abc import Sequence
 from .. import cost, plots
 from ..bench import Bench
 from ..predict import NONE
+from ..run import published_of
 from . import base
 
 PRESETS = {32: "simignore-7b", 40: "simignore-13b"}  # by decoder layers
@@ -56,15 +57,14 @@ def run(args: argparse.Namespace) -> str:
         for name, text in named.items()
     ]
     metric = done[NONE].scored.score.metric
-    title = f"Simignore on {args.task}: score and first token"
-    plots.bars(
-        args.out / "score.png",
-        {name: {metric: done[text].scored.score.value} for name, text in named.items()},
-        title,
-        metric,
-    )
-    tables = {"One question at a time": rows}
-    return base.report(args.out, args, title, tables, ["score.png"], began)
+    first = next(name for name in rows[0] if name.startswith("first token"))
+    title = f"Simignore on {args.task}"
+    for picture, column in (("score", metric), ("first_token", first)):
+        heights = {row[""]: {column: row[column]} for row in rows}
+        plots.bars(args.out / f"{picture}.png", heights, title, column)
+    tables, pictures = {"One question at a time": rows}, ["score.png", "first_token.png"]
+    published = published_of(list(done.values()))
+    return base.report(args.out, args, title, tables, pictures, began, published=published)
 
 
 def _median(spread: cost.Spread | None) -> float | None:

@@ -18,6 +18,7 @@ from minillava.pruning.simignore import MEASURES
 
 from .. import plots
 from ..predict import NONE
+from ..run import published_of
 from . import base
 from .ablation import share
 
@@ -44,7 +45,8 @@ def run(args: argparse.Namespace) -> str:
         ("unpruned", whole.value),
     )
     table = {f"unpruned: {whole.metric} {whole.value:.2f}, {N} image tokens": rows}
-    return base.report(args.out, args, title, table, ["budget.png"], began)
+    published = published_of(list(done.values()))
+    return base.report(args.out, args, title, table, ["budget.png"], began, published=published)
 
 
 def options(parser: argparse.ArgumentParser) -> None:

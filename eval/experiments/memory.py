@@ -1,0 +1,115 @@
+"""Memory that one answer takes: computed from its parts, and measured in a process of its own.
+
+Resident memory of a process is more than a model's: the libraries' code, loaded page by page as it
+is first used, and what earlier models have left behind. So the measurement begins in a new process
+with answers by the demo, in the same number format and under the same plans; what the process holds
+after these is subtracted from the peak of answering one question, with the model's weights in it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import multiprocessing
+import signal
+from collections.abc import Sequence
+from dataclasses import dataclass
+from multiprocessing.connection import Connection
+
+from minillava.generate import Report, generate
+from minillava.linear import weight_bytes
+
+from .. import cost, predict
+from ..bench import DEMO, Bench
+from ..score import questions, task_named
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Of one prompt and its first token, in bytes. Measured: None where that cannot be."""
+
+    weights: int  # as they are held
+    cache: int
+    activations: int  # at their largest moment
+    measured: int | None  # of a CPU
+    cuda: int | None
+
+    @property
+    def computed(self) -> int:
+        return self.weights + self.cache + self.activations
+
+
+def memory(bench: Bench, plan: str, measured: int | None) -> Memory:
+    """Of the first question under a plan; `measured` by peaks()."""
+    model, report = bench.model, _first_token(bench, plan)
+    entering = [n for (n,) in report.tokens_entering]
+    return Memory(
+        weights=weight_bytes(model),
+        cache=report.cache_bytes,
+        activations=cost.activation_bytes(entering, model.config, model.dtype.itemsize),
+        measured=measured,
+        cuda=report.peak_bytes,
+    )
+
+
+def peaks(args: argparse.Namespace, plans: Sequence[str]) -> list[int] | list[None]:
+    """Bytes that the first question takes under each plan, weights included, measured in a process
+    of its own. None on a GPU, and where the system cannot start a new peak of memory."""
+    if args.device != "cpu" or not cost.peaks_begin_anew():
+        return [None] * len(plans)
+    task, protocol = task_named(args.task, args.protocol)
+    questions(task, args.data, protocol, 1)  # what is missing is said before a process is started
+    context = multiprocessing.get_context("spawn")
+    receive, send = context.Pipe(duplex=False)
+    process = context.Process(target=_measure, args=(send, args, list(plans)), daemon=True)
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's business
+    try:
+        process.start()
+    finally:
+        signal.signal(signal.SIGINT, before)
+    send.close()
+    try:
+        found: list[int] | ValueError | OSError = receive.recv()
+    except EOFError:
+        raise ValueError(
+            "the process that measures memory has ended without a result; is there enough memory "
+            f"for {args.model}?"
+        ) from None
+    except BaseException:
+        process.kill()
+        raise
+    finally:
+        process.join()
+    if isinstance(found, ValueError | OSError):
+        raise found
+    return found
+
+
+def _measure(send: Connection, args: argparse.Namespace, plans: Sequence[str]) -> None:
+    try:
+        send.send(_peaks(args, plans))
+    except (ValueError, OSError) as error:
+        send.send(error)
+
+
+def _peaks(args: argparse.Namespace, plans: Sequence[str]) -> list[int]:
+    one = argparse.Namespace(**{**vars(args), "limit": 1})
+    demo = {"task": "demo", "data": None, "protocol": None, "model": str(DEMO), "revision": None}
+    bench = Bench.open(argparse.Namespace(**{**vars(one), **demo}))
+    for plan in plans:
+        _first_token(bench, plan)
+    del bench
+    cost.give_back()
+    before, found = cost.resident_bytes(), []
+    bench = Bench.open(one)
+    for plan in plans:
+        cost.give_back()
+        with cost.peak_memory() as peak:
+            _first_token(bench, plan)
+            found.append(peak() - before)
+    return found
+
+
+def _first_token(bench: Bench, plan: str) -> Report:
+    batch = predict.batch_of(bench.processor, [bench.items[0]], bench.run(plan))
+    parsed, seed = predict.plan_of(plan), bench.args.seed
+    return generate(bench.model, batch, parsed, max_new_tokens=1, seed=seed).report
