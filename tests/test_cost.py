@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import itertools
+import sys
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import pytest
 import tiny
 import torch
+from torch.profiler import ProfilerActivity, profile
 from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 
 from eval import cost
-from eval.latency import SHAPES
-from minillava import Batch, parse_plan
+from eval.bench import DEMO
+from eval.latency import SHAPES, prompt
+from minillava import Batch, load, parse_plan
 from minillava.checkpoint import empty_model
 from minillava.generate import generate, prompts_of
 from minillava.llama import causal_attention
@@ -109,6 +113,39 @@ def test_the_true_shapes_are_counted_without_weights(name: str) -> None:
     assert counted.get_total_flops() == cost.decoder_flops(entering, config.text)
 
 
+def allocated(act: Callable[[], object]) -> int:
+    """The most bytes that tensors made in it held at one time, by torch's own account."""
+    act()
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+        act()
+    events = profiler.profiler.kineto_results.events()
+    events = sorted((e for e in events if e.name() == "[memory]"), key=lambda e: e.start_ns())
+    return max(itertools.accumulate(e.nbytes() for e in events))
+
+
+@pytest.mark.parametrize("plan", [
+    None,  # the largest moment is in the decoder
+    "fastv:k=2,r=0.5",  # the same: two layers see everything
+    "random:keep=0.25",  # in the tower
+])  # fmt: skip
+@pytest.mark.parametrize("dtype", ["float32", "float16"])
+def test_activations_are_those_that_torch_allocates(plan: str | None, dtype: str) -> None:
+    model = load(DEMO, dtype=dtype)[0]
+    batch, parsed = prompt(model.config, 13, model.device), parse_plan(plan)
+
+    def answer(use_cache: bool) -> Any:
+        return generate(model, batch, parsed, max_new_tokens=1, use_cache=use_cache).report
+
+    entering = [n for (n,) in answer(True).tokens_entering]
+    computed = cost.activation_bytes(entering, model.config)
+    assert allocated(lambda: answer(False)) == pytest.approx(computed, rel=0.03)
+    cache = answer(True).cache_bytes
+    most = allocated(lambda: answer(True))
+    assert most < 1.03 * (computed + cache)
+    if plan is None:  # the cache is full at the same time
+        assert most == pytest.approx(computed + cache, rel=0.03)
+
+
 # ---------------------------------------------------------------- measurements
 
 
@@ -129,3 +166,19 @@ def test_a_timed_plan_chooses_the_same_and_says_how_long(model: Any) -> None:
     assert timed.tokens == plain.tokens
     assert timed.report.kept == plain.report.kept
     assert 0 < clock.seconds < timed.report.first_token
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="other systems keep one peak")
+def test_a_peak_of_memory_comes_down_again() -> None:
+    assert cost.peaks_begin_anew()
+    size = 2**27
+    with cost.peak_memory() as peak:
+        before = cost.resident_bytes()
+        assert peak() - before < size / 8
+        del_me = torch.ones(size // 4)
+        assert del_me.sum() > 0
+        del del_me
+        cost.give_back()
+        assert 0.9 * size < peak() - before < 1.2 * size
+    with cost.peak_memory() as peak:
+        assert peak() - before < size / 8

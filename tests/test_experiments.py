@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import functools
 import json
+import shutil
+import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -13,8 +15,12 @@ import pytest
 pytest.importorskip("matplotlib")
 
 from PIL import Image
+from test_tasks import aokvqa as aokvqa_files
+from test_tasks import coco, gqa, mme
+from test_tasks import scienceqa as scienceqa_files
 
 from eval import run
+from eval.bench import DEMO
 from eval.experiments import ablation, aokvqa, kv_cache, nine, scienceqa, simignore
 
 Main = Callable[[Sequence[str] | None], int]
@@ -27,8 +33,8 @@ CASES: dict[str, tuple[Main, list[str], list[str]]] = {
         ["heat_map", "curves"],
     ),
     "measures": (simignore.main, ["--share", "0.25", "0.5"], ["budget"]),
-    "aokvqa": (aokvqa.main, [], ["score", "first_token"]),
-    "scienceqa": (scienceqa.main, [], ["score"]),
+    "aokvqa": (aokvqa.main, [], ["score", "first_token", "memory"]),
+    "scienceqa": (scienceqa.main, [], ["score", "first_token"]),
     "kv_cache": (kv_cache.main, ["--new-tokens", "6", "--repeats", "1"], ["seconds", "cache"]),
     "nine": (nine.main, [], ["nine"]),
 }
@@ -123,8 +129,82 @@ def test_memory_is_computed_from_its_parts(results: Results) -> None:
     assert [row["R, %"] for row in rows] == [None, 25, 50, 75] * 2
     assert {row["CUDA memory, MB"] for row in rows} == {None}
     for row in rows:
-        assert row["memory computed, MB"] > row["weights, MB"] + row["cache, MB"]
+        parts = row["weights, MB"] + row["cache, MB"] + row["activations, MB"]
+        assert row["memory computed, MB"] == pytest.approx(parts)
+    for form in (rows[:4], rows[4:]):
+        assert len({row["weights, MB"] for row in form}) == 1
+        assert [row["cache, MB"] for row in form] == sorted(
+            (row["cache, MB"] for row in form), reverse=True
+        )
     assert rows[4]["weights, MB"] < rows[0]["weights, MB"]
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="other systems keep one peak")
+def test_measured_memory_is_that_of_one_model(results: Results) -> None:
+    """Of a few million bytes, not of the libraries' hundreds, nor less than the weights."""
+    _, found = results("aokvqa")
+    for row in rows_of(found):
+        measured, computed = row["memory measured, MB"], row["memory computed, MB"]
+        assert row["weights, MB"] < measured < computed + 15
+
+
+# ---------------------------------------------------------------- the benchmarks' own files
+
+
+def demo_named(name: str, folder: Path) -> str:
+    """The demo under a name that figures are published of."""
+    return str(shutil.copytree(DEMO, folder / name))
+
+
+def test_nine_reads_what_is_there_and_shows_what_is_published(tmp_path: Path) -> None:
+    root, out = tmp_path / "data", tmp_path / "out"
+    for name, write in (("gqa", gqa), ("mme", mme), ("coco2017", COCO)):
+        (root / name).mkdir(parents=True)
+        write(root / name)
+    model = demo_named("llava-1.5-7b", tmp_path)
+    argv = ["--data", str(root), "--model", model, "--prune", "fastv:k=3,r=0.5"]
+    assert nine.main([*argv, "--out", str(out)]) == 0
+    found = json.loads((out / "results.json").read_text())
+    columns = ["coco2017 CIDEr", "gqa accuracy", "mme perception", "mme cognition"]
+    assert list(rows_of(found)[0])[1:6] == [*columns, "image tokens a layer"]
+    assert [note.split(":")[1] for note in found["notes"]] == [
+        " nocaps", " flickr30k", " coco2014", " mmmu", " seed_bench"
+    ]  # fmt: skip
+    text = "\n".join(found["published"])
+    for figure in ("62.0", "60.4", "1511.7", "349.3", "110.8"):  # of FastV's README
+        assert figure in text
+    assert "fastv-lmms" in (out / "results.md").read_text()
+
+
+COCO = coco("captions_val2017.json", "val2017")
+
+
+@pytest.mark.parametrize(
+    ("name", "main", "write", "protocol", "published"),
+    [  # of FastV's table the rows of 16 bits alone: nf4 is not int4, and Simignore's are all nf4
+        ("aokvqa", aokvqa.main, aokvqa_files, "own", ["81.9", "81.8", "81.3", "80.9"]),
+        ("scienceqa", scienceqa.main, scienceqa_files, "simignore", []),
+    ],
+)
+def test_single_benchmarks_from_their_own_files(
+    name: str, main: Main, write: Any, protocol: str, published: list[str], tmp_path: Path
+) -> None:
+    (data := tmp_path / "data").mkdir()
+    write(data)
+    model, out = demo_named("llava-1.5-13b", tmp_path), tmp_path / "out"
+    argv = ["--task", name, "--data", str(data), "--model", model, "--protocol", protocol]
+    assert main([*argv, "--out", str(out)]) == 0
+    found = json.loads((out / "results.json").read_text())
+    assert f"{name}, {protocol} protocol, llava-1.5-13b" in found["setting"]
+    theirs = [line.split()[2] for text in found.get("published", []) for line in rows_in(text)]
+    assert theirs == published
+
+
+def rows_in(text: str) -> list[str]:
+    return text.splitlines()[2:]
+
+
+# ---------------------------------------------------------------- bad input
 
 
 @pytest.mark.parametrize(

@@ -40,18 +40,19 @@ def run(args: argparse.Namespace) -> str:
     else:
         scores, costs, notes, published = _real(args, plans)
     columns = list(scores[NONE])
-    rows = [
-        {"plan": f"`{plan}`", **scores[plan], "mean": sum(scores[plan].values()) / len(columns)}
-        | costs[plan]
-        for plan in plans
-    ]
-    title = f"{len(columns)} {'kinds of question' if args.data is None else 'benchmarks'}"
-    plots.bars(
-        args.out / "nine.png",
-        {name: {plan: scores[plan][name] for plan in plans} for name in columns},
-        title,
-        "score",
-    )
+    heights = {name: {plan: scores[plan][name] for plan in plans} for name in columns}
+    if args.data is None:
+        title, label = f"{len(columns)} kinds of question", "score"
+        means = {plan: {"mean": sum(scores[plan].values()) / len(columns)} for plan in plans}
+    else:  # scales of their own: no mean, and bars of what is left
+        title, label = f"{len(columns)} benchmarks", "% of unpruned"
+        means = {plan: {} for plan in plans}
+        heights = {
+            name: {plan: 100 * v / bars[NONE] if bars[NONE] else 0.0 for plan, v in bars.items()}
+            for name, bars in heights.items()
+        }
+    rows = [{"plan": f"`{plan}`", **scores[plan], **means[plan], **costs[plan]} for plan in plans]
+    plots.bars(args.out / "nine.png", heights, title, label)
     tables = {"Scores": rows}
     return base.report(args.out, args, title, tables, ["nine.png"], began, notes, published)
 
