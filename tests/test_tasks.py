@@ -658,3 +658,19 @@ def test_a_table_of_single_pictures_and_rows_without(tmp_path: Path) -> None:
     found.save_to_disk(str(tmp_path / "none" / "validation"))
     with pytest.raises(ValueError, match="validation_Art_2 has no image_2"):
         task.items(tmp_path / "none", "lmms")
+
+
+def test_a_table_that_is_cut_off_or_another_is_told_in_one_line(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    datasets = pytest.importorskip("datasets")
+    path = tmp_path / "val-00000.parquet"
+    datasets.Dataset.from_dict({"name": ["x"]}).to_parquet(str(path))
+    capfd.readouterr()
+    with pytest.raises(ValueError, match=f"{tmp_path}: row 0 has no image_id"):
+        TASKS["coco2014"].items(tmp_path, "lmms")
+    path.write_bytes(path.read_bytes()[:100])
+    with pytest.raises(ValueError, match=f"{tmp_path} cannot be read") as error:
+        TASKS["coco2014"].items(tmp_path, "lmms")
+    assert "\n" not in str(error.value)
+    assert "Failed" not in capfd.readouterr().err

@@ -70,7 +70,13 @@ class Captions(Task):
             name = row.get("question_id") or row.get("file_name") or row.get("filename") or ""
             number = row.get("image_id", row.get("img_id"))
             if number is None:
-                number = int(str(name).rpartition("_")[2].partition(".")[0])
+                digits = str(name).rpartition("_")[2].partition(".")[0]
+                if not digits.isdecimal():
+                    raise ValueError(
+                        f"{table.path}: row {i} has no image_id, img_id or question_id with a "
+                        "number; is it the right file?"
+                    )
+                number = int(digits)
             captions = next(
                 (row[c] for c in ("annotations_captions", "answer", "caption") if row.get(c)), None
             )

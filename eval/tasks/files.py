@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import logging
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -194,6 +195,7 @@ def _table(path: Path, read: Callable[[Any], Any]) -> Table:
             f"{path} holds arrow or parquet files, which need the library datasets; "
             "pip install 'minillava[eval]'"
         ) from None
+    datasets.logging.set_verbosity(logging.CRITICAL)  # its failures are told below, once
     try:
         rows = read(datasets)
         pictures = [name for name, kind in rows.features.items() if "Image(" in repr(kind)]
