@@ -26,7 +26,7 @@ from torch import Tensor
 
 from ..clip_text import OPENAI, load_clip, question
 from .base import Context, Keep, Stage
-from .vision import Budget, patches
+from .vision import RELEASED_TOO, Budget, patches
 
 BRIEF = "Answer the question using a single word or phrase."
 
@@ -63,7 +63,7 @@ class CDPruner(Budget):
     paper: ClassVar[str] = "CDPruner, NeurIPS 2025, arXiv 2506.10967"
     source: ClassVar[str] = "Theia-4869/CDPruner 9541616, llava_arch.py, clip_encoder.py"
     acts: ClassVar[str] = "after the projector, before layer 0"
-    checked: ClassVar[str] = "a reference of its own in the tests, on a random open_clip model"
+    checked: ClassVar[str] = RELEASED_TOO
     stage: ClassVar[Stage] = "embed"
 
     def check(self, n_layers: int, n_tokens: int, starts: tuple[int, ...]) -> None:

@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from .base import Context, Keep, top
-from .vision import Budget, attention, second_last
+from .vision import RELEASED_TOO, Budget, attention, second_last
 
 
 @dataclass(frozen=True)
@@ -27,7 +27,7 @@ class FasterVLM(Budget):
     paper: ClassVar[str] = "FasterVLM, arXiv 2412.01818 v1"
     source: ClassVar[str] = "Theia-4869/FasterVLM f5d5f12, llava_arch.py"
     acts: ClassVar[str] = "after the vision tower, before the projector"
-    checked: ClassVar[str] = "an independent reference; the score also in VisionZip's goldens"
+    checked: ClassVar[str] = RELEASED_TOO
 
     def vision_layers(self, n_layers: int) -> tuple[int, ...]:
         return (second_last(self.name, n_layers),)

@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from .base import Context, Keep, top
-from .vision import Budget, attention, block_number, depth, patches, second_last
+from .vision import RELEASED_TOO, Budget, attention, block_number, depth, patches, second_last
 
 
 def neighbourhood(anchors: Tensor, grid: int) -> Tensor:
@@ -43,7 +43,7 @@ class HiPrune(Budget):
     paper: ClassVar[str] = "HiPrune, ACL 2026 Findings, arXiv 2508.00553"
     source: ClassVar[str] = "Danielement321/HiPrune, llava_arch.py (read in a fork, 78324f3)"
     acts: ClassVar[str] = "after the vision tower, before the projector"
-    checked: ClassVar[str] = "an independent reference, token by token"
+    checked: ClassVar[str] = RELEASED_TOO
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 from .base import Context, Keep, Stage, top
-from .vision import Budget, attention, second_last
+from .vision import RELEASED_TOO, Budget, attention, second_last
 
 RUNS = 16
 ALPHA, SCALE, TINY = 0.09, 1e3, 1e-6
@@ -62,7 +62,7 @@ class HoloV(Budget):
     paper: ClassVar[str] = "HoloV, NeurIPS 2025, arXiv 2510.02912"
     source: ClassVar[str] = "obananas/HoloV 1d2e65e, llava/model/utils.py"
     acts: ClassVar[str] = "after the projector, before layer 0"
-    checked: ClassVar[str] = "an independent reference, token by token"
+    checked: ClassVar[str] = RELEASED_TOO
     identity: ClassVar[str | None] = None
     drops_only: ClassVar[bool] = False
     stage: ClassVar[Stage] = "embed"

@@ -25,7 +25,7 @@ import torch
 from torch import Tensor
 
 from .base import Context, Keep, Method, Stage, received, top
-from .vision import cosines, patches
+from .vision import RELEASED_TOO, cosines, patches
 
 NEAREST = 32
 
@@ -59,7 +59,7 @@ class PruMerge(Method):
     paper: ClassVar[str] = "PruMerge, ICCV 2025, arXiv 2403.15388"
     source: ClassVar[str] = "42Shawn/LLaVA-PruMerge 097c041, clip_encoder.py"
     acts: ClassVar[str] = "after the vision tower, before the projector"
-    checked: ClassVar[str] = "an independent reference, token by token"
+    checked: ClassVar[str] = RELEASED_TOO
     drops_only: ClassVar[bool] = False
     numbering: ClassVar[str] = "compact"
     plus: ClassVar[bool] = False

@@ -26,7 +26,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .base import Context, Keep, Method, Stage, check_amount, count
-from .vision import assigned, cosines, whole_grid
+from .vision import RELEASED_TOO, assigned, cosines, whole_grid
 
 if TYPE_CHECKING:
     from ..clip import Block
@@ -102,7 +102,7 @@ class ToMe(Method):
     paper: ClassVar[str] = "ToMe, ICLR 2023, arXiv 2210.09461"
     source: ClassVar[str] = "facebookresearch/ToMe, tome/merge.py and tome/patch/clip.py"
     acts: ClassVar[str] = "in every block of the vision tower"
-    checked: ClassVar[str] = "an independent reference, token by token"
+    checked: ClassVar[str] = RELEASED_TOO
     identity: ClassVar[str | None] = "r=0"
     drops_only: ClassVar[bool] = False
     numbering: ClassVar[str] = "compact"

@@ -24,6 +24,7 @@ from torch import Tensor
 
 from ..clip_text import OPENAI, load_clip, question
 from .base import Context, Keep, Method, Stage, check_amount, top
+from .vision import RELEASED_TOO
 
 
 def outliers(likeness: Tensor) -> int:
@@ -45,7 +46,7 @@ class TRIM(Method):
     paper: ClassVar[str] = "TRIM, COLING 2025, arXiv 2409.10994"
     source: ClassVar[str] = "FreedomIntelligence/TRIM f5a232d, clip_encoder.py"
     acts: ClassVar[str] = "before the projector"
-    checked: ClassVar[str] = "a reference of its own in the tests, on a random open_clip model"
+    checked: ClassVar[str] = RELEASED_TOO
     identity: ClassVar[str | None] = "keep=1.0"
     drops_only: ClassVar[bool] = False
     numbering: ClassVar[str] = "compact"

@@ -11,6 +11,8 @@ from torch import Tensor
 
 from .base import Context, Method, Stage, check_amount, count
 
+RELEASED_TOO = "the released function, transcribed, on random draws; a reference in the tests"
+
 
 @dataclass(frozen=True)
 class Budget(Method):

@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 
 from .base import Context, Keep, top
-from .vision import Budget, attention, cosines, second_last
+from .vision import RELEASED_TOO, Budget, attention, cosines, second_last
 
 AT_ONCE = 8
 
@@ -50,7 +50,7 @@ class VisPruner(Budget):
     paper: ClassVar[str] = "VisPruner, ICCV 2025, arXiv 2412.01818 v2"
     source: ClassVar[str] = "Theia-4869/VisPruner aefa01a, llava_arch.py"
     acts: ClassVar[str] = "after the vision tower, before the projector"
-    checked: ClassVar[str] = "an independent reference, token by token"
+    checked: ClassVar[str] = RELEASED_TOO
 
     def __post_init__(self) -> None:
         super().__post_init__()
