@@ -673,4 +673,4 @@ def test_a_table_that_is_cut_off_or_another_is_told_in_one_line(
     with pytest.raises(ValueError, match=f"{tmp_path} cannot be read") as error:
         TASKS["coco2014"].items(tmp_path, "lmms")
     assert "\n" not in str(error.value)
-    assert "Failed" not in capfd.readouterr().err
+    assert not capfd.readouterr().err

@@ -196,6 +196,7 @@ def _table(path: Path, read: Callable[[Any], Any]) -> Table:
             "pip install 'minillava[eval]'"
         ) from None
     datasets.logging.set_verbosity(logging.CRITICAL)  # its failures are told below, once
+    datasets.disable_progress_bars()
     try:
         rows = read(datasets)
         pictures = [name for name, kind in rows.features.items() if "Image(" in repr(kind)]
