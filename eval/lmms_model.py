@@ -27,7 +27,7 @@ from minillava.generate import Settings, generate
 from minillava.image import check_aspect
 from minillava.processor import TOKENS
 from minillava.prompt import IMAGE, TEMPLATES, conversation
-from minillava.pruning import parse_plan_with_files
+from minillava.pruning import parse_plan
 
 NEW_TOKENS = 1024  # where a task sets none: what lmms-eval's own llava classes take
 DELIMITER = "\n\n"  # lmms-eval's `until` where a task has none; LLaVA's answers may hold it
@@ -71,7 +71,7 @@ class MiniLLaVA(lmms):  # type: ignore[misc,unused-ignore]
             )
         if pretrained is None:
             raise ValueError("pretrained= is missing; give a folder, or a hub id")
-        self.plan = parse_plan_with_files(plan_text)
+        self.plan = parse_plan(plan_text)
         self.batch_size, self.seed = _count("batch_size", batch_size, 1), _count("seed", seed, 0)
         self.template, self.aspect = _optional("template", template), None
         if self.template is not None and self.template not in TEMPLATES:

@@ -20,7 +20,6 @@ from .cache import KVCache, Mask, Rows, drop, hide, place, splice
 from .clip import CLIPVision
 from .config import Config
 from .llama import Block, LayerView, Llama, PromptAttention, StepAttention, longer, rotate
-from .pruning.asking import ask
 from .pruning.base import Context, DecoderState, Keep, Plan, Step, VisionState, received
 
 PICTURES = 8  # pictures in the vision tower at one time
@@ -367,8 +366,6 @@ class _Run:
         """Ask the method, once an image or once for all; for each image its candidates and Keep."""
         model, prompt, method = self.model, self.prompts[b], step.method
         N, grid = model.config.vision.num_patches, model.config.vision.grid
-        config = model.config
-        width = (config.vision if step.stage == "vision" else config.text).hidden_size
         candidates = rows.candidates(step.layer, step.number, method.shift)
         everyone = list(range(len(candidates)))
         groups = [everyone] if method.scope == "all" and everyone else [[i] for i in everyone]
@@ -393,7 +390,7 @@ class _Run:
                 vision=partial(self._vision_state, [prompt.images[i] for i in group]),
                 decoder=None if decoder is None else decoder(group, torch.cat(parts)),
             )
-            chosen += _by_image(parts, ask(method, context, sum(map(len, parts)), width))
+            chosen += _by_image(parts, method.choose(context))
         return chosen
 
     # ------------------------------------------------------------ what a method may ask for

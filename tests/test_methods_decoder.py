@@ -26,7 +26,7 @@ from minillava.pruning import (
     parse_plan_with_files,
     sparsevlm,
 )
-from minillava.pruning.base import Context, Keep, received
+from minillava.pruning.base import Budgeted, Context, Keep, received
 
 N = 64  # tokens a picture of the model below
 MEAN = torch.tensor([0.48145466, 0.4578275, 0.40821073])[:, None, None]
@@ -291,7 +291,7 @@ def test_published_counts() -> None:
 
     def left(plan: str) -> tuple[int, ...]:
         (method,) = parse_plan(plan).methods
-        assert isinstance(method, budget.Budgeted)
+        assert isinstance(method, Budgeted)
         return method.left(576)
 
     assert left("pyramiddrop") == (288, 144, 72)
@@ -385,7 +385,7 @@ def test_fastv_averages_are_the_papers() -> None:
 def test_no_variant_is_nearer(options: str, average: float) -> None:
     plan = f"{options}{'' if options.endswith(':') else ','}average={average}"
     (asked,) = parse_plan(plan).methods
-    assert isinstance(asked, budget.Budgeted)
+    assert isinstance(asked, Budgeted)
     chosen = resolved(plan)
     reached = chosen.reaches(32, 576)
     every = [v.reaches(32, 576) for _, v in asked.variants(32, 576)]

@@ -1,11 +1,14 @@
-"""Asking a method, and holding it to its word: whatever is wrong with one is told in one line.
+"""Holding a user's method to its word: whatever is wrong with one is told in one line.
 
 Methods of the package are tested; one in a file of the user's own is being written. Its exceptions
-name the method with file and line, and what it prints goes to stderr, beside the answer.
+name the method with file and line, what it prints goes to stderr, beside the answer, and what it
+chooses is looked at.
 """
 
 from __future__ import annotations
 
+import functools
+import inspect
 import itertools
 import sys
 import traceback
@@ -20,20 +23,9 @@ from torch import Tensor
 from .base import STAGES, Context, Keep, Method
 
 
-def ask(method: Method, context: Context, n: int, width: int) -> Keep:
-    """The method's choice among n candidates of so many features (ValueError: it is none)."""
-    with at_work(method):
-        keep = method.choose(context)
-    _check(method, keep, n, width)
-    return keep
-
-
 @contextmanager
 def at_work(method: Method | type[Method]) -> Iterator[None]:
     """While code of a user's file runs."""
-    if not method.file:
-        yield
-        return
     try:
         with redirect_stdout(sys.stderr):
             yield
@@ -56,12 +48,26 @@ def place(error: BaseException, file: str) -> str:
 
 
 def guard(method: type[Method]) -> None:
-    """Let what else a user's class overrides tell its mistakes as `choose` and `stages` do."""
-    for asked in ("check", "resolve", "most", "vision_layers"):
+    """Let a user's class tell its mistakes, whatever of Method it overrides."""
+    checked: dict[str, Callable[[Any], Any]]
+    checked = {"choose": _sound, "vision_layers": _known_states}
+    for asked in ("choose", "check", "resolve", "most", "vision_layers"):
         own = getattr(method, asked)
         if own is not getattr(Method, asked):
-            own = _known_states(own) if asked == "vision_layers" else own
+            own = checked[asked](own) if asked in checked else own
             setattr(method, asked, at_work(method)(own))
+
+
+def _sound(own: Callable[[Method, Context], Keep]) -> Callable[[Method, Context], Any]:
+    """`choose`, its answer checked."""
+
+    @functools.wraps(own)
+    def choose(self: Method, c: Context) -> Keep:
+        keep = own(self, c)
+        _check(self, keep, c)
+        return keep
+
+    return choose
 
 
 def _known_states(own: Callable[[Method, int], tuple[int, ...]]) -> Callable[[Method, int], Any]:
@@ -79,11 +85,10 @@ def _known_states(own: Callable[[Method, int], tuple[int, ...]]) -> Callable[[Me
 
 
 def _who(method: Method, asked: str) -> str:
-    """The method's name; a user's own with its file and the line where what was asked begins."""
-    code = getattr(getattr(method, asked), "__code__", None)
-    if not method.file or code is None:
-        return method.name
-    return f"{method.name} ({method.file}, line {code.co_firstlineno})"
+    """The method's name with its file and the line where what was asked begins."""
+    code = getattr(inspect.unwrap(getattr(method, asked)), "__code__", None)
+    line = f", line {code.co_firstlineno}" if code else ""
+    return f"{method.name} ({method.file}{line})"
 
 
 def check_stages(method: Method) -> None:
@@ -106,8 +111,8 @@ def check_stages(method: Method) -> None:
         )
 
 
-def _check(method: Method, keep: object, n: int, width: int) -> None:
-    name = _who(method, "choose")
+def _check(method: Method, keep: object, c: Context) -> None:
+    name, n = _who(method, "choose"), len(c.patches)
     if not isinstance(keep, Keep):
         raise ValueError(f"{name}: choose() gave {type(keep).__name__}; return a Keep(index)")
     index = keep.index
@@ -115,21 +120,20 @@ def _check(method: Method, keep: object, n: int, width: int) -> None:
         said = f"{tuple(index.shape)} {index.dtype}" if isinstance(index, Tensor) else repr(index)
         hint = "; of a mask, take mask.nonzero()[:, 0]" if "bool" in said else ""
         raise ValueError(f"{name}: Keep.index must be a tensor (K,) of int64, not {said}{hint}")
-    # a look at the numbers waits for a GPU: there, what is tested goes without
-    if index.device.type == "cpu" or method.file:
-        found = sorted(index.tolist())
-        if found and not 0 <= found[0] <= found[-1] < n:
-            wrong = found[0] if found[0] < 0 else found[-1]
-            raise ValueError(
-                f"{name}: Keep.index has {wrong}, but there are {n} candidates, 0 to {n - 1}"
-            )
-        if twice := [a for a, b in itertools.pairwise(found) if a == b]:
-            raise ValueError(f"{name}: Keep.index has {twice[0]} more than once; name each once")
+    found = sorted(index.tolist())
+    if found and not 0 <= found[0] <= found[-1] < n:
+        wrong = found[0] if found[0] < 0 else found[-1]
+        raise ValueError(
+            f"{name}: Keep.index has {wrong}, but there are {n} candidates, 0 to {n - 1}"
+        )
+    if twice := [a for a, b in itertools.pairwise(found) if a == b]:
+        raise ValueError(f"{name}: Keep.index has {twice[0]} more than once; name each once")
     for what, rows, count in (("rows", keep.rows, len(index)), ("extra", keep.extra, None)):
         if rows is None:
             continue
         if method.drops_only:
             raise ValueError(f"{name}: Keep.{what} are new rows; say drops_only = False")
+        width = c.features().shape[1]
         if not isinstance(rows, Tensor) or not rows.is_floating_point() or rows.ndim != 2:
             raise ValueError(f"{name}: Keep.{what} must be a tensor of floats, (rows, {width})")
         if rows.shape[1] != width or count not in (None, len(rows)):
@@ -137,7 +141,7 @@ def _check(method: Method, keep: object, n: int, width: int) -> None:
             raise ValueError(
                 f"{name}: Keep.{what} is {tuple(rows.shape)}; it must be ({wanted}, {width})"
             )
-        if method.file and not rows.isfinite().all():
+        if not rows.isfinite().all():
             raise ValueError(f"{name}: Keep.{what} has NaN or infinite numbers")
     if keep.ordered and method.drops_only:
         raise ValueError(f"{name}: Keep.ordered changes the order; say drops_only = False")

@@ -7,10 +7,10 @@ several images, cache, positions, masks, report) is done once, for all methods, 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property
-from typing import TYPE_CHECKING, ClassVar, Literal
+from typing import TYPE_CHECKING, ClassVar, Literal, TypeVar
 
 import torch
 from torch import Tensor
@@ -20,7 +20,9 @@ if TYPE_CHECKING:
 
 Stage = Literal["vision", "embed", "decoder"]
 STAGES: tuple[Stage, ...] = ("vision", "embed", "decoder")  # in the order in which they run
+M = TypeVar("M", bound="Budgeted")
 ROWS_AT_ONCE = 256  # attention weights are held for at most so many (row, head) pairs
+SLACK = 0.5  # tokens by which a budget may lie outside, since people type what they read rounded
 
 
 # ---------------------------------------------------------------- what a method says
@@ -133,6 +135,61 @@ class Method:
         return self.mode == "drop" and (self.positions or self.numbering) == "compact"
 
 
+@dataclass(frozen=True, kw_only=True)
+class Budgeted(Method):
+    """A method of the decoder that `average=` can set: image tokens entering a layer, averaged over
+    the layers. It is solved against the model to the nearest of `variants`; what lies outside all
+    of them is refused."""
+
+    average: float | None = field(
+        default=None, metadata={"help": "image tokens entering a layer, averaged over the layers"}
+    )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.average is not None and self.scope == "all":
+            raise ValueError(f"{self.name}: average={self.average} counts one image; give keep=")
+
+    def left(self, n_tokens: int) -> tuple[int, ...]:
+        """Image rows there are after each of its stages, out of n_tokens."""
+        raise NotImplementedError
+
+    def variants(self: M, n_layers: int, n_tokens: int) -> Iterator[tuple[str, M]]:
+        """What `average` chooses among: options as text, and the method with them."""
+        raise NotImplementedError
+
+    def reaches(self, n_layers: int, n_tokens: int) -> float:
+        """Average over the layers of image tokens entering."""
+        total, count, since = 0, n_tokens, 0
+        for (_, layer), left in zip(self.stages(), self.left(n_tokens), strict=True):
+            total += count * (layer - since)
+            count, since = left, layer
+        return (total + count * (n_layers - since)) / n_layers
+
+    def resolve(self: M, n_layers: int, n_tokens: int) -> M:
+        wanted = self.average
+        if wanted is None:
+            return self
+        found = [
+            (variant.reaches(n_layers, n_tokens), text, variant)
+            for text, variant in self.variants(n_layers, n_tokens)
+        ]
+        if not found:
+            raise ValueError(f"{self.name}: average={wanted} cannot be solved for these options")
+        reached, text, nearest = min(found, key=lambda f: abs(f[0] - wanted))  # the first if tied
+        inside = min(f[0] for f in found) <= wanted <= max(f[0] for f in found)
+        if not inside and abs(reached - wanted) > SLACK:
+            raise ValueError(
+                f"{self.name}: average={wanted} is out of reach with {n_layers} layers and "
+                f"{n_tokens} image tokens; the nearest is average={reached:.1f} ({text})"
+            )
+        return nearest
+
+    def check(self, n_layers: int, n_tokens: int, starts: tuple[int, ...]) -> None:
+        assert self.average is None, "Plan.resolve comes before check"
+        super().check(n_layers, n_tokens, starts)
+
+
 def check_layer(name: str, layer: int, n_layers: int) -> None:
     if not 0 <= layer < n_layers:
         raise ValueError(
@@ -223,18 +280,26 @@ class VisionState:
     def attention(self, block: int, query: Literal["class", "mean"] = "class") -> Tensor:
         """Attention the patches receive in a block, (H, images * N): from the class token, or the
         mean over all tokens (Radford et al. 2021; softmax in float32 over 1 + N columns)."""
-        q, k = self.tower.heads(block, self.hidden[block])  # (I, T, H, Dh)
+        q, k = self._heads(block)  # (I, T, H, Dh)
         rows = q[:, :1] if query == "class" else q
         each = [received(a, b, None)[:, 1:] for a, b in zip(rows, k, strict=True)]
         return torch.cat(each, dim=1)
 
     def keys(self, block: int) -> Tensor:
         """Keys of the patches in a block, (images * N, H, Dh)."""
-        return self.tower.heads(block, self.hidden[block])[1][:, 1:].flatten(0, 1)
+        return self._heads(block)[1][:, 1:].flatten(0, 1)
 
     def class_token(self) -> Tensor:
         """The class token at LLaVA's feature layer, (images, C)."""
         return self.hidden[self.feature_layer][:, 0]
+
+    def _heads(self, block: int) -> tuple[Tensor, Tensor]:
+        if block not in self.hidden:
+            raise ValueError(
+                f"what enters block {block} of the vision tower was not kept; a method that reads "
+                "it names it in vision_layers"
+            )
+        return self.tower.heads(block, self.hidden[block])
 
 
 @dataclass(frozen=True)

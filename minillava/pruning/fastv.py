@@ -21,8 +21,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from .base import Context, Keep, Stage, check_amount, check_keep, count, top
-from .budget import Budgeted
+from .base import Budgeted, Context, Keep, Stage, check_amount, check_keep, count, top
 
 
 def fastv_score(attention: Tensor) -> Tensor:

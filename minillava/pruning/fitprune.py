@@ -23,8 +23,7 @@ from typing import ClassVar
 
 from torch import Tensor
 
-from .base import Context, Keep, Stage, top
-from .budget import Budgeted
+from .base import Budgeted, Context, Keep, Stage, top
 
 N_TOKENS = 576
 

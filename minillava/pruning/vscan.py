@@ -26,8 +26,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from .base import Context, Keep, Stage, check_amount, count, top
-from .budget import Budgeted
+from .base import Budgeted, Context, Keep, Stage, check_amount, count, top
 from .vision import (
     assigned,
     attention,

@@ -15,8 +15,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from typing import ClassVar
 
-from .base import Context, Keep, Stage
-from .budget import Budgeted
+from .base import Budgeted, Context, Keep, Stage
 
 
 @dataclass(frozen=True)
