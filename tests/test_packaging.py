@@ -46,6 +46,26 @@ def test_the_package_imports_neither_eval_nor_weights(path: Path) -> None:
     assert not {name.split(".")[0] for name in names} & {"eval", "weights", "tests"}
 
 
+READING_PATH = (
+    "config image tokenizer prompt clip llama llava cache sampling generate "
+    "pruning.base pruning.fastv pruning.simignore"
+).split()
+
+
+@pytest.mark.parametrize("name", READING_PATH)
+def test_the_reading_path_imports_nothing_else_of_ours(name: str) -> None:
+    """At run time: imports for annotations, or of the command line at the end, are no reading."""
+    folder, _, _ = f"minillava.{name}".rpartition(".")
+    source = (ROOT / "minillava" / f"{name.replace('.', '/')}.py").read_text()
+    found = [node for node in ast.parse(source).body if isinstance(node, ast.ImportFrom)]
+    ours = [node for node in found if node.level]
+    if name in ("llava", "generate"):
+        assert ours, "this look at the source finds no imports any more"
+    for node in ours:
+        base = folder.split(".")[: len(folder.split(".")) - node.level + 1]
+        assert ".".join([*base[1:], node.module or ""]) in READING_PATH
+
+
 def test_the_licence_is_the_one_pyproject_names() -> None:
     licence = (ROOT / "LICENSE").read_text()
     assert "Apache License" in licence
