@@ -46,10 +46,21 @@ def test_the_package_imports_neither_eval_nor_weights(path: Path) -> None:
     assert not {name.split(".")[0] for name in names} & {"eval", "weights", "tests"}
 
 
-READING_PATH = (
-    "config image tokenizer prompt clip llama llava cache sampling generate "
-    "pruning.base pruning.fastv pruning.simignore"
-).split()
+READING_PATH = [
+    "config",
+    "image",
+    "tokenizer",
+    "prompt",
+    "clip",
+    "llama",
+    "llava",
+    "cache",
+    "sampling",
+    "generate",
+    "pruning.base",
+    "pruning.fastv",
+    "pruning.simignore",
+]
 
 
 @pytest.mark.parametrize("name", READING_PATH)
