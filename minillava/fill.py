@@ -30,13 +30,14 @@ def linear_layers(model: LLaVA) -> dict[str, nn.Linear]:
 def quantised_layers(model: LLaVA, bits: int) -> dict[str, int]:
     """Which linear layers get integers as weights, and of how many bits: our name -> 8 or 4.
 
-    The decoder's blocks get `bits`; the vision tower, the projector and an output head of its own
-    get 8. Embeddings, a head tied to them and everything small stay as they are.
+    The decoder's blocks get `bits`; the vision tower, the projector, an output head of its own and
+    rows of odd length (two 4-bit codes share a byte) get 8. Embeddings, a head tied to them and
+    everything small stay as they are.
     """
     tied = model.config.text.tie_word_embeddings
     return {
-        name: bits if name.startswith(BLOCKS) else 8
-        for name in linear_layers(model)
+        name: bits if name.startswith(BLOCKS) and layer.in_features % 2 == 0 else 8
+        for name, layer in linear_layers(model).items()
         if not (tied and name == "llama.lm_head")
     }
 
@@ -95,14 +96,14 @@ def fill(
         if layer in stored:
             weight = _weight(found, name, device, storage, forms.get(layer))
             there = found.get(f"{layer}.bias")
-            bias = None if there is None else there.read(device, model.dtype)
+            bias = None if there is None else _floats(there, device, model.dtype)
             digits = 1 if forms.get(layer) == "int8-dynamic" else 2
             model.set_submodule(layer, stored_linear(weight, bias, digits))
             del weight
             _give_back()
         else:
             dtype = storage if name == TIED[0] else model.dtype
-            _put(model, name, found[name].read(device, dtype))
+            _put(model, name, _floats(found[name], device, dtype))
     left = [n for n, t in (*model.named_parameters(), *model.named_buffers()) if t.is_meta]
     assert not left, f"without values: {left}"
 
@@ -122,7 +123,7 @@ def _put(model: LLaVA, name: str, value: Tensor) -> None:
 def _put_tied(
     model: LLaVA, stored: list[Stored], device: torch.device, storage: torch.dtype
 ) -> None:
-    weights = [tensor.read(device, storage) for tensor in stored]
+    weights = [_floats(tensor, device, storage) for tensor in stored]
     if not torch.equal(weights[0], weights[-1]):
         raise ValueError(
             f"{stored[-1].file}: tie_word_embeddings is true, but the output head and the "
@@ -144,7 +145,7 @@ def _weight(
     """A layer's weight in its form, from a file that has it in the same form or as floats."""
     tensor = found[name]
     if form is None:
-        return tensor.read(device, storage)
+        return _floats(tensor, device, storage)
     if tensor.kind == "I8":
         return Int8(
             tensor.read(device, torch.int8), found[f"{name}_scale"].read(device, torch.float32)
@@ -154,5 +155,31 @@ def _weight(
             found[name + part].read(device, torch.bfloat16) for part in ("_scale", "_low")
         )
         return Int4(tensor.read(device, torch.uint8), scale, low)
+    parts = integers(tensor, device, 4 if form == "int4" else 8)
+    return Int4(*parts) if form == "int4" else Int8(*parts)
+
+
+def integers(tensor: Stored, device: torch.device, bits: int) -> tuple[Tensor, ...]:
+    """A weight that a file has as floats, in 8 or 4 bits: what to_int8 or to_int4 makes of it.
+
+    Raises ValueError for values that are not finite, which integers cannot stand for.
+    """
     weight = tensor.read(device, FLOATS[tensor.kind])
-    return Int4(*to_int4(weight)) if form == "int4" else Int8(*to_int8(weight))
+    codes, scale, *low = to_int8(weight) if bits == 8 else to_int4(weight)
+    if not scale.isfinite().all():  # a group with NaN or infinity has such a scale
+        raise ValueError(
+            f"{tensor.file}: {tensor.name} has values that are not finite, which integers cannot "
+            "hold; fetch the checkpoint again"
+        )
+    return (codes, scale, *low)
+
+
+def _floats(tensor: Stored, device: torch.device, dtype: torch.dtype) -> Tensor:
+    """Raises ValueError for values that are too large for the dtype."""
+    value = tensor.read(device, dtype)
+    if dtype == torch.float16 and tensor.kind != "F16" and not value.isfinite().all():
+        raise ValueError(
+            f"{tensor.file}: {tensor.name} has values that float16 cannot hold (65504 at most); "
+            "take dtype bfloat16 or float32"
+        )
+    return value

@@ -631,6 +631,11 @@ class Evil:
         return os.mkdir, (str(self.mark),)
 
 
+class Builtin(Evil):
+    def __reduce__(self) -> Any:
+        return eval, (f"__import__('os').mkdir({str(self.mark)!r})",)
+
+
 def one_error(capsys: pytest.CaptureFixture[str], says: str) -> bool:
     out, err = capsys.readouterr()
     assert not out
@@ -689,9 +694,39 @@ def sums(src: Path) -> None:
     (src / "SHA256SUMS").write_text(f"{'0' * 64}  {FIRST}\n")
 
 
-def gelu(src: Path) -> None:
-    path = src / "clip" / "config.json"
-    path.write_text(path.read_text().replace('"hidden_size"', '"hidden_act":"gelu","hidden_size"'))
+def clip_entry(**values: Any) -> Callable[[Path], Any]:
+    def do(src: Path) -> None:
+        path = src / "clip" / "config.json"
+        path.write_text(json.dumps(json.loads(path.read_text()) | values))
+
+    return do
+
+
+def open_clip(**values: Any) -> Callable[[Path], Any]:
+    """The tower in open_clip's form, its config with these values on top."""
+
+    def do(src: Path) -> None:
+        tower = open_clip_names(state_of(HUB))
+        shutil.rmtree(src / "clip")
+        path = write_clip(src / "clip", tower, "open_clip_model.safetensors")
+        path = path / "open_clip_config.json"
+        path.write_text(json.dumps(json.loads(path.read_text()) | values))
+
+    return do
+
+
+def twice(name: str) -> Callable[[Path], Any]:
+    """A tensor of the first shard in the second one too, with other values."""
+
+    def do(src: Path) -> None:
+        first = torch.load(src / FIRST, weights_only=True)
+        change(SECOND, lambda s: s.update({name: first[NORM] + 1}))(src)
+
+    return do
+
+
+def wrong_sum(file: str) -> Callable[[Path], Any]:
+    return lambda src: (src / "SHA256SUMS").write_text(f"{'0' * 64} *{file}\n")
 
 
 FIRST, SECOND = (f"pytorch_model-{i:05d}-of-00002.bin" for i in (1, 2))
@@ -703,12 +738,46 @@ BAD: dict[str, tuple[Callable[[Path], Any], str]] = {
     "truncated tower": (truncate("clip/model.safetensors"), "model.safetensors is truncated"),
     "bit": (flip_a_bit, f"{FIRST} is damaged"),
     "sums": (sums, f"{FIRST} has SHA-256 .* but should have 0000"),
+    "sum of a small file": (
+        wrong_sum("tokenizer.model"),
+        "tokenizer.model has SHA-256 .* but should have 0000",
+    ),
+    "twice": (twice(NORM), f"{SECOND}: {NORM} is there twice, also as {NORM} in {FIRST}"),
+    "twice, in other words": (
+        change(
+            FIRST,
+            lambda s: s.update(
+                {
+                    "mm_projector.0.bias": torch.zeros(64),
+                    "model.mm_projector.0.bias": torch.ones(64),
+                }
+            ),
+        ),
+        "mm_projector.0.bias is there twice, also as ",
+    ),
+    "sparse": (
+        change(FIRST, lambda s: s.update({NORM: s[NORM].to_sparse()})),
+        "with all their val",
+    ),
+    "no values": (change(FIRST, lambda s: s.update({NORM: s[NORM].to("meta")})), "with all their"),
+    "numbered": (
+        lambda src: torch.save({"state_dict": {1: torch.zeros(1)}}, src / FIRST),
+        "missing: .*1 unknown: 1",
+    ),
     "missing shard": (lambda src: (src / FIRST).unlink(), f"names {FIRST}, which is not there"),
     "outside": (index(to="../evil.bin"), r"names '../evil.bin', but must name files in its own"),
     "absolute": (index(to="/etc/passwd"), r"names '/etc/passwd', but must name files in its own"),
     "code": (
         lambda src: torch.save({"x": Evil(src.parent / "mark")}, src / SECOND),
         r"asks for posix.mkdir when opened, which is code.*not run",
+    ),
+    "code that is built in": (
+        lambda src: torch.save({"x": Builtin(src.parent / "mark")}, src / SECOND),
+        r"asks for eval when opened, which is code.*not run",
+    ),
+    "a long header and no end": (
+        lambda src: os.truncate(src / SECOND, 30_000),
+        f"{SECOND} is truncated",
     ),
     "old code": (
         lambda src: torch.save(
@@ -744,7 +813,25 @@ BAD: dict[str, tuple[Callable[[Path], Any], str]] = {
     "no tower": (entry(mm_vision_tower=None), "mm_vision_tower is None, .*--vision-tower"),
     "lost tower": (entry(mm_vision_tower="../no where"), "'../no where' is neither a folder"),
     "tuned tower": (entry(unfreeze_mm_vision_tower=True), "tower was trained too"),
-    "gelu": (gelu, "hidden_act is 'gelu'"),
+    "gelu": (clip_entry(hidden_act="gelu"), "hidden_act is 'gelu'"),
+    "patches": (
+        clip_entry(patch_size=0),
+        "clip/config.json: patch_size is 0, but must be one whole",
+    ),
+    "picture": (clip_entry(image_size="x"), "clip/config.json: image_size is 'x', but must be one"),
+    "open_clip's gelu": (
+        open_clip(model_cfg={"vision_cfg": {"head_width": 8}}),
+        "model_cfg.quick_gelu is None, but",
+    ),
+    "open_clip's heads": (
+        open_clip(model_cfg={"quick_gelu": True, "vision_cfg": {"head_width": "x"}}),
+        "vision_cfg.head_width is 'x', but must be",
+    ),
+    "open_clip's words": (open_clip(model_cfg=3), "model_cfg is 3, but must be an object"),
+    "open_clip's colours": (
+        open_clip(preprocess_cfg={"mean": [1, 2], "std": None}),
+        r"preprocess_cfg.mean is \[1, 2\], but must be three numbers",
+    ),
     "program": (jit_clip, "ViT.pt is a TorchScript archive, a program .* plain weights"),
     "no clip": (
         lambda src: save_file({"x": torch.zeros(1)}, src / "clip" / "model.safetensors"),
@@ -800,6 +887,7 @@ def test_folders_are_looked_at_first(
     taken.mkdir()
     (taken / "photo.png").touch()
     file.touch()
+    (loop := tmp_path / "loop").symlink_to(loop)
     for at, to, says in (
         (src, taken, r"has other things in it \(photo.png\)"),
         (src, file, "file is a file"),
@@ -807,6 +895,7 @@ def test_folders_are_looked_at_first(
         (src, src, "is inside .*src, which is only read"),
         (src, src / "new", "is inside .*src, which is only read"),
         (src, src / "clip", "is inside .*src"),
+        (src, loop, "loop is a file"),
         (tmp_path / "nowhere", dst, "there is no folder .*nowhere; fetch"),
     ):
         assert main([str(at), str(to)]) == 2

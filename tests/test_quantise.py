@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -10,7 +11,7 @@ from typing import Any
 import pytest
 import tiny
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from minillava import load, parse_plan
 from minillava.generate import generate
@@ -143,6 +144,16 @@ BAD: dict[str, tuple[Callable[[Path], Any], str]] = {
     ),
     "outside": (lambda f: index_of(f, file="../x.safetensors"), "'../x.safetensors'"),
     "missing": (lambda f: index_of(f, file="gone.safetensors"), "names gone.safetensors"),
+    "no tokenizer": (lambda f: (f / "tokenizer.model").unlink(), "tokenizer.model"),
+    "pictures": (lambda f: (f / "preprocessor_config.json").write_text("{"), "is no valid json"),
+    "sums": (
+        lambda f: (f / "SHA256SUMS").write_text(f"{'0' * 64}  {SINGLE}\n"),
+        f"{SINGLE} has SHA-256",
+    ),
+    "original": (
+        lambda f: (f / "config.json").write_text('{"mm_hidden_size": 24}'),
+        "write that with `python -m weights.convert",
+    ),
 }  # fmt: skip
 
 
@@ -161,6 +172,49 @@ def test_broken_sources_are_one_line_and_nothing_is_written(
     assert contents(tmp_path / "src") == before
 
 
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+@pytest.mark.parametrize("bits", [8, 4])
+def test_values_that_integers_cannot_hold_are_refused(
+    tmp_path: Path, value: float, bits: int, capsys: pytest.CaptureFixture[str]
+) -> None:
+    src, dst = tmp_path / "src", tmp_path / "dst"
+    tiny.write_hf(src, width=64, vision_layers=3)
+    state = load_file(src / SINGLE)
+    name = "language_model.model.layers.1.mlp.up_proj.weight"
+    state[name][5, 3] = value
+    save_file(state, src / SINGLE, {"format": "pt"})
+    capsys.readouterr()
+    assert main([str(src), str(dst), "--bits", str(bits)]) == 2
+    assert f"{name} has values that are not finite" in refusal(capsys)
+    assert not list(dst.glob("*.safetensors*"))
+    assert not (dst / "config.json").exists()
+    with pytest.raises(ValueError, match=f"{name} has values that are not finite"):
+        load(src, quantize=f"int{bits}")
+
+
+def test_rows_of_odd_length_stay_in_8_bits(tmp_path: Path) -> None:
+    tiny.write_hf(tmp_path / "src", width=64, vision_layers=3)
+    config = json.loads((tmp_path / "src" / "config.json").read_text())
+    config["text_config"]["intermediate_size"] = 31
+    (tmp_path / "src" / "config.json").write_text(json.dumps(config))
+    cut = {"up_proj": (31, 64), "gate_proj": (31, 64), "down_proj": (64, 31)}
+    state = {
+        name: tensor[tuple(map(slice, cut.get(name.split(".")[-2], tensor.shape)))].clone()
+        if name.startswith("language_model.model.layers.")
+        else tensor
+        for name, tensor in load_file(tmp_path / "src" / SINGLE).items()
+    }
+    save_file(state, tmp_path / "src" / SINGLE, {"format": "pt"})
+    quantise(tmp_path / "src", tmp_path / "dst", 4)
+    kinds = {n: t.dtype for n, t in load_file(tmp_path / "dst" / SINGLE).items()}
+    layer = "language_model.model.layers.0.mlp"
+    assert kinds[f"{layer}.up_proj.weight"] == torch.uint8
+    assert kinds[f"{layer}.down_proj.weight"] == torch.int8
+    at_load, stored = load(tmp_path / "src", quantize="int4")[0], load(tmp_path / "dst")[0]
+    batch = tiny.make_batch(at_load, "tttIttttt")
+    assert generate(at_load, batch).tokens == generate(stored, batch).tokens
+
+
 def test_other_refusals(
     src: Path, stored: dict[int, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -174,6 +228,12 @@ def test_other_refusals(
     ):
         assert main([str(word) for word in words]) == 2
         assert says in refusal(capsys)
+    config = json.loads((stored[8] / "config.json").read_text())
+    del config["quantization_config"]
+    shutil.copytree(stored[8], tmp_path / "silent")  # the weights are still integers
+    (tmp_path / "silent" / "config.json").write_text(json.dumps(config))
+    assert main([str(tmp_path / "silent"), str(tmp_path / "x"), "--bits", "8"]) == 2
+    assert "is quantised already" in refusal(capsys)
     for bits, form, has in ((8, "int4", "int8"), (4, "int8", "int4")):
         with pytest.raises(ValueError, match=f"quantize='{form}', but .* stored in {has}"):
             load(stored[bits], quantize=form)
@@ -184,7 +244,7 @@ def test_other_refusals(
 
 @pytest.mark.parametrize("error", [OSError(28, "No space left on device"), KeyboardInterrupt()])
 @pytest.mark.parametrize("nth", [0, 1, 2, 3, 5, 8])
-@pytest.mark.parametrize("place", ["fsync", "replace", "to_int8"])
+@pytest.mark.parametrize("place", ["fsync", "replace", "integers"])
 def test_an_interruption_leaves_nothing_half_and_a_second_run_goes_on(
     src: Path, tmp_path: Path, place: str, nth: int, error: BaseException,
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str],
@@ -193,7 +253,7 @@ def test_an_interruption_leaves_nothing_half_and_a_second_run_goes_on(
     whole = src.with_name("whole")
     if not whole.exists():
         quantise(src, whole, 8, limit)
-    owner: Any = module if place == "to_int8" else writer.os
+    owner: Any = module if place == "integers" else writer.os
     real, calls = getattr(owner, place), iter(range(10**6))
 
     def interrupted(*args: Any) -> Any:

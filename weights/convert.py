@@ -16,6 +16,7 @@ such a logit is the mean of the true ones, so it is never the largest.
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -26,16 +27,17 @@ import torch
 from torch import Tensor
 
 from minillava.checkpoint import empty_model, match
-from minillava.config import Config
+from minillava.config_file import config_of, read_config
 from minillava.console import Parser, command
 from minillava.entries import Entries, read_json
 from minillava.names import our_name, published_name
+from minillava.processor_files import read_processor
 from minillava.shards import Stored
 
 from . import original
-from .files import SHARD_BYTES, Planned, check_folder, write_checkpoint
-from .sources import DTYPES, Weight, shards_in, verify, weights_of
-from .towers import Part, Tower, find_tower, inner_tower, read_tower
+from .files import SHARD_BYTES, Planned, check_folder, refuse_inside, write_checkpoint
+from .sources import DTYPES, Weight, shards_in, small_files, verify, weights_of
+from .towers import Part, Tower, find_tower, inner_tower, place, read_tower
 
 PROJECTOR = "mm_projector.bin"
 ADAPTERS = ("adapter_model.bin", "adapter_model.safetensors", "non_lora_trainables.bin")
@@ -108,15 +110,14 @@ def convert(
                 f"there is no folder {folder}; fetch a checkpoint with `python -m "
                 "weights.download liuhaotian/llava-v1.5-7b` and give the folder that it prints"
             )
-        if dst.resolve().is_relative_to(folder.resolve()):
-            raise ValueError(f"{dst} is inside {folder}, which is only read; give another folder")
+        refuse_inside(dst, folder)
     found = plan(src, vision_tower, base)
     sources = sorted({part.weight.file for part in found.parts.values()})
-    if inside := [file for file in sources if dst.resolve() == file.parent.resolve()]:
+    if inside := [f for f in sources if os.path.realpath(dst) == os.path.realpath(f.parent)]:
         raise ValueError(f"{dst} holds {inside[0].name}, which is only read; give another folder")
     tensors = [_planned(name, found) for name in found.parts]
     check_folder(dst, tensors, found.files, shard_bytes)
-    digests = verify(sources)
+    digests = verify([*sources, *small_files(src), *(small_files(base) if base else [])])
     origin = [
         (name, part.weight.name, part.first, digests[part.weight.file])
         for name, part in found.parts.items()
@@ -148,13 +149,16 @@ def plan(src: Path, vision_tower: str | None = None, base: Path | None = None) -
     if language != src:
         weights += weights_of(src / PROJECTOR)
 
-    inner, parts = {}, {}
+    inner: list[tuple[str, Weight]] = []
+    parts: dict[str, Part] = {}
     for weight in weights:
         if weight.name.startswith(_INNER_TOWER):
-            inner[weight.name.removeprefix(_INNER_TOWER)] = weight
+            inner.append((weight.name.removeprefix(_INNER_TOWER), weight))
         elif name := original.hub_name(weight.name):
-            parts[name] = Part(weight, weight.shape)
+            place(parts, name, Part(weight, weight.shape))
     tower = _tower(entries, vision_tower, inner, src)
+    for name, part in tower.parts.items():
+        place(parts, name, part)
     rows = entries.integer("vocab_size", 32000)
     vocabulary = original.Vocabulary.of(language, rows)
     dtype = _dtype(parts, src)
@@ -167,7 +171,7 @@ def plan(src: Path, vision_tower: str | None = None, base: Path | None = None) -
         dtype,
     )
     found = Conversion(
-        {**parts, **tower.parts},
+        parts,
         original.small_files(config, language, vocabulary, tower.image),
         frozenset(files),
         dtype,
@@ -194,21 +198,18 @@ def _pickled_hub(src: Path, values: Mapping[str, Any]) -> Conversion:
             f"{src} is in the llava-hf layout already, nothing is to be converted; load it as it "
             f"is: python -m minillava.generate --model {src}"
         )
-    parts = {}
+    parts: dict[str, Part] = {}
     for weight in (weight for file in files for weight in weights_of(file)):
         try:
             ours = our_name(weight.name)
+            name = ours and published_name(ours)
         except KeyError:
-            parts[weight.name] = Part(weight, weight.shape)  # for the error about it
-            continue
-        if ours is not None:
-            parts[published_name(ours)] = Part(weight, weight.shape)
-    small = {
-        path.name: path.read_bytes()
-        for path in (*sorted(src.glob("*.json")), src / "tokenizer.model")
-        if path.is_file() and not path.name.endswith(".index.json")
-    }
+            name = weight.name  # for the error about it
+        if name is not None:
+            place(parts, name, Part(weight, weight.shape))
+    small = {path.name: path.read_bytes() for path in small_files(src)}
     found = Conversion(parts, small, frozenset(files), _dtype(parts, src), 0, 0)
+    read_processor(src, read_config(src / "config.json"))
     _check(found, values, src)
     return found
 
@@ -240,7 +241,9 @@ def _with_base(values: Mapping[str, Any], base: Path) -> dict[str, Any]:
     return language | {k: v for k, v in values.items() if k.startswith(("mm_", "image_"))}
 
 
-def _tower(entries: Entries, given: str | None, inner: Mapping[str, Weight], src: Path) -> Tower:
+def _tower(
+    entries: Entries, given: str | None, inner: list[tuple[str, Weight]], src: Path
+) -> Tower:
     named = entries.values.get("mm_vision_tower")
     if given is not None:
         return read_tower(find_tower(given))
@@ -271,7 +274,7 @@ def _dtype(parts: Mapping[str, Part], src: Path) -> torch.dtype:
 
 def _check(found: Conversion, config: Mapping[str, Any], src: Path) -> None:
     """Raises ValueError for a config, names and shapes that `minillava.load` would refuse."""
-    model = empty_model(Config.from_dict(config, {}, str(src / "config.json")))
+    model = empty_model(config_of(config, {}, str(src / "config.json")))
     match(
         model,
         [

@@ -115,6 +115,12 @@ def check_folder(
         _check_space(folder, shards)
 
 
+def refuse_inside(folder: Path, source: Path) -> None:
+    """ValueError if what would be written is the source itself, or in it."""
+    if Path(os.path.realpath(folder)).is_relative_to(os.path.realpath(source)):
+        raise ValueError(f"{folder} is inside {source}, which is only read; give another folder")
+
+
 def write_file(path: Path, content: bytes) -> None:
     """A small file: all of it under its name, or nothing."""
     with _replacing(path) as file:

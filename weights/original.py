@@ -16,8 +16,8 @@ import torch
 
 from minillava.entries import HARMLESS, Entries
 from minillava.image import ImageConfig
+from minillava.processor_files import read_tokenizer
 from minillava.prompt import IMAGE
-from minillava.tokenizer import Tokenizer
 
 from .files import to_json
 
@@ -61,7 +61,7 @@ class Vocabulary:
 
         rows: those that the weights have; there are to be more where they do not suffice.
         """
-        tokenizer = Tokenizer.from_folder(folder, -1)  # -1: unless a file of the folder says
+        tokenizer = read_tokenizer(folder, -1)  # -1: unless a file of the folder says
         pieces = sentencepiece.SentencePieceProcessor(model_file=str(folder / "tokenizer.model"))
         special, end = dict(tokenizer.special_tokens), len(tokenizer)
         if end > rows:

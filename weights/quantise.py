@@ -18,15 +18,17 @@ import torch
 from torch import Tensor
 
 from minillava.checkpoint import empty_model, match
-from minillava.config import Config
+from minillava.config_file import read_config
 from minillava.console import Parser, command
 from minillava.entries import read_json
-from minillava.fill import quantised_layers
+from minillava.fill import integers, quantised_layers
 from minillava.hub import find
-from minillava.quantise import GROUP, ROTATED, stored_parts, to_int4, to_int8
-from minillava.shards import FLOATS, INDEX, Stored, stored_tensors
+from minillava.processor_files import read_processor
+from minillava.quantise import GROUP, ROTATED, stored_parts
+from minillava.shards import FLOATS, Stored, stored_tensors
 
-from .files import SHARD_BYTES, Planned, to_json, write_checkpoint
+from .files import SHARD_BYTES, Planned, check_folder, refuse_inside, to_json, write_checkpoint
+from .sources import small_files, verify
 
 _CPU = torch.device("cpu")
 _DTYPES = FLOATS | {"I8": torch.int8, "U8": torch.uint8}
@@ -56,25 +58,23 @@ def quantise(src: Path, dst: Path, bits: int, shard_bytes: int = SHARD_BYTES) ->
 
     Raises ValueError, in one line, for every bad input. Nothing outside `dst` is changed.
     """
-    if dst.resolve().is_relative_to(src.resolve()):
-        raise ValueError(f"{dst} is inside {src}, which is only read; give another folder")
+    refuse_inside(dst, src)
     values = read_json(src / "config.json")
-    if values.get("quantization_config"):
-        raise ValueError(f"{src} is quantised already; give the unquantised checkpoint")
-    model = empty_model(Config.from_file(src / "config.json"))
+    config = read_config(src / "config.json")
+    read_processor(src, config)  # what DST could not be loaded without
+    model = empty_model(config)
     found = match(model, stored_tensors(src), src)
+    if any(tensor.kind not in FLOATS for tensor in found.values()):
+        raise ValueError(f"{src} is quantised already; give the unquantised checkpoint")
     layers = {f"{name}.weight": n for name, n in quantised_layers(model, bits).items()}
     planned = [p for name, t in found.items() for p in _planned(t, layers.get(name))]
-    files = {
-        path.name: path.read_bytes()
-        for path in (*sorted(src.glob("*.json")), src / "tokenizer.model")
-        if path.is_file() and path.name != INDEX
-    }
+    files = {path.name: path.read_bytes() for path in small_files(src)}
     files["config.json"] = to_json({**values, "quantization_config": described(bits)})
-    origin = [
-        (t.file.name, t.file.stat().st_size, t.file.stat().st_mtime_ns) for t in found.values()
-    ]
-    write_checkpoint(dst, planned, files, repr((bits, sorted(set(origin)))), shard_bytes)
+    check_folder(dst, planned, files, shard_bytes)
+    sources = sorted({tensor.file for tensor in found.values()})
+    digests = verify([*sources, *small_files(src)])
+    origin = [(file.name, digests[file]) for file in sources]
+    write_checkpoint(dst, planned, files, repr((bits, origin)), shard_bytes)
 
 
 def described(bits: int) -> dict[str, object]:
@@ -97,13 +97,7 @@ def _planned(tensor: Stored, bits: int | None) -> list[Planned]:
         return [Planned(tensor.name, tensor.shape, dtype, lambda: tensor.read(_CPU, dtype))]
 
     def part(i: int) -> Tensor:
-        wide = tensor.read(_CPU, torch.float32)
-        if not wide.isfinite().all():
-            raise ValueError(
-                f"{tensor.file}: {tensor.name} has values that are not finite, which integers "
-                "cannot hold; fetch the checkpoint again"
-            )
-        return (to_int8(wide) if bits == 8 else to_int4(wide))[i]
+        return integers(tensor, _CPU, bits)[i]
 
     return [
         Planned(tensor.name + suffix, shape, _DTYPES[kind], lambda i=i: part(i))  # type: ignore[misc]

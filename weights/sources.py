@@ -29,7 +29,10 @@ DTYPES = {kind: dtype for dtype, kind in KINDS.items()}
 
 _AGAIN = "fetch it again"
 _SHA256 = re.compile(r"[0-9a-f]{64}")
-_CODE = re.compile(r"(?:GLOBAL|global:?|class|function:?|call) +['`]*([A-Za-z_]\w*(?:\.\w+)+)")
+_CODE = re.compile(
+    r"GLOBAL +['`]*(?P<named>[A-Za-z_][\w.]*)"
+    r"|(?:global:?|class|function:?|call) +['`]*(?P<dotted>[A-Za-z_]\w*(?:\.\w+)+)"
+)
 
 
 @dataclass(frozen=True)
@@ -73,6 +76,12 @@ def shards_in(folder: Path) -> list[Path]:
     return []
 
 
+def small_files(folder: Path) -> list[Path]:
+    """What stands beside the weights and is read: json files without indices, tokenizer.model."""
+    found = [*sorted(folder.glob("*.json")), folder / "tokenizer.model"]
+    return [p for p in found if p.is_file() and not p.name.endswith(".index.json")]
+
+
 def unpickle(file: Path) -> dict[str, Tensor]:
     """Name -> tensor, mapped from the file where its format allows that."""
     try:
@@ -81,10 +90,18 @@ def unpickle(file: Path) -> dict[str, Tensor]:
     except Exception as error:  # of every kind, depending on where the damage is
         raise ValueError(_refusal(file, error)) from error
     if isinstance(state, dict) and isinstance(state.get("state_dict"), dict):  # training's form
-        state = {name.removeprefix("module."): t for name, t in state["state_dict"].items()}
-    if not isinstance(state, dict) or not all(isinstance(t, Tensor) for t in state.values()):
-        raise ValueError(f"{file} holds other things than named tensors; give a file of weights")
-    return {str(name): tensor for name, tensor in state.items()}
+        state = {str(name).removeprefix("module."): t for name, t in state["state_dict"].items()}
+    if not isinstance(state, dict) or not all(map(_is_plain, state.values())):
+        raise ValueError(
+            f"{file} holds other things than named tensors with all their values; "
+            "give a file of weights"
+        )
+    return {str(name): tensor.detach() for name, tensor in state.items()}
+
+
+def _is_plain(value: object) -> bool:
+    """A tensor with all its values, one by one, in memory."""
+    return isinstance(value, Tensor) and (value.layout, value.device.type) == (torch.strided, "cpu")
 
 
 def _refusal(file: Path, error: Exception) -> str:
@@ -97,12 +114,13 @@ def _refusal(file: Path, error: Exception) -> str:
         )
     if found := _CODE.search(text):
         return (
-            f"{file} is a pickle that asks for {found[1]} when opened, which is code, no weight; "
-            "it was not run. Fetch the file from a source you trust"
+            f"{file} is a pickle that asks for {found['named'] or found['dotted']} when opened, "
+            "which is code, no weight; it was not run. Fetch the file from a source you trust"
         )
-    if isinstance(error, OSError):
+    if isinstance(error, PermissionError | FileNotFoundError | IsADirectoryError):
         return f"{file} cannot be read ({error.strerror}); give a file that can"
-    return f"{file} is truncated, damaged or no file of weights ({text[:120]}); {_AGAIN}"
+    reason = text.rpartition("WeightsUnpickler error: ")[2].partition(" Check the doc")[0][:120]
+    return f"{file} is truncated, damaged or no file of weights ({reason or 'empty'}); {_AGAIN}"
 
 
 # ---------------------------------------------------------------- checksums

@@ -9,13 +9,14 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from minillava.entries import read_json
+from minillava.entries import Entries, read_json
 from minillava.image import ImageConfig
+from minillava.processor_files import read_image_config
 
 from .download import fetch_tower
 from .sources import ENDINGS, Weight, shards_in, weights_of
@@ -86,43 +87,52 @@ def read_tower(path: Path) -> Tower:
     """A CLIP of its own, from a folder or from one file of weights."""
     folder = None if path.is_file() else path
     files = [path] if folder is None else _files(folder)
-    parts = tower_parts({w.name: w for file in files for w in weights_of(file)})
+    parts = tower_parts([(w.name, w) for file in files for w in weights_of(file)])
     if not any(name.startswith(TOWER) for name in parts):
         raise ValueError(f"{path} has no vision tower of a CLIP in it; give one that has")
     config = vision_config(folder, parts)
     return Tower(str(path), parts, config, _image(folder, config))
 
 
-def inner_tower(weights: Mapping[str, Weight], name: str, beside: Path) -> Tower:
-    """One inside a checkpoint, by its names in a CLIP: that which the config calls `name`."""
+def inner_tower(weights: Iterable[tuple[str, Weight]], name: str, beside: Path) -> Tower:
+    """One inside a checkpoint, with its names in a CLIP: that which the config calls `name`."""
     folder = next((p for p in (beside / name, Path(name)) if name and p.is_dir()), None)
     parts = tower_parts(weights)
     config = vision_config(folder, parts)
     return Tower(str(beside), parts, config, _image(folder, config))
 
 
-def tower_parts(weights: Mapping[str, Weight]) -> dict[str, Part]:
-    """Tensors by their names in a CLIP -> by those of the llava-hf layout.
+def tower_parts(weights: Iterable[tuple[str, Weight]]) -> dict[str, Part]:
+    """Tensors with their names in a CLIP -> by those of the llava-hf layout.
 
     Unknown ones keep their names, for the error about them.
     """
-    open_clip = any(name.startswith("visual.") for name in weights)
+    weights = [(name, weight) for name, weight in weights if not _BESIDE.fullmatch(name)]
+    open_clip = any(name.startswith("visual.") for name, _ in weights)
     parts: dict[str, Part] = {}
-    for published, weight in weights.items():
-        if _BESIDE.fullmatch(published):
-            continue
+    for published, weight in weights:
         name = _open_clip_name(published) if open_clip else _hugging_face_name(published)
         if ".qkv." not in name:
-            parts[name] = Part(weight, weight.shape)
-            continue
-        if not weight.shape or weight.shape[0] % 3:
-            parts[published] = Part(weight, weight.shape)
-            continue
-        rows = weight.shape[0] // 3
-        for i, letter in enumerate("qkv"):
-            part = Part(weight, (rows, *weight.shape[1:]), i * rows)
-            parts[name.replace(".qkv.", f".{letter}_proj.")] = part
+            place(parts, name, Part(weight, weight.shape))
+        elif not weight.shape or weight.shape[0] % 3:
+            place(parts, published, Part(weight, weight.shape))
+        else:
+            rows = weight.shape[0] // 3
+            for i, letter in enumerate("qkv"):
+                part = Part(weight, (rows, *weight.shape[1:]), i * rows)
+                place(parts, name.replace(".qkv.", f".{letter}_proj."), part)
     return parts
+
+
+def place(parts: dict[str, Part], name: str, part: Part) -> None:
+    """Raises ValueError for a second tensor of one name: which of them is meant is not known."""
+    if name in parts:
+        first, second = parts[name].weight, part.weight
+        raise ValueError(
+            f"{second.file}: {second.name} is there twice, also as {first.name} in "
+            f"{first.file.name}; fetch the checkpoint again into a new folder"
+        )
+    parts[name] = part
 
 
 def vision_config(folder: Path | None, parts: Mapping[str, Part]) -> dict[str, Any]:
@@ -130,20 +140,27 @@ def vision_config(folder: Path | None, parts: Mapping[str, Part]) -> dict[str, A
 
     Raises ValueError where neither says how many heads there are, and for GELU.
     """
-    stated: dict[str, Any] = {}
+    head = _HEAD
     if folder is not None and (folder / OPEN_CLIP_CONFIG).is_file():
-        stated = read_json(folder / OPEN_CLIP_CONFIG).get("model_cfg") or {}
-        if stated.get("quick_gelu") is not True:
-            raise ValueError(
-                f"{folder / OPEN_CLIP_CONFIG}: quick_gelu is {stated.get('quick_gelu')!r}, but the "
-                "towers of LLaVA-1.5 are computed with it; give OpenAI's CLIP"
-            )
+        stated = _entries(folder / OPEN_CLIP_CONFIG).section("model_cfg", {})
+        if stated.only("quick_gelu", (True,), None, "give OpenAI's CLIP") is None:
+            raise stated.error("quick_gelu", None, "True", "give OpenAI's CLIP")
+        head = stated.section("vision_cfg", {}).integer("head_width", head)
     elif folder is not None and (folder / "config.json").is_file():
-        values = read_json(folder / "config.json")
-        if values.get("model_type") == "clip":
-            values = values.get("vision_config") or {}
-        return {key: values.get(key) or default for key, default in _DEFAULTS.items()}
-    return _from_shapes(parts, (stated.get("vision_cfg") or {}).get("head_width"))
+        entries = _entries(folder / "config.json")
+        if entries.values.get("model_type") == "clip":
+            entries = entries.section("vision_config", {})
+        return {
+            key: entries.integer(key, default)
+            if isinstance(default, int)
+            else entries.values.get(key) or default
+            for key, default in _DEFAULTS.items()
+        }
+    return _from_shapes(parts, head)
+
+
+def _entries(path: Path) -> Entries:
+    return Entries(str(path), "", read_json(path))
 
 
 _DEFAULTS = {
@@ -161,7 +178,7 @@ _DEFAULTS = {
 }
 
 
-def _from_shapes(parts: Mapping[str, Part], head: int | None) -> dict[str, Any]:
+def _from_shapes(parts: Mapping[str, Part], head: int) -> dict[str, Any]:
     def shape(name: str, dims: int) -> tuple[int, ...]:
         found = parts.get(TOWER + name)
         if found is None or len(found.shape) != dims or 0 in found.shape:
@@ -175,7 +192,6 @@ def _from_shapes(parts: Mapping[str, Part], head: int | None) -> dict[str, Any]:
     positions, _ = shape("embeddings.position_embedding.weight", 2)
     inner, _ = shape("encoder.layers.0.mlp.fc1.weight", 2)
     layers = {found[1] for name in parts if (found := re.search(r"\.layers\.(\d+)\.", name))}
-    head = head or _HEAD
     if width % head:
         raise ValueError(
             f"the vision tower is {width} wide, no multiple of {head}, so the number of its heads "
@@ -197,11 +213,19 @@ def _image(folder: Path | None, config: Mapping[str, Any]) -> ImageConfig:
     if folder is None:
         return ImageConfig(size, size)
     if (folder / OPEN_CLIP_CONFIG).is_file():
-        stated = read_json(folder / OPEN_CLIP_CONFIG).get("preprocess_cfg") or {}
+        stated = _entries(folder / OPEN_CLIP_CONFIG).section("preprocess_cfg", {})
         usual = ImageConfig()
-        mean, std = stated.get("mean") or usual.mean, stated.get("std") or usual.std
-        return ImageConfig(size, size, mean=tuple(mean), std=tuple(std))
-    return ImageConfig.from_folder(folder, size)
+        mean, std = _colour(stated, "mean", usual.mean), _colour(stated, "std", usual.std)
+        return ImageConfig(size, size, mean=mean, std=std)
+    return read_image_config(folder, size)
+
+
+def _colour(e: Entries, key: str, usual: tuple[float, ...]) -> tuple[float, ...]:
+    value = e.values.get(key) or usual
+    numbers = isinstance(value, list | tuple) and all(type(v) in (int, float) for v in value)
+    if not numbers or len(value) != 3 or (key == "std" and 0 in value):
+        raise e.error(key, value, "three numbers (std: none of them 0)")
+    return tuple(value)
 
 
 def _files(folder: Path) -> list[Path]:
