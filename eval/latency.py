@@ -12,7 +12,6 @@ machine meets all of them. Times are medians over the rounds after one that does
 from __future__ import annotations
 
 import argparse
-import gc
 import itertools
 import json
 import math
@@ -76,7 +75,7 @@ class Row:
     cache_bytes: int
     peak_bytes: int
     weight_bytes: int
-    bandwidth_share: float  # of the decoder's weights per token, of what memory can deliver
+    bandwidth_share: float  # weights and cache read for a token, of what memory can deliver
     pays: bool
 
 
@@ -198,7 +197,9 @@ def _row(model: LLaVA, form: str, text: str, m: Measured, whole: Measured, bandw
     ratios = [a / b for a, b in zip(whole.prefill, m.prefill, strict=True)]
     speedup = cost.Spread.of(ratios).median
     per_token = cost.Spread.of(m.per_token)
-    read = weight_bytes(model.llama) - model.llama.embed_tokens.weight.nbytes
+    # of the embedding one row is read, unless it is the output head too
+    table = 0 if config.tie_word_embeddings else model.llama.embed_tokens.weight.nbytes
+    read = weight_bytes(model.llama) - table + m.cache_bytes
     return Row(
         form=form,
         plan=text or "none",
@@ -232,7 +233,7 @@ def run(args: argparse.Namespace) -> tuple[list[Row], Limits]:
     limits = Limits(cost.memory_bandwidth(device), {})
     rows: list[Row] = []
     for form in args.form:
-        gc.collect()
+        cost.give_back()
         with cost.peak_memory() as peak:
             began = time.perf_counter()
             model = _model(args, form, device)
@@ -294,7 +295,7 @@ def table(rows: Sequence[Row]) -> str:
     """Markdown, one line a plan and form."""
     head = """form | plan | vision s | prefill s | first token s | per token ms | speed-up | ideal |
         FastV's FLOPs | GFLOPs | choosing ms | layers alone s | tokens entering | cache MB |
-        weights GB | peak GB | of bandwidth"""
+        weights GB | process's peak GB | of bandwidth"""
     names = [" ".join(name.split()) for name in head.split("|")]
     lines = ["| " + " | ".join(names) + " |", "|---|---" + "|---:" * (len(names) - 2) + "|"]
     for r in rows:

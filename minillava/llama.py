@@ -87,7 +87,8 @@ class MLP(nn.Module):
         self.down_proj = nn.Linear(M, D, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+        # in place: at a long prompt each of these is tens of megabytes
+        return self.down_proj(F.silu(self.gate_proj(x)).mul_(self.up_proj(x)))
 
 
 class Block(nn.Module):

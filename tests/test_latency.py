@@ -101,6 +101,16 @@ def test_a_plan_that_does_not_pay_is_said_so(
     assert rows[1].speedup == pytest.approx(speedup)
 
 
+def test_what_a_token_reads_is_held_against_the_memory(found: Any) -> None:
+    llama = load(DEMO)[0].llama
+    tied = llama.config.tie_word_embeddings
+    weights = {p.data_ptr(): p.nbytes for p in llama.parameters()}
+    read = sum(weights.values()) - (0 if tied else llama.embed_tokens.weight.nbytes)
+    for row in found["rows"][:2]:  # float32
+        share = (read + row["cache_bytes"]) / row["per_token"]["median"] / 1e10
+        assert row["bandwidth_share"] == pytest.approx(share)
+
+
 def test_random_weights_of_a_shape(capsys: pytest.CaptureFixture[str]) -> None:
     """One layer of the decoder is some gigabytes smaller, but the tower is whole."""
     model = latency.random_model(load(DEMO)[0].config, "int4", latency.find_device("cpu"))
