@@ -7,7 +7,6 @@ attention (dense, causality not discounted), as torch's FlopCounterMode does.
 
 from __future__ import annotations
 
-import ctypes
 import gc
 import resource
 import statistics
@@ -22,6 +21,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from minillava import fill
 from minillava.config import Config, TextConfig
 from minillava.llava import LLaVA
 from minillava.pruning.base import Plan
@@ -202,11 +202,9 @@ def peak_memory() -> Iterator[Callable[[], int]]:
 
 
 def give_back() -> None:
-    """Return freed memory to the system, where the C library can (glibc)."""
+    """Return freed memory to the system, where that can be asked of it."""
     gc.collect()
-    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
-    if trim is not None:
-        trim(0)
+    fill.give_back()
 
 
 def resident_bytes() -> int:

@@ -100,7 +100,7 @@ def fill(
             digits = 1 if forms.get(layer) == "int8-dynamic" else 2
             model.set_submodule(layer, stored_linear(weight, bias, digits))
             del weight
-            _give_back()
+            give_back()
         else:
             dtype = storage if name == TIED[0] else model.dtype
             _put(model, name, _floats(found[name], device, dtype))
@@ -108,7 +108,7 @@ def fill(
     assert not left, f"without values: {left}"
 
 
-def _give_back() -> None:
+def give_back() -> None:
     """Return freed memory to the system. glibc keeps blocks below 32 MB, and what conversion leaves
     between the weights that stay would add up to a third of a model in 4 bits."""
     if sys.platform == "linux" and (trim := getattr(ctypes.CDLL(None), "malloc_trim", None)):
