@@ -109,6 +109,10 @@ def _say(pieces: Generator[str, None, Result], aloud: bool) -> tuple[str, Result
             if aloud:
                 print(flush=True)
             return text, end.value
+        except ValueError:
+            if aloud and text:  # the error gets a line of its own
+                print(flush=True)
+            raise
         text += piece
         if aloud:
             print(piece, end="", flush=True)

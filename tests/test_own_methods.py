@@ -9,7 +9,9 @@ from typing import Any
 
 import pytest
 
-from minillava.cli import main
+from minillava.cli import DEMO, main
+
+EXAMPLE = DEMO / "example.png"
 
 HEAD = """
 from dataclasses import dataclass
@@ -100,6 +102,17 @@ def test_a_sound_one_runs(tried: Try) -> None:
 )
 def test_a_choice_that_is_none(tried: Try, body: str, words: str) -> None:
     refused(tried(body), "mine (", "mine.py, line 1", words)
+
+
+def test_an_error_between_tokens_has_a_line_of_its_own(tried: Try) -> None:
+    """Whoever reads both streams on one terminal."""
+    once = "type(self).asked = getattr(type(self), 'asked', 0) + 1; assert self.asked < 3; "
+    question = ("--image", str(EXAMPLE), "--prompt", "What is in the picture?", "--no-cache")
+    code, out, err = tried(once + "return Keep(torch.arange(64))", argv=question)
+    assert code == 2
+    assert err.startswith("error: mine")
+    assert out.strip()
+    assert out.endswith("\n")
 
 
 @pytest.mark.parametrize(
