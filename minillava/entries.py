@@ -25,6 +25,8 @@ HARMLESS = frozenset(
     """.split()  # noqa: SIM905
 ) | {"tie_word_embeddings", "vocab_size"}  # stale copies of them stand in other sections
 
+MOST = 10**7  # of anything a checkpoint counts
+
 
 class Entries:
     """One object of a json file: typed reads with defaults, and what has been read (`seen`)."""
@@ -71,8 +73,8 @@ class Entries:
         value = self.values.get(key)
         if value is None:
             return default
-        if type(value) is not int or value < minimum:
-            raise self.error(key, value, f"one whole number of at least {minimum}")
+        if type(value) is not int or not minimum <= value <= MOST:
+            raise self.error(key, value, f"one whole number of at least {minimum}, at most {MOST}")
         return value
 
     def number(self, key: str, default: float | None, minimum: float = 0.0) -> float:

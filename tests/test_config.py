@@ -228,6 +228,7 @@ REFUSED: list[tuple[str, Any, str]] = [
     ("text_config.num_attention_heads", True, "at least 1"),
     ("text_config.num_key_value_heads", 5, "num_attention_heads"),
     ("text_config.head_dim", 127, "even"),
+    ("text_config.hidden_size", 10**30, "at most 10000000"),
     ("text_config.hidden_size", 4096.0, "whole number"),
     ("text_config.hidden_size", "4096", "whole number"),
     ("text_config.rms_norm_eps", 0, "above 0"),
