@@ -80,8 +80,8 @@ def activation_bytes(entering: Sequence[int], config: Config, itemsize: int = 4)
 
     It is in a block's MLP. In the decoder there are the prompt's embeddings; rows before the block,
     after its attention, and normalised; queries and keys, which a method may ask for; gate and up;
-    the tower's states and projected features. In the tower: the patches; rows as in
-    the decoder; one matrix, its sigmoid and their product.
+    the tower's states and projected features. In the tower: the patches; rows as in the decoder;
+    one matrix, its sigmoid and their product.
     """
     t, v = config.text, config.vision
     N, D, C = v.num_patches, t.hidden_size, v.hidden_size
