@@ -20,17 +20,19 @@ from __future__ import annotations
 
 import functools
 import warnings
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .quantise import codes_of, from_int4, rotated, to_int4, to_int8
+from .quantise import codes_of, from_int4, largest, rotated, to_int4, to_int8
 
 WIDENED = 512  # output rows that are widened at one time
 AT_ONCE = 1024  # input rows that are multiplied at one time
 PACKED_GROUPS, PACKED_ROWS = (32, 64, 128, 256), 64  # what the int4 kernel can read
+PACKED_COLUMNS = 512  # fbgemm packs so many together, and fills the last ones up
 DIGIT = 63  # the largest level of an activation; with -64 below it, 7 bits
 
 
@@ -121,7 +123,7 @@ class HalfLinear(StoredLinear):
     def __init__(self, weight: Tensor, bias: Tensor | None) -> None:
         super().__init__(weight.shape[1], weight.shape[0], bias)
         self.packed = torch.ops.quantized.linear_prepack_fp16(weight.float(), None)
-        self.nbytes = weight.numel() * 2
+        self.nbytes = 2 * _packed_values(weight.shape)
 
     @property
     def weight(self) -> Tensor:
@@ -147,7 +149,7 @@ class Int8Linear(StoredLinear):
         N, K = weight.codes.shape
         super().__init__(K, N, bias)
         self.digits = digits
-        self.nbytes = weight.codes.nbytes + weight.scale.nbytes
+        self.nbytes = _packed_values((N, K)) + weight.scale.nbytes
         with warnings.catch_warnings():  # torch will remove this type one day: see packs()
             warnings.filterwarnings("ignore", ".*quantized tensor creation functions.*")
             integers = torch._make_per_channel_quantized_tensor(
@@ -162,8 +164,7 @@ class Int8Linear(StoredLinear):
         R, K = x.shape
         levels = x.new_empty(self.digits * R + 1, K)
         first = rotated(x, out=levels[:R])
-        lowest, highest = first.aminmax(dim=1, keepdim=True)
-        step = torch.maximum(highest, -lowest).div_(DIGIT)  # (R, 1); NaN or inf if the row has one
+        step = largest(first).div_(DIGIT)  # (R, 1); NaN or inf if the row has one
         step.clamp_min_(torch.finfo(x.dtype).tiny)
         first.div_(step).nan_to_num_(0.0, 0.0, 0.0)
         if self.digits == 2:
@@ -221,6 +222,12 @@ def stored_linear(weight: Weight, bias: Tensor | None, digits: int = 2) -> Store
     elif weight.dtype == torch.float16 and packs("float16") and _is_finite(weight):
         return HalfLinear(weight, bias)
     return WidenedLinear(weight, bias)
+
+
+def _packed_values(shape: Sequence[int]) -> int:
+    """How many values fbgemm holds of a weight (N, K)."""
+    N, K = shape
+    return N * (K + -K % PACKED_COLUMNS)
 
 
 def _is_finite(weight: Tensor) -> bool:

@@ -12,6 +12,7 @@ import pytest
 from eval import cost, latency
 from eval.latency import DEMO, Limits, main
 from minillava import load
+from minillava.linear import weight_bytes
 
 TEXT, PATCHES, LAYERS = 20, 64, 8
 WORDS = f"--repeats 2 --new-tokens 2 --text-tokens {TEXT} --prune fastv:k=2,keep=9".split()
@@ -56,7 +57,8 @@ def test_counts_are_exact(found: Any) -> None:
     assert plain["ideal_speedup"] == plain["speedup"] == plain["fastv_share"] == 1
     assert plain["pays"]
     assert plain["choosing"] == 0 < found["rows"][1]["choosing"]
-    assert found["rows"][2]["weight_bytes"] < plain["weight_bytes"] / 2
+    assert found["rows"][2]["weight_bytes"] == weight_bytes(load(DEMO, quantize="int8")[0])
+    assert found["rows"][2]["weight_bytes"] < plain["weight_bytes"]
 
 
 def test_times_belong_together(found: Any) -> None:

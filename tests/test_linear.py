@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import warnings
 from collections.abc import Callable
 
@@ -9,6 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from eval import cost
 from minillava import linear
 from minillava.linear import (
     HalfLinear,
@@ -110,6 +112,18 @@ def test_int4_rounds_to_the_nearest_of_16_levels_of_a_group() -> None:
         for k in range(64 * g, 64 * g + 64):
             nearest = levels[(levels - weight[n, k]).abs().argmin()]
             assert found[n, k] == pytest.approx(float(nearest), abs=1e-6)
+
+
+def test_int4_leaves_out_the_ends_of_a_range_where_that_pays() -> None:
+    _, weight = example(N=256, K=1024)
+    groups = weight.view(256, -1, 64)
+    lowest, highest = groups.aminmax(dim=-1, keepdim=True)
+    step, low = ((highest - lowest) / 15).bfloat16().float(), lowest.bfloat16().float()
+    plain = ((groups - low) / step).round().clamp(0, 15) * step + low
+    wrong = (from_int4(*to_int4(weight)) - weight).view_as(groups).square().sum(-1)
+    full = (plain - groups).square().sum(-1)
+    assert (wrong <= 1.0001 * full).all()
+    assert wrong.sum() < 0.92 * full.sum()
 
 
 def test_a_weight_of_zeros_stays_one() -> None:
@@ -273,16 +287,30 @@ def test_making_a_layer_warns_of_nothing_and_changes_no_engine() -> None:
 
 
 def test_bytes_are_those_that_are_held() -> None:
-    _, weight = example(N=128, K=256)
-    values = 128 * 256
+    _, weight = example(N=128, K=512)
+    values = 128 * 512
     held = {form: weight_bytes(make(weight)) for form, make in FORMS.items()}
     assert held["float16"] == held["float16 widened"] == held["bfloat16"] == 2 * values
     assert held["int8 widened"] == values + 4 * 128
-    ends = 4 * 256  # the row that pins the step of the activations
+    ends = 4 * 512  # the row that pins the step of the activations
     assert held["int8"] == held["int8-dynamic"] == held["int8 widened"] + ends
-    assert held["int4"] == held["int4 widened"] == values // 2 + 4 * 128 * 256 // 64
+    assert held["int4"] == held["int4 widened"] == values // 2 + 4 * 128 * 512 // 64
     tied = torch.nn.ModuleList(
         [torch.nn.Linear(4, 4, bias=False), torch.nn.Linear(4, 4, bias=False)]
     )
     tied[1].weight = tied[0].weight
     assert weight_bytes(tied) == 64
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="resident bytes are Linux's")
+@pytest.mark.parametrize("form", FORMS)
+def test_so_many_bytes_the_process_grows_by(form: str) -> None:
+    """Also where columns are filled up, which fbgemm does to a multiple of 512."""
+    weights = [example(N=128, K=640, seed=seed)[1] for seed in range(200)]
+    FORMS[form](weights[0])
+    cost.give_back()
+    before = cost.resident_bytes()
+    layers = [FORMS[form](weight) for weight in weights]
+    cost.give_back()
+    grown = cost.resident_bytes() - before
+    assert grown == pytest.approx(sum(weight_bytes(layer) for layer in layers), rel=0.2)
