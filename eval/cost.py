@@ -74,20 +74,21 @@ def cache_bytes(entering: Sequence[int], config: TextConfig, itemsize: int = 4) 
     return sum(entering) * 2 * config.num_key_value_heads * config.head_dim * itemsize
 
 
-def activation_bytes(entering: Sequence[int], config: Config, itemsize: int = 4) -> int:
+def activation_bytes(entering: Sequence[int], config: Config, plan: Plan, itemsize: int = 4) -> int:
     """The largest moment of a prefill of one sample with one picture and so many rows in each
     layer, weights and cache apart (without what layers of integer weights need for themselves).
 
-    It is in a block's MLP. In the decoder there are the prompt's embeddings; rows before the block,
-    after its attention, and normalised; queries and keys, which a method may ask for; gate and up;
-    the tower's states and projected features. In the tower: the patches; rows as in the decoder;
-    one matrix, its sigmoid and their product.
+    It is in a block's MLP. In the decoder there are rows before the block, after its attention, and
+    normalised; gate and up; queries and keys, where the plan asks a layer for them; the tower's
+    states and projected features. In the tower: the patches; rows as in the decoder; one matrix,
+    its sigmoid and their product.
     """
     t, v = config.text, config.vision
     N, D, C = v.num_patches, t.hidden_size, v.hidden_size
     heads = (t.num_attention_heads + t.num_key_value_heads) * t.head_dim
-    row = 3 * D + heads + 2 * t.intermediate_size
-    decoder = max(entering) * (D + row) + (N + 1) * C + N * D
+    asked = any(step.stage == "decoder" for step in plan.steps)
+    row = 3 * D + asked * heads + 2 * t.intermediate_size
+    decoder = max(entering) * row + (N + 1) * C + N * D
     tower = (N + 1) * (3 * C + 3 * v.intermediate_size) + N * C
     return max(decoder, tower) * itemsize
 

@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .config import TextConfig
 from .pruning.base import Keep
 
 Spans = tuple[tuple[int, int], ...]  # [start, stop) in rows, one for each image
@@ -174,24 +175,34 @@ def hide(rows: Rows, step: int, until: int | None, chosen: Sequence[tuple[Tensor
 
 
 class KVCache:
-    """Preallocated at a layer's first store: its longest sample plus `room` rows to come."""
+    """Each layer has memory for its longest sample and `room` rows to come: see reserve()."""
 
-    def __init__(self, n_layers: int, room: int) -> None:
-        self.room = room
-        self.keys: list[Tensor] = [torch.empty(0)] * n_layers  # (B, Hkv, capacity, Dh) each
-        self.values: list[Tensor] = [torch.empty(0)] * n_layers
+    def __init__(
+        self, config: TextConfig, room: int, dtype: torch.dtype, device: torch.device
+    ) -> None:
+        n_layers = config.num_hidden_layers
+        self.heads, self.head_dim, self.room = config.num_key_value_heads, config.head_dim, room
+        self.keys = [torch.empty(0, dtype=dtype, device=device)] * n_layers
+        self.values = list(self.keys)  # as keys: (B, Hkv, capacity, Dh) each
         self.lengths: list[list[int]] = [[] for _ in range(n_layers)]  # [layer][b]
 
-    def store(self, layer: int, k: Tensor, v: Tensor, lengths: Sequence[int]) -> None:
-        """Take the prompt's packed rows, k and v (R, Hkv, Dh), `lengths[b]` of them per sample."""
-        B, (_, Hkv, Dh) = len(lengths), k.shape
-        shape = (B, Hkv, max(lengths) + self.room, Dh)
-        for held, rows in ((self.keys, k), (self.values, v)):
-            # zeros: attention multiplies masked rows by 0, and 0 x garbage may be NaN
-            held[layer] = rows.new_zeros(shape)
-            for b, sample in enumerate(rows.split(list(lengths))):
-                held[layer][b, :, : lengths[b]] = sample.transpose(0, 1)
-        self.lengths[layer] = list(lengths)
+    def reserve(self, layers: Sequence[int], lengths: Sequence[int]) -> None:
+        """Take memory for layers with so many rows per sample, all at once: taken layer by layer it
+        would lie between activations, and leave gaps there that the next layer's do not fit in."""
+        shape = (len(lengths), self.heads, max(lengths) + self.room, self.head_dim)
+        for layer in layers:
+            self.lengths[layer] = list(lengths)
+            for held in (self.keys, self.values):
+                held[layer] = held[layer].new_empty(shape)
+
+    def store(self, layer: int, k: Tensor, v: Tensor) -> None:
+        """Take the prompt's packed rows, k and v (R, Hkv, Dh)."""
+        lengths = self.lengths[layer]
+        for held, rows in ((self.keys[layer], k), (self.values[layer], v)):
+            for b, sample in enumerate(rows.split(lengths)):
+                held[b, :, : lengths[b]] = sample.transpose(0, 1)
+                # attention multiplies masked rows by 0, and 0 x garbage may be NaN
+                held[b, :, lengths[b] : max(lengths)] = 0.0
 
     def append(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         """Add one row per sample, k and v (B, Hkv, Dh); returns all rows (B, Hkv, S, Dh).
@@ -199,15 +210,15 @@ class KVCache:
         S is the longest sample's length; rows of a shorter one beyond its own length are zeros.
         """
         lengths = self.lengths[layer]
-        if len(set(lengths)) == 1:
-            self.keys[layer][:, :, lengths[0]] = k
-            self.values[layer][:, :, lengths[0]] = v
-        else:
+        S = max(lengths) + 1
+        for held, row in ((self.keys[layer], k), (self.values[layer], v)):
+            if len(set(lengths)) == 1:
+                held[:, :, S - 1] = row
+                continue
+            held[:, :, S - 1] = 0.0
             for b, at in enumerate(lengths):
-                self.keys[layer][b, :, at] = k[b]
-                self.values[layer][b, :, at] = v[b]
+                held[b, :, at] = row[b]
         self.lengths[layer] = [n + 1 for n in lengths]
-        S = max(self.lengths[layer])
         return self.keys[layer][:, :, :S], self.values[layer][:, :, :S]
 
     def held(self, layer: int, b: int) -> Tensor:

@@ -338,7 +338,7 @@ def _steps(
     n_layers, seed = model.config.text.num_hidden_layers, settings.seed or 0
     most = model.config.text.max_position_embeddings
     room = max(min(settings.max_new_tokens, most) - 1, 0)
-    cache = KVCache(n_layers, room) if use_cache else None
+    cache = KVCache(model.config.text, room, model.dtype, model.device) if use_cache else None
     logits, state = model.prefill(prompts, encoded, plan, cache, seed)
     prefilled, after_prompt = state, clock.seconds()
     cache_lengths = [list(n) for n in cache.lengths] if cache else [[0] * B] * n_layers

@@ -174,18 +174,22 @@ class LayerView:
 
 
 class PromptAttention:
-    """`attend` for prompts: every row sees the visible rows of its own sample up to itself."""
+    """`attend` for prompts: every row sees the visible rows of its own sample up to itself.
 
-    def __init__(self, layer: int, rows: list[Rows], cache: KVCache | None) -> None:
-        self.layer, self.rows, self.cache = layer, rows, cache
+    asked: whether a method will ask this layer for single rows; queries and keys are then kept.
+    """
+
+    def __init__(self, layer: int, rows: list[Rows], cache: KVCache | None, asked: bool) -> None:
+        self.layer, self.rows, self.cache, self.asked = layer, rows, cache, asked
         self.lengths = [len(r) for r in rows]
         self.hidden = [r.hidden(layer) for r in rows]
         self.q = self.k = torch.empty(0)
 
     def __call__(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        self.q, self.k = q, k  # for methods that ask the layer before for single rows
+        if self.asked:
+            self.q, self.k = q, k
         if self.cache is not None:
-            self.cache.store(self.layer, k, v, self.lengths)
+            self.cache.store(self.layer, k, v)
         parts = zip(*(t.split(self.lengths) for t in (q, k, v)), self.hidden, strict=True)
         seen = [causal_attention(*part) for part in parts]
         return seen[0] if len(seen) == 1 else torch.cat(seen)

@@ -176,17 +176,10 @@ class LLaVA(nn.Module):
                 rows[b], features[b] = run.prune_features(step, b, rows[b], features[b])
             history.append((step, list(rows)))
         run.entered = features
-        embedded = self.embed(torch.cat([p.ids for p in prompts]))
-        x = torch.cat(
-            [
-                splice(part, prompt.rows(N).spans, pieces)
-                for part, prompt, pieces in zip(
-                    embedded.split([len(p.ids) for p in prompts]), prompts, features, strict=True
-                )
-            ]
-        )  # (R, D): R rows of all samples
+        x = self._packed(prompts, features)  # (R, D): R rows of all samples
 
         layers: list[list[Rows]] = []
+        n_layers = self.config.text.num_hidden_layers
         previous: PromptAttention | None = None
         rope = None
         for layer, block in enumerate(self._blocks()):
@@ -201,10 +194,13 @@ class LLaVA(nn.Module):
                 x, rope = torch.cat(parts), None
             if rope is None:
                 rope = self.llama.rope(torch.cat([r.position for r in rows]), x.dtype)
-            attend = PromptAttention(layer, list(rows), cache)
+                if cache is not None:
+                    cache.reserve(plan.until_next(layer, n_layers), [len(r) for r in rows])
+            asked = bool(plan.at("decoder", layer + 1))
+            attend = PromptAttention(layer, list(rows), cache, asked)
             x = block(x, rope, attend)  # (R, D)
             layers.append(list(rows))
-            previous = attend if plan.at("decoder", layer + 1) else None
+            previous = attend if asked else None
         last = torch.tensor([len(r) for r in rows], device=x.device).cumsum(0) - 1
         logits = self.llama.logits(x[last])  # (B, V)
         return logits, State(plan, list(prompts), layers, history, cache, seed)
@@ -223,6 +219,17 @@ class LLaVA(nn.Module):
             return features
         projected = iter(self.projector(torch.cat(flat)).split([len(image) for image in flat]))
         return [[next(projected) for _ in sample] for sample in features]
+
+    def _packed(self, prompts: Sequence[Prompt], features: list[list[Tensor]]) -> Tensor:
+        """Embedded text with the image tokens in their places, all samples in one row (R, D)."""
+        N = self.config.vision.num_patches
+        parts = self.embed(torch.cat([p.ids for p in prompts])).split([len(p.ids) for p in prompts])
+        return torch.cat(
+            [
+                splice(part, prompt.rows(N).spans, pieces)
+                for part, prompt, pieces in zip(parts, prompts, features, strict=True)
+            ]
+        )
 
     def _blocks(self) -> Iterator[Block]:
         return (cast(Block, block) for block in self.llama.blocks)

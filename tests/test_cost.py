@@ -131,13 +131,13 @@ def allocated(act: Callable[[], object]) -> int:
 @pytest.mark.parametrize("dtype", ["float32", "float16"])
 def test_activations_are_those_that_torch_allocates(plan: str | None, dtype: str) -> None:
     model = load(DEMO, dtype=dtype)[0]
-    batch, parsed = prompt(model.config, 13, model.device), parse_plan(plan)
+    batch, parsed = prompt(model.config, 70, model.device), parse_plan(plan)
 
     def answer(use_cache: bool) -> Any:
         return generate(model, batch, parsed, max_new_tokens=1, use_cache=use_cache).report
 
     entering = [n for (n,) in answer(True).tokens_entering]
-    computed = cost.activation_bytes(entering, model.config)
+    computed = cost.activation_bytes(entering, model.config, parsed)
     assert allocated(lambda: answer(False)) == pytest.approx(computed, rel=0.03)
     cache = answer(True).cache_bytes
     most = allocated(lambda: answer(True))

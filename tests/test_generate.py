@@ -23,6 +23,8 @@ from tiny import (
 )
 
 from minillava import Batch, load, parse_plan
+from minillava.cache import KVCache
+from minillava.config import TextConfig
 from minillava.generate import Result, encode_images, generate, stream
 from minillava.sampling import sample
 
@@ -54,6 +56,28 @@ def processor(pair: tuple[Any, Any]) -> Any:
 @pytest.fixture(scope="module")
 def batch(model: Any) -> Batch:
     return make_batch(model, *PROMPTS)
+
+
+def test_memory_that_was_never_written_is_never_read() -> None:
+    config = TextConfig(num_attention_heads=2, num_key_value_heads=2, head_dim=4)
+    cache = KVCache(config, 2, torch.float32, torch.device("cpu"))
+    lengths = [2, 5, 1]
+    cache.reserve([0, 1], lengths)
+    for held in (cache.keys[1], cache.values[1]):
+        held.fill_(float("nan"))
+    k, v = torch.randn(2, sum(lengths), 2, 4)
+    cache.store(1, k, v)
+    for step in range(1, 3):
+        row = torch.randn(3, 2, 4)
+        keys, values = cache.append(1, row, -row)
+        assert keys.shape == values.shape == (3, 2, 5 + step, 4)
+        for b, n in enumerate(lengths):
+            mine = k.split(lengths)[b].transpose(0, 1)
+            assert torch.equal(keys[b, :, :n], mine)
+            assert torch.equal(keys[b, :, n + step - 1], row[b])
+            assert torch.equal(values[b, :, n + step - 1], -row[b])
+            assert not keys[b, :, n + step :].any()
+            assert not values[b, :, n + step :].any()
 
 
 @pytest.fixture(scope="module")

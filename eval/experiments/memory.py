@@ -42,10 +42,12 @@ def memory(bench: Bench, plan: str, measured: int | None) -> Memory:
     """Of the first question under a plan; `measured` by peaks()."""
     model, report = bench.model, _first_token(bench, plan)
     entering = [n for (n,) in report.tokens_entering]
+    config = model.config
+    resolved = predict.plan_of(plan).resolve(len(entering), config.vision.num_patches)
     return Memory(
         weights=weight_bytes(model),
         cache=report.cache_bytes,
-        activations=cost.activation_bytes(entering, model.config, model.dtype.itemsize),
+        activations=cost.activation_bytes(entering, config, resolved, model.dtype.itemsize),
         measured=measured,
         cuda=report.peak_bytes,
     )

@@ -399,6 +399,11 @@ class Plan:
         """Steps there, in order."""
         return [s for s in self.steps if s.stage == stage and s.layer == layer]
 
+    def until_next(self, layer: int, n_layers: int) -> range:
+        """The layers from this one on to the next that has steps before it: all see its rows."""
+        later = (s.layer for s in self.steps if s.stage == "decoder" and s.layer > layer)
+        return range(layer, min(later, default=n_layers))
+
     def chosen_again(self, layer: int) -> list[Step]:
         """Steps before a decoder layer that choose anew for every token in the cache: those that
         mask (a dropped row cannot come back) by what the newest row sees."""
