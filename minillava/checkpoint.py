@@ -74,7 +74,9 @@ def load(
     found = match(model, stored, folder)
     forms = forms_of(model, found, quantize, folder)
     if storage is None:
-        storage = torch.float32 if place == _CPU and not forms else widest(found.values())
+        # the scales of integer weights are float32 whatever the checkpoint is
+        own = [t for name, t in found.items() if not name.endswith(("_scale", "_low"))]
+        storage = torch.float32 if place == _CPU and not forms else widest(own)
     fill(model, found, place, storage, forms, progress)
     model.decode_text = processor.decode
     return model, processor

@@ -15,6 +15,7 @@ from safetensors.torch import load_file, save_file
 
 from minillava import load, parse_plan
 from minillava.generate import generate
+from minillava.linear import weight_bytes
 from minillava.shards import INDEX, SINGLE
 from weights import files as writer
 from weights import quantise as module
@@ -279,3 +280,12 @@ def test_an_interruption_leaves_nothing_half_and_a_second_run_goes_on(
     assert main([str(src), str(dst), "--bits", "8"]) == 0
     assert contents(dst) == expected
     assert contents(src) == before
+
+
+@pytest.mark.parametrize("bits", ["8", "4"])
+def test_stored_weights_take_the_memory_of_those_made_at_load(bits: str, tmp_path: Path) -> None:
+    """Embeddings too: the scales are float32, and say nothing of how those are held."""
+    assert main([str(DEMO), str(tmp_path / "q"), "--bits", bits]) == 0
+    stored, made = load(tmp_path / "q")[0], load(DEMO, quantize=f"int{bits}")[0]
+    assert stored.llama.embed_tokens.weight.dtype == torch.float16
+    assert weight_bytes(stored) == weight_bytes(made)
