@@ -50,7 +50,7 @@ def rotated(x: Tensor, out: Tensor | None = None) -> Tensor:
 
 def largest(x: Tensor) -> Tensor:
     """The largest absolute value of each row of (R, K), (R, 1); NaN if there is one."""
-    # on a CPU a tenth of the time of aminmax, or of abs and amax
+    # on a CPU a tenth of the time of aminmax at 620 rows, and no copy as abs would make
     return torch.maximum(x.amax(1, keepdim=True), -x.amin(1, keepdim=True))
 
 
