@@ -17,9 +17,9 @@ from typing import Any
 import torch
 
 from minillava import load
-from minillava.checkpoint import DTYPES, QUANTIZE
-from minillava.console import positive as positive
+from minillava.app.command import positive as positive
 from minillava.llava import LLaVA
+from minillava.loading.checkpoint import DTYPES, QUANTIZE
 from minillava.processor import Processor
 
 from . import cost, predict, store

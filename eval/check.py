@@ -21,7 +21,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from minillava.console import Parser, command
+from minillava.app.command import Parser, command
 
 from .metrics import (
     aokvqa,

@@ -21,9 +21,9 @@ from typing import Any
 import torch
 from torch import nn
 
-from minillava import fill
 from minillava.config import Config, TextConfig
 from minillava.llava import LLaVA
+from minillava.loading import assemble as fill
 from minillava.pruning.base import Plan
 
 RESET = Path("/proc/self/clear_refs")

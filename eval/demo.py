@@ -24,7 +24,7 @@ from typing import Any
 import torch
 
 from minillava import Batch, load, parse_plan
-from minillava.console import Parser, command, natural, positive
+from minillava.app.command import Parser, command, natural, positive
 from minillava.generate import Result, Settings, check_plan, generate, prompts_of
 from minillava.llava import LLaVA
 from minillava.processor import Processor

@@ -35,8 +35,8 @@ from PIL import Image
 from torch import Tensor
 
 from minillava import Batch, load, parse_plan
+from minillava.app.command import Parser, command, natural, positive, real
 from minillava.config import TextConfig
-from minillava.console import Parser, command, natural, positive, real
 from minillava.generate import generate, prompts_of
 from minillava.llava import LLaVA
 from minillava.pruning import Context, Keep, Method, Plan

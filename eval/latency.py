@@ -26,15 +26,15 @@ import torch
 from torch import Tensor
 
 from minillava import Batch, load, parse_plan
-from minillava.checkpoint import DTYPES, QUANTIZE, empty_model, find_device
+from minillava.app.command import Parser, command, positive
 from minillava.config import Config, TextConfig, VisionConfig
-from minillava.console import Parser, command, positive
-from minillava.fill import fill, forms_of
 from minillava.generate import Settings, check_plan, generate, prompts_of
-from minillava.linear import weight_bytes
 from minillava.llama import causal_attention
 from minillava.llava import LLaVA
-from minillava.shards import Stored
+from minillava.loading.assemble import fill, forms_of
+from minillava.loading.checkpoint import DTYPES, QUANTIZE, empty_model, find_device
+from minillava.loading.tensor_files import Stored
+from minillava.quant.linear import weight_bytes
 
 from . import cost
 

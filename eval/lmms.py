@@ -20,7 +20,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 from unittest.mock import patch
 
-from minillava.console import Parser, complain
+from minillava.app.command import Parser, complain
 
 NAME, CLASS = "minillava", "eval.lmms_model.MiniLLaVA"
 

@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import Any
 
 from minillava import parse_plan
-from minillava.console import Parser, command
+from minillava.app.command import Parser, command
 from minillava.pruning import Method
 
 FILE = Path(__file__).with_name("published.json")

@@ -24,7 +24,7 @@ from typing import Any
 
 import torch
 
-from minillava.console import Parser, command, positive
+from minillava.app.command import Parser, command, positive
 
 from . import cost
 

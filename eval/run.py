@@ -20,8 +20,8 @@ from contextlib import nullcontext
 
 import torch
 
-from minillava import console
-from minillava.console import Parser
+from minillava.app import command as console
+from minillava.app.command import Parser
 
 from . import cost, predict, published, store
 from .bench import Bench, Done, add_options

@@ -21,7 +21,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from minillava.console import Parser, command, positive
+from minillava.app.command import Parser, command, positive
 
 from . import predictions, published, store
 from .tasks import TASKS

@@ -9,9 +9,9 @@ result = generate(model, batch, plan=parse_plan("fastv:k=2,r=0.5"))
 print(processor.decode(result.tokens[0]))
 """
 
-from .checkpoint import load
+from .app.overlay import overlay
 from .llava import Batch
+from .loading.checkpoint import load
 from .pruning import parse_plan
-from .render import overlay
 
 __all__ = ["Batch", "load", "overlay", "parse_plan"]

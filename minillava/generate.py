@@ -524,8 +524,6 @@ def _beginning(text: str, stop: tuple[str, ...]) -> int:
 
 
 if __name__ == "__main__":
-    import sys
+    import runpy
 
-    from .cli import main
-
-    sys.exit(main())
+    runpy.run_module("minillava", run_name="__main__", alter_sys=True)

@@ -26,13 +26,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from minillava.checkpoint import empty_model, match
-from minillava.config_file import config_of, read_config
-from minillava.console import Parser, command
-from minillava.entries import Entries, read_json
-from minillava.names import our_name, published_name
-from minillava.processor_files import read_processor
-from minillava.shards import Stored
+from minillava.app.command import Parser, command
+from minillava.loading.checkpoint import empty_model, match
+from minillava.loading.config_file import config_of, read_config
+from minillava.loading.json_entries import Entries, read_json
+from minillava.loading.keys import our_name, published_name
+from minillava.loading.processor_files import read_processor
+from minillava.loading.tensor_files import Stored
 
 from . import original
 from .files import SHARD_BYTES, Planned, check_folder, refuse_inside, write_checkpoint

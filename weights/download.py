@@ -11,9 +11,9 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
-from minillava.console import Parser, command
-from minillava.entries import read_json
-from minillava.hub import fetch, snapshot
+from minillava.app.command import Parser, command
+from minillava.loading.hub import fetch, snapshot
+from minillava.loading.json_entries import read_json
 
 _SMALL = ["*.json", "tokenizer.model"]
 

@@ -14,10 +14,10 @@ from PIL import Image
 from safetensors.torch import save_file
 from torch import Tensor
 
-from minillava.checkpoint import load
 from minillava.config import Config
 from minillava.generate import generate
-from minillava.names import published_name
+from minillava.loading.checkpoint import load
+from minillava.loading.keys import published_name
 
 from . import scenes
 

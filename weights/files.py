@@ -26,8 +26,8 @@ from filelock import FileLock, Timeout
 from torch import Tensor
 from tqdm import tqdm  # type: ignore[import-untyped,unused-ignore]
 
-from minillava.entries import read_json
-from minillava.shards import INDEX, SINGLE
+from minillava.loading.json_entries import read_json
+from minillava.loading.tensor_files import INDEX, SINGLE
 
 CONFIG, PROGRESS, LOCK, PART = "config.json", "progress.json", ".lock", ".part"
 SHARD_BYTES = 4 * 10**9

@@ -14,9 +14,9 @@ from typing import Any
 import sentencepiece
 import torch
 
-from minillava.entries import HARMLESS, Entries
 from minillava.image import ImageConfig
-from minillava.processor_files import read_tokenizer
+from minillava.loading.json_entries import HARMLESS, Entries
+from minillava.loading.processor_files import read_tokenizer
 from minillava.prompt import IMAGE
 
 from .files import to_json

@@ -17,15 +17,15 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from minillava.checkpoint import empty_model, match
-from minillava.config_file import read_config
-from minillava.console import Parser, command
-from minillava.entries import read_json
-from minillava.fill import integers, quantised_layers
-from minillava.hub import find
-from minillava.processor_files import read_processor
-from minillava.quantise import GROUP, ROTATED, stored_parts
-from minillava.shards import FLOATS, Stored, stored_tensors
+from minillava.app.command import Parser, command
+from minillava.loading.assemble import integers, quantised_layers
+from minillava.loading.checkpoint import empty_model, match
+from minillava.loading.config_file import read_config
+from minillava.loading.hub import find
+from minillava.loading.json_entries import read_json
+from minillava.loading.processor_files import read_processor
+from minillava.loading.tensor_files import FLOATS, Stored, stored_tensors
+from minillava.quant.quantise import GROUP, ROTATED, stored_parts
 
 from .files import SHARD_BYTES, Planned, check_folder, refuse_inside, to_json, write_checkpoint
 from .sources import small_files, verify

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from minillava.shards import INDEX, SINGLE, Stored, listed_files, tensors_of
+from minillava.loading.tensor_files import INDEX, SINGLE, Stored, listed_files, tensors_of
 
 from .files import progress_bar, sha256_of
 

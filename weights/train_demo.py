@@ -36,7 +36,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
-from minillava.console import Parser, command, natural, positive, real
+from minillava.app.command import Parser, command, natural, positive, real
 
 from .demo_data import CONFIG, RUNS, Batch, Mix, make_batch, tokenizer, write_whole
 from .demo_model import Demo, Muon, answer_loss, patch_loss, symbols

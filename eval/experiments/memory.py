@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from multiprocessing.connection import Connection
 
 from minillava.generate import Report, generate
-from minillava.linear import weight_bytes
+from minillava.quant.linear import weight_bytes
 
 from .. import cost, predict
 from ..bench import DEMO, Bench

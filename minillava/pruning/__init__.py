@@ -25,13 +25,13 @@ from .fastv import FastV
 from .fitprune import FitPrune
 from .hiprune import HiPrune
 from .holov import HoloV
-from .own import SPEC, load_file_method
 from .prumerge import PruMerge, PruMergePlus
 from .pyramiddrop import PyramidDrop
 from .simignore import Simignore
 from .sparsevlm import SparseVLM
 from .tome import ToMe
 from .trim import TRIM
+from .user_methods import SPEC, load_file_method
 from .visionzip import VisionZip
 from .vispruner import VisPruner
 from .vscan import VScan

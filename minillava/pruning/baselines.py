@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from .base import Context, Keep, Method, Stage, check_amount, count
-from .vision import Budget, whole_grid
+from .shared import Budget, whole_grid
 
 
 @dataclass(frozen=True)

@@ -24,9 +24,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..clip_text import OPENAI, load_clip, question
 from .base import Context, Keep, Stage
-from .vision import RELEASED_TOO, Budget, patches
+from .clip_text import OPENAI, load_clip, question
+from .shared import RELEASED_TOO, Budget, patches
 
 BRIEF = "Answer the question using a single word or phrase."
 

@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from .base import Context, Keep, top
-from .vision import RELEASED_TOO, Budget, attention, second_last
+from .shared import RELEASED_TOO, Budget, attention, second_last
 
 
 @dataclass(frozen=True)

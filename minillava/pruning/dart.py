@@ -27,8 +27,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .average import check_after_first
 from .base import Budgeted, Context, Keep, Stage, check_amount, check_keep, count, top
-from .budget import check_after_first
 
 PIVOTS = 4  # of either kind
 

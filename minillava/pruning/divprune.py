@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from .base import Context, Keep, Stage
-from .vision import Budget, cosines
+from .shared import Budget, cosines
 
 
 def farthest(distance: Tensor, keep: int) -> Tensor:

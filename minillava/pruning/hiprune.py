@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from .base import Context, Keep, top
-from .vision import RELEASED_TOO, Budget, attention, block_number, depth, patches, second_last
+from .shared import RELEASED_TOO, Budget, attention, block_number, depth, patches, second_last
 
 
 def neighbourhood(anchors: Tensor, grid: int) -> Tensor:

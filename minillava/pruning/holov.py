@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 from .base import Context, Keep, Stage, top
-from .vision import RELEASED_TOO, Budget, attention, second_last
+from .shared import RELEASED_TOO, Budget, attention, second_last
 
 RUNS = 16
 ALPHA, SCALE, TINY = 0.09, 1e3, 1e-6

@@ -25,7 +25,7 @@ import torch
 from torch import Tensor
 
 from .base import Context, Keep, Method, Stage, received, top
-from .vision import RELEASED_TOO, cosines, patches
+from .shared import RELEASED_TOO, cosines, patches
 
 NEAREST = 32
 

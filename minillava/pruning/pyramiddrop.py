@@ -19,8 +19,8 @@ from typing import ClassVar
 
 from torch import Tensor
 
+from .average import between, check_ascending, check_stages
 from .base import Budgeted, Context, Keep, Stage, top
-from .budget import between, check_ascending, check_stages
 
 
 def pyramiddrop_score(attention: Tensor) -> Tensor:

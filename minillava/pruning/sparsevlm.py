@@ -27,8 +27,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .average import between, check_after_first, check_ascending, check_stages
 from .base import Budgeted, Context, Keep, Stage, check_amount, check_keep, count, top
-from .budget import between, check_after_first, check_ascending, check_stages
 
 
 def raters(image: Tensor, text: Tensor) -> Tensor:

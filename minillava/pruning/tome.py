@@ -26,7 +26,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .base import Context, Keep, Method, Stage, check_amount, count
-from .vision import RELEASED_TOO, assigned, cosines, whole_grid
+from .shared import RELEASED_TOO, assigned, cosines, whole_grid
 
 if TYPE_CHECKING:
     from ..clip import Block

@@ -22,9 +22,9 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from ..clip_text import OPENAI, load_clip, question
 from .base import Context, Keep, Method, Stage, check_amount, top
-from .vision import RELEASED_TOO
+from .clip_text import OPENAI, load_clip, question
+from .shared import RELEASED_TOO
 
 
 def outliers(likeness: Tensor) -> int:

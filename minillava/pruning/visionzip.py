@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from .base import Context, Keep, Method, Stage, top
-from .vision import assigned, cosines, patches, second_last
+from .shared import assigned, cosines, patches, second_last
 
 
 def targets(n: int, contextual: int) -> Tensor:

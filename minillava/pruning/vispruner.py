@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 
 from .base import Context, Keep, top
-from .vision import RELEASED_TOO, Budget, attention, cosines, second_last
+from .shared import RELEASED_TOO, Budget, attention, cosines, second_last
 
 AT_ONCE = 8
 

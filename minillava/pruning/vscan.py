@@ -27,7 +27,7 @@ import torch
 from torch import Tensor
 
 from .base import Budgeted, Context, Keep, Stage, check_amount, count, top
-from .vision import (
+from .shared import (
     assigned,
     attention,
     block_number,

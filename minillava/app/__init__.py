@@ -1,0 +1,1 @@
+"""The command line: flags, chat, opening images, drawing overlays, listing methods."""

@@ -1,0 +1,1 @@
+"""Reading checkpoints, from disk or the hub: configuration, tokenizer, image processor, weights."""

@@ -1,0 +1,307 @@
+"""config.json -> Config: transformers' defaults, and a sentence for what is not supported."""
+
+from __future__ import annotations
+
+import copy
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from transformers import LlavaConfig
+
+from minillava.loading.config_file import config_of, read_config
+
+CHECKPOINTS = Path(__file__).parents[1] / "goldens" / "checkpoints"
+
+# the whole of llava-hf/llava-1.5-7b-hf's config.json
+HUB_7B: dict[str, Any] = {
+    "architectures": ["LlavaForConditionalGeneration"],
+    "ignore_index": -100,
+    "image_token_index": 32000,
+    "model_type": "llava",
+    "pad_token_id": 32001,
+    "projector_hidden_act": "gelu",
+    "text_config": {
+        "_name_or_path": "lmsys/vicuna-7b-v1.5",
+        "architectures": ["LlamaForCausalLM"],
+        "max_position_embeddings": 4096,
+        "model_type": "llama",
+        "rms_norm_eps": 1e-05,
+        "torch_dtype": "float16",
+        "vocab_size": 32064,
+    },
+    "tie_word_embeddings": False,
+    "torch_dtype": "float16",
+    "transformers_version": "4.36.0.dev0",
+    "vision_config": {
+        "hidden_size": 1024,
+        "image_size": 336,
+        "intermediate_size": 4096,
+        "model_type": "clip_vision_model",
+        "num_attention_heads": 16,
+        "num_hidden_layers": 24,
+        "patch_size": 14,
+        "projection_dim": 768,
+        "vocab_size": 32000,
+    },
+    "vision_feature_layer": -2,
+    "vision_feature_select_strategy": "default",
+    "vocab_size": 32064,
+}
+
+TEXT = {
+    "hidden_size": 64,  # divides by any mixture of these and the defaults, as all sizes here
+    "intermediate_size": 40,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 16,
+    "num_key_value_heads": 4,
+    "head_dim": 6,
+    "vocab_size": 32100,
+    "rms_norm_eps": 3e-6,
+    "max_position_embeddings": 777,
+    "tie_word_embeddings": True,
+    "eos_token_id": [5, 6],
+}
+VISION = {
+    "hidden_size": 96,
+    "intermediate_size": 50,
+    "num_hidden_layers": 5,
+    "num_attention_heads": 8,
+    "image_size": 64,
+    "patch_size": 16,
+    "layer_norm_eps": 2e-5,
+}
+ROPES: list[dict[str, Any]] = [
+    {},
+    {"rope_theta": 500.0},
+    {"rope_scaling": None, "rope_theta": 7},
+    {"rope_scaling": {"type": "linear", "factor": 2.0}},
+    {"rope_scaling": {"rope_type": "linear", "factor": 4}, "rope_theta": 9.0},
+    {"rope_scaling": {"rope_type": "linear", "factor": 4.0, "rope_theta": 11.0}},
+    {"rope_parameters": {"rope_type": "default", "rope_theta": 75000.0}},
+    {"rope_parameters": {"rope_theta": 5.0}},
+    {"rope_parameters": {"rope_type": "default"}, "rope_theta": 9.0},
+    {"rope_parameters": {"rope_type": "linear", "factor": 3.0}},
+    {"rope_parameters": {"rope_type": "default", "rope_theta": 3.0}, "rope_theta": 9.0},
+    {
+        "rope_parameters": {"rope_type": "default", "rope_theta": 3.0},
+        "rope_scaling": {"type": "linear", "factor": 2.0},
+    },
+]
+
+
+def check_against_transformers(entries: dict[str, Any]) -> None:
+    ours = config_of(copy.deepcopy(entries))
+    theirs: Any = LlavaConfig.from_dict(copy.deepcopy(entries))
+    for key in VISION:
+        assert getattr(ours.vision, key) == getattr(theirs.vision_config, key), key
+    for key in set(TEXT) - {"eos_token_id", "tie_word_embeddings"}:
+        assert getattr(ours.text, key) == getattr(theirs.text_config, key), key
+    assert ours.text.tie_word_embeddings == theirs.tie_word_embeddings
+    rope = theirs.text_config.rope_parameters
+    assert ours.text.rope_theta == rope["rope_theta"]
+    assert ours.text.rope_factor == (rope["factor"] if rope["rope_type"] == "linear" else 1.0)
+    assert ours.image_token_id == theirs.image_token_id
+    assert ours.vision_feature_layer == theirs.vision_feature_layer
+
+
+def test_the_published_7b_config_is_what_transformers_takes_it_for() -> None:
+    check_against_transformers(HUB_7B)
+    config = config_of(HUB_7B)
+    assert (config.vision.num_patches, config.text.hidden_size) == (576, 4096)
+    assert (config.eos_token_ids, config.image_aspect) == ((2,), "crop")
+
+
+def some(entries: dict[str, Any]) -> st.SearchStrategy[dict[str, Any]]:
+    return st.sets(st.sampled_from(sorted(entries))).map(lambda keys: {k: entries[k] for k in keys})
+
+
+@settings(max_examples=100, deadline=None)
+@given(
+    text=some(TEXT),
+    vision=st.none() | some(VISION),
+    rope=st.sampled_from(ROPES),
+    top=some({"vision_feature_layer": -1, "tie_word_embeddings": True}),
+)
+def test_whatever_is_left_out_has_the_default_of_transformers(
+    text: dict[str, Any], vision: dict[str, Any] | None, rope: dict[str, Any], top: dict[str, Any]
+) -> None:
+    # transformers' default id, 32000, is beyond its default vocabulary
+    top = {"model_type": "llava", "image_token_index": 7, **top}
+    entries: dict[str, Any] = {**top, "text_config": {**text, **rope}}
+    if vision is not None:
+        entries["vision_config"] = vision
+    check_against_transformers(entries)
+
+
+def test_a_full_dump_of_a_config_is_read() -> None:
+    check_against_transformers(LlavaConfig(image_token_index=31999).to_dict())
+
+
+@pytest.mark.parametrize(
+    ("top", "text", "generation", "expected"),
+    [
+        ({}, {}, {}, (2,)),
+        ({}, {"eos_token_id": 7}, {}, (7,)),
+        ({}, {"eos_token_id": None}, {}, ()),
+        ({"eos_token_id": None}, {"eos_token_id": [7, 8]}, {}, (7, 8)),
+        ({"eos_token_id": 5}, {"eos_token_id": 7}, {}, (5,)),
+        ({"eos_token_id": 5}, {"eos_token_id": 7}, {"eos_token_id": [3, 4]}, (3, 4)),
+        ({"eos_token_id": 5}, {}, {"eos_token_id": None}, (5,)),
+    ],
+)
+def test_end_tokens_come_from_generation_config_then_config(
+    tmp_path: Path,
+    top: dict[str, Any],
+    text: dict[str, Any],
+    generation: dict[str, Any],
+    expected: tuple[int, ...],
+) -> None:
+    entries = {**HUB_7B, **top, "text_config": {**HUB_7B["text_config"], **text}}
+    (tmp_path / "config.json").write_text(json.dumps(entries))
+    (tmp_path / "generation_config.json").write_text(json.dumps(generation))
+    assert read_config(tmp_path / "config.json").eos_token_ids == expected
+
+
+@pytest.mark.parametrize(
+    ("ratio", "aspect"), [(None, "crop"), ("square", "crop"), ("crop", "crop"), ("pad", "pad")]
+)
+def test_the_picture_shape_is_that_of_the_checkpoint(ratio: str | None, aspect: str) -> None:
+    assert config_of({**HUB_7B, "image_aspect_ratio": ratio}).image_aspect == aspect
+
+
+def test_the_image_token_has_two_names() -> None:
+    entries = {k: v for k, v in HUB_7B.items() if k != "image_token_index"}
+    assert config_of({**entries, "image_token_id": 31}).image_token_id == 31
+    assert config_of({**HUB_7B, "image_token_id": 32000}).image_token_id == 32000
+
+
+@pytest.mark.parametrize("layer", [-25, -1, 0, 24])
+def test_any_one_hidden_state_may_be_read(layer: int) -> None:
+    assert config_of({**HUB_7B, "vision_feature_layer": layer}).vision_feature_layer == layer
+
+
+def test_entries_without_influence_are_passed_over() -> None:
+    text = {**HUB_7B["text_config"], "pretraining_tp": 2, "sliding_window": None, "moe": False}
+    entries = {**HUB_7B, "text_config": text, "_commit_hash": "abc", "use_cache": True}
+    assert config_of(entries) == config_of(HUB_7B)
+
+
+REFUSED: list[tuple[str, Any, str]] = [
+    # entry, value, what the error must also say
+    ("model_type", "llava_next", "'llava'"),
+    ("model_type", "vipllava", "'llava'"),
+    ("model_type", "mllama", "'llava'"),
+    ("model_type", None, "'llava'"),
+    ("mm_vision_tower", "openai/clip-vit-large-patch14-336", "python -m weights.convert SRC DST"),
+    ("mm_projector_type", "mlp2x_gelu", "python -m weights.convert SRC DST"),
+    ("architectures", ["LlavaLlamaForCausalLM"], "python -m weights.convert SRC DST"),
+    ("projector_hidden_act", "relu", "'gelu'"),
+    ("multimodal_projector_bias", False, "True"),
+    ("vision_feature_select_strategy", "full", "'default'"),
+    ("vision_feature_layer", [-2, -5], "one whole number"),
+    ("vision_feature_layer", -26, "-25"),
+    ("vision_feature_layer", 25, "24"),
+    ("image_token_index", 32064, "vocab_size=32064"),
+    ("image_token_index", -1, "at least 0"),
+    ("image_token_index", "<image>", "whole number"),
+    ("image_token_id", 31999, "32000"),
+    ("image_aspect_ratio", "anyres", "'pad'"),
+    ("eos_token_id", "</s>", "token id"),
+    ("eos_token_id", [2, None], "token id"),
+    ("eos_token_id", -1, "token id"),
+    ("tie_word_embeddings", "yes", "True"),
+    ("quantization_config", {"quant_method": "bitsandbytes"}, "unquantised"),
+    ("text_config", [1], "object"),
+    ("some_gate", 0.5, "remove it"),
+    ("text_config.quantization_config", {"quant_method": "awq"}, "unquantised"),
+    ("text_config.model_type", "mistral", "'llama'"),
+    ("text_config.hidden_act", "gelu", "'silu'"),
+    ("text_config.attention_bias", True, "False"),
+    ("text_config.mlp_bias", True, "False"),
+    ("text_config.sliding_window", 4096, "absent"),
+    ("text_config.num_attention_heads", 33, "hidden_size"),
+    ("text_config.num_attention_heads", 0, "at least 1"),
+    ("text_config.num_attention_heads", True, "at least 1"),
+    ("text_config.num_key_value_heads", 5, "num_attention_heads"),
+    ("text_config.head_dim", 127, "even"),
+    ("text_config.hidden_size", 10**30, "at most 10000000"),
+    ("text_config.hidden_size", 4096.0, "whole number"),
+    ("text_config.hidden_size", "4096", "whole number"),
+    ("text_config.rms_norm_eps", 0, "above 0"),
+    ("text_config.rms_norm_eps", float("nan"), "above 0"),
+    ("text_config.rope_theta", "10000", "above 0"),
+    ("text_config.rope_theta", True, "above 0"),
+    ("text_config.rope_scaling", 2.0, "object"),
+    ("text_config.rope_scaling.type", "dynamic", "'linear'"),
+    ("text_config.rope_scaling.rope_type", "llama3", "'linear'"),
+    ("text_config.rope_parameters.rope_type", "yarn", "'linear'"),
+    ("text_config.rope_parameters.partial_rotary_factor", 0.5, "1"),
+    ("text_config.rope_parameters.low_freq_factor", 1.0, "remove it"),
+    ("text_config.partial_rotary_factor", 0.5, "remove it"),
+    ("text_config.num_experts", 8, "remove it"),
+    ("vision_config.model_type", "siglip_vision_model", "'clip_vision_model'"),
+    ("vision_config.hidden_act", "gelu", "'quick_gelu'"),
+    ("vision_config.num_channels", 4, "3"),
+    ("vision_config.patch_size", 13, "image_size"),
+    ("vision_config.image_size", [336, 336], "whole number"),
+    ("vision_config.num_attention_heads", 15, "hidden_size"),
+    ("vision_config.layer_norm_eps", -1e-5, "above 0"),
+    ("vision_config.use_head", True, "remove it"),
+]
+
+
+@pytest.mark.parametrize(("entry", "value", "says"), REFUSED, ids=lambda x: str(x)[:40])
+def test_what_is_not_computed_is_refused_in_one_line(entry: str, value: Any, says: str) -> None:
+    entries = copy.deepcopy(HUB_7B)
+    *sections, key = entry.split(".")
+    place = entries
+    for section in sections:
+        place = place.setdefault(section, {})
+    place[key] = value
+    with pytest.raises(ValueError, match=r"hub/config\.json: ") as caught:
+        config_of(entries, source="hub/config.json")
+    message = str(caught.value)
+    assert key in message
+    assert (
+        repr(value) in message
+        or str(value) in message
+        or key in ("num_attention_heads", "patch_size")
+    )
+    assert says in message
+    assert "; " in message or "python -m" in message  # what to do
+    assert "\n" not in message
+
+
+@pytest.mark.parametrize(
+    ("scaling", "says"),
+    [
+        ({"type": "linear"}, "factor"),
+        ({"type": "linear", "factor": 0.5}, "at least 1"),
+        ({"type": "linear", "factor": "2"}, "above 0"),
+        ({"rope_type": "default", "factor": 2.0}, "linear"),
+        ({"type": "linear", "rope_type": "default"}, "rope_type"),
+        ({"full_attention": {"rope_type": "default"}}, "full_attention"),
+    ],
+)
+def test_half_said_rope_scaling_is_refused(scaling: dict[str, Any], says: str) -> None:
+    text = {**HUB_7B["text_config"], "rope_scaling": scaling}
+    with pytest.raises(ValueError, match=says):
+        config_of({**HUB_7B, "text_config": text})
+
+
+@pytest.mark.parametrize(
+    ("content", "says"),
+    [(None, "No such file"), ("{", "json"), ("[1]", "object"), ("\udcff", "json")],
+)
+def test_an_unreadable_file_is_named(tmp_path: Path, content: str | None, says: str) -> None:
+    path = tmp_path / "config.json"
+    if content is not None:
+        path.write_bytes(content.encode("utf-8", "surrogateescape"))
+    with pytest.raises(ValueError, match=says) as caught:
+        read_config(path)
+    assert str(path) in str(caught.value)
+    assert "\n" not in str(caught.value)

@@ -1,0 +1,169 @@
+"""Folder or hub id: what is fetched, and one sentence where nothing can be."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+from fnmatch import fnmatch
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from minillava.loading.hub import fetch, find
+from weights.download import main
+
+ROOT = Path(__file__).parents[2]
+TINY_A = ROOT / "tests" / "goldens" / "checkpoints" / "tiny-a" / "hub-sharded"
+COMMIT = "0123456789" * 4
+
+
+class Hub:
+    """Stands for huggingface_hub.snapshot_download; the repository is the folder `remote`."""
+
+    def __init__(self, remote: Path, cache: Path) -> None:
+        self.remote, self.cache = remote, cache
+        self.calls: list[dict[str, Any]] = []
+
+    def __call__(self, repo_id: str, **kwargs: Any) -> str:
+        self.calls.append({"repo_id": repo_id, **kwargs})
+        to = Path(kwargs["local_dir"] or self.cache)
+        for path in self.remote.rglob("*"):
+            name = path.relative_to(self.remote).as_posix()
+            wanted = any(fnmatch(name, p) for p in kwargs["allow_patterns"])
+            ignored = any(fnmatch(name, p) for p in kwargs["ignore_patterns"])
+            if path.is_file() and wanted and not ignored:
+                (to / name).parent.mkdir(parents=True, exist_ok=True)
+                shutil.copy(path, to / name)
+        return str(to)
+
+
+@pytest.fixture
+def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Hub:
+    remote = tmp_path / "remote"
+    shutil.copytree(TINY_A, remote)
+    (remote / "sub").mkdir()
+    for name in ("pytorch_model.bin", "README.md", "code.py", "sub/config.json"):
+        (remote / name).write_text("{}")
+    result = Hub(remote, tmp_path / "cache")
+    monkeypatch.setattr("huggingface_hub.snapshot_download", result)
+    return result
+
+
+def test_a_folder_is_taken_as_it_is(hub: Hub, tmp_path: Path) -> None:
+    assert find(TINY_A) == TINY_A
+    assert find(str(TINY_A)) == TINY_A
+    assert not hub.calls
+
+
+def test_fetched_is_what_is_read_and_nothing_else(hub: Hub, tmp_path: Path) -> None:
+    folder = find("some-org/tiny.a", revision="v1")
+    fetched = {path.name for path in folder.rglob("*")}
+    assert fetched == {
+        path.name
+        for path in TINY_A.iterdir()
+        if path.suffix in (".json", ".safetensors") or path.name == "tokenizer.model"
+    }
+    assert {(call["repo_id"], call["revision"]) for call in hub.calls} == {
+        ("some-org/tiny.a", "v1")
+    }
+
+
+def test_a_model_that_is_not_supported_costs_no_gigabytes(hub: Hub) -> None:
+    (hub.remote / "config.json").write_text('{"model_type": "llava_next"}')
+    with pytest.raises(ValueError, match="model_type is 'llava_next'"):
+        fetch("org/name")
+    assert not list(hub.cache.glob("*.safetensors"))
+
+
+def test_download_writes_into_a_folder_of_its_own(
+    hub: Hub, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["org/name", "--to", str(tmp_path / "mine"), "--revision", "abc"]) == 0
+    assert capsys.readouterr().out == f"{tmp_path / 'mine'}\n"
+    assert (tmp_path / "mine" / "model-00001-of-00003.safetensors").is_file()
+    assert hub.calls[-1]["revision"] == "abc"
+
+
+def test_download_says_in_one_line_what_is_wrong(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def fail(*_: object, **__: object) -> str:
+        raise RuntimeError("first line\nsecond line")
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", fail)
+    assert main(["org/name"]) == 2
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert err.startswith("error: ")
+    assert "'org/name' could not be fetched (first line second line); check" in err
+    assert err.count("\n") == 1
+
+
+def test_ctrl_c_ends_a_download_quietly(monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupted(*_: object, **__: object) -> str:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", interrupted)
+    assert main(["org/name"]) == 130
+
+
+@pytest.mark.parametrize(
+    "name", ["nowhere", "/no/such/folder", "./a/b", "a/b/c", " ", "../x", "~nobody/x", "x" * 999]
+)
+def test_what_is_neither_folder_nor_id_is_refused(hub: Hub, name: str) -> None:
+    with pytest.raises(ValueError, match=r"there is no folder .* org/name") as caught:
+        find(name)
+    assert repr(name) in str(caught.value)
+    assert not hub.calls
+
+
+def test_a_file_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "model.safetensors"
+    path.touch()
+    with pytest.raises(ValueError, match=r"is a file, .* give the folder"):
+        find(path)
+
+
+@pytest.mark.parametrize("name", ["org/a..b", "org/a--b", "org/name."])
+def test_ids_that_the_hub_does_not_allow_are_refused(name: str) -> None:
+    with pytest.raises(ValueError, match=r"could not be fetched .*; check the id") as caught:
+        find(name)
+    assert "\n" not in str(caught.value)
+
+
+OFFLINE = """
+from minillava.loading.checkpoint import load
+model, _ = load("org/name")
+print(model.config.image_token_id, len(load("org/name", revision="COMMIT")))
+for arguments in ({}, {"revision": "other"}):
+    try:
+        load("org/other" if not arguments else "org/name", **arguments)
+    except ValueError as error:
+        print(error)
+"""
+
+
+def test_offline_the_cache_answers(tmp_path: Path) -> None:
+    repository = tmp_path / "hub" / "models--org--name"
+    (repository / "refs").mkdir(parents=True)
+    (repository / "refs" / "main").write_text(COMMIT)
+    shutil.copytree(TINY_A, repository / "snapshots" / COMMIT)
+    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path)}
+    environment.pop("HF_HUB_CACHE", None)
+    done = subprocess.run(
+        [sys.executable, "-c", OFFLINE.replace("COMMIT", COMMIT)],
+        capture_output=True,
+        text=True,
+        env=environment,
+        cwd=ROOT,
+        check=True,
+    )
+    found, other, revision = done.stdout.splitlines()
+    assert found == "318 2"
+    assert "'org/other' could not be fetched" in other
+    assert "'org/name' at revision 'other' could not be fetched" in revision
+    assert "give a local folder" in other
+    assert done.stderr == ""

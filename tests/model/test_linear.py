@@ -1,0 +1,317 @@
+"""Layers with smaller weights: what they hold, what they compute, and which one is chosen."""
+
+from __future__ import annotations
+
+import sys
+import warnings
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor
+
+from eval import cost
+from minillava.quant import linear
+from minillava.quant.linear import (
+    HalfLinear,
+    Int4,
+    Int4Linear,
+    Int8,
+    Int8Linear,
+    StoredLinear,
+    WidenedLinear,
+    packs,
+    stored_linear,
+    weight_bytes,
+)
+from minillava.quant.quantise import (
+    block,
+    from_int4,
+    from_int8,
+    hadamard,
+    rotated,
+    to_int4,
+    to_int8,
+)
+
+Make = Callable[[Tensor], StoredLinear]
+FORMS: dict[str, Make] = {
+    "float16": lambda w: stored_linear(w.half(), None),
+    "bfloat16": lambda w: stored_linear(w.bfloat16(), None),
+    "int8": lambda w: stored_linear(Int8(*to_int8(w)), None),
+    "int8-dynamic": lambda w: stored_linear(Int8(*to_int8(w)), None, digits=1),
+    "int4": lambda w: stored_linear(Int4(*to_int4(w)), None),
+    "float16 widened": lambda w: WidenedLinear(w.half(), None),
+    "int8 widened": lambda w: WidenedLinear(Int8(*to_int8(w)), None),
+    "int4 widened": lambda w: WidenedLinear(Int4(*to_int4(w)), None),
+}
+# Largest difference from the float32 product with the weight as stored, of its root mean square,
+# on Gaussian inputs: float rounding, two digits, one digit, and bfloat16's.
+LIMITS = {
+    "float16": 2e-6,
+    "bfloat16": 2e-6,
+    "int8": 2e-3,
+    "int8-dynamic": 0.15,
+    "int4": 0.04,
+    "float16 widened": 2e-6,
+    "int8 widened": 1e-5,
+    "int4 widened": 1e-5,
+}
+
+
+def example(N: int = 80, K: int = 192, R: int = 7, seed: int = 0) -> tuple[Tensor, Tensor]:
+    """Inputs (R, K) with the outlier columns of a Llama, and a weight (N, K)."""
+    generator = torch.Generator().manual_seed(seed)
+    x = torch.randn(R, K, generator=generator)
+    x[:, 5] *= 40
+    return x, torch.randn(N, K, generator=generator) * 0.03
+
+
+def as_stored(form: str, weight: Tensor) -> Tensor:
+    """The float32 weight that a form stands for, by plain arithmetic."""
+    if form.startswith("int8"):
+        return from_int8(*to_int8(weight))
+    if form.startswith("int4"):
+        return from_int4(*to_int4(weight))
+    return weight.to(torch.bfloat16 if form == "bfloat16" else torch.float16).float()
+
+
+# ---------------------------------------------------------------- the integers
+
+
+@pytest.mark.parametrize("K", [2, 24, 64, 96, 576, 11008 // 43])
+def test_the_rotation_is_orthogonal_and_its_own_inverse(K: int) -> None:
+    b = block(K, 128)
+    assert K % b == 0
+    assert K // b % 2 == 1 or b == 128
+    H = hadamard(b)
+    assert torch.equal(H.abs(), torch.full((b, b), b**-0.5))
+    torch.testing.assert_close(H @ H, torch.eye(b))
+    x = torch.randn(3, K)
+    torch.testing.assert_close(rotated(rotated(x)), x)
+    torch.testing.assert_close(rotated(x).norm(dim=1), x.norm(dim=1))
+
+
+def test_int8_rounds_to_the_nearest_of_255_levels_of_a_row() -> None:
+    _, weight = example()
+    codes, scale = to_int8(weight)
+    assert codes.dtype == torch.int8
+    assert codes.abs().amax(1).eq(127).all()
+    wrong = (rotated(weight) - codes.float() * scale[:, None]).abs()
+    assert (wrong <= scale[:, None] * 0.5001).all()
+
+
+def test_int4_rounds_to_the_nearest_of_16_levels_of_a_group() -> None:
+    _, weight = example()
+    codes, scale, low = to_int4(weight)
+    assert codes.shape == (80, 96)
+    assert scale.shape == low.shape == (80, 3)
+    found = from_int4(codes, scale, low)
+    for n, g in ((0, 0), (17, 1), (79, 2)):  # the levels themselves, by hand
+        levels = low[n, g].float() + torch.arange(16) * scale[n, g].float()
+        for k in range(64 * g, 64 * g + 64):
+            nearest = levels[(levels - weight[n, k]).abs().argmin()]
+            assert found[n, k] == pytest.approx(float(nearest), abs=1e-6)
+
+
+def test_int4_leaves_out_the_ends_of_a_range_where_that_pays() -> None:
+    _, weight = example(N=256, K=1024)
+    groups = weight.view(256, -1, 64)
+    lowest, highest = groups.aminmax(dim=-1, keepdim=True)
+    step, low = ((highest - lowest) / 15).bfloat16().float(), lowest.bfloat16().float()
+    plain = ((groups - low) / step).round().clamp(0, 15) * step + low
+    wrong = (from_int4(*to_int4(weight)) - weight).view_as(groups).square().sum(-1)
+    full = (plain - groups).square().sum(-1)
+    assert (wrong <= 1.0001 * full).all()
+    assert wrong.sum() < 0.92 * full.sum()
+
+
+def test_a_weight_of_zeros_stays_one() -> None:
+    zeros = torch.zeros(4, 64)
+    assert torch.equal(from_int8(*to_int8(zeros)), zeros)
+    assert torch.equal(from_int4(*to_int4(zeros)), zeros)
+
+
+# ---------------------------------------------------------------- the layers
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("shape", [(80, 192, 7), (64, 64, 1), (130, 96, 3), (7, 24, 2)])
+def test_a_layer_multiplies_by_the_weight_as_stored(form: str, shape: tuple[int, int, int]) -> None:
+    x, weight = example(*shape)
+    expected = x @ as_stored(form, weight).T
+    error = (FORMS[form](weight)(x) - expected).abs().max() / expected.square().mean().sqrt()
+    assert error <= LIMITS[form]
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("K", [64, 96, 192, 256])
+def test_a_row_does_not_depend_on_its_neighbours(form: str, K: int) -> None:
+    x, weight = example(N=520, K=K, R=33)
+    x[3] *= 1e4
+    layer = FORMS[form](weight)
+    together = layer(x)
+    for n in (1, 2, 5):
+        alone = torch.cat([layer(rows) for rows in x.split(n)])
+        if form in ("float16", "bfloat16") or form.endswith("widened"):  # as float32's own GEMM
+            noise = (alone - together).abs().amax(1) / together.square().mean(1).sqrt()
+            assert noise.max() <= 1e-5
+        else:
+            assert torch.equal(alone, together)
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_what_is_not_finite_stays_so_and_spoils_no_other_row(form: str, value: float) -> None:
+    x, weight = example()
+    layer = FORMS[form](weight)
+    clean = layer(x)
+    x[2, 100] = value
+    y = layer(x)
+    assert not y[2].isfinite().any()
+    if value != value:
+        assert y[2].isnan().all()
+    torch.testing.assert_close(y[[0, 1, 3]], clean[[0, 1, 3]], rtol=1e-5, atol=1e-4)
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_shapes_bias_and_many_rows(form: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    x, weight = example(R=12)
+    layer = FORMS[form](weight)
+    plain = layer(x)
+    torch.testing.assert_close(layer(x.view(3, 4, -1)), plain.view(3, 4, -1), rtol=1e-5, atol=1e-4)
+    assert layer(x[:0]).shape == (0, 80)
+    monkeypatch.setattr(linear, "AT_ONCE", 5)
+    torch.testing.assert_close(layer(x), plain, rtol=1e-5, atol=1e-4)
+    bias = torch.randn(80)
+    layer.bias = torch.nn.Parameter(bias, requires_grad=False)
+    torch.testing.assert_close(layer(x), plain + bias, rtol=1e-5, atol=1e-4)
+    assert layer(torch.zeros(2, 192)).equal(bias.expand(2, -1))
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize(("size", "limit"), [(3e-38, 0.6), (1e-30, 0.1), (1e20, 0.1)])
+def test_rows_of_any_size_keep_it(form: str, size: float, limit: float) -> None:
+    x, weight = example()
+    x[:, 5] /= 40
+    y = FORMS[form](weight)(x * size) / size
+    exact = x @ as_stored(form, weight).T
+    assert (y - exact).abs().max() <= limit * exact.square().mean().sqrt()
+    assert FORMS[form](weight)(x * 1e-42).abs().max() < 1e-40
+
+
+def test_a_second_digit_is_worth_a_hundred_times() -> None:
+    x, weight = example()
+    exact = x @ as_stored("int8", weight).T
+    one, two = (
+        (FORMS[form](weight)(x) - exact).square().mean() for form in ("int8-dynamic", "int8")
+    )
+    assert two < one / 1e3
+
+
+def test_the_rotation_is_what_makes_one_digit_bearable(monkeypatch: pytest.MonkeyPatch) -> None:
+    x, weight = example()
+    exact = x @ weight.T
+    turned = (FORMS["int8-dynamic"](weight)(x) - exact).square().mean()
+    monkeypatch.setattr("minillava.quant.quantise.ROTATED", 1)
+    plain = (FORMS["int8-dynamic"](weight)(x) - exact).square().mean()
+    assert turned < plain / 8
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+def test_a_float16_weight_that_is_not_finite_is_not_made_finite(value: float) -> None:
+    x, weight = example()
+    weight[3, 70] = value
+    y = FORMS["float16"](weight)(x)
+    torch.testing.assert_close(y, x @ weight.half().float().T, equal_nan=True, rtol=1e-5, atol=1e-4)
+    assert not y[:, 3].isfinite().any()
+
+
+# ---------------------------------------------------------------- the choice
+
+
+def test_fbgemms_kernels_are_taken_where_they_work() -> None:
+    _, weight = example()
+    kinds = {form: type(make(weight)) for form, make in FORMS.items()}
+    if not all(map(packs, ("float16", "int8", "int4"))):
+        pytest.skip("this torch lacks one of the kernels")
+    assert kinds["float16"] is HalfLinear
+    assert kinds["bfloat16"] is WidenedLinear
+    assert kinds["int8"] is kinds["int8-dynamic"] is Int8Linear
+    assert kinds["int4"] is Int4Linear
+    assert type(FORMS["int4"](weight[:, :16])) is WidenedLinear  # a group that the kernel lacks
+
+
+@pytest.mark.parametrize("form", ["float16", "int8", "int8-dynamic", "int4"])
+def test_without_the_kernels_weights_are_widened(
+    form: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    x, weight = example()
+    monkeypatch.setattr(linear, "packs", lambda kind: False)
+    layer = FORMS[form](weight)
+    assert type(layer) is WidenedLinear
+    torch.testing.assert_close(layer(x), x @ as_stored(form, weight).T, rtol=1e-5, atol=1e-4)
+
+
+@pytest.mark.parametrize(("kind", "op"), [
+    ("float16", (torch.ops.quantized, "linear_prepack_fp16")),
+    ("int8", (torch.ops.quantized, "linear_dynamic")),
+    ("int4", (torch.ops.aten, "_weight_int4pack_mm_for_cpu")),
+])  # fmt: skip
+@pytest.mark.parametrize("fault", ["missing", "wrong"])
+def test_a_kernel_that_is_missing_or_wrong_is_noticed(
+    kind: str, op: tuple[object, str], fault: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real = getattr(*op)
+
+    def broken(*args: object) -> object:
+        if fault == "missing":
+            raise NotImplementedError("no such kernel on this CPU")
+        return real(*args) * 1.5 if "prepack" not in op[1] else real(args[0] * 1.5, None)
+
+    packs.cache_clear()
+    monkeypatch.setattr(*op, broken)
+    assert not packs(kind)
+    monkeypatch.undo()
+    packs.cache_clear()
+
+
+def test_making_a_layer_warns_of_nothing_and_changes_no_engine() -> None:
+    _, weight = example()
+    before = torch.backends.quantized.engine
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for make in FORMS.values():
+            make(weight)
+    assert torch.backends.quantized.engine == before
+
+
+def test_bytes_are_those_that_are_held() -> None:
+    _, weight = example(N=128, K=512)
+    values = 128 * 512
+    held = {form: weight_bytes(make(weight)) for form, make in FORMS.items()}
+    assert held["float16"] == held["float16 widened"] == held["bfloat16"] == 2 * values
+    assert held["int8 widened"] == values + 4 * 128
+    ends = 4 * 512  # the row that pins the step of the activations
+    assert held["int8"] == held["int8-dynamic"] == held["int8 widened"] + ends
+    assert held["int4"] == held["int4 widened"] == values // 2 + 4 * 128 * 512 // 64
+    tied = torch.nn.ModuleList(
+        [torch.nn.Linear(4, 4, bias=False), torch.nn.Linear(4, 4, bias=False)]
+    )
+    tied[1].weight = tied[0].weight
+    assert weight_bytes(tied) == 64
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="resident bytes are Linux's")
+@pytest.mark.parametrize("form", FORMS)
+def test_so_many_bytes_the_process_grows_by(form: str) -> None:
+    """Also where columns are filled up, which fbgemm does to a multiple of 512."""
+    weights = [example(N=128, K=640, seed=seed)[1] for seed in range(200)]
+    FORMS[form](weights[0])
+    cost.give_back()
+    before = cost.resident_bytes()
+    layers = [FORMS[form](weight) for weight in weights]
+    cost.give_back()
+    grown = cost.resident_bytes() - before
+    # whole pages of 4 KiB, and fbgemm's sums of columns; without the filling it would be 0.6 more
+    assert grown == pytest.approx(sum(weight_bytes(layer) for layer in layers), rel=0.2)

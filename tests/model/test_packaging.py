@@ -1,0 +1,89 @@
+"""What importing costs and what belongs to what."""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+TINY_A = ROOT / "tests" / "goldens" / "checkpoints" / "tiny-a" / "hub-sharded"
+
+# for CLIP's text tower, the tests and the plots: none of them is needed to answer a question
+HEAVY = ("open_clip", "torchvision", "transformers", "matplotlib", "timm", "torch._dynamo")
+
+
+def run(code: str) -> str:
+    command = [sys.executable, "-W", "error", "-c", code]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, check=False)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def test_importing_and_loading_need_nothing_heavy() -> None:
+    out = run(
+        "import sys\n"
+        "from minillava import Batch, load, parse_plan\n"
+        "assert 'minillava.generate' not in sys.modules, 'runpy would warn of it'\n"
+        f"load({str(TINY_A)!r})\n"
+        "import minillava.generate\n"
+        f"print([name for name in {HEAVY} if name in sys.modules])"
+    )
+    assert out == "[]\n"
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "minillava").rglob("*.py")), ids=lambda p: p.name)
+def test_the_package_imports_neither_eval_nor_weights(path: Path) -> None:
+    names: list[str] = []
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            names += [alias.name for alias in node.names]
+        if isinstance(node, ast.ImportFrom) and not node.level:
+            names.append(node.module or "")
+    assert not {name.split(".")[0] for name in names} & {"eval", "weights", "tests"}
+
+
+READING_PATH = [
+    "config",
+    "image",
+    "tokenizer",
+    "prompt",
+    "clip",
+    "llama",
+    "llava",
+    "cache",
+    "sampling",
+    "generate",
+    "pruning.base",
+    "pruning.fastv",
+    "pruning.simignore",
+]
+
+
+@pytest.mark.parametrize("name", READING_PATH)
+def test_the_reading_path_imports_nothing_else_of_ours(name: str) -> None:
+    """At run time: imports for annotations, or of the command line at the end, are no reading."""
+    folder, _, _ = f"minillava.{name}".rpartition(".")
+    source = (ROOT / "minillava" / f"{name.replace('.', '/')}.py").read_text()
+    found = [node for node in ast.parse(source).body if isinstance(node, ast.ImportFrom)]
+    ours = [node for node in found if node.level]
+    if name in ("llava", "generate"):
+        assert ours, "this look at the source finds no imports any more"
+    for node in ours:
+        base = folder.split(".")[: len(folder.split(".")) - node.level + 1]
+        assert ".".join([*base[1:], node.module or ""]) in READING_PATH
+
+
+def test_the_licence_is_the_one_pyproject_names() -> None:
+    licence = (ROOT / "LICENSE").read_text()
+    assert "Apache License" in licence
+    assert "Version 2.0, January 2004" in licence
+    assert "END OF TERMS AND CONDITIONS" in licence
+    assert 'license = "Apache-2.0"' in (ROOT / "pyproject.toml").read_text()
+
+
+def test_types_are_shipped() -> None:
+    assert (ROOT / "minillava" / "py.typed").is_file()

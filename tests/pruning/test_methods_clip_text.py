@@ -1,0 +1,384 @@
+"""TRIM, CDPruner and the CLIP text tower behind them, on a small random open_clip model."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import reference_decoder as reference
+import tiny
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+
+import minillava
+from minillava import Batch, parse_plan
+from minillava.generate import Result, generate
+from minillava.pruning import cdpruner, trim
+from minillava.pruning.base import Context, Keep
+from minillava.pruning.clip_text import ClipText, load_clip, question
+
+N, WIDTH = 64, 24  # patches a picture, width of the vision tower
+CPU = torch.device("cpu")
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Any:
+    folder = tmp_path_factory.mktemp("eight")
+    tiny.write_hf(folder, layers=2, image_size=112, vision_layers=3, seed=5)
+    return minillava.load(folder)[0]
+
+
+def write_clip(folder: Path, width: int = WIDTH) -> Path:
+    """A random CLIP of open_clip's, as open_clip reads it from a folder."""
+    import open_clip
+
+    shape = {
+        "embed_dim": 12,
+        "vision_cfg": {
+            "image_size": 56,
+            "patch_size": 14,
+            "width": width,
+            "head_width": 8,
+            "layers": 1,
+        },
+        "text_cfg": {
+            "context_length": 77,
+            "vocab_size": 49408,
+            "width": 16,
+            "heads": 2,
+            "layers": 2,
+        },
+    }
+    torch.manual_seed(width)
+    clip = open_clip.CLIP(**shape)
+    for p in clip.parameters():  # norms that say something
+        if p.ndim == 1:
+            p.data += 0.3 * torch.randn(p.shape)
+    (folder / "open_clip_config.json").write_text(json.dumps({"model_cfg": shape}))
+    save_file(
+        {name: tensor.contiguous() for name, tensor in clip.state_dict().items()},
+        folder / "open_clip_model.safetensors",
+    )
+    return folder
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_clip(tmp_path_factory.mktemp("clip"))
+
+
+@pytest.fixture(scope="module")
+def clip(folder: Path) -> ClipText:
+    return load_clip(str(folder), CPU)
+
+
+@pytest.fixture(scope="module")
+def batch(model: Any) -> Batch:
+    return tiny.make_batch(model, "tttIttttttt", "tIIttttttttttt", seed=2)
+
+
+def encoded_text(clip: ClipText, ids: list[int]) -> Tensor:
+    """The text tower's vector (E,) of 77 ids, taken at the largest, from its parts."""
+    parts: Any = clip.model
+    with torch.no_grad():
+        x = parts.token_embedding(torch.tensor([ids])) + parts.positional_embedding
+        later = torch.full((77, 77), -torch.inf).triu(1)
+        x = parts.ln_final(parts.transformer(x, attn_mask=later))
+        return x[0, ids.index(max(ids))] @ parts.text_projection
+
+
+def common_space(clip: ClipText, features: Tensor) -> Tensor:
+    """Patches (n, C) -> (n, E), from the weights."""
+    visual: Any = clip.model.visual
+    x = features - features.mean(-1, keepdim=True)
+    x = x / (x.pow(2).mean(-1, keepdim=True) + visual.ln_post.eps).sqrt()
+    return (x * visual.ln_post.weight + visual.ln_post.bias) @ visual.proj
+
+
+def pictures(model: Any, batch: Batch) -> tuple[Tensor, Tensor]:
+    """Patches as the projector finds them (images, N, C) and leaves them (images, N, D)."""
+    assert batch.pixels is not None
+    seen = model.encode(batch.pixels, parse_plan(None)).hidden[model.feature_layer][:, 1:]
+    return seen, model.projector(seen)
+
+
+def ids_of(clip: ClipText, model: Any, batch: Batch, b: int) -> list[int]:
+    """CLIP's ids, with both ends, of the text behind the last picture."""
+    row = batch.ids[b][batch.mask[b]].tolist()
+    behind = row[len(row) - row[::-1].index(tiny.IMAGE) :]
+    text = question(model.decode_text(behind))
+    return [49406, *clip.tokenizer.encode(text), 49407]
+
+
+def run(model: Any, batch: Batch, plan: str) -> Result:
+    return generate(model, batch, parse_plan(plan), 1, output_logits=True)
+
+
+def kept_patches(result: Result) -> list[list[int]]:
+    """Of each picture, in the order of the batch."""
+    (kept,) = result.report.kept
+    images = []
+    for positions, starts in zip(kept.positions, result.layout.starts, strict=True):
+        images += [[p - s for p in positions if s <= p < s + N] for s in starts]
+    return images
+
+
+# ---------------------------------------------------------------- the methods
+
+
+@pytest.mark.parametrize("keep", ["", "keep=20,", "keep=0.37,"])
+def test_trim_keeps_what_is_written_out(
+    model: Any, batch: Batch, clip: ClipText, keep: str
+) -> None:
+    result = run(model, batch, f"trim:{keep}clip={clip.source}")
+    seen, _ = pictures(model, batch)
+    number = {"": None, "keep=20,": 20, "keep=0.37,": 23}[keep]  # int(64 * 0.37), not round
+    expected = []
+    for image, b in enumerate((0, 1, 1)):
+        ids = ids_of(clip, model, batch, b)
+        text = encoded_text(clip, ids + [0] * (77 - len(ids)))
+        expected.append(reference.trim(common_space(clip, seen[image]), text, number))
+    assert kept_patches(result) == expected
+    assert result.report.kept[0].extra == [1, 2]
+    left = [len(expected[0]) + 1, len(expected[1]) + len(expected[2]) + 2]
+    assert result.report.image_tokens_entering[0] == left
+    assert result.report.next_position == result.report.tokens_entering[0]
+
+
+def test_trims_extra_row_is_the_mean_of_the_dropped(
+    model: Any, batch: Batch, clip: ClipText, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[tuple[Context, Keep]] = []
+    choose = trim.TRIM.choose
+
+    def noting(self: trim.TRIM, c: Context) -> Keep:
+        seen.append((c, choose(self, c)))
+        return seen[-1][1]
+
+    monkeypatch.setattr(trim.TRIM, "choose", noting)
+    run(model, batch, f"trim:keep=20,clip={clip.source}")
+    features, _ = pictures(model, batch)
+    assert len(seen) == 3
+    for (_, keep), patches in zip(seen, features, strict=True):
+        dropped = [patches[i] for i in range(N) if i not in keep.index.tolist()]
+        assert len(dropped) == 44
+        assert keep.rows is None
+        assert not keep.extra_first
+        assert keep.extra is not None
+        tiny.assert_close(keep.extra, torch.stack(dropped).mean(0)[None])
+
+
+@pytest.mark.parametrize("keep", [5, 20])
+def test_cdpruner_keeps_what_is_written_out(
+    model: Any, batch: Batch, clip: ClipText, keep: int
+) -> None:
+    result = run(model, batch, f"cdpruner:keep={keep},clip={clip.source}")
+    seen, projected = pictures(model, batch)
+    expected = []
+    for image, b in enumerate((0, 1, 1)):
+        ids = ids_of(clip, model, batch, b)
+        text = encoded_text(clip, ids + [0] * (77 - len(ids)))[None]
+        patches = common_space(clip, seen[image])
+        expected.append(reference.cdpruner(projected[image], patches, text, keep))
+    assert kept_patches(result) == expected
+    assert result.report.kept[0].extra == [0, 0]
+    assert result.report.next_position == result.report.tokens_entering[0]
+
+
+def test_cdpruner_after_another_method(model: Any, batch: Batch, clip: ClipText) -> None:
+    """What is left is related to the text by its own patches."""
+    one = tiny.alone(model, batch, 0)
+    result = run(model, one, f"random:keep=30+cdpruner:keep=9,clip={clip.source}")
+    ((left,), (kept,)) = (k.positions for k in result.report.kept)
+    (start,) = result.layout.starts[0]
+    rows = torch.tensor(left) - start
+    seen, projected = pictures(model, one)
+    ids = ids_of(clip, model, one, 0)
+    text = encoded_text(clip, ids + [0] * (77 - len(ids)))[None]
+    patches = common_space(clip, seen[0, rows])
+    expected = reference.cdpruner(projected[0, rows], patches, text, 9)
+    assert kept == [left[i] for i in expected]
+
+
+def test_one_budget_over_all_pictures(model: Any, batch: Batch, clip: ClipText) -> None:
+    result = run(model, batch, f"cdpruner:keep=9,scope=all,clip={clip.source}")
+    assert [len(p) for p in result.report.kept[0].positions] == [9, 9]
+    with pytest.raises(ValueError, match="only drops"):
+        parse_plan("trim:scope=all")
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_greedy_steps_are_the_largest_determinants(seed: int) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    rows, patches, text = (torch.randn(n, 24, generator=generator) for n in (30, 30, 3))
+    kernel = cdpruner.relevance(patches, text)[:, None] * torch.nn.functional.normalize(rows)
+    ours = cdpruner.greedy(kernel @ kernel.T, 15).sort().values.tolist()
+    assert ours == reference.cdpruner(rows, patches, text, 15)
+
+
+def test_greedy_goes_on_when_the_rank_is_used_up() -> None:
+    rows = torch.randn(3, 3, generator=torch.Generator().manual_seed(0)).repeat(4, 1)
+    chosen = cdpruner.greedy(rows @ rows.T, 12)
+    assert sorted(chosen.tolist()) == list(range(12))
+    assert sorted(i % 3 for i in chosen[:3].tolist()) == [0, 1, 2]
+
+
+def test_equally_relevant_patches() -> None:
+    assert torch.equal(cdpruner.relevance(torch.ones(4, 3), torch.randn(2, 3)), torch.ones(4))
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_outliers_are_counted_as_written_out(seed: int) -> None:
+    patches = 3 * torch.randn(200, 8, generator=torch.Generator().manual_seed(seed))
+    text = torch.randn(8, generator=torch.Generator().manual_seed(seed + 50))
+    ours = trim.outliers(patches @ text)
+    assert ours == len(reference.trim(patches, text, None))
+    assert ours > 5
+
+
+def test_rows_without_a_patch_have_no_relevance(model: Any, batch: Batch, clip: ClipText) -> None:
+    plan = f"trim:keep=20,clip={clip.source}+cdpruner:keep=9,clip={clip.source}"
+    with pytest.raises(ValueError, match="rows that are no patch, which this one cannot rank"):
+        run(model, batch, plan)
+
+
+# ---------------------------------------------------------------- text
+
+
+def test_a_long_text_is_cut_or_taken_in_pieces(clip: ClipText) -> None:
+    text = " ".join(f"word{i} and some" for i in range(60))
+    ids = [49406, *clip.tokenizer.encode(text), 49407]
+    assert 154 < len(ids) <= 308
+    cut = encoded_text(clip, [*ids[:76], 49407])
+    tiny.assert_close(clip.truncated(text), cut[None])
+    pieces = [ids[i : i + 77] for i in range(0, len(ids), 77)]
+    pieces[-1] += [0] * (77 - len(pieces[-1]))
+    expected = torch.stack([encoded_text(clip, piece) for piece in pieces])
+    tiny.assert_close(clip.segments(text), expected)
+    assert not torch.allclose(expected[0], cut, atol=1e-2)  # the first piece has no end
+    tiny.assert_close(clip.segments("a red digit"), clip.truncated("a red digit"))
+
+
+def test_patches_in_the_common_space(clip: ClipText) -> None:
+    x = torch.randn(7, WIDTH)
+    tiny.assert_close(clip.patches(x), common_space(clip, x))
+
+
+@pytest.mark.parametrize(
+    ("text", "asked"),
+    [
+        ("\nWhat digit is red? ASSISTANT:", "What digit is red?"),
+        ("What digit is red? ASSISTANT: ", "What digit is red?"),
+        ("What digit is red?", "What digit is red?"),
+        ("\nIs it? Answer the question using a single word or phrase. ASSISTANT:", "Is it?"),
+        ("Is it?\nAnswer the question using a single word or phrase.", "Is it?"),
+        ("ASSISTANT: is a word. ASSISTANT:", "ASSISTANT: is a word."),
+    ],
+)
+def test_the_question_is_what_stands_in_the_template(text: str, asked: str) -> None:
+    assert question(text, cdpruner.BRIEF) == asked
+    assert (question(text) == asked) == ("Answer" not in text)
+
+
+@pytest.mark.parametrize(
+    ("plan", "asked"),
+    [
+        ("trim:keep=5", "Is it?\nAnswer the question using a single word or phrase."),
+        ("cdpruner:keep=5", "Is it?"),
+    ],
+)
+def test_the_template_is_not_asked(
+    model: Any, batch: Batch, clip: ClipText, monkeypatch: pytest.MonkeyPatch, plan: str, asked: str
+) -> None:
+    texts: list[str] = []
+
+    def noting(self: ClipText, text: str) -> Tensor:
+        texts.append(text)
+        return torch.ones(1, 12)
+
+    monkeypatch.setattr(ClipText, "truncated", noting)
+    monkeypatch.setattr(ClipText, "segments", noting)
+    behind = "\nIs it?\nAnswer the question using a single word or phrase. ASSISTANT:"
+    monkeypatch.setattr(model, "decode_text", lambda ids: behind)
+    run(model, tiny.alone(model, batch, 0), f"{plan},clip={clip.source}")
+    assert texts == [asked]
+
+
+# ---------------------------------------------------------------- where the weights come from
+
+
+def test_keeping_everything_needs_no_clip(model: Any, batch: Batch) -> None:
+    plain = generate(model, batch, None, 1, output_logits=True)
+    for name in ("trim", "cdpruner"):
+        for keep in ("1.0", N):
+            kept = run(model, batch, f"{name}:keep={keep},clip=gone")
+            assert torch.equal(kept.logits, plain.logits)
+
+
+@pytest.mark.parametrize(
+    ("source", "said"),
+    [
+        ("gone", "clip=gone is no folder, file or model of open_clip; give clip=FOLDER"),
+        ("ViT-Z/openai", "is no folder, file or model of open_clip"),
+        ("ViT-L-14-336/nonsense", "is not a known tag or valid file path"),
+        ("hf-hub:org/none", "cannot load clip=hf-hub:org/none ("),
+    ],
+)
+def test_weights_that_cannot_be_had(
+    model: Any,
+    batch: Batch,
+    monkeypatch: pytest.MonkeyPatch,
+    capfd: Any,
+    caplog: Any,
+    source: str,
+    said: str,
+) -> None:
+    """One line, before any forward, and nothing else on either stream or in the log."""
+    import huggingface_hub.constants
+
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    for plan in (f"trim:clip={source}", f"cdpruner:keep=5,clip={source}"):
+        with (
+            tiny.watching(model.vision) as (forwards,),
+            pytest.raises(ValueError, match=r"\A[^\n]*\Z") as error,
+        ):
+            run(model, batch, plan)
+        assert said in str(error.value)
+        assert "; give clip=FOLDER" in str(error.value)
+        assert not forwards
+    assert capfd.readouterr() == ("", "")
+    assert not caplog.records
+
+
+def test_a_file_of_weights(
+    folder: Path, clip: ClipText, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """For one architecture, here a small one in the place of ViT-L/14."""
+    import open_clip
+
+    shape = json.loads((folder / "open_clip_config.json").read_text())["model_cfg"]
+    (tmp_path / "tiny-of-tests.json").write_text(json.dumps(shape))
+    open_clip.add_model_config(tmp_path / "tiny-of-tests.json")
+    monkeypatch.setattr("minillava.pruning.clip_text.ARCHITECTURE", "tiny-of-tests")
+    loaded = load_clip(str(folder / "open_clip_model.safetensors"), CPU)
+    assert torch.equal(loaded.truncated("a red digit"), clip.truncated("a red digit"))
+    other = tmp_path / "other.safetensors"
+    save_file({"x": torch.zeros(2)}, other)
+    for source, said in ((tmp_path, "config file missing"), (other, "Error(s) in loading")):
+        with pytest.raises(ValueError, match=r"\Acannot load clip=[^\n]*\Z") as error:
+            load_clip(str(source), CPU)
+        assert said in str(error.value)
+
+
+def test_another_models_clip(model: Any, batch: Batch, tmp_path: Path) -> None:
+    source = write_clip(tmp_path, 2 * WIDTH)
+    with pytest.raises(ValueError, match="image tower of width 48, this model's is 24 wide"):
+        run(model, batch, f"trim:keep=5,clip={source}")
+
+
+def test_weights_are_read_once(folder: Path, clip: ClipText) -> None:
+    assert load_clip(str(folder), CPU) is load_clip(str(folder), CPU)
+    assert sum(p.numel() for p in clip.model.parameters()) > 49408 * 16

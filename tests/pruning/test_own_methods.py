@@ -1,0 +1,245 @@
+"""Methods in files of their author's own: every beginner's mistake is told in one line."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from minillava.app.cli import DEMO, main
+
+EXAMPLE = DEMO / "example.png"
+
+HEAD = """
+from dataclasses import dataclass
+import torch
+from minillava.pruning.base import Context, Keep, Method, count, top
+
+@dataclass(frozen=True)
+class Mine(Method):
+    keep: float = 0.5
+    layer: int = 3
+"""
+STAGES = """
+    def stages(self):
+        return {stages}
+"""
+CHOOSE = """
+    def choose(self, c):
+        {body}
+"""
+FIRST = "return Keep(torch.arange(4))"
+DECODER = '(("decoder", self.layer),)'
+
+Tried = tuple[int, str, str]
+Try = Callable[..., Tried]
+
+
+@pytest.fixture
+def tried(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Try:
+    """Exit code, stdout and stderr of a method with such a body on the demo."""
+
+    def run(
+        body: str = FIRST,
+        stages: str = '(("embed", 0),)',
+        more: str = "",
+        options: str = "",
+        argv: tuple[str, ...] = (),
+    ) -> Tried:
+        file = tmp_path / "mine.py"
+        text = HEAD + more + STAGES.format(stages=stages) + CHOOSE.format(body=body)
+        file.write_text(text)
+        code = main(["--prune", f"{file}:Mine{options}", "--max-new-tokens", "3", *argv])
+        return code, *capsys.readouterr()
+
+    return run
+
+
+def refused(tried: Tried, *words: str) -> None:
+    code, _, err = tried
+    assert code == 2
+    assert err.startswith("error: ")
+    assert err.count("\n") == 1
+    for word in words:
+        assert word in err
+
+
+def test_a_sound_one_runs(tried: Try) -> None:
+    code, out, err = tried()
+    assert (code, err) == (0, "")
+    assert out.strip()
+
+
+@pytest.mark.parametrize(
+    ("body", "words"),
+    [
+        ("return torch.arange(4)", "gave Tensor; return a Keep"),
+        ("return None", "gave NoneType"),
+        ("return Keep([0, 1])", "must be a tensor (K,) of int64, not [0, 1]"),
+        ("return Keep(torch.tensor(3))", "not () torch.int64"),
+        ("return Keep(torch.arange(4).view(2, 2))", "not (2, 2)"),
+        ("return Keep(torch.arange(4.0))", "torch.float32"),
+        ("return Keep(torch.tensor([]))", "torch.float32"),
+        ("return Keep(torch.ones(64, dtype=torch.bool))", "mask.nonzero()"),
+        ("return Keep(torch.tensor([7, 7, 9]))", "has 7 more than once"),
+        ("return Keep(torch.tensor([3, 64]))", "has 64, but there are 64 candidates"),
+        ("return Keep(torch.tensor([-1, 3]))", "has -1"),
+        ("return Keep(torch.arange(2), rows=c.features()[:2])", "say drops_only = False"),
+        ("return Keep(torch.arange(2), extra=c.features()[:2])", "say drops_only = False"),
+        ("return Keep(torch.arange(2), ordered=True)", "say drops_only = False"),
+        ("raise ValueError('boom')", "line 15): boom"),
+        ("raise KeyError('boom')", "line 15): KeyError: 'boom'"),
+        ("raise SystemExit(0)", "line 15): SystemExit"),
+        ("assert False", "line 15): AssertionError"),
+        ("return c.nothing", "AttributeError"),
+        ("return c.decoder.attention(0)", "line 15): AttributeError"),
+        ("return Keep(top(c.features(), 4, c.what))", "(4, 128)"),
+        ("return Keep(top(c.features()[:, 0] * float('nan'), 4, c.what))", "NaN among the scores"),
+    ],
+)
+def test_a_choice_that_is_none(tried: Try, body: str, words: str) -> None:
+    refused(tried(body), "mine (", "mine.py, line 1", words)
+
+
+def test_an_error_between_tokens_has_a_line_of_its_own(tried: Try) -> None:
+    """Whoever reads both streams on one terminal."""
+    once = "type(self).asked = getattr(type(self), 'asked', 0) + 1; assert self.asked < 3; "
+    question = ("--image", str(EXAMPLE), "--prompt", "What is in the picture?", "--no-cache")
+    code, out, err = tried(once + "return Keep(torch.arange(64))", argv=question)
+    assert code == 2
+    assert err.startswith("error: mine")
+    assert out.strip()
+    assert out.endswith("\n")
+
+
+@pytest.mark.parametrize(
+    ("body", "words"),
+    [
+        ("return Keep(torch.arange(2), rows=c.features()[:3])", "(3, 128); it must be (2, 128)"),
+        ("return Keep(torch.arange(2), rows=c.features()[:2, :5])", "(2, 5)"),
+        ("return Keep(torch.arange(1), rows=c.features()[:1] / 0)", "rows has NaN or infinite"),
+        ("return Keep(torch.arange(2), rows=[1.0])", "must be a tensor of floats"),
+        ("return Keep(torch.arange(2), extra=c.features()[0])", "must be a tensor of floats"),
+        ("return Keep(torch.arange(2), extra=c.features()[:1, :5])", "it must be (M, 128)"),
+    ],
+)
+def test_merged_rows_that_are_none(tried: Try, body: str, words: str) -> None:
+    refused(tried(body, more="    drops_only = False\n"), "mine", words)
+
+
+@pytest.mark.parametrize(
+    "stages",
+    [
+        '("embed", 0)',
+        '(("embedding", 0),)',
+        '(("embed", 3),)',
+        '(("vision", 1),)',
+        '(("decoder", 2.0),)',
+        "()",
+        "None",
+        '[("embed", 0)]',
+    ],
+)
+def test_a_stage_that_is_none(tried: Try, stages: str) -> None:
+    refused(tried(stages=stages), "mine.py, line 11): stages() gave", '("decoder", K)')
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        (":keep=-3", "keep=-3"),
+        (":keep=65", "keep=65, but there are 64"),
+        (":keep=1.5", "keep=1.5"),
+        (":kep=3", "no option 'kep'"),
+        (":layer=2.5", "whole number"),
+        (":keep=3,layer=99", ""),
+    ],
+)
+def test_options(tried: Try, options: str, words: str) -> None:
+    code, _, err = done = tried(options=options)
+    if words:
+        refused(done, words)
+    else:  # a layer that its stages do not name
+        assert (code, err) == (0, "")
+
+
+def test_the_layer_before_the_first(tried: Try) -> None:
+    body = "return Keep(top(c.decoder.attention(c.decoder.newest).mean(0)[c.decoder.rows], 4, '-'))"
+    assert tried(body, DECODER)[0] == 0
+    refused(tried(body, DECODER, options=":layer=0"), "layer 0 has no layer before it")
+
+
+@pytest.mark.parametrize(
+    ("body", "words"),
+    [
+        (
+            "c.decoder.attention(c.decoder.text_rows); return Keep(torch.arange(4))",
+            "newest_row = F",
+        ),
+        ("c.decoder.hidden(); return Keep(torch.arange(4))", "newest_row = False"),
+        ("c.features(); return Keep(torch.arange(4))", "newest_row = False"),
+    ],
+)
+def test_what_is_gone_while_decoding(tried: Try, body: str, words: str) -> None:
+    more = "    newest_row = True\n"
+    assert tried(body, DECODER, more)[0] == 0
+    refused(tried(body, DECODER, more, options=":mode=mask"), "mine", words)
+    assert tried(body, DECODER, options=":mode=mask")[0] == 0
+
+
+@pytest.mark.parametrize(
+    ("asked", "words"),
+    [
+        ("check(self, n_layers, n_tokens, starts):\n        1 / 0", "line 11): ZeroDivisionError"),
+        ("check(self):\n        pass", "mine.py): TypeError"),
+        ("resolve(self, n_layers, n_tokens):\n        self.x", "line 11): AttributeError"),
+        ("most(self, n_tokens):\n        return [][0]", "line 11): IndexError"),
+        ("vision_layers(self, n_layers):\n        return (-2,)", "gave (-2,); it must be a tuple"),
+        ("vision_layers(self, n_layers):\n        return (n_layers + 1,)", "from 0 to 6"),
+        ("vision_layers(self, n_layers):\n        return 3", "gave 3; it must be a tuple"),
+    ],
+)
+def test_what_else_it_overrides(tried: Try, asked: str, words: str) -> None:
+    refused(tried(more=f"    def {asked}\n"), "mine (", words)
+
+
+def test_what_it_prints_stays_out_of_the_answer(tried: Try) -> None:
+    code, out, err = tried(
+        "print('looking'); " + FIRST, more="    print('made')\n", argv=("--json",)
+    )
+    assert code == 0
+    assert json.loads(out)["plan"]
+    assert err.split() == ["made", "looking"]
+
+
+@pytest.mark.parametrize("folder", [".", "deeper/.."])
+def test_a_file_named_from_where_one_stands(
+    tried: Try, folder: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
+    tried()
+    (tmp_path / "deeper").mkdir()
+    file = tmp_path / "mine.py"
+    file.write_text(file.read_text().replace(FIRST, "raise RuntimeError('one\\ntwo')"))
+    monkeypatch.chdir(tmp_path)
+    done = main(["--prune", f"{folder}/mine.py:Mine"]), *capsys.readouterr()
+    refused(done, "mine.py, line 15): RuntimeError: one two")
+
+
+@pytest.mark.parametrize("missing", ["stages", "choose"])
+def test_a_class_without_what_it_needs(
+    missing: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = tmp_path / "mine.py"
+    parts = {"stages": STAGES.format(stages='(("embed", 0),)'), "choose": CHOOSE.format(body=FIRST)}
+    file.write_text(HEAD + "".join(text for name, text in parts.items() if name != missing))
+    refused((main(["--prune", f"{file}:Mine"]), *capsys.readouterr()), f"no method {missing}")
+
+
+def test_a_name_that_is_taken_and_a_file_without_a_class(
+    tried: Try, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    refused(tried(more="    name = 'fastv'\n"), "'fastv' is here already")
+    refused((main(["--prune", str(tmp_path / "mine.py")]), *capsys.readouterr()), "FILE.py:Class")
