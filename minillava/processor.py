@@ -14,8 +14,8 @@ from PIL import Image
 from torch import Tensor
 
 from .image import ImageConfig, check_aspect, preprocess
-from .llava import Batch
 from .prompt import IMAGE, Choices, conversation, split_choices
+from .sample import Batch
 from .tokenizer import StreamDecoder, Tokenizer
 
 TOKENS = ("hf", "llava", "simignore")

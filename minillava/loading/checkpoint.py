@@ -19,6 +19,7 @@ from ..config import Config
 from ..llava import LLaVA
 from ..processor import Processor
 from ..quant.quantise import stored_parts
+from ..tokenizer import Tokenizer
 from .assemble import TIED, fill, forms_of, linear_layers
 from .config_file import read_config
 from .hub import find
@@ -70,7 +71,7 @@ def load(
     config = read_config(folder / "config.json")
     processor = read_processor(folder, config)
     stored = stored_tensors(folder)
-    model = empty_model(config)
+    model = empty_model(config, processor.tokenizer)
     found = match(model, stored, folder)
     forms = forms_of(model, found, quantize, folder)
     if storage is None:
@@ -78,14 +79,13 @@ def load(
         own = [t for name, t in found.items() if not name.endswith(("_scale", "_low"))]
         storage = torch.float32 if place == _CPU and not forms else widest(own)
     fill(model, found, place, storage, forms, progress)
-    model.decode_text = processor.decode
     return model, processor
 
 
-def empty_model(config: Config) -> LLaVA:
-    """Shapes without memory."""
+def empty_model(config: Config, tokenizer: Tokenizer | None = None) -> LLaVA:
+    """A model whose tensors have shapes but no memory."""
     with torch.device("meta"), _NoInitialValues():
-        return LLaVA(config)
+        return LLaVA(config, tokenizer=tokenizer)
 
 
 def match(model: LLaVA, stored: Iterable[Stored], folder: Path) -> dict[str, Stored]:
