@@ -25,10 +25,11 @@ import torch
 
 from minillava import Batch, load, parse_plan
 from minillava.app.command import Parser, command, natural, positive
-from minillava.generate import Result, Settings, check_plan, generate, prompts_of
+from minillava.generate import Result, generate
 from minillava.llava import LLaVA
 from minillava.processor import Processor
 from minillava.pruning import METHODS
+from minillava.request import Settings, check_plan, prompts_of
 from weights import scenes
 
 from . import fit, store

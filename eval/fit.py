@@ -37,10 +37,11 @@ from torch import Tensor
 from minillava import Batch, load, parse_plan
 from minillava.app.command import Parser, command, natural, positive, real
 from minillava.config import TextConfig
-from minillava.generate import generate, prompts_of
+from minillava.generate import generate
 from minillava.llava import LLaVA
 from minillava.pruning import Context, Keep, Method, Plan
 from minillava.pruning.base import Stage
+from minillava.request import prompts_of
 
 # ---------------------------------------------------------------- VTW
 

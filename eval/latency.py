@@ -27,14 +27,15 @@ from torch import Tensor
 
 from minillava import Batch, load, parse_plan
 from minillava.app.command import Parser, command, positive
+from minillava.attention import causal_attention
 from minillava.config import Config, TextConfig, VisionConfig
-from minillava.generate import Settings, check_plan, generate, prompts_of
-from minillava.llama import causal_attention
+from minillava.generate import generate
 from minillava.llava import LLaVA
 from minillava.loading.assemble import fill, forms_of
 from minillava.loading.checkpoint import DTYPES, QUANTIZE, empty_model, find_device
 from minillava.loading.tensor_files import Stored
 from minillava.quant.linear import weight_bytes
+from minillava.request import Settings, check_plan, prompts_of
 
 from . import cost
 

@@ -23,11 +23,12 @@ from PIL import Image
 from tqdm import tqdm  # type: ignore[import-untyped,unused-ignore]
 
 from minillava import load
-from minillava.generate import Settings, generate
+from minillava.generate import generate
 from minillava.image import check_aspect
 from minillava.processor import TOKENS
 from minillava.prompt import IMAGE, TEMPLATES, conversation
 from minillava.pruning import parse_plan
+from minillava.request import Settings
 
 NEW_TOKENS = 1024  # where a task sets none: what lmms-eval's own llava classes take
 DELIMITER = "\n\n"  # lmms-eval's `until` where a task has none; LLaVA's answers may hold it

@@ -10,12 +10,13 @@ from pathlib import Path
 from tqdm import tqdm  # type: ignore[import-untyped,unused-ignore]
 
 from minillava import Batch
-from minillava.generate import Result, Settings, check_plan, generate, prompts_of
+from minillava.generate import Result, generate
 from minillava.llava import LLaVA
 from minillava.processor import Processor
 from minillava.prompt import conversation
 from minillava.pruning import parse_plan_with_files
 from minillava.pruning.base import Plan
+from minillava.request import Settings, check_plan, prompts_of
 
 from . import cost, store
 from .ranks import ALONE, Ranks

@@ -97,9 +97,8 @@ def begin_sample(
 ) -> Sample:
     """A prompt with its image features (S, C) in the places of their placeholders."""
     rows = prompt.rows(model.config.vision.num_patches)
-    x = torch.zeros(len(rows), model.config.vision.hidden_size, device=model.device)
-    x = x.to(model.dtype)
-    vision = {}
+    C, vision = model.config.vision.hidden_size, {}
+    x = torch.zeros(len(rows), C, dtype=model.dtype, device=model.device)
     if prompt.images:
         assert encoded is not None
         vision = {i: hidden[list(prompt.images)] for i, hidden in encoded.hidden.items()}
@@ -146,21 +145,14 @@ def begin_decoding(
     history: list[Pruned],
     cache: KVCache | None,
 ) -> State:
-    """The state after a prefill; what only methods of the prefill could read is let go."""
-    device = samples[0].rows.id.device
-    position = [[rows.next_position for rows in segment.rows] for segment in segments]
-    length = [[len(rows) for rows in segment.rows] for segment in segments]
+    """The state after a prefill, without what only methods of the prefill could read."""
     for s in samples:
         s.vision, s.embedded, s.last, s.x = {}, None, None, s.x[:0]
-    return State(
-        plan,
-        samples,
-        segments,
-        history,
-        cache,
-        torch.tensor(position, device=device),
-        torch.tensor(length, device=device),
-    )
+    device = samples[0].rows.id.device
+    next_positions = [[rows.next_position for rows in segment.rows] for segment in segments]
+    position = torch.tensor(next_positions, device=device)
+    length = torch.tensor([[len(r) for r in segment.rows] for segment in segments], device=device)
+    return State(plan, samples, segments, history, cache, position, length)
 
 
 def decode(model: LLaVA, tokens: Tensor, state: State) -> Tensor:

@@ -8,7 +8,7 @@ run again for every token, and the plan chooses again each time.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -17,8 +17,8 @@ from .cache import KVCache
 from .engine import Memory, decode, hidden_states_read, prefill
 from .llava import Encoded, LLaVA
 from .pruning.base import Plan
-from .report import Clock, Result, Times, make_report, make_result
-from .request import Batch, Settings, check_encoded, check_plan, prompts_of, solve_average
+from .report import Clock, Result, make_report
+from .request import Batch, Settings, check_encoded, check_plan, prompts_of
 from .sampling import sample
 
 if TYPE_CHECKING:
@@ -30,23 +30,17 @@ def generate(
     batch: Batch,
     plan: Plan | None = None,
     max_new_tokens: int = 256,
-    min_new_tokens: int = 0,
-    stop: str | Sequence[str] = (),
-    temperature: float = 0.0,
-    top_p: float = 1.0,
-    seed: int | None = None,
-    use_cache: bool = True,
-    output_logits: bool = False,
     encoded: Encoded | None = None,
+    **options: Any,
 ) -> Result:
     """Answer every prompt of a batch. Each sample gets the answer that it would get alone.
 
-    seed: sample b draws with seed + b; None draws anew each time (random plans then use seed 0).
-    encoded: the images as `encode_images` left them, so that the vision tower is not run again.
+    options: min_new_tokens, stop, temperature, top_p, seed, use_cache, output_logits (Settings in
+    request.py says what they mean). encoded: the images as `encode_images` left them, so that the
+    vision tower is not run again.
     Raises ValueError, before any forward, for what cannot be done.
     """
-    settings = Settings(max_new_tokens, min_new_tokens, as_tuple(stop), temperature, top_p, seed)
-    answer = Answer(model, batch, plan or Plan(), settings, use_cache, output_logits, encoded)
+    answer = Answer(model, batch, plan or Plan(), Settings(max_new_tokens, **options), encoded)
     for _ in answer:
         pass
     return answer.result
@@ -58,23 +52,17 @@ def stream(
     batch: Batch,
     plan: Plan | None = None,
     max_new_tokens: int = 256,
-    min_new_tokens: int = 0,
-    stop: str | Sequence[str] = (),
-    temperature: float = 0.0,
-    top_p: float = 1.0,
-    seed: int | None = None,
-    use_cache: bool = True,
     encoded: Encoded | None = None,
+    **options: Any,
 ) -> TextStream:
     """The answer to one prompt, to be iterated for pieces of text; then it has `.result`.
 
-    The arguments are those of `generate`, and so are the errors.
+    Takes the options of `generate` and raises its errors.
     """
     if len(batch.ids) != 1:
         raise ValueError(f"stream answers one prompt, the batch has {len(batch.ids)}; use generate")
-    settings = Settings(max_new_tokens, min_new_tokens, as_tuple(stop), temperature, top_p, seed)
-    answer = Answer(model, batch, plan or Plan(), settings, use_cache, False, encoded)
-    return TextStream(answer, processor)
+    settings = Settings(max_new_tokens, **options)
+    return TextStream(Answer(model, batch, plan or Plan(), settings, encoded), processor)
 
 
 def encode_images(model: LLaVA, batch: Batch, plan: Plan | None = None) -> Encoded | None:
@@ -98,19 +86,13 @@ class Answer:
     result: Result  # set when the iteration has ended
 
     def __init__(
-        self,
-        model: LLaVA,
-        batch: Batch,
-        plan: Plan,
-        settings: Settings,
-        use_cache: bool,
-        output_logits: bool,
-        encoded: Encoded | None,
+        self, model: LLaVA, batch: Batch, plan: Plan, settings: Settings, encoded: Encoded | None
     ) -> None:
+        """Checks everything that can be refused."""
         self.model, self.batch, self.settings = model, batch, settings
-        self.use_cache, self.output_logits = use_cache, output_logits
         self.prompts = prompts_of(model, batch)
-        self.plan = solve_average(model.config, plan)
+        text, vision = model.config.text, model.config.vision
+        self.plan = plan.resolve(text.num_hidden_layers, vision.num_patches)
         check_plan(model, self.prompts, self.plan, settings)
         self.encoded = check_encoded(batch, encoded, hidden_states_read(model, self.plan))
 
@@ -123,24 +105,24 @@ class Answer:
         # 1. images
         if encoded is None and self.batch.pixels is not None:
             encoded = model.encode(self.batch.pixels, hidden_states_read(model, self.plan))
-        vision = clock.seconds()
+        clock.note("vision")
 
         # 2. prompt
         memories: list[Memory] = [{} for _ in self.prompts]
         seed, cache = settings.seed or 0, self._new_cache()
         logits, state = prefill(model, self.prompts, encoded, self.plan, cache, seed, memories)
         prompt_state, cache_bytes = state, cache.used_bytes() if cache else 0
-        times = Times(vision, prefill=clock.seconds() - vision)
+        clock.note("prefill")
 
         # 3. one token after the other
         tokens = Tokens(model, settings, [len(rows) for rows in state.segments[0].rows])
         chosen_from: list[Tensor] = []
         while tokens.running:
-            if self.output_logits:
+            if settings.output_logits:
                 chosen_from.append(tokens.blank_ended(logits))
             new = tokens.draw(logits)  # (B,)
             taken = tokens.take(new.tolist())
-            times.note_token(clock)
+            clock.note_token()
             yield taken
             if not tokens.running:
                 break
@@ -151,14 +133,18 @@ class Answer:
                 logits, state = prefill(model, longer, encoded, self.plan, None, seed, memories)
 
         # 4. what happened
-        stacked = torch.stack(chosen_from, dim=1) if chosen_from else logits[:, None][:, :0]
-        times.end = clock.seconds()
-        report = make_report(prompt_state, tokens.stopped, times, cache_bytes, clock.peak_bytes())
-        logits_or_none = stacked if self.output_logits else None
-        self.result = make_result(model, prompt_state, tokens.tokens, report, logits_or_none)
+        self.result = Result(
+            tokens.tokens,
+            model.tokenizer and [model.tokenizer.decode(ids) for ids in tokens.tokens],
+            make_report(prompt_state, tokens.stopped, clock, cache_bytes),
+            self.plan,
+            model.config,
+            [p.starts for p in self.prompts],
+            torch.stack(chosen_from or [logits[:0]], 1) if settings.output_logits else None,
+        )
 
     def _new_cache(self) -> KVCache | None:
-        if not self.use_cache:
+        if not self.settings.use_cache:
             return None
         text = self.model.config.text
         room = min(self.settings.max_new_tokens, text.max_position_embeddings) - 1
@@ -221,10 +207,10 @@ class Tokens:
         tokens, settings = self.tokens[b], self.settings
         if tokens[-1] in self.model.config.eos_token_ids:
             return "eos"
-        if settings.stop and len(tokens) >= settings.min_new_tokens:
+        if settings.stop_strings and len(tokens) >= settings.min_new_tokens:
             assert self.model.tokenizer is not None
             text = self.model.tokenizer.decode(tokens)
-            if any(s in text for s in settings.stop):
+            if any(s in text for s in settings.stop_strings):
                 return "stop"
         return self._limit_name(self.limits[b]) if len(tokens) >= self.limits[b] else ""
 
@@ -253,7 +239,7 @@ class TextStream:
         return self.answer.result
 
     def __iter__(self) -> Iterator[str]:
-        decoder, stop = self.processor.stream_decoder(), self.answer.settings.stop
+        decoder, stop = self.processor.stream_decoder(), self.answer.settings.stop_strings
         held, ended = "", False
         for (token,) in self.answer:
             assert token is not None
@@ -270,10 +256,6 @@ class TextStream:
         cut = min((held.index(s) for s in stop if s in held), default=len(held))
         if held[:cut] and not ended:
             yield held[:cut]
-
-
-def as_tuple(stop: str | Sequence[str]) -> tuple[str, ...]:
-    return (stop,) if isinstance(stop, str) else tuple(stop)
 
 
 def suffix_length(text: str, stop: Sequence[str]) -> int:

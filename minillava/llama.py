@@ -37,7 +37,7 @@ def rope(config: TextConfig, positions: Tensor, dtype: torch.dtype) -> Rope:
 
 
 def rotate(x: Tensor, rope: Rope) -> Tensor:
-    """Rotate (R, H, Dh). The first half of a head holds the x, the second half the y coordinates."""
+    """Rotate (R, H, Dh). The first half of a head holds the x coordinates, the second half the y."""
     cos, sin = rope
     a, b = x.chunk(2, dim=-1)
     return torch.cat((a * cos - b * sin, b * cos + a * sin), dim=-1)
@@ -106,7 +106,7 @@ class Block(nn.Module):
 
 
 class Llama(nn.Module):
-    """Weights of the decoder. The loop over its blocks is in engine.py, since pruning is part of it."""
+    """The decoder's weights. The loop over its blocks is in engine.py: pruning is part of it."""
 
     def __init__(self, config: TextConfig) -> None:
         super().__init__()

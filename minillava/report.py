@@ -11,8 +11,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from .config import Config
 from .engine import Pruned, State
-from .llava import LLaVA
 from .pruning.base import Plan
 from .rows import Rows
 
@@ -47,105 +47,69 @@ class Report:
 
 
 @dataclass(frozen=True)
-class Layout:
-    """Where images are in the prompts, for drawing what the report says."""
-
-    size: int  # S, pixels along an image's side
-    grid: int  # patches along it
-    aspect: str  # how the checkpoint wants images made square
-    starts: list[list[int]]  # [b] index of the first token of each image
-
-
-@dataclass(frozen=True)
 class Result:
     """The answers to a batch."""
 
     tokens: list[list[int]]  # [b] new ids, EOS included
     texts: list[str] | None  # [b] the same decoded; None without a tokenizer
     report: Report
-    plan: Plan
-    layout: Layout
+    plan: Plan  # with average= solved
+    config: Config
+    starts: list[tuple[int, ...]]  # [b] index of the first token of each image in the prompt
     logits: Tensor | None = None  # (B, n_new, V): each token's logits; NaN after a sample's end
 
 
 class Clock:
-    """Seconds since it was made. It waits for CUDA before it reads the time."""
+    """Measures one generation, in seconds since it was made. It waits for CUDA before it reads."""
 
     def __init__(self, device: torch.device) -> None:
-        self.device = device
-        if device.type == "cuda":
-            torch.cuda.reset_peak_memory_stats(device)
+        self.cuda = device if device.type == "cuda" else None
+        self.read: dict[str, float] = {}  # vision, prefill, first_token, last: when each had ended
+        self.n_tokens = 0
+        if self.cuda:
+            torch.cuda.reset_peak_memory_stats(self.cuda)
         self.start = self._now()
 
     def _now(self) -> float:
-        if self.device.type == "cuda":
-            torch.cuda.synchronize(self.device)
+        if self.cuda:
+            torch.cuda.synchronize(self.cuda)
         return time.perf_counter()
 
-    def seconds(self) -> float:
-        return self._now() - self.start
+    def note(self, what: str) -> None:
+        self.read[what] = self._now() - self.start
 
-    def peak_bytes(self) -> int | None:
-        if self.device.type != "cuda":
-            return None
-        return torch.cuda.max_memory_allocated(self.device)
-
-
-@dataclass
-class Times:
-    """Seconds of one generation, as they are measured."""
-
-    vision: float
-    prefill: float
-    first_token: float = 0.0
-    end: float = 0.0
-    n_tokens: int = 0
-
-    def note_token(self, clock: Clock) -> None:
-        if not self.n_tokens:
-            self.first_token = clock.seconds()
+    def note_token(self) -> None:
         self.n_tokens += 1
+        self.note("first_token" if self.n_tokens == 1 else "last")
 
-    @property
     def per_token(self) -> float:
-        later = self.n_tokens - 1
-        return (self.end - self.first_token) / later if later > 0 else 0.0
+        """Mean of the tokens after the first."""
+        if self.n_tokens < 2:
+            return 0.0
+        return (self.read["last"] - self.read["first_token"]) / (self.n_tokens - 1)
 
 
-def make_report(
-    state: State, stopped: list[str], times: Times, cache_bytes: int, peak_bytes: int | None
-) -> Report:
+def make_report(state: State, stopped: list[str], clock: Clock, cache_bytes: int) -> Report:
     """The report on a generation whose prefill left `state`."""
     by_layer = [segment for segment in state.segments for _ in segment.layers]
     entering = [[len(rows) for rows in segment.rows] for segment in by_layer]
-    images = [count_images(segment.rows, segment.hidden) for segment in state.segments]
+    images = [(count_images(s.rows, s.hidden), s.layers) for s in state.segments]
+    read = clock.read
     return Report(
         prompt_tokens=[len(s.prompt.ids) for s in state.samples],
         kept=[image_tokens_left(pruned) for pruned in state.history],
         tokens_entering=entering,
-        image_tokens_entering=[
-            list(n) for n, s in zip(images, state.segments, strict=True) for _ in s.layers
-        ],
+        image_tokens_entering=[list(n) for n, layers in images for _ in layers],
         cache_lengths=[list(n) if state.cache else [0] * len(n) for n in entering],
         next_position=[rows.next_position for rows in state.segments[0].rows],
         stopped=stopped,
-        vision=times.vision,
-        prefill=times.prefill,
-        first_token=times.first_token or times.vision + times.prefill,
-        per_token=times.per_token,
+        vision=read["vision"],
+        prefill=read["prefill"] - read["vision"],
+        first_token=read.get("first_token", read["prefill"]),
+        per_token=clock.per_token(),
         cache_bytes=cache_bytes,
-        peak_bytes=peak_bytes,
+        peak_bytes=torch.cuda.max_memory_allocated(clock.cuda) if clock.cuda else None,
     )
-
-
-def make_result(
-    model: LLaVA, state: State, tokens: list[list[int]], report: Report, logits: Tensor | None
-) -> Result:
-    vision, tokenizer = model.config.vision, model.tokenizer
-    texts = [tokenizer.decode(ids) for ids in tokens] if tokenizer else None
-    starts = [list(s.prompt.starts) for s in state.samples]
-    layout = Layout(vision.image_size, vision.grid, model.config.image_aspect, starts)
-    return Result(tokens, texts, report, state.plan, layout, logits)
 
 
 def count_images(rows: list[Rows], hidden: list[Tensor | None]) -> list[int]:

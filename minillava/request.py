@@ -6,14 +6,14 @@ Each check raises ValueError with one line that names the value, what was allowe
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from .config import Config
 from .llava import Encoded, LLaVA
-from .pruning.base import Method, Plan
+from .pruning.base import Plan
 from .sample import Batch as Batch
 from .sample import Prompt
 
@@ -24,14 +24,20 @@ SLACK = (
 
 @dataclass(frozen=True)
 class Settings:
-    """How tokens are drawn and when to stop."""
+    """How tokens are drawn, and when to stop."""
 
-    max_new_tokens: int
-    min_new_tokens: int
-    stop: tuple[str, ...]
-    temperature: float
-    top_p: float
-    seed: int | None
+    max_new_tokens: int = 256
+    min_new_tokens: int = 0  # before them neither EOS nor a stop string ends a sample
+    stop: str | Sequence[str] = ()  # strings that end the answer
+    temperature: float = 0.0  # 0: the likeliest token (greedy)
+    top_p: float = 1.0  # draw from the likeliest tokens that together have this probability
+    seed: int | None = None  # sample b draws with seed + b; None: anew each time, plans with 0
+    use_cache: bool = True  # False: the whole sequence is run again for every token
+    output_logits: bool = False
+
+    @property
+    def stop_strings(self) -> tuple[str, ...]:
+        return (self.stop,) if isinstance(self.stop, str) else tuple(self.stop)
 
     def __post_init__(self) -> None:
         for name in ("max_new_tokens", "min_new_tokens"):
@@ -50,7 +56,7 @@ class Settings:
             raise ValueError(f"temperature={self.temperature} must be 0 (greedy) or more, finite")
         if not 0 < self.top_p <= 1:
             raise ValueError(f"top_p={self.top_p} must be above 0 and at most 1")
-        if any(not isinstance(s, str) or not s for s in self.stop):
+        if any(not isinstance(s, str) or not s for s in self.stop_strings):
             raise ValueError(f"stop={self.stop!r}: stop strings must be text, not empty")
         if self.seed is not None and not 0 <= self.seed < 2**62:
             raise ValueError(f"seed={self.seed} must be from 0 to 2^62 - 1")
@@ -150,7 +156,7 @@ def check_encoded(batch: Batch, encoded: Encoded | None, read: set[int]) -> Enco
 def check_plan(model: LLaVA, prompts: Sequence[Prompt], plan: Plan, settings: Settings) -> None:
     """Refuse a plan that cannot run on the prompts, and prompts beyond the model's positions."""
     config = model.config
-    if settings.stop and model.tokenizer is None:
+    if settings.stop_strings and model.tokenizer is None:
         raise ValueError("stop strings need a model with a tokenizer, as load() gives it")
     N, most = config.vision.num_patches, config.text.max_position_embeddings
     for b, prompt in enumerate(prompts):
@@ -175,50 +181,3 @@ def check_plan(model: LLaVA, prompts: Sequence[Prompt], plan: Plan, settings: Se
             f"prompt {b} has {len(prompt.ids)} tokens, {text + left} of them for the decoder, but "
             f"the model has {most} positions: {advice}"
         )
-
-
-def solve_average(config: Config, plan: Plan) -> Plan:
-    """The plan with `average=` turned into the setting that comes nearest to it on this model.
-
-    With 32 layers and 576 image tokens, fastv:k=2,average=192 becomes keep=166 and reaches 191.6.
-    """
-    n_layers, n_tokens = config.text.num_hidden_layers, config.vision.num_patches
-    averaged = [m for m in plan.methods if m.average is not None]
-    if not averaged:
-        return plan
-    if len(plan.methods) > 1:
-        raise ValueError(
-            f"{averaged[0].name}: average= is solved for one method alone, this plan has "
-            f"{len(plan.methods)}; give its {averaged[0].strength}="
-        )
-    return replace(plan, methods=(nearest_variant(averaged[0], n_layers, n_tokens),))
-
-
-def nearest_variant(method: Method, n_layers: int, n_tokens: int) -> Method:
-    """Of a method's variants, the one whose average is nearest; of equally near ones the first."""
-    name, wanted = method.name, method.average
-    assert wanted is not None
-    found = [
-        (average_entering(v, n_layers, n_tokens), v) for v in method.variants(n_layers, n_tokens)
-    ]
-    if not found:
-        raise ValueError(f"{name}: average={wanted} cannot be solved for these options")
-    reached, nearest = min(found, key=lambda f: abs(f[0] - wanted))
-    averages = [average for average, _ in found]
-    if not min(averages) <= wanted <= max(averages) and abs(reached - wanted) > SLACK:
-        value = getattr(nearest, method.strength)
-        said = "/".join(map(str, value)) if isinstance(value, tuple) else value
-        raise ValueError(
-            f"{name}: average={wanted} is out of reach with {n_layers} layers and {n_tokens} image "
-            f"tokens; the nearest is average={reached:.1f} ({method.strength}={said})"
-        )
-    return nearest
-
-
-def average_entering(method: Method, n_layers: int, n_tokens: int) -> float:
-    """Image tokens that enter a decoder layer, averaged over the layers, of one image."""
-    total, now, since = 0, n_tokens, 0
-    for (_, layer), left in zip(method.stages(), method.left(n_tokens), strict=True):
-        total += now * (layer - since)
-        now, since = left, layer
-    return (total + now * (n_layers - since)) / n_layers

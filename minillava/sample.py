@@ -42,8 +42,8 @@ class Batch:
         pixels: Tensor | None = None,
         focus: Sequence[Tensor | None] | None = None,
     ) -> Batch:
-        """A batch from Hugging Face's input_ids, attention_mask (0 and 1, or bool; None: no padding)
-        and pixel_values, as LlavaProcessor returns them. Checked when it is used."""
+        """A batch from what Hugging Face's LlavaProcessor returns: input_ids, attention_mask (0 and
+        1, or bool; None: no padding) and pixel_values. It is checked when it is used."""
         mask = torch.ones_like(ids, dtype=torch.bool) if mask is None else mask.bool()
         return cls(ids, mask, pixels, focus)
 
@@ -174,35 +174,28 @@ class LayerAttention:
 
     def __call__(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """q (R, H, Dh), k, v (R, Hkv, Dh) of all samples -> (R, H, Dh)."""
-        if self.view is None:
-            y = self._prompts(q, k, v)
-        else:
-            assert self.cache is not None
-            keys, values = self.cache.append(self.layer, k, v, self.view.end, self.view.at)
-            y = token_attention(q, keys, values, self.view.visible)
-        if self.remember:
-            self._remember(q, k)
-        return y
+        return self._prompts(q, k, v) if self.view is None else self._tokens(q, k, v, self.view)
 
     def _prompts(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         if self.cache is not None:
             self.cache.store(self.layer, k, v)
         lengths = [len(s.rows) for s in self.samples]
-        parts = zip(*(t.split(lengths) for t in (q, k, v)), self.hidden, strict=True)
+        parts = list(zip(*(t.split(lengths) for t in (q, k, v)), self.hidden, strict=True))
+        if self.remember:
+            for s, (q_, k_, _, hidden) in zip(self.samples, parts, strict=True):
+                s.last = LastAttention(q_, k_, hidden, s.rows)
         seen = [causal_attention(*part) for part in parts]
         return seen[0] if len(seen) == 1 else torch.cat(seen)
 
-    def _remember(self, q: Tensor, k: Tensor) -> None:
-        start = 0
-        for b, (sample, hidden) in enumerate(zip(self.samples, self.hidden, strict=True)):
-            n = 1 if self.view is not None else len(sample.rows)
-            keys = k[start : start + n]
-            if self.view is not None:
-                assert self.cache is not None
-                keys = self.cache.keys_of(self.layer, b)
-                hidden = pad_visible(hidden, len(keys))
-            sample.last = LastAttention(q[start : start + n], keys, hidden, sample.rows)
-            start += n
+    def _tokens(self, q: Tensor, k: Tensor, v: Tensor, view: CacheView) -> Tensor:
+        assert self.cache is not None
+        keys, values = self.cache.append(self.layer, k, v, view.end, view.at)
+        if self.remember:
+            for b, (s, hidden) in enumerate(zip(self.samples, self.hidden, strict=True)):
+                cached = self.cache.keys_of(self.layer, b)
+                hidden = pad_visible(hidden, len(cached))
+                s.last = LastAttention(q[b : b + 1], cached, hidden, s.rows)
+        return token_attention(q, keys, values, view.visible)
 
 
 def pad_visible(hidden: Tensor | None, n: int) -> Tensor | None:

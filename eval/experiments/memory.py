@@ -15,8 +15,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
 
-from minillava.generate import Report, generate
+from minillava.generate import generate
 from minillava.quant.linear import weight_bytes
+from minillava.report import Report
 
 from .. import cost, predict
 from ..bench import DEMO, Bench

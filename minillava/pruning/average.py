@@ -1,13 +1,76 @@
-"""Averages as papers state them: image tokens per decoder layer, from a report's counts.
+"""Budgets as papers state them: image tokens ENTERING a layer, averaged over the layers.
 
-`average=192` means image tokens ENTERING a layer, averaged over the layers: for FastV at layer 2 of
-32 with 576 tokens it is reached by keep=166. minillava/request.py solves it. SparseVLM's released
-counter differs: it counts a layer whose output is pruned as if its input had been.
+`average=192` is no option of a method but a result of its options: with 32 layers and 576 image
+tokens, FastV at layer 2 reaches 191.6 by keeping 166. A plan of one method with average= is solved
+against the model before anything runs: of the method's variants(), the one whose average is nearest
+is taken. Any method works whose left() says how many tokens stay, also a user's.
+
+What a run really did can be counted from its report's image_tokens_entering, with entering() as
+above, or with leaving() as SparseVLM's released counter does, which counts a layer whose output is
+pruned as if its input had been.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
+
+from .base import Method, Plan
+
+SLACK = 0.5  # tokens by which average= may lie out of reach, since people type it rounded
+
+
+@dataclass(frozen=True)
+class AveragePlan(Plan):
+    """A plan of one method whose average is given: AveragePlan((FastV(layer=2),), average=192)."""
+
+    average: float = 0.0
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if len(self.methods) != 1:
+            raise ValueError(
+                f"average={self.average} is solved for one method alone, this plan has "
+                f"{len(self.methods)}; give the options that say how many tokens stay"
+            )
+        if self.methods[0].scope == "all":
+            name = self.methods[0].name
+            raise ValueError(f"{name}: average={self.average} counts one image; give keep=")
+
+    def resolve(self, n_layers: int, n_tokens: int) -> Plan:
+        """The plan with the variant of its method whose average is nearest on this model."""
+        method = nearest_variant(self.methods[0], self.average, n_layers, n_tokens)
+        return Plan((method,), self.tokens, self.focus, self.text)
+
+
+def nearest_variant(method: Method, average: float, n_layers: int, n_tokens: int) -> Method:
+    """Of a method's variants, the one whose average is nearest; of equally near ones the first."""
+    found = [
+        (average_entering(variant, n_layers, n_tokens), variant)
+        for variant in method.variants(n_layers, n_tokens)
+    ]
+    if not found:
+        raise ValueError(f"{method.name}: average={average} cannot be solved for these options")
+    reached, nearest = min(found, key=lambda pair: abs(pair[0] - average))
+    averages = [reached for reached, _ in found]
+    if not min(averages) <= average <= max(averages) and abs(reached - average) > SLACK:
+        value = getattr(nearest, method.strength)
+        said = "/".join(map(str, value)) if isinstance(value, tuple) else value
+        raise ValueError(
+            f"{method.name}: average={average} is out of reach with {n_layers} layers and "
+            f"{n_tokens} image tokens; the nearest is average={reached:.1f} "
+            f"({method.strength}={said})"
+        )
+    return nearest
+
+
+def average_entering(method: Method, n_layers: int, n_tokens: int) -> float:
+    """Image tokens of one image that enter a decoder layer, averaged over the layers."""
+    total, now, since = 0, n_tokens, 0
+    for (_, layer), left in zip(method.stages(), method.left(n_tokens), strict=True):
+        total += now * (layer - since)
+        now, since = left, layer
+    return (total + now * (n_layers - since)) / n_layers
 
 
 def entering(layers: Sequence[Sequence[int]]) -> list[float]:

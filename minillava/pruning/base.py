@@ -11,8 +11,8 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from dataclasses import MISSING, dataclass, field, fields, replace
 from functools import cached_property
-from itertools import pairwise
-from typing import Any, ClassVar, Literal, TypeVar
+from inspect import get_annotations
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor
@@ -26,7 +26,6 @@ from ..sample import LastAttention, Sample, pad_visible
 Stage = Literal["vision", "embed", "decoder"]
 Stages = tuple[tuple[Stage, int], ...]
 STAGES: tuple[Stage, ...] = ("vision", "embed", "decoder")  # in the order in which they run
-M = TypeVar("M", bound="Method")
 
 
 # ---------------------------------------------------------------- options
@@ -41,59 +40,50 @@ def option(
     choices: tuple[str, ...] = (),
     alias: str | None = None,
     instead_of: tuple[str, ...] = (),
+    amount: bool = False,
 ) -> Any:
     """An option of a method: a dataclass field with what its values may be.
 
     low, high: bounds, both included, of a number or of each number of a list. choices: the values
-    of a text option. alias: a second spelling. instead_of: options that this one takes the place
-    of, so that only one of them may be given. Without a default the option must be given.
+    of a text. alias: a second spelling. instead_of: options of which only one may be given. amount:
+    a number of tokens (int), or a share of them (float from 0 to 1). No default: it must be given.
     """
-    rule = {"low": low, "high": high, "choices": choices, "alias": alias, "instead_of": instead_of}
-    return field(default=default, metadata=rule | {"help": help})
+    return field(default=default, metadata={k: v for k, v in locals().items() if k != "default"})
 
 
-def amount(
-    default: Any = MISSING, *, help: str = "number or share kept", instead_of: tuple[str, ...] = ()
-) -> Any:
-    """An option that says how many tokens: an int is a number, a float is a share from 0 to 1.
-
-    count(value, n) turns it into a number of n tokens.
-    """
-    return field(default=default, metadata={"amount": True, "help": help, "instead_of": instead_of})
+def amount(default: Any = MISSING, help: str = "number or share kept", **rule: Any) -> Any:
+    """An option that says how many tokens; count() makes a number of it."""
+    return option(default, help=help, amount=True, **rule)
 
 
-def check_option(method: Method, name: str, value: Any, rule: Mapping[str, Any]) -> None:
-    """Raise ValueError if an option's value breaks what option() or amount() declared."""
-    low, high, choices = rule.get("low"), rule.get("high"), rule.get("choices")
-    said = "/".join(map(str, value)) if isinstance(value, tuple) else value
-    if choices and value is not None and value not in choices:
-        raise ValueError(f"{method.name}: {name}={said} must be one of {', '.join(choices)}")
+def check_option(name: str, value: Any, rule: Mapping[str, Any]) -> None:
+    """Raise ValueError if the value of an option breaks what option() declared."""
+    said, allowed = "/".join(map(str, value)) if isinstance(value, tuple) else value, ""
+    low, high, choices = rule["low"], rule["high"], rule["choices"]
     for v in value if isinstance(value, tuple) else (value,):
+        if choices and v is not None and v not in choices:
+            allowed = f"one of {', '.join(choices)}"
         if v is None or isinstance(v, str):
             continue
-        if rule.get("amount") and (v < 0 or (isinstance(v, float) and not v <= 1)):
-            raise ValueError(
-                f"{method.name}: {name}={said} must be a whole number of tokens, or a share from "
-                "0.0 to 1.0"
-            )
+        if rule["amount"] and not (v >= 0 if isinstance(v, int) else 0 <= v <= 1):
+            allowed = "a whole number of tokens, or a share from 0.0 to 1.0"
         if (low is not None and not v >= low) or (high is not None and not v <= high):
-            bounds = f"from {low} to {high}" if high is not None else f"{low} or more"
-            why = f" ({rule['help']})" if rule.get("help") else ""
-            raise ValueError(f"{method.name}: {name}={said} must be {bounds}{why}")
+            allowed = f"{low} or more" if high is None else f"from {low} to {high}"
+            allowed += f" ({rule['help']})"
+    if allowed:
+        raise ValueError(f"{name}={said} must be {allowed}")
 
 
 def count(keep: float, n_tokens: int) -> int:
-    """An amount as a number: an int as it is, a float as share of n_tokens, at least 1 unless 0.
-
-    Shares are rounded half to even, as Python's round does: count(0.5, 5) is 2.
-    """
+    """An amount as a number of tokens: an int as it is, a float as share of n_tokens, at least 1
+    unless it is 0. Shares are rounded half to even, as Python's round does: count(0.5, 5) is 2."""
     n = keep if isinstance(keep, int) else round(n_tokens * keep)
     return n if keep == 0 else max(1, n)
 
 
 def top(scores: Tensor, k: int, where: str) -> Tensor:
-    """Indices (k,) of the k highest of scores (n,), highest first; of equal ones the lower index
-    first. Raises ValueError for NaN; `where` (Context.where) says in which layer."""
+    """Indices (k,) of the k highest of scores (n,), highest first, equal ones by lower index.
+    NaN raises ValueError, which says `where` it was found (Context.where)."""
     if scores.isnan().any():
         raise ValueError(f"NaN among the scores of {where}: the weights or the input are broken")
     return torch.sort(scores, descending=True, stable=True).indices[:k]
@@ -112,9 +102,6 @@ class Method:
     )
     scope: str = option("image", choices=("image", "all"), help="one budget per image or for all")
     until: int | None = option(None, help="mode=mask: the mask ends where this layer begins")
-    average: float | None = option(
-        None, help="image tokens entering a layer, averaged over the layers; sets `strength`"
-    )
 
     file: ClassVar[str] = ""  # the user's file that the class was read from
     name: ClassVar[str]  # without one of its own, a class is called by its name in lower case
@@ -123,7 +110,7 @@ class Method:
     newest_row: ClassVar[bool] = False  # the score reads the newest row
     choice_stands: ClassVar[bool] = False  # ... but mode=mask does not choose again for new tokens
     numbering: ClassVar[str] = "original"  # default of `positions`
-    strength: ClassVar[str] = "keep"  # the option that `average` sets
+    strength: ClassVar[str] = "keep"  # the option that average= sets (average.py)
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
@@ -132,29 +119,36 @@ class Method:
 
     def __new__(cls, *args: Any, **kwargs: Any) -> Method:
         """Refuse a class whose options are no dataclass fields, before Python's own error does."""
-        if vars(cls).get("__annotations__") and "__dataclass_fields__" not in vars(cls):
+        if get_annotations(cls) and "__dataclass_fields__" not in vars(cls):
             raise ValueError(f"put @dataclass(frozen=True) above class {cls.__name__}")
         return super().__new__(cls)
 
     def __post_init__(self) -> None:
+        for name, value, rule in self.options():
+            check_option(f"{self.name}: {name}", value, rule)
+        masks, drops_only, joint = self.mode == "mask", self.drops_only, self.scope == "all"
+        for refused, why in (
+            (masks and not drops_only, "mode=mask needs a method that only drops; use mode=drop"),
+            (
+                masks and self.positions == "compact",
+                "mode=mask renumbers nothing; use positions=original",
+            ),
+            (self.until and not masks, f"until={self.until} ends a mask; it needs mode=mask"),
+            (joint and not drops_only, "scope=all needs a method that only drops"),
+        ):
+            if refused:
+                raise ValueError(f"{self.name}: {why}")
+
+    def options(self) -> Iterator[tuple[str, Any, Mapping[str, Any]]]:
+        """Name, value and rule of each option; a plain field called `keep` is an amount too."""
         for f in fields(self):
-            check_option(self, f.name, getattr(self, f.name), f.metadata)
-        if self.mode == "mask" and not self.drops_only:
-            raise ValueError(
-                f"{self.name}: mode=mask needs a method that only drops; use mode=drop"
-            )
-        if self.mode == "mask" and self.positions == "compact":
-            raise ValueError(f"{self.name}: mode=mask renumbers nothing; use positions=original")
-        if self.mode == "drop" and self.until is not None:
-            raise ValueError(f"{self.name}: until={self.until} ends a mask; it needs mode=mask")
-        if self.scope == "all" and not self.drops_only:
-            raise ValueError(f"{self.name}: scope=all needs a method that only drops")
-        if self.scope == "all" and self.average is not None:
-            raise ValueError(f"{self.name}: average={self.average} counts one image; give keep=")
+            rule = amount().metadata if f.name == "keep" and not f.metadata else f.metadata
+            if rule:
+                yield f.name, getattr(self, f.name), rule
 
     def stages(self) -> Stages:
-        """Where the method acts: ("vision", 0) before the projector, ("embed", 0) after it, and
-        ("decoder", K) on what enters decoder layer K. Each is one call of `choose`."""
+        """Where it acts: ("vision", 0) before the projector, ("embed", 0) after it, ("decoder", K)
+        on what enters decoder layer K. `choose` is called once for each."""
         raise NotImplementedError
 
     def choose(self, c: Context) -> Keep:
@@ -165,11 +159,11 @@ class Method:
         """Image rows left after each stage, out of n_tokens; at most so many, if it depends."""
         return tuple(n_tokens for _ in self.stages())
 
-    def variants(self: M, n_layers: int, n_tokens: int) -> Iterator[M]:
-        """The settings that `average` chooses among: every value of keep, unless overridden."""
+    def variants(self, n_layers: int, n_tokens: int) -> Iterator[Method]:
+        """What average= chooses among: the method with every value of keep, unless overridden."""
         if any(f.name == "keep" for f in fields(self)):
             for k in range(1, n_tokens + 1):
-                yield replace(self, average=None, keep=k)
+                yield replace(self, keep=k)
 
     def check(self, n_layers: int, n_tokens: int, starts: tuple[int, ...]) -> None:
         """Raise ValueError, before any forward, for what cannot run on this model and sample.
@@ -177,23 +171,25 @@ class Method:
         n_tokens: image tokens in one scope before pruning (576, or all images' with scope=all);
         starts: index of each image's first token in the prompt, at least one.
         """
-        for _, layer in self.stages():
+        layers = [layer for _, layer in self.stages()]
+        for layer in layers:
             if not 0 <= layer < n_layers:
                 raise ValueError(
                     f"{self.name}: layer={layer}, but the decoder has layers 0 to {n_layers - 1}; "
                     "give one of these (what enters it is pruned)"
                 )
-        first = self.stages()[0][1]
-        if self.until is not None and not first < self.until <= n_layers:
+        if self.until is not None and not layers[0] < self.until <= n_layers:
             raise ValueError(
-                f"{self.name}: until={self.until} must be a layer after {first}, at most {n_layers}"
+                f"{self.name}: until={self.until} must be a layer after {layers[0]}, at most "
+                f"{n_layers}"
             )
-        for f in fields(self):
-            value = getattr(self, f.name)
-            values = value if isinstance(value, tuple) else (value,)
-            if f.metadata.get("amount") or f.name == "keep":
-                for v in values:
-                    check_amount(self.name, f.name, v, n_tokens)
+        for name, value, rule in self.options():
+            for v in value if isinstance(value, tuple) else (value,):
+                if rule["amount"] and isinstance(v, int) and v > n_tokens:
+                    raise ValueError(
+                        f"{self.name}: {name}={v}, but there are {n_tokens} image tokens; give at "
+                        f"most so many, or a share such as {name}=0.5"
+                    )
 
     def vision_layers(self, n_layers: int) -> tuple[int, ...]:
         """Numbers of the vision tower's hidden states that `choose` reads, besides LLaVA's own.
@@ -218,33 +214,18 @@ class Method:
         return self.mode == "drop" and (self.positions or self.numbering) == "compact"
 
 
-def check_amount(name: str, option: str, value: Any, n_tokens: int) -> None:
-    """Raise ValueError if a number of tokens is more than there are."""
-    if isinstance(value, int) and value > n_tokens:
-        raise ValueError(
-            f"{name}: {option}={value}, but there are {n_tokens} image tokens; give at most so "
-            f"many, or a share such as {option}=0.5"
-        )
-
-
-def check_method(method: object) -> None:
+def check_method(method: Any) -> None:
     """Raise ValueError for an object that is no method, or whose class is not complete."""
-    cls = type(method)
     if not isinstance(method, Method):
         raise ValueError(f"a plan holds pruning methods, not {method!r}; derive one from Method")
     for needed in ("stages", "choose"):
-        if getattr(cls, needed) is getattr(Method, needed):
-            raise ValueError(f"class {cls.__name__} has no method {needed}(); see Method")
+        if getattr(type(method), needed) is getattr(Method, needed):
+            raise ValueError(f"class {type(method).__name__} has no method {needed}(); see Method")
     stages: Any = method.stages()
-    good = isinstance(stages, tuple) and all(
-        isinstance(s, tuple)
-        and len(s) == 2
-        and s[0] in STAGES
-        and isinstance(s[1], int)
-        and (s[0] == "decoder" or s[1] == 0)
-        for s in stages
-    )
-    if not good or not stages:
+    for pair in stages if isinstance(stages, tuple) and stages else (stages,):
+        match pair:
+            case ("vision" | "embed", 0) | ("decoder", int()):
+                continue
         raise ValueError(
             f"{method.name}: stages() gave {stages!r}; it must be a tuple of pairs: "
             '("vision", 0) before the projector, ("embed", 0) after it, ("decoder", K) at the '
@@ -253,35 +234,32 @@ def check_method(method: object) -> None:
 
 
 def check_keep(method: Method, keep: Any, n: int, width: int) -> None:
-    """Raise ValueError for a Keep that does not fit n candidates with hidden states of that width,
-    or what its method declares."""
-    who = f"{method.name}: choose()"
-    if not isinstance(keep, Keep):
-        raise ValueError(f"{who} returned {type(keep).__name__}; return a Keep(index)")
-    index: Any = keep.index
+    """Raise ValueError for a Keep that does not fit its n candidates (n, width) or its method."""
+    who = f"{method.name}{f' ({method.file})' if method.file else ''}: choose()"
+    index = keep.index if isinstance(keep, Keep) else None
     if not isinstance(index, Tensor) or index.ndim != 1 or index.dtype != torch.int64:
-        said = f"{tuple(index.shape)} {index.dtype}" if isinstance(index, Tensor) else repr(index)
-        hint = "; of a mask, take mask.nonzero()[:, 0]" if "bool" in said else ""
-        raise ValueError(f"{who}: Keep.index must be a tensor (K,) of int64, not {said}{hint}")
-    numbers = index.sort().values.tolist()
-    if numbers and not 0 <= numbers[0] <= numbers[-1] < n:
-        wrong = numbers[0] if numbers[0] < 0 else numbers[-1]
-        raise ValueError(f"{who}: Keep.index has {wrong}, but the {n} candidates are 0 to {n - 1}")
-    if len(set(numbers)) < len(numbers):
-        twice = next(a for a, b in pairwise(numbers) if a == b)
-        raise ValueError(f"{who}: Keep.index has {twice} more than once; name each once")
-    if method.drops_only and (keep.merged is not None or keep.extra is not None or keep.ordered):
+        said = f"index {tuple(index.shape)} {index.dtype}" if isinstance(index, Tensor) else keep
         raise ValueError(
-            f"{who}: Keep has merged or extra rows, or is ordered; say drops_only = False"
+            f"{who} must return Keep(index) with index (K,) of int64, not {str(said)[:80]}; of a "
+            "bool mask take mask.nonzero()[:, 0]"
         )
+    numbers = index.sort().values.tolist()
+    if numbers and (numbers[0] < 0 or numbers[-1] >= n or len(set(numbers)) < len(numbers)):
+        pairs = zip(numbers, [*numbers[1:], n], strict=True)
+        wrong = next(a for a, b in pairs if a == b or not 0 <= a < n)
+        raise ValueError(
+            f"{who}: Keep.index has {wrong}; name each of the {n} candidates (0 to {n - 1}) once at "
+            "most"
+        )
+    if method.drops_only and (keep.merged is not None or keep.extra is not None or keep.ordered):
+        raise ValueError(f"{who}: Keep has new rows or another order; say drops_only = False")
     for what, rows, K in (("merged", keep.merged, len(index)), ("extra", keep.extra, "M")):
         if rows is None:
             continue
-        if not isinstance(rows, Tensor) or not rows.is_floating_point() or rows.ndim != 2:
-            raise ValueError(f"{who}: Keep.{what} must be a tensor of floats, ({K}, {width})")
-        if rows.shape[1] != width or K not in ("M", len(rows)):
-            shape = tuple(rows.shape)
-            raise ValueError(f"{who}: Keep.{what} is {shape}; it must be ({K}, {width})")
+        good = isinstance(rows, Tensor) and rows.is_floating_point() and rows.ndim == 2
+        if not good or rows.shape[1] != width or K not in ("M", len(rows)):
+            said = tuple(rows.shape) if isinstance(rows, Tensor) else type(rows).__name__
+            raise ValueError(f"{who}: Keep.{what} must be ({K}, {width}) floats, not {said}")
         if not rows.isfinite().all():
             raise ValueError(f"{who}: Keep.{what} has NaN or infinite numbers")
 
@@ -310,10 +288,8 @@ class Context:
         self.generated = sample.generated  # tokens generated so far; 0 in the prefill of a prompt
         self.where = f"layer {step.layer}" if step.stage == "decoder" else f"the {step.stage} stage"
 
-    @property
-    def memory(self) -> dict[str, Any]:
-        """What this step may keep for this image of this sample from token to token; at first {}"""
-        return self._sample.memory.setdefault((self._step.number, *self._images), {})
+        memory = sample.memory  # kept from token to token, for this step and image of this sample
+        self.memory: dict[str, Any] = memory.setdefault((step.number, *images), {})
 
     # ------------------------------------------------------------ the candidates
 
@@ -341,7 +317,7 @@ class Context:
 
     def text(self) -> Tensor:
         """Input embeddings (t, D) of text_rows."""
-        return self.model.embed(self._question_ids())
+        return self.model.embed(self._text_ids())
 
     def focus(self) -> Tensor:
         """Input embeddings (t, D) of the text to compare with: the focus, else the question."""
@@ -353,13 +329,12 @@ class Context:
             raise ValueError("this method reads text: it needs a model with a tokenizer (load)")
         return self.model.tokenizer.decode(self._focus_ids().tolist())
 
-    def _question_ids(self) -> Tensor:
-        s = self._sample
-        return s.prompt.ids[s.rows.id[s.text_rows()]]
+    def _text_ids(self) -> Tensor:
+        return self._sample.prompt.ids[self._sample.rows.id[self.text_rows]]
 
     def _focus_ids(self) -> Tensor:
         focus = self._sample.prompt.focus
-        return self._question_ids() if focus is None else focus
+        return self._text_ids() if focus is None else focus
 
     # ------------------------------------------------------------ the decoder
 
@@ -433,8 +408,8 @@ class Context:
     def _last(self) -> LastAttention:
         if self._sample.last is None or self._step.layer == 0:
             raise ValueError(
-                f"{self._step.method.name}: layer 0 has no layer before it whose attention could be "
-                "read; ask for that of the coming layer, attention(rows, layer=0)"
+                f"{self._step.method.name}: layer 0 has no layer before it whose attention could "
+                "be read; ask for that of the coming layer, attention(rows, layer=0)"
             )
         return self._sample.last
 
@@ -559,6 +534,10 @@ class Plan:
             for s in self.at("decoder", layer)
             if s.method.mode == "mask" and s.method.newest_row and not s.method.choice_stands
         ]
+
+    def resolve(self, n_layers: int, n_tokens: int) -> Plan:
+        """The plan with its options settled for a model (average.py settles average=)."""
+        return self
 
     def check(self, n_layers: int, per_image: int, starts: tuple[int, ...]) -> None:
         """Raise ValueError for what cannot run on such a model and a sample with images there."""

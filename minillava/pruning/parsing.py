@@ -13,6 +13,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, get_args, get_type_hints
 
+from .average import AveragePlan
 from .base import Method, Plan
 from .fastv import FastV
 from .registry import METHODS, PRESETS, Preset
@@ -63,8 +64,8 @@ def exclusive_options(method: type[Method]) -> list[tuple[str, str]]:
         for name, field in option_fields(method).items()
         for other in field.metadata.get("instead_of", ())
     ]
-    sets = {method.strength, *(p for pair in pairs if method.strength in pair for p in pair)}
-    return pairs + [("average", name) for name in sorted(sets)]
+    strengths = {method.strength, *(p for pair in pairs if method.strength in pair for p in pair)}
+    return pairs + [("average", name) for name in sorted(strengths)]
 
 
 # ---------------------------------------------------------------- text -> methods
@@ -73,7 +74,7 @@ def exclusive_options(method: type[Method]) -> list[tuple[str, str]]:
 def read_plan(text: str, run_files: bool) -> Plan:
     if not text or text == "none":
         return Plan(text=text)
-    methods: list[Method] = []
+    made: list[tuple[Method, float | None]] = []  # methods, each with its average= or None
     tokens = focus = None
     for part in map(str.strip, text.split("+")):
         if found := SPEC.fullmatch(part):
@@ -87,21 +88,25 @@ def read_plan(text: str, run_files: bool) -> Plan:
                 raise ValueError(
                     f"{found['file']}: the name {cls.name!r} is taken; give the method another one"
                 )
-            methods.append(make_method(cls, read_options(cls.name, found["options"] or "")))
+            made.append(make_method(cls, read_options(cls.name, found["options"] or "")))
             continue
         if part.endswith(".py"):
             raise ValueError(f"{part}: which class? write FILE.py:Class")
         name, _, rest = part.partition(":")
         options = read_options(name, rest)
         if name not in PRESETS:
-            methods.append(find_method(name, options))
+            made.append(find_method(name, options))
             continue
-        made = expand_preset(name, PRESETS[name], options)
-        methods += made
+        expanded = expand_preset(name, PRESETS[name], options)
+        made += expanded
         focus = PRESETS[name].focus or focus
-        if any(getattr(m, "released", False) for m in made):
+        if any(getattr(method, "released", False) for method, _ in expanded):
             tokens = PRESETS[name].tokens or tokens
-    return Plan(tuple(methods), tokens, focus, text)
+    methods = tuple(method for method, _ in made)
+    averages = [average for _, average in made if average is not None]
+    if averages:
+        return AveragePlan(methods, tokens, focus, text, average=averages[0])
+    return Plan(methods, tokens, focus, text)
 
 
 def read_options(name: str, text: str) -> dict[str, str]:
@@ -116,20 +121,24 @@ def read_options(name: str, text: str) -> dict[str, str]:
     return options
 
 
-def find_method(name: str, options: Mapping[str, str]) -> Method:
+def find_method(name: str, options: Mapping[str, str]) -> tuple[Method, float | None]:
     if name not in METHODS:
         known = ", ".join([*METHODS, *PRESETS])
         raise ValueError(f"no pruning method {name!r}; there are: {known}")
     return make_method(METHODS[name], options)
 
 
-def make_method(cls: type[Method], options: Mapping[str, str]) -> Method:
+def make_method(cls: type[Method], options: Mapping[str, str]) -> tuple[Method, float | None]:
+    """The method with these options, and the average that it is to reach, if one is given."""
     name, fields, hints, names = cls.name, option_fields(cls), get_type_hints(cls), aliases(cls)
     values: dict[str, Any] = {}
     for given, text in options.items():
         key = names.get(given, given)
+        if key == "average":
+            values[key] = read_number(f"{name}: average={text}", text, fraction=True)
+            continue
         if key not in fields:
-            known = ", ".join([*fields, *names])
+            known = ", ".join([*fields, "average", *names])
             raise ValueError(f"{name} has no option {given!r}; it has: {known}")
         if key in values:
             same = sorted(o for o in options if names.get(o, o) == key)
@@ -143,9 +152,12 @@ def make_method(cls: type[Method], options: Mapping[str, str]) -> Method:
     missing = [
         key for key, f in fields.items() if f.default is dataclasses.MISSING and key not in values
     ]
+    if missing == [cls.strength] and "average" in values:
+        missing, values[cls.strength] = [], 1.0  # average= sets it later
     if missing:
         raise ValueError(f"{name} needs {missing[0]}=, for example {name}:{missing[0]}=0.5")
-    return cls(**values)
+    average = values.pop("average", None)
+    return cls(**values), average
 
 
 def read_value(what: str, text: str, hint: Any, choices: tuple[str, ...]) -> Any:
@@ -179,7 +191,9 @@ def read_number(what: str, text: str, fraction: bool) -> int | float:
     raise ValueError(f"{what}: must be {allowed}")
 
 
-def expand_preset(name: str, preset: Preset, options: Mapping[str, str]) -> list[Method]:
+def expand_preset(
+    name: str, preset: Preset, options: Mapping[str, str]
+) -> list[tuple[Method, float | None]]:
     """The methods of a preset, with options replaced in the one method that has them."""
     parts = []
     for part in preset.plan.split("+"):
@@ -189,7 +203,7 @@ def expand_preset(name: str, preset: Preset, options: Mapping[str, str]) -> list
         owners = [
             (method, given)
             for method, given in parts
-            if aliases(method).get(key, key) in option_fields(method)
+            if key == "average" or aliases(method).get(key, key) in option_fields(method)
         ]
         if len(owners) != 1:
             known = sorted({k for m, _ in parts for k in option_fields(m)})

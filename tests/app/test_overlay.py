@@ -10,10 +10,11 @@ import tiny
 import torch
 from PIL import Image, ImageChops
 
+from minillava import Batch
 from minillava.app.overlay import GAP, LINE, MARGIN, PANEL, as_seen, overlay
 from minillava.generate import Result, generate
 from minillava.image import ImageConfig, preprocess
-from minillava.llava import Batch, LLaVA
+from minillava.llava import LLaVA
 from minillava.pruning import parse_plan
 
 SIZE, GRID = 56, 4  # of the model in conftest

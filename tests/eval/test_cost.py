@@ -17,9 +17,10 @@ from eval import cost
 from eval.bench import DEMO
 from eval.latency import SHAPES, prompt
 from minillava import Batch, load, parse_plan
-from minillava.generate import generate, prompts_of
-from minillava.llama import causal_attention
+from minillava.attention import causal_attention
+from minillava.generate import generate
 from minillava.loading.checkpoint import empty_model
+from minillava.request import prompts_of
 
 SEVEN, THIRTEEN = SHAPES["7b"].text, SHAPES["13b"].text
 

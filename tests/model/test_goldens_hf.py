@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
@@ -113,23 +112,25 @@ class Spy(Method):
         return tuple(("decoder", layer) for layer in range(self.layers))
 
     def choose(self, c: Context) -> Keep:
-        assert c.decoder is not None
-        attention: Callable[..., Tensor] = c.decoder.attention
-        self.seen[c.layer, "coming"] = attention(c.decoder.newest, layer=0).mean(0)
-        if c.layer:
-            self.seen[c.layer - 1, "past"] = attention(c.decoder.newest).mean(0)
-            self.seen[c.layer - 1, "keys"] = c.decoder.keys()
-        return Keep(torch.arange(len(c.patches)))
+        layer = c.stage_index
+        self.seen[layer, "coming"] = c.attention(c.newest, layer=0).mean(0)
+        if layer:
+            self.seen[layer - 1, "past"] = c.attention(c.newest).mean(0)
+            self.seen[layer - 1, "keys"] = c.keys()
+        return Keep(torch.arange(len(c.candidates)))
 
 
 @pytest.mark.goldens("hf/*/single")
 def test_attention_and_keys_asked_for_later(golden: Golden) -> None:
     model = golden.model
     spy = Spy(layers=model.config.text.num_hidden_layers)
-    generate(model, batch_of(golden), Plan((spy,)), max_new_tokens=1)
+    batch = batch_of(golden)
+    generate(model, batch, Plan((spy,)), max_new_tokens=1)
+    is_image = batch.ids[0] == model.config.image_token_id  # (T,): only these are candidates
     for layer in range(spy.layers):
         for when in ("past", "coming") if layer < spy.layers - 1 else ("coming",):
-            assert_same_weights(spy.seen[layer, when], golden[ATTENTION][layer, 0])
+            expected = golden[ATTENTION][layer, 0][is_image]
+            assert_same_weights(spy.seen[layer, when], expected)
     if "keys_layer0" in golden:
         golden.assert_close(spy.seen[0, "keys"].transpose(0, 1), "keys_layer0", 0)
 

@@ -17,8 +17,9 @@ from tiny import watching
 from torch import Tensor
 
 from minillava import Batch
-from minillava.generate import Report, generate
+from minillava.generate import generate
 from minillava.pruning.base import Plan
+from minillava.report import Report
 
 See = Callable[[int, Tensor, list[Tensor]], Tensor]
 

@@ -40,7 +40,7 @@ class Spy(FastV):
     def choose(self, c: Context) -> Keep:
         keep = super().choose(c)
         self.chosen.append(sorted(c.patches[keep.index].tolist()))
-        self.scores.append(c.decoder.attention(c.decoder.newest).mean(0)[c.decoder.rows])
+        self.scores.append(c.attention(c.newest).mean(0))
         return keep
 
 
