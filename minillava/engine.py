@@ -257,8 +257,17 @@ def hide_rows(step: Step, rows: Rows, choices: Sequence[Choice]) -> Mask:
 
 def hidden_states_read(model: LLaVA, plan: Plan) -> set[int]:
     """Numbers of the vision tower's hidden states that LLaVA and the plan's methods read."""
-    vision = model.config.vision
-    read = set[int]().union(*(m.vision_layers(vision.num_hidden_layers) for m in plan.methods))
+    vision, read = model.config.vision, set[int]()
+    for method in plan.methods:
+        layers: Any = method.vision_layers(vision.num_hidden_layers)
+        if not isinstance(layers, tuple) or not set(layers) <= {
+            *range(vision.num_hidden_layers + 1)
+        }:
+            raise ValueError(
+                f"{method.name}: vision_layers() gave {layers!r}; it must be a tuple of numbers "
+                f"from 0 to {vision.num_hidden_layers}"
+            )
+        read |= set(layers)
     if len(plan.methods) == 1 and plan.methods[0].own_features(vision.num_patches):
         return read
     return read | {model.feature_layer}
