@@ -133,14 +133,17 @@ class Answer:
                 logits, state = prefill(model, longer, encoded, self.plan, None, seed, memories)
 
         # 4. what happened
+        decode_ids = model.tokenizer.decode if model.tokenizer else None
         self.result = Result(
             tokens.tokens,
-            model.tokenizer and [model.tokenizer.decode(ids) for ids in tokens.tokens],
+            [decode_ids(ids) for ids in tokens.tokens] if decode_ids else None,
             make_report(prompt_state, tokens.stopped, clock, cache_bytes),
             self.plan,
             model.config,
             [p.starts for p in self.prompts],
-            torch.stack(chosen_from or [logits[:0]], 1) if settings.output_logits else None,
+            (torch.stack(chosen_from, 1) if chosen_from else logits[:, None][:, :0])
+            if settings.output_logits
+            else None,
         )
 
     def _new_cache(self) -> KVCache | None:

@@ -12,7 +12,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import MISSING, dataclass, field, fields, replace
 from functools import cached_property
 from inspect import get_annotations
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal, cast
 
 import torch
 from torch import Tensor
@@ -126,15 +126,13 @@ class Method:
     def __post_init__(self) -> None:
         for name, value, rule in self.options():
             check_option(f"{self.name}: {name}", value, rule)
-        masks, drops_only, joint = self.mode == "mask", self.drops_only, self.scope == "all"
+        masks, compact = self.mode == "mask", self.positions == "compact"
+        only_drops = "needs a method that only drops"
         for refused, why in (
-            (masks and not drops_only, "mode=mask needs a method that only drops; use mode=drop"),
-            (
-                masks and self.positions == "compact",
-                "mode=mask renumbers nothing; use positions=original",
-            ),
+            (masks and not self.drops_only, f"mode=mask {only_drops}; use mode=drop"),
+            (masks and compact, "mode=mask renumbers nothing; use positions=original"),
             (self.until and not masks, f"until={self.until} ends a mask; it needs mode=mask"),
-            (joint and not drops_only, "scope=all needs a method that only drops"),
+            (self.scope == "all" and not self.drops_only, f"scope=all {only_drops}"),
         ):
             if refused:
                 raise ValueError(f"{self.name}: {why}")
@@ -163,7 +161,7 @@ class Method:
         """What average= chooses among: the method with every value of keep, unless overridden."""
         if any(f.name == "keep" for f in fields(self)):
             for k in range(1, n_tokens + 1):
-                yield replace(self, keep=k)
+                yield replace(cast(Any, self), keep=k)
 
     def check(self, n_layers: int, n_tokens: int, starts: tuple[int, ...]) -> None:
         """Raise ValueError, before any forward, for what cannot run on this model and sample.
@@ -192,10 +190,8 @@ class Method:
                     )
 
     def vision_layers(self, n_layers: int) -> tuple[int, ...]:
-        """Numbers of the vision tower's hidden states that `choose` reads, besides LLaVA's own.
-
-        n_layers: blocks of the tower (24); state i is what enters block i.
-        """
+        """Numbers of the vision tower's hidden states that `choose` reads, besides LLaVA's own;
+        state i is what enters block i, n_layers is the number of blocks (24)."""
         return ()
 
     def own_features(self, n_tokens: int) -> bool:
@@ -248,8 +244,8 @@ def check_keep(method: Method, keep: Any, n: int, width: int) -> None:
         pairs = zip(numbers, [*numbers[1:], n], strict=True)
         wrong = next(a for a, b in pairs if a == b or not 0 <= a < n)
         raise ValueError(
-            f"{who}: Keep.index has {wrong}; name each of the {n} candidates (0 to {n - 1}) once at "
-            "most"
+            f"{who}: Keep.index has {wrong}; name each of the {n} candidates, 0 to {n - 1}, once "
+            "at most"
         )
     if method.drops_only and (keep.merged is not None or keep.extra is not None or keep.ordered):
         raise ValueError(f"{who}: Keep has new rows or another order; say drops_only = False")

@@ -197,8 +197,8 @@ def expand_preset(
     """The methods of a preset, with options replaced in the one method that has them."""
     parts = []
     for part in preset.plan.split("+"):
-        method, _, rest = part.partition(":")
-        parts.append((METHODS[method], read_options(method, rest)))
+        part_name, _, rest = part.partition(":")
+        parts.append((METHODS[part_name], read_options(part_name, rest)))
     for key, value in options.items():
         owners = [
             (method, given)
