@@ -51,8 +51,7 @@ class Grid(Method):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        no_number = self.keep is None and self.average is None
-        if (self.h is None) != (self.w is None) or no_number == (self.h is None):
+        if (self.h is None) != (self.w is None) or (self.keep is None) == (self.h is None):
             raise ValueError(
                 f"{self.name} needs keep=, or h= and w=, for example {self.name}:h=8,w=8"
             )

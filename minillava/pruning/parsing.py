@@ -152,8 +152,10 @@ def make_method(cls: type[Method], options: Mapping[str, str]) -> tuple[Method, 
     missing = [
         key for key, f in fields.items() if f.default is dataclasses.MISSING and key not in values
     ]
-    if missing == [cls.strength] and "average" in values:
-        missing, values[cls.strength] = [], 1.0  # average= sets it later
+    if "average" in values and cls.strength in fields:
+        if fields[cls.strength].default in (None, dataclasses.MISSING):
+            values[cls.strength] = 1.0  # average= sets it, once the model is known
+        missing = [key for key in missing if key != cls.strength]
     if missing:
         raise ValueError(f"{name} needs {missing[0]}=, for example {name}:{missing[0]}=0.5")
     average = values.pop("average", None)

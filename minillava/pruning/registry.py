@@ -5,14 +5,40 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from .base import Method
+from .baselines import Random, TextOnly, Uniform
+from .cdpruner import CDPruner
+from .divprune import DivPrune
+from .fastervlm import FasterVLM
 from .fastv import FastV
+from .grid import Grid
+from .hiprune import HiPrune
+from .hired import HiRED
+from .holov import HoloV
+from .pool import Pool
 from .simignore import Simignore
+from .trim import TRIM
+from .visionzip import VisionZip
+from .vispruner import VisPruner
 
 METHODS: dict[str, type[Method]] = {
     method.name: method
     for method in (
         FastV,
         Simignore,
+        VisionZip,
+        FasterVLM,
+        HiRED,
+        VisPruner,
+        DivPrune,
+        TRIM,
+        CDPruner,
+        HoloV,
+        HiPrune,
+        Random,
+        Uniform,
+        Grid,
+        Pool,
+        TextOnly,
     )
 }
 

@@ -20,7 +20,7 @@ class BeforeDecoder(Method):
 
     keep: float = amount()
 
-    identity = "keep=1.0"
+    identity: ClassVar[str | None] = "keep=1.0"
     numbering = "compact"
     stage: ClassVar[Stage] = "vision"
 
