@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import golden_cases
 import pytest
 import tiny
 import torch
@@ -31,7 +32,9 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    config.addinivalue_line("markers", "goldens(pattern): run with every case that matches")
+    config.addinivalue_line(
+        "markers", "goldens(pattern, complete=False): run once for each case of golden_cases.py"
+    )
     for spec in config.getoption("--method"):
         from minillava.pruning import METHODS, load_file_method
 
@@ -46,9 +49,15 @@ def pytest_configure(config: pytest.Config) -> None:
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     if marker := metafunc.definition.get_closest_marker("goldens"):
-        root = metafunc.config.getoption("--goldens").resolve()
-        paths = sorted(root.glob(f"{marker.args[0]}.safetensors"))
-        metafunc.parametrize("golden", [tiny.Golden(path, root) for path in paths], ids=str)
+        root = metafunc.config.getoption("--goldens")
+        found = golden_cases.cases(root, *marker.args, **marker.kwargs)
+        metafunc.parametrize("golden", found, ids=str)
+
+
+@pytest.fixture(scope="session")
+def goldens(request: pytest.FixtureRequest) -> Path:
+    """Folder with the reference data."""
+    return request.config.getoption("--goldens")
 
 
 @pytest.fixture(scope="session")

@@ -9,23 +9,22 @@ import atexit
 import dataclasses
 import json
 import math
-import re
 import shutil
 import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
-from functools import cache, cached_property
+from functools import cache
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import save_file
 from torch import Tensor
 
-from minillava import Batch, load, parse_plan
+from minillava import Batch, parse_plan
 from minillava.pruning import METHODS
-from minillava.pruning.base import Plan
+from minillava.pruning.base import Context, Keep, Plan
 
 SMALL_FILES = Path(__file__).parent / "goldens" / "checkpoints" / "tiny-a" / "hub-sharded"
 IMAGE, PAD, VOCABULARY = 318, 319, 320
@@ -109,6 +108,40 @@ def rewrite_config(folder: Path, change: Any, name: str = "config.json") -> None
     (folder / name).write_text(json.dumps(values))
 
 
+def write_clip(folder: Path, width: int = 24) -> Path:
+    """A random CLIP of open_clip's, as open_clip reads it from a folder."""
+    import open_clip
+
+    shape = {
+        "embed_dim": 12,
+        "vision_cfg": {
+            "image_size": 56,
+            "patch_size": 14,
+            "width": width,
+            "head_width": 8,
+            "layers": 1,
+        },
+        "text_cfg": {
+            "context_length": 77,
+            "vocab_size": 49408,
+            "width": 16,
+            "heads": 2,
+            "layers": 2,
+        },
+    }
+    torch.manual_seed(width)
+    clip = open_clip.CLIP(**shape)
+    for p in clip.parameters():  # norms that say something
+        if p.ndim == 1:
+            p.data += 0.3 * torch.randn(p.shape)
+    (folder / "open_clip_config.json").write_text(json.dumps({"model_cfg": shape}))
+    save_file(
+        {name: tensor.contiguous() for name, tensor in clip.state_dict().items()},
+        folder / "open_clip_model.safetensors",
+    )
+    return folder
+
+
 # ---------------------------------------------------------------- batches
 
 
@@ -183,8 +216,6 @@ def example(name: str, *more: str) -> Plan:
 @cache
 def clip_folder() -> str:
     """A random CLIP for the methods that read text with one."""
-    from test_methods_clip_text import write_clip
-
     folder = Path(tempfile.mkdtemp())
     atexit.register(shutil.rmtree, folder)
     return str(write_clip(folder))
@@ -214,6 +245,38 @@ def watching(*modules: torch.nn.Module) -> Iterator[list[list[Tensor]]]:
             hook.remove()
 
 
+@contextmanager
+def watching_inputs(module: torch.nn.Module) -> Iterator[list[Tensor]]:
+    """The first argument of the module, call by call."""
+    seen: list[Tensor] = []
+    hook = module.register_forward_pre_hook(lambda _, args: seen.append(args[0]))
+    yield seen
+    hook.remove()
+
+
+def choices(monkeypatch: pytest.MonkeyPatch, method: Any) -> list[tuple[Context, Keep]]:
+    """A list that grows by each choice of the method, with what it was made from."""
+    seen: list[tuple[Context, Keep]] = []
+    choose = method.choose
+
+    def noting(self: Any, c: Context) -> Keep:
+        seen.append((c, choose(self, c)))
+        return seen[-1][1]
+
+    monkeypatch.setattr(method, "choose", noting)
+    return seen
+
+
+def refusal(capsys: pytest.CaptureFixture[str]) -> str:
+    """What a program printed that refused its arguments: one line on stderr, nothing on stdout."""
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert err.startswith("error: ")
+    assert err.endswith("\n")
+    assert err.count("\n") == 1, err
+    return err
+
+
 def assert_close(ours: Tensor, expected: Tensor, tolerance: float = 1e-4) -> None:
     """Largest difference at most `tolerance` times the root mean square of what is expected."""
     assert ours.shape == expected.shape, f"{tuple(ours.shape)} against {tuple(expected.shape)}"
@@ -226,64 +289,3 @@ def assert_close(ours: Tensor, expected: Tensor, tolerance: float = 1e-4) -> Non
 def assert_same_weights(ours: Tensor, expected: Tensor) -> None:
     """Weights of a softmax: noise of the large ones is measured by 1, not by the mean of all."""
     torch.testing.assert_close(ours, expected, atol=1e-5, rtol=1e-4)
-
-
-# ---------------------------------------------------------------- reference data
-
-MEAN = torch.tensor((0.48145466, 0.4578275, 0.40821073)).view(3, 1, 1)
-STD = torch.tensor((0.26862954, 0.26130258, 0.27577711)).view(3, 1, 1)
-
-
-@dataclass(frozen=True)
-class Golden:
-    """One case of the reference data: its tensors, what its meta.json says, and its model."""
-
-    path: Path
-    root: Path
-
-    def __str__(self) -> str:
-        return str(self.path.relative_to(self.root).with_suffix(""))
-
-    @cached_property
-    def tensors(self) -> dict[str, Tensor]:
-        """Integer tensors as int64; they are stored as int32."""
-        tensors = load_file(self.path)
-        return {k: v.long() if v.dtype == torch.int32 else v for k, v in tensors.items()}
-
-    @cached_property
-    def meta(self) -> Any:
-        return json.loads(self.path.with_suffix(".meta.json").read_text())
-
-    def __getitem__(self, name: str) -> Tensor:
-        return self.tensors[name]
-
-    def __contains__(self, name: str) -> bool:
-        return name in self.tensors
-
-    def beside(self, name: str) -> Golden:
-        """Another case in the same folder."""
-        return Golden(self.path.with_name(f"{name}.safetensors"), self.root)
-
-    @property
-    def model(self) -> Any:
-        return golden_model(self.root, self.meta["model"])
-
-    def assert_close(self, ours: Tensor, name: str, *index: Any) -> None:
-        """Within what meta.json calls fair, and within DESIGN 6.9."""
-        expected = self[name][index]
-        stated = dict(re.findall(r"\b(atol|rtol) ([\d.e-]+)", self.meta["tolerance"]))
-        rtol, atol = float(stated.get("rtol", 0)), float(stated["atol"])
-        torch.testing.assert_close(ours, expected, rtol=rtol, atol=atol)
-        assert_close(ours, expected)
-
-
-@cache
-def golden_model(root: Path, name: str) -> Any:
-    """One of the models that the reference data was made with."""
-    folders = [root / "checkpoints" / name / layout for layout in ("hub-sharded", "hub")]
-    return load(next(folder for folder in folders if folder.is_dir()))[0]
-
-
-def normalised(pixel_u8: Tensor) -> Tensor:
-    """Pictures as bytes (n, 3, S, S) -> what the vision tower takes."""
-    return (pixel_u8.float() / 255 - MEAN) / STD

@@ -8,8 +8,9 @@ from typing import Any, ClassVar
 
 import pytest
 import torch
+from golden_cases import Golden
 from reference import Reference
-from tiny import Golden, assert_same_weights, normalised, pad_left, watching
+from tiny import assert_same_weights, pad_left, watching, watching_inputs
 from torch import Tensor
 
 from minillava import Batch
@@ -21,22 +22,17 @@ DECISIVE = 2e-3  # margin between the two best logits from which the better one 
 
 
 def batch_of(golden: Golden) -> Batch:
-    config = golden.model.config
-    N, image = config.vision.num_patches, config.image_token_id
-    rows = [
-        [i for token in row if token >= 0 for i in [token] * (N if token == image else 1)]
-        for row in golden["prompt_compact"].tolist()
-    ]
+    prompts = golden["prompt_compact"].tolist()
+    rows = [golden.widened([token for token in row if token >= 0]) for row in prompts]
     pixels = None
     if "pixel_u8_index" in golden:
-        pictures = normalised(golden.beside("vision")["pixel_u8"])
-        pixels = pictures[golden["pixel_u8_index"]]
-    return pad_left(rows, pixels, pad=image)
+        pixels = golden.beside("vision").pixels[golden["pixel_u8_index"]]
+    return pad_left(rows, pixels, pad=golden.model.config.image_token_id)
 
 
 @pytest.mark.goldens("hf/*/vision")
 def test_vision_tower_and_projector(golden: Golden) -> None:
-    model, pixels = golden.model, normalised(golden["pixel_u8"])
+    model, pixels = golden.model, golden.pixels
     L, patches = model.config.vision.num_hidden_layers, golden["token_index"]
     states = model.vision(pixels, range(L + 1))
     for i, state in states.items():
@@ -54,11 +50,9 @@ def test_vision_tower_and_projector(golden: Golden) -> None:
 @pytest.mark.goldens("hf/*/[!v]*")
 def test_every_layer_of_the_prompt(golden: Golden) -> None:
     model, batch = golden.model, batch_of(golden)
-    first: list[Tensor] = []
-    hook = model.llama.blocks[0].register_forward_pre_hook(lambda _, args: first.append(args[0]))
-    with watching(*model.llama.blocks) as outputs:
+    blocks = model.llama.blocks
+    with watching_inputs(blocks[0]) as first, watching(*blocks) as outputs:
         report = generate(model, batch, max_new_tokens=1).report
-    hook.remove()
     hidden = torch.stack([first[0], *(out[0] for out in outputs)])  # (L + 1, R, D)
     logits = model.llama.logits(hidden[-1])  # (R, V)
     assert report.prompt_tokens == golden["attention_mask"].sum(1).tolist()

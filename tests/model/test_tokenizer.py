@@ -24,11 +24,6 @@ toy = read_tokenizer(TOY, 318)
 real = read_tokenizer(REAL, 32000)
 
 
-@pytest.fixture(scope="session")
-def goldens(request: pytest.FixtureRequest) -> Path:
-    return request.config.getoption("--goldens")
-
-
 @pytest.fixture(scope="module")
 def theirs() -> Any:
     """What LlavaProcessor and AutoTokenizer load, the reference of the goldens."""

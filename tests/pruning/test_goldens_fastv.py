@@ -2,22 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
+from golden_cases import LLAVA_IMAGE_ID, Golden
 from tiny import (
-    Golden,
     alone,
     assert_close,
     assert_same_weights,
-    normalised,
     pad_left,
     watching,
+    watching_inputs,
 )
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
@@ -59,10 +57,8 @@ class KeyCounts(TorchFunctionMode):
 
 def batch_of(golden: Golden) -> Batch:
     """The prompt and picture of an input file."""
-    config = golden.model.config
-    placeholders = [config.image_token_id] * config.vision.num_patches
     before, after = golden["ids_before_image"].tolist(), golden["ids_after_image"].tolist()
-    return pad_left([before + placeholders + after], normalised(golden["pixel_u8"]))
+    return pad_left([golden.widened([*before, LLAVA_IMAGE_ID, *after])], golden.pixels)
 
 
 def method_of(golden: Golden) -> Spy:
@@ -186,11 +182,11 @@ def test_each_sample_of_a_batch_is_ranked_by_itself(golden: Golden) -> None:
     for x in golden["inputs_embeds"]:
         found = torch.cdist(x, embedding).argmin(1).tolist()  # text rows are rows of the table
         rows.append([*found[:start], *[image] * N, *found[start + N :]])
-    pictures = [golden.beside(f"input{i}")["pixel_u8"] for i in range(2)]
-    batch = pad_left(rows, normalised(torch.cat(pictures)))
+    pixels = torch.cat([golden.beside(f"input{i}").pixels for i in range(2)])
+    batch = pad_left(rows, pixels)
     plan = parse_plan(f"fastv:k={p['K']},keep={p['rank']}")
 
-    with first_rows(model) as entering:
+    with watching_inputs(model.llama.blocks[0]) as entering:
         result = generate(model, batch, plan, max_new_tokens=1, output_logits=True)
     assert_close(torch.stack(entering[0].split(32)), golden["inputs_embeds"])
     names = ("last_logits_first_row_alone", "last_logits_second_row_alone")
@@ -203,12 +199,3 @@ def test_each_sample_of_a_batch_is_ranked_by_itself(golden: Golden) -> None:
         assert positions == [i for i in golden[name].tolist() if start <= i < start + N]
     official = golden["last_logits_batch"][1]
     assert (result.logits[1, 0] - official).abs().max() > 0.1
-
-
-@contextmanager
-def first_rows(model: Any) -> Iterator[list[Tensor]]:
-    """Rows as they enter layer 0."""
-    seen: list[Tensor] = []
-    hook = model.llama.blocks[0].register_forward_pre_hook(lambda _, args: seen.append(args[0]))
-    yield seen
-    hook.remove()

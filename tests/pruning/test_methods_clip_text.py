@@ -17,7 +17,6 @@ import minillava
 from minillava import Batch, parse_plan
 from minillava.generate import Result, generate
 from minillava.pruning import cdpruner, trim
-from minillava.pruning.base import Context, Keep
 from minillava.pruning.clip_text import ClipText, load_clip, question
 
 N, WIDTH = 64, 24  # patches a picture, width of the vision tower
@@ -31,43 +30,9 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Any:
     return minillava.load(folder)[0]
 
 
-def write_clip(folder: Path, width: int = WIDTH) -> Path:
-    """A random CLIP of open_clip's, as open_clip reads it from a folder."""
-    import open_clip
-
-    shape = {
-        "embed_dim": 12,
-        "vision_cfg": {
-            "image_size": 56,
-            "patch_size": 14,
-            "width": width,
-            "head_width": 8,
-            "layers": 1,
-        },
-        "text_cfg": {
-            "context_length": 77,
-            "vocab_size": 49408,
-            "width": 16,
-            "heads": 2,
-            "layers": 2,
-        },
-    }
-    torch.manual_seed(width)
-    clip = open_clip.CLIP(**shape)
-    for p in clip.parameters():  # norms that say something
-        if p.ndim == 1:
-            p.data += 0.3 * torch.randn(p.shape)
-    (folder / "open_clip_config.json").write_text(json.dumps({"model_cfg": shape}))
-    save_file(
-        {name: tensor.contiguous() for name, tensor in clip.state_dict().items()},
-        folder / "open_clip_model.safetensors",
-    )
-    return folder
-
-
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_clip(tmp_path_factory.mktemp("clip"))
+    return tiny.write_clip(tmp_path_factory.mktemp("clip"))
 
 
 @pytest.fixture(scope="module")
@@ -151,14 +116,7 @@ def test_trim_keeps_what_is_written_out(
 def test_trims_extra_row_is_the_mean_of_the_dropped(
     model: Any, batch: Batch, clip: ClipText, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    seen: list[tuple[Context, Keep]] = []
-    choose = trim.TRIM.choose
-
-    def noting(self: trim.TRIM, c: Context) -> Keep:
-        seen.append((c, choose(self, c)))
-        return seen[-1][1]
-
-    monkeypatch.setattr(trim.TRIM, "choose", noting)
+    seen = tiny.choices(monkeypatch, trim.TRIM)
     run(model, batch, f"trim:keep=20,clip={clip.source}")
     features, _ = pictures(model, batch)
     assert len(seen) == 3
@@ -374,7 +332,7 @@ def test_a_file_of_weights(
 
 
 def test_another_models_clip(model: Any, batch: Batch, tmp_path: Path) -> None:
-    source = write_clip(tmp_path, 2 * WIDTH)
+    source = tiny.write_clip(tmp_path, 2 * WIDTH)
     with pytest.raises(ValueError, match="image tower of width 48, this model's is 24 wide"):
         run(model, batch, f"trim:keep=5,clip={source}")
 

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
-import json
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +9,7 @@ import pytest
 import reference_decoder as reference
 import tiny
 import torch
-from safetensors.torch import load_file
+from golden_cases import Golden
 from torch import Tensor
 
 import minillava
@@ -28,11 +26,9 @@ from minillava.pruning import (
 from minillava.pruning import (
     average as budget,
 )
-from minillava.pruning.base import Budgeted, Context, Keep, received
+from minillava.pruning.base import Budgeted, received
 
 N = 64  # tokens a picture of the model below
-MEAN = torch.tensor([0.48145466, 0.4578275, 0.40821073])[:, None, None]
-STD = torch.tensor([0.26862954, 0.26130258, 0.27577711])[:, None, None]
 
 
 @pytest.fixture(scope="module")
@@ -55,71 +51,18 @@ def run(model: Any, batch: Batch, plan: str, n: int = 3) -> Result:
 # ---------------------------------------------------------------- released outputs
 
 
-def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
-    """One case a golden; whole runs where checkpoint and picture are in the folder as well."""
-    folder: Path = metafunc.config.getoption("--goldens")
-    for fixture, pattern in (
-        ("pyramiddrop_run", "pyramiddrop/*.meta.json"),
-        ("sparsevlm_run", "sparsevlm/*.meta.json"),
-        ("sparsevlm_case", "sparsevlm/*.meta.json"),
-    ):
-        if fixture in metafunc.fixturenames:
-            found = [Golden(folder, path) for path in sorted(folder.glob(pattern))]
-            found = [g for g in found if fixture.endswith("_case") or g.complete()]
-            metafunc.parametrize(fixture, found, ids=lambda g: g.name)
-
-
-@dataclasses.dataclass
-class Golden:
-    folder: Path
-    path: Path
-
-    @property
-    def name(self) -> str:
-        return self.path.name.removesuffix(".meta.json")
-
-    @property
-    def meta(self) -> dict[str, Any]:
-        return json.loads(self.path.read_text())
-
-    @property
-    def tensors(self) -> dict[str, Tensor]:
-        return load_file(self.path.parent / f"{self.name}.safetensors")
-
-    @property
-    def checkpoint(self) -> Path:
-        return self.folder / "checkpoints" / self.meta["model"] / "hub-sharded"
-
-    @property
-    def picture(self) -> Path:
-        number = self.meta["parameters"]["pixels"].partition("input")[2][0]
-        return self.folder / "fastv" / self.meta["model"] / f"input{number}.safetensors"
-
-    def complete(self) -> bool:
-        return self.checkpoint.is_dir() and self.picture.is_file()
-
-    def run(self, plan: str, steps: int) -> Result:
-        model = minillava.load(self.checkpoint)[0]
-        model.config = dataclasses.replace(model.config, eos_token_ids=())
-        image, n = model.config.image_token_id, model.config.vision.num_patches
-        compact = self.tensors["input_ids"].tolist()
-        ids = [y for x in compact for y in ([image] * n if x in (image, -200) else [x])]
-        assert ids.index(image) == self.meta["parameters"]["tokens_before_image"]
-        pixels = (load_file(self.picture)["pixel_u8"].float() / 255 - MEAN) / STD
-        batch = Batch(torch.tensor([ids]), torch.ones(1, len(ids), dtype=torch.bool), pixels)
-        return generate(model, batch, parse_plan(plan), steps, output_logits=True)
-
-
 def slashes(values: list[Any]) -> str:
     return "/".join(map(str, values))
 
 
-def test_pyramiddrop_is_the_released_code(pyramiddrop_run: Golden) -> None:
-    expected, meta = pyramiddrop_run.tensors, pyramiddrop_run.meta
+@pytest.mark.goldens("pyramiddrop/*", complete=True)
+def test_pyramiddrop_is_the_released_code(golden: Golden) -> None:
+    expected, meta = golden.tensors, golden.meta
     p, t = meta["parameters"], meta["checks"]["comparable_steps"]
     layers, ratios = slashes(p["layer_list"]), slashes(p["image_token_ratio_list"])
-    result = pyramiddrop_run.run(f"pyramiddrop:layers={layers},ratios={ratios}", 12)
+    result = golden.run(f"pyramiddrop:layers={layers},ratios={ratios}", 12)
     report, start = result.report, p["tokens_before_image"]
+    assert golden.start == start
     for stage, kept in enumerate(report.kept):
         index = expected[f"stage{stage}_kept_image_index"].sort().values
         assert kept.positions[0] == (index + start).tolist()
@@ -136,21 +79,14 @@ def test_pyramiddrop_is_the_released_code(pyramiddrop_run: Golden) -> None:
     assert (result.logits[0, :t] - expected["step_logits"][0, :t]).abs().max() < 1e-3
 
 
-def test_sparsevlm_is_the_released_code(
-    sparsevlm_run: Golden, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    expected, p = sparsevlm_run.tensors, sparsevlm_run.meta["parameters"]
-    seen: list[tuple[Context, Keep]] = []
-    choose = sparsevlm.SparseVLM.choose
-
-    def noting(self: sparsevlm.SparseVLM, c: Context) -> Keep:
-        seen.append((c, choose(self, c)))
-        return seen[-1][1]
-
-    monkeypatch.setattr(sparsevlm.SparseVLM, "choose", noting)
+@pytest.mark.goldens("sparsevlm/*", complete=True)
+def test_sparsevlm_is_the_released_code(golden: Golden, monkeypatch: pytest.MonkeyPatch) -> None:
+    expected, p = golden.tensors, golden.meta["parameters"]
+    assert golden.start == p["tokens_before_image"]
+    seen = tiny.choices(monkeypatch, sparsevlm.SparseVLM)
     layers = [layer + 1 for layer in p["pruning_layers"]]
     keep = p["kept_list"][: len(layers)]
-    result = sparsevlm_run.run(f"sparsevlm:layers={slashes(layers)},keep={slashes(keep)}", 1)
+    result = golden.run(f"sparsevlm:layers={slashes(layers)},keep={slashes(keep)}", 1)
     assert len(seen) == len(layers)
     for stage, (c, chosen) in enumerate(seen):
         assert c.decoder is not None
@@ -169,8 +105,9 @@ def test_sparsevlm_is_the_released_code(
     assert (result.logits[0, 0] - expected["prefill_last_logits"][0]).abs().max() < 1e-3
 
 
-def test_sparsevlms_clusters_are_the_released_ones(sparsevlm_case: Golden) -> None:
-    expected = sparsevlm_case.tensors
+@pytest.mark.goldens("sparsevlm/*")
+def test_sparsevlms_clusters_are_the_released_ones(golden: Golden) -> None:
+    expected = golden.tensors
     for stage in range(2):
         rows, merged = (
             expected[f"stage{stage}_cluster_in"][0],
