@@ -245,6 +245,7 @@ def act():
 """
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="a setting of glibc's")
 def test_a_program_keeps_the_memory_that_its_layers_free() -> None:
     def faults(call: str) -> int:

@@ -101,6 +101,7 @@ def test_half_a_line_is_cut_off_and_asked_again(whole: Path, tmp_path: Path) -> 
     assert path.read_bytes().count(b"\n") == 12
 
 
+@pytest.mark.slow
 def test_a_killed_run_goes_on_without_a_lost_or_doubled_line(whole: Path, tmp_path: Path) -> None:
     command = [sys.executable, "-m", "eval.run", "--limit", "12", "--prune", PLAN]
     command += ["--out", str(tmp_path)]
@@ -144,6 +145,7 @@ def test_answers_of_other_settings_are_not_mixed(
     assert "was begun with" in refusal(capsys)
 
 
+@pytest.mark.slow
 def test_two_processes_give_what_one_gives(whole: Path, tmp_path: Path) -> None:
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2"]
     torchrun += ["--master-port", "29517", "-m", "eval.run", "--limit", "12", "--prune", PLAN]

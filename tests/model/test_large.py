@@ -100,15 +100,9 @@ print(before, opened, peak())
 """
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="reads the peak of memory from /proc")
-@pytest.mark.parametrize(
-    ("mode", "kind"),
-    [
-        ("RGB", "jpg"),
-        pytest.param("RGBA", "png", marks=pytest.mark.slow),
-        pytest.param("L", "png", marks=pytest.mark.slow),
-    ],
-)
+@pytest.mark.parametrize(("mode", "kind"), [("RGB", "jpg"), ("RGBA", "png"), ("L", "png")])
 def test_100_megapixels_in_bounded_memory(mode: str, kind: str, tmp_path: Path) -> None:
     """The decoded picture, once more while it is turned upright, and once without its alpha; the
     rest is strips."""

@@ -544,6 +544,7 @@ def test_an_interruption_leaves_nothing_half_and_a_second_run_goes_on(
     }
 
 
+@pytest.mark.slow
 def test_a_killed_process_is_continued(src: Path, dst: Path, hub: State) -> None:
     code = """
 import os, sys
