@@ -1,4 +1,4 @@
-"""One thread, no network; the small models that several files share."""
+"""Options and fixtures that several test files share. Tests run on one thread without network."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         action="append",
         default=[],
         metavar="FILE.py:Class",
-        help="a method of one's own: the property tests run on it as on those of the registry",
+        help="your own method: the property tests run on it as on the methods of the registry",
     )
 
 
@@ -43,7 +43,7 @@ def pytest_configure(config: pytest.Config) -> None:
         except ValueError as error:
             raise pytest.UsageError(f"--method: {error}") from None
         if method.name in METHODS:
-            raise pytest.UsageError(f"--method: {method.name!r} is here already; name it otherwise")
+            raise pytest.UsageError(f"--method: {method.name!r} exists; choose another name")
         METHODS[method.name] = method
 
 
@@ -62,7 +62,7 @@ def goldens(request: pytest.FixtureRequest) -> Path:
 
 @pytest.fixture(scope="session")
 def model(tmp_path_factory: pytest.TempPathFactory) -> Any:
-    """Four decoder layers, grouped heads, 16 tokens a picture."""
+    """A random model with four decoder layers, grouped-query attention and 16 tokens per image."""
     import minillava
 
     folder = tmp_path_factory.mktemp("tiny")

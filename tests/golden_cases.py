@@ -107,7 +107,7 @@ class Golden:
         return self.prompt.index(self.model.config.image_token_id)
 
     def run(self, plan: str, max_new_tokens: int) -> Result:
-        """Its prompt and image through generate(); EOS does not end the answer, as in the files."""
+        """Generate from its prompt and image. EOS does not end the answer, as in the files."""
         model = copy.copy(self.model)  # shares the weights
         model.config = replace(model.config, eos_token_ids=())
         batch = pad_left([self.prompt], self.pixels)

@@ -1,6 +1,7 @@
-"""Small random models written by transformers and read by our load, and batches for them.
+"""Small random models, written by transformers and read by our load, and batches for them.
 
-A prompt is written as a string: `t` is a text token, `I` a picture: "ttIItt" has two adjacent ones.
+A prompt is written as a string in which `t` is a text token and `I` an image. For example "ttIItt"
+is two text tokens, two adjacent images and two text tokens.
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ from minillava.pruning.base import Context, Keep, Plan
 
 SMALL_FILES = Path(__file__).parent / "goldens" / "checkpoints" / "tiny-a" / "hub-sharded"
 IMAGE, PAD, VOCABULARY = 318, 319, 320
-NEVER = (2, IMAGE, PAD)  # their logits are 0, so greedy decoding never meets its end by chance
+NEVER = (2, IMAGE, PAD)  # their logits are 0, so greedy decoding never ends by chance
 
 
 def write_hf(
@@ -45,7 +46,7 @@ def write_hf(
     positions: int = 2048,
     seed: int = 0,
 ) -> Any:
-    """A random LLaVA saved by transformers, with the small files of tiny-a; returns its module."""
+    """Save a random LLaVA with transformers, add the small files of tiny-a, return its module."""
     from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig
     from transformers import LlavaForConditionalGeneration as Llava
 
@@ -76,7 +77,7 @@ def write_hf(
     )
     model = Llava(config).eval().requires_grad_(False)
     generator = torch.Generator().manual_seed(seed)
-    for name, p in model.named_parameters():  # decisive, and no bias or norm that says nothing
+    for name, p in model.named_parameters():  # decisive logits, no trivial biases and norms
         noise = torch.randn(p.shape, generator=generator)
         if p.ndim == 1:
             p.copy_(noise * 0.15 + ("norm" in name and name.endswith("weight")))
@@ -109,7 +110,7 @@ def rewrite_config(folder: Path, change: Any, name: str = "config.json") -> None
 
 
 def write_clip(folder: Path, width: int = 24) -> Path:
-    """A random CLIP of open_clip's, as open_clip reads it from a folder."""
+    """Save a random CLIP model in a folder in open_clip's layout, and return the folder."""
     import open_clip
 
     shape = {
@@ -131,7 +132,7 @@ def write_clip(folder: Path, width: int = 24) -> Path:
     }
     torch.manual_seed(width)
     clip = open_clip.CLIP(**shape)
-    for p in clip.parameters():  # norms that say something
+    for p in clip.parameters():  # biases and norms are not trivial
         if p.ndim == 1:
             p.data += 0.3 * torch.randn(p.shape)
     (folder / "open_clip_config.json").write_text(json.dumps({"model_cfg": shape}))
@@ -146,7 +147,7 @@ def write_clip(folder: Path, width: int = 24) -> Path:
 
 
 def make_batch(model: Any, *prompts: str, seed: int = 0, focus: Any = None) -> Batch:
-    """A left-padded batch of random text and pictures for prompts such as "ttItt"."""
+    """A left-padded batch of random text and images for prompts such as "ttItt"."""
     N, S = model.config.vision.num_patches, model.config.vision.image_size
     generator = torch.Generator().manual_seed(seed)
     rows, pictures = [], 0
@@ -171,7 +172,7 @@ def pad_left(
 
 
 def alone(model: Any, batch: Batch, b: int) -> Batch:
-    """Sample b of a batch as a batch of its own, without padding."""
+    """Sample b as a batch of size 1 without padding."""
     N = model.config.vision.num_patches
     samples = [ids[mask] for ids, mask in zip(batch.ids, batch.mask, strict=True)]
     pictures = [int((ids == model.config.image_token_id).sum()) // N for ids in samples]
@@ -184,8 +185,8 @@ def alone(model: Any, batch: Batch, b: int) -> Batch:
 
 # ---------------------------------------------------------------- plans
 
-# Options that make a method act on a model of four layers and 16 tokens a picture, by name; those
-# that it needs are given, and those whose default is made for a large model.
+# Values for options that a method requires or whose defaults are meant for a large model, by name.
+# With them a method acts on a model of four layers and 16 tokens per image.
 VALUES = {
     "keep": "5",
     "dominant": "6",
@@ -198,7 +199,7 @@ SEVERAL = {"keep": "8/5/3", "delete": "4/0/5/0"}
 
 
 def example(name: str, *more: str) -> Plan:
-    """The method at work on the small model, with further options."""
+    """A plan of this method that prunes the small model; `more` are further options."""
     options = {}
     for field in dataclasses.fields(METHODS[name]):
         if "tuple" in str(field.type) and field.name in SEVERAL:
@@ -208,25 +209,25 @@ def example(name: str, *more: str) -> Plan:
         elif field.name == "clip":
             options[field.name] = clip_folder()
         elif field.default is dataclasses.MISSING:
-            raise KeyError(f"{name} needs {field.name}: say in VALUES what the tests give it")
+            raise KeyError(f"{name} needs {field.name}: add a value for the tests to VALUES")
     spelled = [f"{option}={value}" for option, value in options.items()]
     return parse_plan(f"{name}:{','.join([*spelled, *more])}")
 
 
 @cache
 def clip_folder() -> str:
-    """A random CLIP for the methods that read text with one."""
+    """Folder of a random CLIP model for the methods that encode text with it."""
     folder = Path(tempfile.mkdtemp())
     atexit.register(shutil.rmtree, folder)
     return str(write_clip(folder))
 
 
-# ---------------------------------------------------------------- looking on
+# ---------------------------------------------------------------- recording
 
 
 @contextmanager
 def watching(*modules: torch.nn.Module) -> Iterator[list[list[Tensor]]]:
-    """Outputs of the modules, a list for each, call by call (copies, if they are tensors)."""
+    """One list per module, which receives the output of each call (a copy if it is a tensor)."""
     seen: list[list[Tensor]] = [[] for _ in modules]
 
     def note(outputs: list[Tensor]) -> Any:
@@ -247,7 +248,7 @@ def watching(*modules: torch.nn.Module) -> Iterator[list[list[Tensor]]]:
 
 @contextmanager
 def watching_inputs(module: torch.nn.Module) -> Iterator[list[Tensor]]:
-    """The first argument of the module, call by call."""
+    """A list that receives the first argument of each call of the module."""
     seen: list[Tensor] = []
     hook = module.register_forward_pre_hook(lambda _, args: seen.append(args[0]))
     yield seen
@@ -255,7 +256,7 @@ def watching_inputs(module: torch.nn.Module) -> Iterator[list[Tensor]]:
 
 
 def choices(monkeypatch: pytest.MonkeyPatch, method: Any) -> list[tuple[Context, Keep]]:
-    """A list that grows by each choice of the method, with what it was made from."""
+    """A list that receives the context and the result of each call of `method.choose`."""
     seen: list[tuple[Context, Keep]] = []
     choose = method.choose
 
@@ -268,7 +269,7 @@ def choices(monkeypatch: pytest.MonkeyPatch, method: Any) -> list[tuple[Context,
 
 
 def refusal(capsys: pytest.CaptureFixture[str]) -> str:
-    """What a program printed that refused its arguments: one line on stderr, nothing on stdout."""
+    """The error that a program printed: exactly one line on stderr, and nothing on stdout."""
     out, err = capsys.readouterr()
     assert out == ""
     assert err.startswith("error: ")
@@ -278,7 +279,7 @@ def refusal(capsys: pytest.CaptureFixture[str]) -> str:
 
 
 def assert_close(ours: Tensor, expected: Tensor, tolerance: float = 1e-4) -> None:
-    """Largest difference at most `tolerance` times the root mean square of what is expected."""
+    """The largest difference is at most `tolerance` times the root mean square of `expected`."""
     assert ours.shape == expected.shape, f"{tuple(ours.shape)} against {tuple(expected.shape)}"
     expected = expected.double()
     if expected.numel():
@@ -287,5 +288,5 @@ def assert_close(ours: Tensor, expected: Tensor, tolerance: float = 1e-4) -> Non
 
 
 def assert_same_weights(ours: Tensor, expected: Tensor) -> None:
-    """Weights of a softmax: noise of the large ones is measured by 1, not by the mean of all."""
+    """For weights of a softmax: the tolerance is relative to 1, not to the mean of all weights."""
     torch.testing.assert_close(ours, expected, atol=1e-5, rtol=1e-4)

@@ -1,7 +1,7 @@
 """Metrics of eval/metrics: what the official scripts do, slips and all.
 
-The cases of metric_cases/ have the results of the official code; tests/test_check.py runs them all.
-Here is what those cases do not hold.
+The cases of metric_cases/ have the results of the official code; test_check.py runs them all. Here
+is what those cases do not hold.
 """
 
 from __future__ import annotations

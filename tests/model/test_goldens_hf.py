@@ -18,7 +18,7 @@ from minillava.generate import generate
 from minillava.pruning.base import Context, Keep, Method, Plan, Stage
 
 ATTENTION = "last_query_attention_mean_over_heads"
-DECISIVE = 2e-3  # margin between the two best logits from which the better one has to be ours
+DECISIVE = 2e-3  # from this margin between the two best logits on, the best token must agree
 
 
 def batch_of(golden: Golden) -> Batch:
@@ -85,7 +85,7 @@ def test_answers(golden: Golden) -> None:
 
 
 def compare_logits(golden: Golden, ours: Tensor, name: str, *index: Any) -> None:
-    """Against all logits, or against some columns and the best eight."""
+    """Compare all logits, or those columns and top eight logits that the file holds."""
     if f"{name}_logits" in golden:
         golden.assert_close(ours, f"{name}_logits", *index)
         return
@@ -96,7 +96,7 @@ def compare_logits(golden: Golden, ours: Tensor, name: str, *index: Any) -> None
 
 @dataclass(frozen=True)
 class Spy(Method):
-    """Keeps everything and notes what the newest row attends to, and the keys, at every layer."""
+    """Keeps everything; records the newest row's attention and the keys of every layer."""
 
     layers: int = 0
     seen: dict[tuple[int, str], Tensor] = field(default_factory=dict)
@@ -130,7 +130,7 @@ def test_attention_and_keys_asked_for_later(golden: Golden) -> None:
 
 @pytest.mark.goldens("hf/*/single")
 def test_the_reference_decoder_is_theirs_too(golden: Golden) -> None:
-    """The other tests lean on reference.py; this one holds it."""
+    """Other tests compare with reference.py; here it is itself compared with transformers."""
     batch, reference = batch_of(golden), Reference(golden.model)
     with watching(golden.model.projector) as (outputs,):
         generate(golden.model, batch, max_new_tokens=1)

@@ -72,7 +72,7 @@ def test_ids_equal_hugging_faces_for_ten_thousand_texts(goldens: Path, folder: s
 
     path = goldens / "checkpoints" / folder
     if not (path / "tokenizer.json").is_file():
-        pytest.skip(f"{path} has no tokenizer.json; run with --goldens ../shared/goldens")
+        pytest.skip(f"{path} has no tokenizer.json; run with --goldens and the folder of all cases")
     ours, theirs = read_tokenizer(path, 0), AutoTokenizer.from_pretrained(path)
 
     @settings(max_examples=10_000, deadline=None, suppress_health_check=list(HealthCheck))

@@ -16,7 +16,7 @@ from minillava.pruning import METHODS
 from minillava.pruning.base import Plan
 from minillava.pruning.simignore import similarity, walk
 
-MARK = -500  # stands around the options in prompts of the 13B pipeline
+MARK = -500  # encloses the options in prompts of the 13B pipeline
 
 
 @pytest.mark.goldens("simignore/select*")
@@ -31,7 +31,7 @@ def test_the_walk(golden: Golden) -> None:
 
 
 def prompt_and_focus(golden: Golden) -> tuple[list[int], Tensor]:
-    """Both are in the released ids: 13B marks the options, 7B appends them behind a second BOS."""
+    """Split released ids: 13B marks the options, 7B appends them after a second BOS."""
     ids = golden["input_ids"].tolist()
     if golden.meta["parameters"]["variant"] == "7b":
         at = ids.index(1, 1)
@@ -91,7 +91,7 @@ def test_the_released_pipeline(golden: Golden, spelling: str) -> None:
 
 
 def noting_scores(method: Any, scores: list[Tensor]) -> Any:
-    """FastV that notes the attention of the released window as well; any other method as it is."""
+    """FastV that also records the attention of its window; other methods are unchanged."""
     if method.name != "fastv":
         return method
 

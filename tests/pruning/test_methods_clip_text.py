@@ -1,4 +1,4 @@
-"""TRIM, CDPruner and the CLIP text tower behind them, on a small random open_clip model."""
+"""TRIM and CDPruner, and the CLIP text tower that they use, on a small random open_clip model."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from minillava.generate import Result, generate
 from minillava.pruning import cdpruner, trim
 from minillava.pruning.clip_text import ClipText, load_clip, question
 
-N, WIDTH = 64, 24  # patches a picture, width of the vision tower
+N, WIDTH = 64, 24  # patches per image, width of the vision tower
 CPU = torch.device("cpu")
 
 
@@ -46,7 +46,7 @@ def batch(model: Any) -> Batch:
 
 
 def encoded_text(clip: ClipText, ids: list[int]) -> Tensor:
-    """The text tower's vector (E,) of 77 ids, taken at the largest, from its parts."""
+    """The text embedding (E,) of 77 ids, taken at the largest id; computed from the weights."""
     parts: Any = clip.model
     with torch.no_grad():
         x = parts.token_embedding(torch.tensor([ids])) + parts.positional_embedding
@@ -56,7 +56,7 @@ def encoded_text(clip: ClipText, ids: list[int]) -> Tensor:
 
 
 def common_space(clip: ClipText, features: Tensor) -> Tensor:
-    """Patches (n, C) -> (n, E), from the weights."""
+    """Patches (n, C) -> (n, E), computed from the weights."""
     visual: Any = clip.model.visual
     x = features - features.mean(-1, keepdim=True)
     x = x / (x.pow(2).mean(-1, keepdim=True) + visual.ln_post.eps).sqrt()
@@ -64,14 +64,14 @@ def common_space(clip: ClipText, features: Tensor) -> Tensor:
 
 
 def pictures(model: Any, batch: Batch) -> tuple[Tensor, Tensor]:
-    """Patches as the projector finds them (images, N, C) and leaves them (images, N, D)."""
+    """Patch features before the projector (images, N, C) and after it (images, N, D)."""
     assert batch.pixels is not None
     seen = model.encode(batch.pixels, parse_plan(None)).hidden[model.feature_layer][:, 1:]
     return seen, model.projector(seen)
 
 
 def ids_of(clip: ClipText, model: Any, batch: Batch, b: int) -> list[int]:
-    """CLIP's ids, with both ends, of the text behind the last picture."""
+    """CLIP's ids, with start and end token, of the text after the last image."""
     row = batch.ids[b][batch.mask[b]].tolist()
     behind = row[len(row) - row[::-1].index(tiny.IMAGE) :]
     text = question(model.decode_text(behind))
@@ -83,7 +83,7 @@ def run(model: Any, batch: Batch, plan: str) -> Result:
 
 
 def kept_patches(result: Result) -> list[list[int]]:
-    """Of each picture, in the order of the batch."""
+    """Kept patches of each image, in the order of the batch."""
     (kept,) = result.report.kept
     images = []
     for positions, starts in zip(kept.positions, result.layout.starts, strict=True):
@@ -147,7 +147,7 @@ def test_cdpruner_keeps_what_is_written_out(
 
 
 def test_cdpruner_after_another_method(model: Any, batch: Batch, clip: ClipText) -> None:
-    """What is left is related to the text by its own patches."""
+    """The relevance of the remaining tokens is that of their own patches."""
     one = tiny.alone(model, batch, 0)
     result = run(model, one, f"random:keep=30+cdpruner:keep=9,clip={clip.source}")
     ((left,), (kept,)) = (k.positions for k in result.report.kept)
@@ -216,7 +216,7 @@ def test_a_long_text_is_cut_or_taken_in_pieces(clip: ClipText) -> None:
     pieces[-1] += [0] * (77 - len(pieces[-1]))
     expected = torch.stack([encoded_text(clip, piece) for piece in pieces])
     tiny.assert_close(clip.segments(text), expected)
-    assert not torch.allclose(expected[0], cut, atol=1e-2)  # the first piece has no end
+    assert not torch.allclose(expected[0], cut, atol=1e-2)  # the first piece has no end token
     tiny.assert_close(clip.segments("a red digit"), clip.truncated("a red digit"))
 
 
@@ -294,7 +294,7 @@ def test_weights_that_cannot_be_had(
     source: str,
     said: str,
 ) -> None:
-    """One line, before any forward, and nothing else on either stream or in the log."""
+    """The error is one line and comes before any forward; nothing is printed or logged."""
     import huggingface_hub.constants
 
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
@@ -314,7 +314,7 @@ def test_weights_that_cannot_be_had(
 def test_a_file_of_weights(
     folder: Path, clip: ClipText, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """For one architecture, here a small one in the place of ViT-L/14."""
+    """A file of weights has the architecture ViT-L/14; a small one stands in for it here."""
     import open_clip
 
     shape = json.loads((folder / "open_clip_config.json").read_text())["model_cfg"]

@@ -1,4 +1,4 @@
-"""Methods inside the decoder: released outputs, reference_decoder.py, budgets, own files."""
+"""Methods inside the decoder against released outputs and reference_decoder.py; their budgets."""
 
 from __future__ import annotations
 
@@ -29,12 +29,12 @@ from minillava.pruning import (
 )
 from minillava.pruning.base import Budgeted, received
 
-N = 64  # tokens a picture of the model below
+N = 64  # tokens per image of the model below
 
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> Any:
-    """Six decoder layers, grouped heads, 64 tokens a picture."""
+    """A random model with six decoder layers, grouped-query attention and 64 tokens per image."""
     folder = tmp_path_factory.mktemp("six")
     tiny.write_hf(folder, layers=6, image_size=112, vision_layers=3, seed=1)
     return minillava.load(folder)[0]
@@ -102,7 +102,7 @@ def test_sparsevlm_is_the_released_code(golden: Golden, monkeypatch: pytest.Monk
     queries = expected["layer_query_length"].tolist()
     assert [n[0] for n in result.report.tokens_entering] == queries
     last = expected["layer_last_position"].tolist()
-    assert last == [n - 1 for n in queries]  # numbered anew, each layer for itself
+    assert last == [n - 1 for n in queries]  # renumbered from 0 in each layer
     assert (result.logits[0, 0] - expected["prefill_last_logits"][0]).abs().max() < 1e-3
 
 
@@ -124,7 +124,7 @@ def test_sparsevlms_clusters_are_the_released_ones(golden: Golden) -> None:
 
 
 def acts(model: Any, x: Tensor, image: range) -> dict[str, reference.Act]:
-    """Plans, and what they do written out."""
+    """Plans, each with an independent implementation of what it does."""
     uneven = [9, 0, 7, 4, 3, 0]
     return {
         "pyramiddrop:layers=1/3/4,ratios=0.6/0.3/0.15": reference.pyramiddrop(
@@ -170,7 +170,7 @@ def test_choices_are_those_of_the_written_out_method(model: Any, batch: Batch, n
 
 
 @pytest.mark.parametrize("seed", range(5))
-@pytest.mark.parametrize(("rows", "n"), [(47, 5), (16, 2), (11, 2)])  # two peaks of a pair tie
+@pytest.mark.parametrize(("rows", "n"), [(47, 5), (16, 2), (11, 2)])  # two peaks may tie
 def test_cluster_means_are_the_written_out_ones(seed: int, rows: int, n: int) -> None:
     x = torch.randn(rows, 12, generator=torch.Generator().manual_seed(seed)) * 3
     expected = reference.clusters(list(x), n)
@@ -183,7 +183,7 @@ def test_rows_that_coincide_have_themselves_as_mean() -> None:
 
 
 def test_a_single_text_row_rates() -> None:
-    """Its share is 1 and so is the mean: nothing is above it."""
+    """Its relevance is 1, which equals the mean, so no row is above the mean."""
     image, text = torch.randn(5, 3), torch.randn(1, 3)
     assert sparsevlm.raters(image, text).tolist() == [0]
     assert sparsevlm.raters(image, text.expand(4, 3)).tolist() == [0, 1, 2, 3]
@@ -191,14 +191,14 @@ def test_a_single_text_row_rates() -> None:
 
 @pytest.mark.parametrize("seed", range(8))
 def test_dart_walks_its_pivots_as_the_released_code(seed: int) -> None:
-    """Row numbers of full size, of which some collide in the set's table."""
+    """Row numbers as in a full prompt; some of them collide in the hash table of the set."""
     generator = torch.Generator().manual_seed(seed)
     n, start = 200, 35
     x = torch.randn(start + n + 40, 8, generator=generator)
     image = torch.arange(start, start + n)
     heads = (torch.randperm(n, generator=generator)[:4] + start).tolist()
     behind = range(start + n, len(x))
-    text = [i for i in behind if i % 32 == heads[0] % 32][:1]  # at the same place as a head
+    text = [i for i in behind if i % 32 == heads[0] % 32][:1]  # collides with a head
     text += [i for i in behind if i not in text][3:24:7][: 4 - len(text)]
     assert reference.walked(heads + text) == list(set(heads + text).copy())
     pool, kept = [i for i in image.tolist() if i not in heads], list(heads)
@@ -223,11 +223,11 @@ def test_the_strongest_head_of_each_row() -> None:
     tiny.assert_close(ours[0], expected)
 
 
-# ---------------------------------------------------------------- what they say of themselves
+# ---------------------------------------------------------------- counts and refusals
 
 
 def test_published_counts() -> None:
-    """METHODS section 2 and 4, at 576 tokens and 32 layers."""
+    """Image tokens left by the released settings for 576 image tokens and 32 layers."""
 
     def left(plan: str) -> tuple[int, ...]:
         (method,) = parse_plan(plan).methods
@@ -313,8 +313,8 @@ def test_fastv_averages_are_the_papers() -> None:
     assert [resolved(f"fastv:k=3,average={a}").keep for a in (192, 128, 64)] == [152, 82, 11]
     with pytest.raises(ValueError, match=r"the nearest is average=90\.8 \(keep=1\)"):
         resolved("fastv:k=5,average=64")
-    assert resolved("fastv:k=2,average=32", 8, 64).reaches(8, 64) == 31.75  # the README's
-    assert resolved("fastv:k=5,average=90.8").keep == 1  # what the error says can be typed
+    assert resolved("fastv:k=2,average=32", 8, 64).reaches(8, 64) == 31.75  # the README says so
+    assert resolved("fastv:k=5,average=90.8").keep == 1  # what the error names is accepted
 
 
 @pytest.mark.parametrize("average", [150, 192, 300.5])
@@ -336,7 +336,7 @@ def test_no_variant_is_nearer(options: str, average: float) -> None:
 
 
 def mean_entering(layers: list[int], left: list[int], n_layers: int, n_tokens: int) -> float:
-    """Counted layer by layer: n_tokens before the first of `layers`, then what each leaves."""
+    """Mean over layers: n_tokens enter before the first of `layers`, then what each one left."""
     total = 0
     for layer in range(n_layers):
         passed = [n for at, n in zip(layers, left, strict=True) if at <= layer]
@@ -390,7 +390,7 @@ def test_darts_least_are_its_pivots() -> None:
 
 
 def test_defaults_lie_on_their_own_curve() -> None:
-    """average= scales the published lists: asking for what they reach gives them back."""
+    """average= scales the published lists, so asking for their own average returns them."""
     assert resolved("pyramiddrop:average=270").left(576) == (288, 144, 72)
     assert resolved("sparsevlm:average=206.5").keep == (300, 200, 110)
     assert resolved("vtw:average=270").layer == 15
@@ -420,7 +420,7 @@ def test_the_report_has_the_average_that_was_solved(model: Any, batch: Batch, pl
 
 
 def test_sparsevlms_own_counter() -> None:
-    """192.0 as its list is called, 206.5 by what enters the layers (METHODS section 4)."""
+    """Its counter reports 192.0, the name of the list; 206.5 tokens enter a layer on average."""
     counts = [[576]] * 3 + [[309]] * 4 + [[204]] * 9 + [[113]] * 16
     assert budget.entering(counts) == [206.5]
     assert budget.leaving(counts) == [192.03125]
@@ -440,7 +440,7 @@ def test_a_plan_without_average_is_itself() -> None:
 
 
 def test_fitprune_tables() -> None:
-    """Each drops more than the one before, and none more than there is."""
+    """Every table has 32 counts, and each drops more tokens than the one before."""
     sums = [sum(table) for table in fitprune.TABLES.values()]
     assert list(fitprune.TABLES) == [10, 20, 30, 40, 50, 55, 60, 70, 80, 90]
     assert all(len(table) == 32 and not table[-1] for table in fitprune.TABLES.values())
@@ -470,7 +470,7 @@ def test_fitprune_tables_are_the_released_ones(budget: int, digest: str) -> None
     assert hashlib.sha256(counts.encode()).hexdigest().startswith(digest)
 
 
-# ---------------------------------------------------------------- a file of one's own
+# ---------------------------------------------------------------- methods from a user's file
 
 OWN = """
 from dataclasses import dataclass

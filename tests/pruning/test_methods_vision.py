@@ -31,7 +31,7 @@ def check_run(golden: Golden, plan: str, patches: list[int], extra: int) -> None
     assert kept.extra == [extra]
     rows = len(patches) + extra
     assert result.report.image_tokens_entering[0] == [rows]
-    # positions are numbered anew: the next one follows the rows that are left
+    # compact positions: the next token follows the rows that are left
     assert result.report.next_position == [result.report.tokens_entering[0][0]]
     expected, t = golden.tensors, golden.meta["checks"].get("comparable_steps", 12)
     assert result.tokens[0][:t] == expected["generated"][0, :t].tolist()
@@ -74,11 +74,11 @@ def test_divprunes_order_is_the_released_one(golden: Golden) -> None:
     assert method.amount(len(t["features"])) == golden.meta["parameters"]["count"]
 
 
-# ---------------------------------------------------------------- a picture made up
+# ---------------------------------------------------------------- a random image
 
 
 class Picture:
-    """A random tower, and a random picture as it went through: all that a method can see."""
+    """A random tower and the hidden states of a random image: all that a method can see."""
 
     def __init__(self, grid: int, seed: int = 0, depth: int = 6) -> None:
         self.grid, self.N = grid, grid * grid
@@ -150,14 +150,14 @@ def context(
 
 
 def plain_context(features: Tensor) -> Context:
-    """Rows without a tower."""
+    """The context of an embed-stage method that reads only the features."""
     n, tower = len(features), CLIPVision(VisionConfig(4, 4, 2, 1, 4, 2))
     c = context(tower, {1: features[None]}, 1, "embed", features)
     return dataclasses.replace(c, total=n, patches=torch.arange(n))
 
 
 def rows_of(c: Context, keep: Keep) -> Tensor:
-    """All rows as they go on."""
+    """All rows that remain, in the order in which they continue."""
     index = keep.index if keep.ordered else keep.index.sort().values
     kept = c.features()[index] if keep.rows is None else keep.rows
     if keep.extra is None:
@@ -176,7 +176,7 @@ def same_rows(ours: Tensor, theirs: Any) -> None:
     assert error <= 1e-4 * expected.square().mean().sqrt()
 
 
-SIZES = [4, 5, 8]  # 16, 25 and 64 patches; 24 stands in a test of its own
+SIZES = [4, 5, 8]  # 16, 25 and 64 patches; 576 have a test of their own
 
 
 @pytest.mark.parametrize("grid", SIZES)
@@ -222,7 +222,7 @@ def test_prumerge(grid: int, seed: int, plus: bool) -> None:
 
 
 def test_prumerge_counts_outliers_as_released() -> None:
-    """int(N * (k / N)) is k - 1 for some k, where the quotient was rounded down."""
+    """int(N * (k / N)) is k - 1 for those k whose quotient was rounded down."""
     score = torch.linspace(1, 1.5, 576)
     for k in (0, 1, 29, 57, 100):
         some = score.clone()
@@ -235,7 +235,7 @@ def test_prumerge_counts_outliers_as_released() -> None:
 def test_prumerge_without_outliers_leaves_the_sum_and_plus_a_grid() -> None:
     p = Picture(4)
     for block in p.tower.blocks:
-        block.attn.k_proj.weight.zero_()  # every patch receives the same
+        block.attn.k_proj.weight.zero_()  # every patch receives the same attention
     index, keep, c = p.choose("prumerge")
     assert index == []
     same_rows(rows_of(c, keep), double(p.features).sum(0)[None] / 17)
@@ -261,7 +261,7 @@ def test_hired_cuts_a_share_and_the_others_round() -> None:
     ("n", "surplus"), [(24, 7), (30, 22), (288, 200), (512, 96), (63, 40), (574, 571), (46, 39)]
 )
 def test_vispruner_thins_out_as_released(n: int, surplus: int) -> None:
-    """The order of one round decides the next; one matrix for both, so that nothing is rounded."""
+    """The order of one round decides the next. Both sides use one matrix, to avoid rounding."""
     g = torch.Generator().manual_seed(n)
     likeness = torch.rand(600, 600, generator=g)
     order = torch.randperm(600, generator=g)[:n]
@@ -323,7 +323,7 @@ def test_holov(grid: int) -> None:
 
 
 def test_holovs_variance_counts_next_to_nothing_but_counts() -> None:
-    """Scaled to the mean of the attention, it cancels but for the released code's 1e-6."""
+    """It is scaled to the mean attention and cancels, except for the 1e-6 of the released code."""
     features = torch.randn(9, 8, generator=torch.Generator().manual_seed(0))
     attention = torch.rand(9, generator=torch.Generator().manual_seed(1)) / 576
     score = holov.run_score(features, attention)
@@ -376,7 +376,7 @@ def test_vscan(grid: int) -> None:
 
 
 def test_vscans_second_part_is_a_pyramiddrop(model: Any) -> None:
-    """Which is held against its released code elsewhere."""
+    """PyramidDrop is compared with its released code in test_methods_decoder.py."""
     batch = make_batch(model, "ttItttt", "tIttItt")
     alone, composed = (
         generate(model, batch, parse_plan(plan), max_new_tokens=3, output_logits=True)
