@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from tiny import refusal
 
 from eval import demo, fit, lmms, published, rivals
 from minillava.app import command as console
@@ -46,16 +47,6 @@ COMMANDS = (
 def main_of(name: str) -> Callable[[list[str]], int]:
     main: Callable[[list[str]], int] = importlib.import_module(name).main
     return main
-
-
-def refusal(capsys: pytest.CaptureFixture[str]) -> str:
-    """The one line of an error, and nothing else."""
-    out, err = capsys.readouterr()
-    assert out == ""
-    assert err.startswith("error: ")
-    assert err.endswith("\n")
-    assert err.count("\n") == 1, err
-    return err
 
 
 def test_every_program_is_looked_at() -> None:
@@ -254,6 +245,7 @@ def act():
 """
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="a setting of glibc's")
 def test_a_program_keeps_the_memory_that_its_layers_free() -> None:
     def faults(call: str) -> int:

@@ -175,6 +175,7 @@ def test_a_url_is_fetched(address: str) -> None:
     assert open_image(f"{address}/moved").tobytes() == expected
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("path", ["/drip", "/drip-head", "/silent"])
 def test_a_server_that_never_ends_is_left(address: str, path: str) -> None:
     begun = time.monotonic()

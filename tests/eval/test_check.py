@@ -7,6 +7,7 @@ import re
 from pathlib import Path
 
 import pytest
+from tiny import refusal
 
 from eval import check
 
@@ -21,11 +22,7 @@ def _write(folder: Path, name: str, content: object) -> Path:
 
 def _error(arguments, capsys) -> str:
     assert check.main([str(a) for a in arguments]) == 2
-    out, err = capsys.readouterr()
-    assert not out
-    assert err.startswith("error: ")
-    assert err.count("\n") == 1
-    return err
+    return refusal(capsys)
 
 
 def test_there_is_a_file_of_every_kind():

@@ -61,6 +61,7 @@ def test_counts_are_exact(found: Any) -> None:
     assert found["rows"][2]["weight_bytes"] < plain["weight_bytes"]
 
 
+@pytest.mark.slow
 def test_times_belong_together(found: Any) -> None:
     for row in found["rows"]:
         assert {row[n]["n"] for n in ("vision", "prefill", "first_token", "per_token")} == {2}

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 
 import pytest
+from tiny import refusal
 
 from eval import published
 from eval.published import Measured, beside, find, load, text_of, unpruned
@@ -234,8 +235,4 @@ def test_json_gives_one_object_a_figure_with_its_unpruned_one(capsys):
 )
 def test_bad_arguments_are_one_line(capsys, words, says):
     assert published.main(words) == 2
-    out, err = capsys.readouterr()
-    assert out == ""
-    assert err.startswith("error: ")
-    assert err.count("\n") == 1
-    assert says in err
+    assert says in refusal(capsys)

@@ -462,6 +462,7 @@ for folder in sys.argv[2:]:
 """
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="needs Linux' /proc")
 def test_memory_peaks_at_the_weights_plus_one_tensor(tmp_path: Path) -> None:
     config = json.loads((TINY_A / "config.json").read_text())

@@ -30,11 +30,6 @@ MODES = """
 """.split()  # noqa: SIM905
 
 
-@pytest.fixture(scope="session")
-def goldens(request: pytest.FixtureRequest) -> Path:
-    return request.config.getoption("--goldens")
-
-
 def noise(mode: str, width: int, height: int, seed: int = 0) -> Image.Image:
     """A picture of random bytes; "+transparency" puts a transparent colour into its info."""
     rng = random.Random(f"{mode} {width} {height} {seed}")

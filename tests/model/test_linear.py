@@ -302,6 +302,7 @@ def test_bytes_are_those_that_are_held() -> None:
     assert weight_bytes(tied) == 64
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="resident bytes are Linux's")
 @pytest.mark.parametrize("form", FORMS)
 def test_so_many_bytes_the_process_grows_by(form: str) -> None:

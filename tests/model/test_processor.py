@@ -31,11 +31,6 @@ SCIENCE = (
 )
 
 
-@pytest.fixture(scope="session")
-def goldens(request: pytest.FixtureRequest) -> Path:
-    return request.config.getoption("--goldens")
-
-
 @pytest.fixture(scope="module")
 def theirs() -> Any:
     from transformers import AutoTokenizer, CLIPImageProcessorPil, LlavaProcessor

@@ -12,6 +12,7 @@ import pytest
 import tiny
 import torch
 from safetensors.torch import load_file, save_file
+from tiny import refusal
 
 from minillava import load, parse_plan
 from minillava.generate import generate
@@ -44,14 +45,6 @@ def stored(src: Path) -> dict[int, Path]:
 
 def contents(folder: Path) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in folder.iterdir() if path.is_file()}
-
-
-def refusal(capsys: pytest.CaptureFixture[str]) -> str:
-    out, err = capsys.readouterr()
-    assert out == ""
-    assert err.startswith("error: ")
-    assert err.count("\n") == 1
-    return err
 
 
 # ---------------------------------------------------------------- the same model

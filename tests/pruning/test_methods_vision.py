@@ -3,122 +3,54 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import math
-from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import reference_vision as reference
 import torch
-from safetensors.torch import load_file
+from golden_cases import Golden
 from tiny import make_batch, watching
 from torch import Tensor
 
-from minillava import Batch, load, parse_plan
+from minillava import parse_plan
 from minillava.clip import CLIPVision
 from minillava.config import VisionConfig
 from minillava.generate import encode_images, generate
 from minillava.pruning import METHODS, PRESETS, baselines, divprune, holov, prumerge, vispruner
 from minillava.pruning.base import Context, Keep, VisionState
 
-MEAN = torch.tensor([0.48145466, 0.4578275, 0.40821073])[:, None, None]
-STD = torch.tensor([0.26862954, 0.26130258, 0.27577711])[:, None, None]
-
-
 # ---------------------------------------------------------------- released outputs
 
 
-def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
-    """One case a golden whose checkpoint and picture are in the folder of reference data."""
-    folder: Path = metafunc.config.getoption("--goldens")
-    for fixture, pattern in (
-        ("visionzip_case", "visionzip/*.meta.json"),
-        ("divprune_run", "divprune/pipeline*.meta.json"),
-        ("divprune_choice", "divprune/select*.meta.json"),
-    ):
-        if fixture in metafunc.fixturenames:
-            found = [Golden(folder, path) for path in sorted(folder.glob(pattern))]
-            metafunc.parametrize(fixture, [g for g in found if g.complete()], ids=lambda g: g.name)
-
-
-@dataclass
-class Golden:
-    folder: Path
-    path: Path
-
-    @property
-    def name(self) -> str:
-        return self.path.name.removesuffix(".meta.json")
-
-    @property
-    def meta(self) -> dict[str, Any]:
-        return json.loads(self.path.read_text())
-
-    @property
-    def tensors(self) -> dict[str, Tensor]:
-        return load_file(self.path.parent / f"{self.name}.safetensors")
-
-    @property
-    def checkpoint(self) -> Path:
-        return self.folder / "checkpoints" / self.meta["model"] / "hub-sharded"
-
-    @property
-    def picture(self) -> Path:
-        """The file with the picture: its own, or the input of FastV's goldens it names."""
-        if "pixel_u8" in self.tensors:
-            return self.path.parent / f"{self.name}.safetensors"
-        where = self.meta["parameters"]["pixels"]
-        number = where[where.index("input") + len("input")]
-        return self.folder / "fastv" / self.meta["model"] / f"input{number}.safetensors"
-
-    def complete(self) -> bool:
-        if self.meta["model"].startswith("none"):
-            return True
-        return self.checkpoint.is_dir() and self.picture.is_file()
-
-    def run(self, plan: str) -> tuple[Any, int]:
-        """Its prompt through generate(): the result, and the place of the picture."""
-        model = load(self.checkpoint)[0]
-        model.config = dataclasses.replace(model.config, eos_token_ids=())
-        image, N = model.config.image_token_id, model.config.vision.num_patches
-        compact = self.tensors["input_ids"].flatten().tolist()
-        ids = [y for x in compact for y in ([image] * N if x in (image, -200) else [x])]
-        pixels = (load_file(self.picture)["pixel_u8"].float() / 255 - MEAN) / STD
-        batch = Batch(torch.tensor([ids]), torch.ones(1, len(ids), dtype=torch.bool), pixels)
-        steps = self.tensors["generated"].shape[1]
-        result = generate(model, batch, parse_plan(plan), max_new_tokens=steps, output_logits=True)
-        return result, ids.index(image)
-
-
 def check_run(golden: Golden, plan: str, patches: list[int], extra: int) -> None:
-    result, start = golden.run(plan)
+    result, start = golden.run(plan, golden["generated"].shape[1]), golden.start
     (kept,) = result.report.kept
     assert [p - start for p in kept.positions[0]] == sorted(patches)
     assert kept.extra == [extra]
     rows = len(patches) + extra
     assert result.report.image_tokens_entering[0] == [rows]
-    # positions are numbered anew: the next one follows the rows that are left
+    # compact positions: the next token follows the rows that are left
     assert result.report.next_position == [result.report.tokens_entering[0][0]]
     expected, t = golden.tensors, golden.meta["checks"].get("comparable_steps", 12)
     assert result.tokens[0][:t] == expected["generated"][0, :t].tolist()
     assert (result.logits[0, :t] - expected["step_logits"][0, :t]).abs().max() < 1e-3
 
 
-def test_visionzip_is_the_released_code(visionzip_case: Golden) -> None:
-    expected, p = visionzip_case.tensors, visionzip_case.meta["parameters"]
+@pytest.mark.goldens("visionzip/*", complete=True)
+def test_visionzip_is_the_released_code(golden: Golden) -> None:
+    expected, p = golden.tensors, golden.meta["parameters"]
     patches = expected["dominant_index_sorted"].tolist()
     patches += expected["contextual_target_patch_index"].tolist()
     plan = f"visionzip:dominant={p['dominant']},contextual={p['contextual']}"
-    check_run(visionzip_case, plan, patches, extra=1)
+    check_run(golden, plan, patches, extra=1)
 
 
-def test_visionzips_merged_rows_are_the_released_ones(visionzip_case: Golden) -> None:
-    p, expected = visionzip_case.meta["parameters"], visionzip_case.tensors["merged_features"][0]
-    model = load(visionzip_case.checkpoint)[0]
-    pixels = (load_file(visionzip_case.picture)["pixel_u8"].float() / 255 - MEAN) / STD
+@pytest.mark.goldens("visionzip/*", complete=True)
+def test_visionzips_merged_rows_are_the_released_ones(golden: Golden) -> None:
+    p, expected = golden.meta["parameters"], golden.tensors["merged_features"][0]
+    model, pixels = golden.model, golden.pixels
     with torch.inference_mode():
         depth = model.config.vision.num_hidden_layers
         hidden = model.vision(pixels, range(depth))
@@ -127,24 +59,26 @@ def test_visionzips_merged_rows_are_the_released_ones(visionzip_case: Golden) ->
         torch.testing.assert_close(rows_of(c, method.choose(c)), expected, atol=1e-4, rtol=0)
 
 
-def test_divprune_is_the_released_code(divprune_run: Golden) -> None:
-    plan = f"divprune:keep={divprune_run.meta['parameters']['subset_ratio']}"
-    check_run(divprune_run, plan, divprune_run.tensors["selected_sorted"].tolist(), extra=0)
+@pytest.mark.goldens("divprune/pipeline*", complete=True)
+def test_divprune_is_the_released_code(golden: Golden) -> None:
+    plan = f"divprune:keep={golden.meta['parameters']['subset_ratio']}"
+    check_run(golden, plan, golden.tensors["selected_sorted"].tolist(), extra=0)
 
 
-def test_divprunes_order_is_the_released_one(divprune_choice: Golden) -> None:
-    t, ratio = divprune_choice.tensors, divprune_choice.meta["parameters"]["subset_ratio"]
+@pytest.mark.goldens("divprune/select*")
+def test_divprunes_order_is_the_released_one(golden: Golden) -> None:
+    t, ratio = golden.tensors, golden.meta["parameters"]["subset_ratio"]
     c = plain_context(t["features"])
     method = METHODS["divprune"](keep=ratio)
     assert method.choose(c).index.tolist() == t["selected_in_order"].tolist()
-    assert method.amount(len(t["features"])) == divprune_choice.meta["parameters"]["count"]
+    assert method.amount(len(t["features"])) == golden.meta["parameters"]["count"]
 
 
-# ---------------------------------------------------------------- a picture made up
+# ---------------------------------------------------------------- a random image
 
 
 class Picture:
-    """A random tower, and a random picture as it went through: all that a method can see."""
+    """A random tower and the hidden states of a random image: all that a method can see."""
 
     def __init__(self, grid: int, seed: int = 0, depth: int = 6) -> None:
         self.grid, self.N = grid, grid * grid
@@ -216,14 +150,14 @@ def context(
 
 
 def plain_context(features: Tensor) -> Context:
-    """Rows without a tower."""
+    """The context of an embed-stage method that reads only the features."""
     n, tower = len(features), CLIPVision(VisionConfig(4, 4, 2, 1, 4, 2))
     c = context(tower, {1: features[None]}, 1, "embed", features)
     return dataclasses.replace(c, total=n, patches=torch.arange(n))
 
 
 def rows_of(c: Context, keep: Keep) -> Tensor:
-    """All rows as they go on."""
+    """All rows that remain, in the order in which they continue."""
     index = keep.index if keep.ordered else keep.index.sort().values
     kept = c.features()[index] if keep.rows is None else keep.rows
     if keep.extra is None:
@@ -242,7 +176,7 @@ def same_rows(ours: Tensor, theirs: Any) -> None:
     assert error <= 1e-4 * expected.square().mean().sqrt()
 
 
-SIZES = [4, 5, 8]  # 16, 25 and 64 patches; 24 stands in a test of its own
+SIZES = [4, 5, 8]  # 16, 25 and 64 patches; 576 have a test of their own
 
 
 @pytest.mark.parametrize("grid", SIZES)
@@ -288,7 +222,7 @@ def test_prumerge(grid: int, seed: int, plus: bool) -> None:
 
 
 def test_prumerge_counts_outliers_as_released() -> None:
-    """int(N * (k / N)) is k - 1 for some k, where the quotient was rounded down."""
+    """int(N * (k / N)) is k - 1 for those k whose quotient was rounded down."""
     score = torch.linspace(1, 1.5, 576)
     for k in (0, 1, 29, 57, 100):
         some = score.clone()
@@ -301,7 +235,7 @@ def test_prumerge_counts_outliers_as_released() -> None:
 def test_prumerge_without_outliers_leaves_the_sum_and_plus_a_grid() -> None:
     p = Picture(4)
     for block in p.tower.blocks:
-        block.attn.k_proj.weight.zero_()  # every patch receives the same
+        block.attn.k_proj.weight.zero_()  # every patch receives the same attention
     index, keep, c = p.choose("prumerge")
     assert index == []
     same_rows(rows_of(c, keep), double(p.features).sum(0)[None] / 17)
@@ -327,7 +261,7 @@ def test_hired_cuts_a_share_and_the_others_round() -> None:
     ("n", "surplus"), [(24, 7), (30, 22), (288, 200), (512, 96), (63, 40), (574, 571), (46, 39)]
 )
 def test_vispruner_thins_out_as_released(n: int, surplus: int) -> None:
-    """The order of one round decides the next; one matrix for both, so that nothing is rounded."""
+    """The order of one round decides the next. Both sides use one matrix, to avoid rounding."""
     g = torch.Generator().manual_seed(n)
     likeness = torch.rand(600, 600, generator=g)
     order = torch.randperm(600, generator=g)[:n]
@@ -389,7 +323,7 @@ def test_holov(grid: int) -> None:
 
 
 def test_holovs_variance_counts_next_to_nothing_but_counts() -> None:
-    """Scaled to the mean of the attention, it cancels but for the released code's 1e-6."""
+    """It is scaled to the mean attention and cancels, except for the 1e-6 of the released code."""
     features = torch.randn(9, 8, generator=torch.Generator().manual_seed(0))
     attention = torch.rand(9, generator=torch.Generator().manual_seed(1)) / 576
     score = holov.run_score(features, attention)
@@ -442,7 +376,7 @@ def test_vscan(grid: int) -> None:
 
 
 def test_vscans_second_part_is_a_pyramiddrop(model: Any) -> None:
-    """Which is held against its released code elsewhere."""
+    """PyramidDrop is compared with its released code in test_methods_decoder.py."""
     batch = make_batch(model, "ttItttt", "tIttItt")
     alone, composed = (
         generate(model, batch, parse_plan(plan), max_new_tokens=3, output_logits=True)

@@ -1,5 +1,5 @@
-"""What DESIGN section 6 says of every method, whatever it scores: read from the registry, and held
-against a decoder that never removes anything (reference.py)."""
+"""Properties that hold for every method, whatever it scores. The methods are read from the registry
+and compared with a decoder that never removes a row (reference.py)."""
 
 from __future__ import annotations
 
