@@ -3,8 +3,8 @@
 Wen et al., "Stop Looking for Important Tokens in Multimodal Language Models: Duplication Matters
 More", EMNLP 2025, arXiv 2502.11494. Released code (read in the fork xqy1111111/DART 0247657):
 modeling_llama_self.py, get_retained_image_token. It reads no attention weights:
-1. The pivots are 4 image tokens and 4 text tokens after the image: those whose rotated keys in layer
-   K-1 have the largest L1 norm, over all heads together.
+1. The pivots are 4 image tokens and 4 text tokens after the image: those whose rotated keys in
+   layer K-1 have the largest L1 norm, over all heads together.
 2. The pivots take turns. Each retains the keep // 8 image tokens that resemble it LEAST, and these
    leave the pool. Resemblance is the cosine of the rows that enter layer K, after the model's final
    norm.
