@@ -22,8 +22,6 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from itertools import accumulate
 
-import torch
-
 from .base import Context, Keep, Method, Stages, option, top
 from .fitprune_tables import N_TOKENS, TABLES
 
@@ -45,9 +43,9 @@ class FitPrune(Method):
 
     @property
     def drops(self) -> dict[int, int]:
-        """Layer whose input is pruned -> tokens dropped there. budget=0 acts once, dropping none"""
+        """Layer whose input is pruned -> tokens dropped there. {1: 0}: none are dropped at all."""
         table = TABLES.get(self.budget, ()) if self.delete is None else self.delete
-        return {layer + 1: n for layer, n in enumerate(table) if n} or {0: 0}
+        return {layer + 1: n for layer, n in enumerate(table) if n} or {1: 0}
 
     def stages(self) -> Stages:
         return tuple(("decoder", layer) for layer in self.drops)
@@ -79,10 +77,8 @@ class FitPrune(Method):
             yield replace(self, average=None, budget=budget)
 
     def choose(self, c: Context) -> Keep:
-        images, n = c.n_tokens // c.grid**2, len(c.candidates)
-        n_dropped = list(self.drops.values())[c.stage_index] * images
-        if not n_dropped:  # budget=0, before layer 0: there is no attention to read
-            return Keep(torch.arange(n, device=c.candidates.device))
         by_image = c.attention(c.candidates, strongest=True)[0]  # (n,)
         by_text = c.attention(c.text_rows, strongest=True)[0]
-        return Keep(top(by_image * by_text, max(0, n - n_dropped), c.where))
+        images = c.n_tokens // c.grid**2
+        n_dropped = list(self.drops.values())[c.stage_index] * images
+        return Keep(top(by_image * by_text, max(0, len(by_image) - n_dropped), c.where))
