@@ -17,7 +17,8 @@ from .cache import KVCache
 from .engine import Memory, decode, hidden_states_read, prefill
 from .llava import Encoded, LLaVA
 from .pruning.base import Plan
-from .report import Clock, Result, make_report
+from .report import Clock, make_report
+from .report import Result as Result
 from .request import Batch, Settings, check_encoded, check_plan, prompts_of
 from .sampling import sample
 

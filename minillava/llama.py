@@ -37,7 +37,7 @@ def rope(config: TextConfig, positions: Tensor, dtype: torch.dtype) -> Rope:
 
 
 def rotate(x: Tensor, rope: Rope) -> Tensor:
-    """Rotate (R, H, Dh). The first half of a head holds the x coordinates, the second half the y."""
+    """Rotate (R, H, Dh). The first half of a head holds the x coordinates, the second the y."""
     cos, sin = rope
     a, b = x.chunk(2, dim=-1)
     return torch.cat((a * cos - b * sin, b * cos + a * sin), dim=-1)

@@ -55,7 +55,8 @@ def nearest_variant(method: Method, average: float, n_layers: int, n_tokens: int
     averages = [reached for reached, _ in found]
     if not min(averages) <= average <= max(averages) and abs(reached - average) > SLACK:
         value = getattr(nearest, method.strength)
-        said = "/".join(map(str, value)) if isinstance(value, tuple) else value
+        values = value if isinstance(value, tuple) else (value,)
+        said = "/".join(f"{v:.4f}" if isinstance(v, float) else str(v) for v in values)
         raise ValueError(
             f"{method.name}: average={average} is out of reach with {n_layers} layers and "
             f"{n_tokens} image tokens; the nearest is average={reached:.1f} "

@@ -74,7 +74,7 @@ class FitPrune(Method):
 
     def variants(self, n_layers: int, n_tokens: int) -> Iterator[FitPrune]:
         for budget in (0, *TABLES) if (n_layers, n_tokens) == (32, N_TOKENS) else (0,):
-            yield replace(self, average=None, budget=budget)
+            yield replace(self, budget=budget)
 
     def choose(self, c: Context) -> Keep:
         by_image = c.attention(c.candidates, strongest=True)[0]  # (n,)

@@ -153,8 +153,11 @@ def make_method(cls: type[Method], options: Mapping[str, str]) -> tuple[Method, 
         key for key, f in fields.items() if f.default is dataclasses.MISSING and key not in values
     ]
     if "average" in values and cls.strength in fields:
-        if fields[cls.strength].default in (None, dataclasses.MISSING):
-            values[cls.strength] = 1.0  # average= sets it, once the model is known
+        default = fields[cls.strength].default
+        if isinstance(default, tuple):  # something valid: average= sets it for a given model
+            values[cls.strength] = (1.0,) * len(values.get("layers", default))
+        elif default in (None, dataclasses.MISSING):
+            values[cls.strength] = 1.0
         missing = [key for key in missing if key != cls.strength]
     if missing:
         raise ValueError(f"{name} needs {missing[0]}=, for example {name}:{missing[0]}=0.5")

@@ -18,7 +18,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
 from .base import Context, Keep, Method, Stages, option, top
-from .shared import check_ascending, check_lists, midpoints
+from .shared import check_lists, midpoints
 
 
 @dataclass(frozen=True)
@@ -33,9 +33,6 @@ class PyramidDrop(Method):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.average is not None:  # it will set the ratios, as many as there are layers
-            check_ascending(self.name, self.layers)
-            return
         check_lists(self.name, self.layers, self.ratios, "ratios")
         if sorted(self.ratios, reverse=True) != list(self.ratios):
             raise ValueError(
@@ -54,7 +51,7 @@ class PyramidDrop(Method):
         powers = range(1, len(self.layers) + 1)
         roots = ((k / n_tokens) ** (1 / i) for i in powers for k in range(1, n_tokens + 1))
         for q in (*midpoints(roots), 1.0):
-            yield replace(self, average=None, ratios=tuple(q**i for i in powers))
+            yield replace(self, ratios=tuple(q**i for i in powers))
 
     def choose(self, c: Context) -> Keep:
         score = c.attention(c.newest, layer=0).mean(0)  # (H, n) -> (n,)

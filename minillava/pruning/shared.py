@@ -102,12 +102,6 @@ def check_lists(name: str, layers: Sequence[int], values: Sequence[float], optio
     check_ascending(name, layers)
 
 
-def check_after_first(name: str, layer: int) -> None:
-    """Raise ValueError for layer 0 of a method that reads the layer before."""
-    if layer == 0:
-        raise ValueError(f"{name}: layer 0 has no layer before it to rank by; give one from 1 on")
-
-
 def midpoints(jumps: Iterable[float]) -> Iterator[float]:
     """A number between any two neighbours: every value of what changes only at these jumps."""
     return ((a + b) / 2 for a, b in pairwise(sorted(set(jumps))))

@@ -30,7 +30,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .base import Context, Keep, Method, Stages, amount, count, option, top
-from .shared import check_ascending, check_lists, midpoints
+from .shared import check_lists, midpoints
 
 PUBLISHED = (300, 200, 110)  # tokens kept at each stage, for a budget of 192
 
@@ -84,15 +84,7 @@ class SparseVLM(Method):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.average is None:
-            check_lists(self.name, self.layers, self.keep, "keep")
-            return
-        check_ascending(self.name, self.layers)
-        if len(self.layers) != len(PUBLISHED):
-            raise ValueError(
-                f"sparsevlm: average= scales the published list for {len(PUBLISHED)} layers, "
-                f"layers={'/'.join(map(str, self.layers))} are {len(self.layers)}; give keep="
-            )
+        check_lists(self.name, self.layers, self.keep, "keep")
 
     def stages(self) -> Stages:
         return tuple(("decoder", layer) for layer in self.layers)
@@ -106,12 +98,17 @@ class SparseVLM(Method):
         return tuple(left)
 
     def variants(self, n_layers: int, n_tokens: int) -> Iterator[SparseVLM]:
+        if len(self.layers) != len(PUBLISHED):
+            raise ValueError(
+                f"sparsevlm: average= scales the published list for {len(PUBLISHED)} layers, "
+                f"layers={'/'.join(map(str, self.layers))} are {len(self.layers)}; give keep="
+            )
         # round(scale * k) changes at halves; the first stage drops one token at least
         halves = ((m + 0.5) / k for k in PUBLISHED for m in range(n_tokens))
         most = (n_tokens - 0.5) / PUBLISHED[0]
         for scale in midpoints(half for half in halves if half <= most):
             keep = tuple(max(1, round(scale * k)) for k in PUBLISHED)
-            yield replace(self, average=None, keep=keep)
+            yield replace(self, keep=keep)
 
     def choose(self, c: Context) -> Keep:
         raters = c.text_rows[select_raters(c.entered(), c.text())]

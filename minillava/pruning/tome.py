@@ -98,7 +98,7 @@ class ToMe(Method):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.r is None and self.keep is None and self.average is None:
+        if self.r is None and self.keep is None:
             raise ValueError(
                 "tome needs r= (merges in every block) or keep=, for example tome:r=16"
             )

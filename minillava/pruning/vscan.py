@@ -98,7 +98,7 @@ class VScan(Method):
 
     def variants(self, n_layers: int, n_tokens: int) -> Iterator[VScan]:
         least = count(self.final, n_tokens) if self.final else 1
-        return (replace(self, average=None, keep=k) for k in range(least, n_tokens + 1))
+        return (replace(self, keep=k) for k in range(least, n_tokens + 1))
 
     def local_block(self, n_blocks: int) -> int:
         return block_number(self.name, self.block, n_blocks, released=5)

@@ -31,7 +31,7 @@ class VTW(Method):
         return (0,)
 
     def variants(self, n_layers: int, n_tokens: int) -> Iterator[VTW]:
-        return (replace(self, average=None, layer=layer) for layer in range(n_layers))
+        return (replace(self, layer=layer) for layer in range(n_layers))
 
     def choose(self, c: Context) -> Keep:
         return Keep(c.candidates[:0])
