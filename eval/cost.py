@@ -23,7 +23,7 @@ from torch import nn
 
 from minillava.config import Config, TextConfig
 from minillava.llava import LLaVA
-from minillava.loading import assemble as fill
+from minillava.loading import memory
 from minillava.pruning.base import Plan
 
 RESET = Path("/proc/self/clear_refs")
@@ -205,7 +205,7 @@ def peak_memory() -> Iterator[Callable[[], int]]:
 def give_back() -> None:
     """Return freed memory to the system, where that can be asked of it."""
     gc.collect()
-    fill.give_back()
+    memory.return_freed_memory()
 
 
 def resident_bytes() -> int:

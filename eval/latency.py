@@ -31,9 +31,10 @@ from minillava.attention import causal_attention
 from minillava.config import Config, TextConfig, VisionConfig
 from minillava.generate import generate
 from minillava.llava import LLaVA
-from minillava.loading.assemble import fill, forms_of
+from minillava.loading.assemble import choose_forms as forms_of
+from minillava.loading.assemble import load_weights as fill
 from minillava.loading.checkpoint import DTYPES, QUANTIZE, empty_model, find_device
-from minillava.loading.tensor_files import Stored
+from minillava.loading.tensor_files import StoredTensor as Stored
 from minillava.quant.linear import weight_bytes
 from minillava.request import Settings, check_plan, prompts_of
 

@@ -1,7 +1,7 @@
-"""Prompts and pictures -> a Batch, and tokens -> text: everything around the model.
+"""Prompts and images -> a Batch for the model, and tokens -> text.
 
-Ids, padding and pictures equal those of transformers' LlavaProcessor; that each prompt has as many
-<image> as pictures is checked here and not there.
+Ids, padding and pixels equal those of transformers' LlavaProcessor. Unlike there, a prompt must
+have one <image> for each of its images.
 """
 
 from __future__ import annotations
@@ -19,18 +19,17 @@ from .sample import Batch
 from .tokenizer import StreamDecoder, Tokenizer
 
 TOKENS = ("hf", "llava", "simignore")
-Focus = str | None
 
 
 @dataclass(frozen=True)
 class Processor:
-    """num_image_tokens: N, placeholders of a picture. aspect and template: the checkpoint's."""
+    """What a checkpoint needs around its model; read by loading/processor_files.py."""
 
     tokenizer: Tokenizer
     image: ImageConfig
-    num_image_tokens: int
-    aspect: str = "crop"
-    template: str = "llava-hf"
+    num_image_tokens: int  # N, placeholder ids per image: 576
+    aspect: str = "crop"  # how the checkpoint expects images to be made square
+    template: str = "llava-hf"  # a key of prompt.TEMPLATES
 
     def __call__(
         self,
@@ -38,15 +37,17 @@ class Processor:
         images: Sequence[Sequence[Image.Image]] | None = None,
         image_aspect: str | None = None,
         tokens: str = "hf",
-        focus: Focus | Sequence[Focus] = None,
+        focus: str | Sequence[str | None] | None = None,
     ) -> Batch:
-        """Tokenise B prompts and preprocess the pictures of each, in the order of their <image>.
+        """Tokenise B prompts and preprocess the images of each, in the order of their <image>.
 
-        image_aspect: "crop", "pad", or None for the checkpoint's. tokens: "hf" as transformers,
-        "llava" as the original code, "simignore" as Simignore's (four pieces, one picture and
-        options needed). focus, one for all or one each: None; "options": the option texts without
-        letters, with BOS; "options-lettered": the options as they stand, without BOS; else a text,
-        without BOS. Raises ValueError where prompts, pictures and arguments do not fit.
+        image_aspect: "crop", "pad", or None for the checkpoint's own. tokens: whose tokenisation to
+        reproduce, "hf" (transformers), "llava" (the original code) or "simignore" (its code, which
+        encodes a prompt with one image and options in four pieces). focus: the text that
+        text-guided methods compare the images with, one for all prompts or one for each: None;
+        "options", the options without letters, with BOS; "options-lettered", the options as they
+        stand, without BOS; or any other text, without BOS. Raises ValueError if prompts, images
+        and arguments do not fit each other.
         """
         B = len(prompts)
         if isinstance(prompts, str) or not B:
@@ -54,25 +55,22 @@ class Processor:
         aspect = self.aspect if image_aspect is None else image_aspect
         check_aspect(aspect)
         if tokens not in TOKENS:
-            raise ValueError(f"tokens={tokens!r}; it can be {', '.join(TOKENS)}")
-        pictures = (
-            [[] for _ in prompts]
-            if images is None
-            else [_pictures(b, i) for b, i in enumerate(images)]
-        )
-        if len(pictures) != B:
+            raise ValueError(f"tokens={tokens!r} must be one of {', '.join(TOKENS)}; choose one")
+        lists = [_check_images(b, i) for b, i in enumerate([()] * B if images is None else images)]
+        if len(lists) != B:
             raise ValueError(
-                f"images has {len(pictures)} entries for {B} prompts; give a list for each prompt, "
-                "empty for one without pictures"
+                f"images has {len(lists)} entries for {B} prompts; give one list per prompt, "
+                "empty for a prompt without images"
             )
-        wanted = [focus] * B if focus is None or isinstance(focus, str) else list(focus)
-        if len(wanted) != B:
-            raise ValueError(f"focus has {len(wanted)} entries for {B} prompts; give one for each")
+        texts = [focus] * B if focus is None or isinstance(focus, str) else list(focus)
+        if len(texts) != B:
+            raise ValueError(f"focus has {len(texts)} entries for {B} prompts; give one per prompt")
 
-        rows = [self._ids(b, prompts[b], len(pictures[b]), tokens) for b in range(B)]
-        focuses = [self._focus(b, prompts[b], wanted[b], tokens) for b in range(B)]
-        pixels = [preprocess(i, self.image, aspect) for sample in pictures for i in sample]
+        rows = [self._encode(b, prompts[b], len(lists[b]), tokens) for b in range(B)]
+        focuses = [self._encode_focus(b, prompts[b], texts[b], tokens) for b in range(B)]
+        pixels = [preprocess(image, self.image, aspect) for images in lists for image in images]
 
+        # Shorter prompts are padded on the left, so that the last token of each is in one column.
         T = max(map(len, rows))
         ids = torch.full((B, T), self.tokenizer.pad_id)  # (B, T)
         mask = torch.zeros((B, T), dtype=torch.bool)  # (B, T)
@@ -82,92 +80,83 @@ class Processor:
         return Batch(
             ids,
             mask,
-            torch.stack(pixels) if pixels else None,  # (pictures, 3, S, S)
+            torch.stack(pixels) if pixels else None,  # (images, 3, S, S)
             focuses if any(f is not None for f in focuses) else None,
         )
 
     def prompt(self, text: str, n_images: int = 0, turns: Sequence[tuple[str, str]] = ()) -> str:
-        """A question in the checkpoint's template, after earlier turns of (question, answer); the
-        pictures stand before the first question. Raises ValueError for an <image> typed in one."""
-        for typed in (text, *(question for question, _ in turns)):
-            if IMAGE in typed:
+        """Put a question into the checkpoint's template, after earlier turns of (question, answer).
+
+        The images stand before the first question. Raises ValueError for an <image> in a question.
+        """
+        for question in (text, *(question for question, _ in turns)):
+            if IMAGE in question:
                 raise ValueError(
-                    f"the question {typed[:80]!r} has a typed {IMAGE}; leave it out, as pictures "
-                    "are put before the first question, or give a whole prompt of your own"
+                    f"the question {question[:80]!r} contains {IMAGE}; leave it out, since images "
+                    "are put before the first question, or write the whole prompt yourself"
                 )
         return conversation(self.template, text, turns, n_images)
 
     def decode(self, ids: Iterable[int]) -> str:
-        """Text of new tokens, without special ones."""
+        """The text of generated ids, without special tokens."""
         return self.tokenizer.decode(ids)
 
     def stream_decoder(self) -> StreamDecoder:
-        """Decodes tokens one by one as they are generated."""
+        """A decoder that takes ids one by one, as they are generated."""
         return StreamDecoder(self.tokenizer)
 
-    # ------------------------------------------------------------ one prompt
-
-    def _ids(self, b: int, prompt: str, n_images: int, tokens: str) -> list[int]:
-        """Ids of prompt b, each picture widened to its N placeholders."""
-        places = prompt.count(IMAGE)
-        if places != n_images:
-            todo = "add pictures or take placeholders out" if places > n_images else "add them"
+    def _encode(self, b: int, prompt: str, n_images: int, tokens: str) -> list[int]:
+        """Ids of prompt b, with N placeholders for each image."""
+        count = prompt.count(IMAGE)
+        if count != n_images:
+            todo = "add images or remove placeholders" if count > n_images else "add placeholders"
             raise ValueError(
-                f"prompt {b} has {places} {IMAGE} placeholders, but images[{b}] has {n_images} "
-                f"pictures; {todo}, so that there is one {IMAGE} for each picture"
+                f"prompt {b} has {count} {IMAGE} placeholders, but images[{b}] has {n_images} "
+                f"images; {todo}, so that there is one {IMAGE} for each image"
             )
-        image = self.tokenizer.image_id
-        return [
-            wide
-            for i in self._tokens(b, prompt, tokens)
-            for wide in ([image] * self.num_image_tokens if i == image else [i])
-        ]
-
-    def _tokens(self, b: int, prompt: str, tokens: str) -> list[int]:
-        if tokens == "hf":
-            return self.tokenizer.encode(prompt)
-        encode = self.tokenizer.encode_original
-        if tokens == "llava":
+        encode = self.tokenizer.encode if tokens == "hf" else self.tokenizer.encode_original
+        prompt = prompt.replace(IMAGE, IMAGE * self.num_image_tokens)
+        if tokens != "simignore":
             return encode(prompt)
-        parts = _choices(b, prompt, f"tokens={tokens!r}")
-        if prompt.count(IMAGE) != 1 or IMAGE not in parts.before:
+        parts = _split_choices(b, prompt, f"tokens={tokens!r}")
+        if count != 1 or IMAGE not in parts.before:
             raise ValueError(
-                f"tokens={tokens!r} is for prompts with one {IMAGE}, before the options; prompt "
-                f"{b} has {prompt.count(IMAGE)}; put it there, or use tokens='llava'"
+                f"tokens={tokens!r} needs prompts with one {IMAGE}, before the options; prompt {b} "
+                f"has {count}; put one there, or use tokens='llava'"
             )
         return encode(parts.before) + encode(parts.options, False) + encode(parts.after, False)
 
-    def _focus(self, b: int, prompt: str, focus: Focus, tokens: str) -> Tensor | None:
-        """Ids (t,) that text-guided methods compare the pictures with."""
+    def _encode_focus(self, b: int, prompt: str, focus: str | None, tokens: str) -> Tensor | None:
+        """Ids (t,) of the focus of prompt b."""
         if focus is None:
             return None
         encode = self.tokenizer.encode if tokens == "hf" else self.tokenizer.encode_original
         if focus == "options":
-            ids = encode(_choices(b, prompt, f"focus={focus!r}").texts)
+            ids = encode(_split_choices(b, prompt, f"focus={focus!r}").texts)
         elif focus == "options-lettered":
-            ids = encode(_choices(b, prompt, f"focus={focus!r}").options, False)
+            ids = encode(_split_choices(b, prompt, f"focus={focus!r}").options, False)
         else:
             ids = encode(focus, False)
         if not ids or self.tokenizer.image_id in ids:
             raise ValueError(
-                f"focus {focus!r} of prompt {b} is empty or has {IMAGE} in it; give a text, "
+                f"the focus {focus!r} of prompt {b} is empty or contains {IMAGE}; give a text, "
                 "'options' or 'options-lettered'"
             )
         return torch.tensor(ids)
 
 
-def _choices(b: int, prompt: str, asked: str) -> Choices:
+def _split_choices(b: int, prompt: str, argument: str) -> Choices:
     try:
         return split_choices(prompt)
     except ValueError as error:
-        raise ValueError(f"{asked} cannot be had for prompt {b}: {error}") from None
+        raise ValueError(f"{argument} does not work for prompt {b}: {error}") from None
 
 
-def _pictures(b: int, images: object) -> list[Image.Image]:
-    sort = type(images).__name__
+def _check_images(b: int, images: object) -> list[Image.Image]:
+    found = type(images).__name__
     if isinstance(images, list | tuple):
-        strangers = [type(i).__name__ for i in images if not isinstance(i, Image.Image)]
-        if not strangers:
+        others = [type(i).__name__ for i in images if not isinstance(i, Image.Image)]
+        if not others:
             return list(images)
-        sort += f" with {strangers[0]} in it"
-    raise ValueError(f"images[{b}] is {sort}; give each prompt a list of PIL pictures")
+        found += f" that contains {others[0]}"
+    raise ValueError(f"images[{b}] is {found}; give a list of PIL images for each prompt")

@@ -1,7 +1,7 @@
-"""Questions and answers as the text a LLaVA-1.5 checkpoint was trained on.
+"""Put questions and answers into the wording that a LLaVA-1.5 checkpoint was trained on.
 
-The llava-hf wording is the chat template of those repositories, the others are conv_templates of
-the original code (llava/conversation.py).
+"llava-hf" is the chat template of the llava-hf repositories; the other templates are
+conv_templates of the original code (llava/conversation.py).
 """
 
 from __future__ import annotations
@@ -12,31 +12,27 @@ from dataclasses import dataclass
 
 IMAGE = "<image>"
 OPTIONS = "Options: "
-LETTER = "\nAnswer with the option's letter from the given choices directly"
+INSTRUCTION = "\nAnswer with the option's letter from the given choices directly"
 
 
 @dataclass(frozen=True)
 class Template:
-    """What stands before, between and behind the turns of a conversation."""
+    """The fixed text of a conversation: at its start, and around each question and answer."""
 
     system: str
-    question: tuple[str, str]  # before and behind a question
-    answer: tuple[str, str]
+    question: tuple[str, str]  # before and after a question
+    answer: tuple[str, str]  # before and after an answer
 
 
-def _vicuna(whom: str) -> Template:
-    return Template(
-        f"A chat between a curious {whom} and an artificial intelligence assistant. The assistant "
-        f"gives helpful, detailed, and polite answers to the {whom}'s questions. ",
-        ("USER: ", " ASSISTANT:"),
-        (" ", "</s>"),
-    )
-
-
+_VICUNA = (
+    "A chat between a curious {0} and an artificial intelligence assistant. The assistant gives "
+    "helpful, detailed, and polite answers to the {0}'s questions. "
+)
 TEMPLATES = {
     "llava-hf": Template("", ("USER: ", " ASSISTANT:"), (" ", " ")),
-    "vicuna_v1": _vicuna("user"),
-    "llava_v1": _vicuna("human"),  # what FastV's scripts choose for LLaVA-1.5
+    "vicuna_v1": Template(_VICUNA.format("user"), ("USER: ", " ASSISTANT:"), (" ", "</s>")),
+    # FastV's scripts use this one for LLaVA-1.5.
+    "llava_v1": Template(_VICUNA.format("human"), ("USER: ", " ASSISTANT:"), (" ", "</s>")),
     "plain": Template("", ("", "\n"), ("", "\n")),
     "llava_llama_2": Template(
         "[INST] <<SYS>>\nYou are a helpful language and vision assistant. You are able to "
@@ -51,54 +47,56 @@ TEMPLATES = {
 def conversation(
     template: str, question: str, turns: Sequence[tuple[str, str]] = (), n_images: int = 0
 ) -> str:
-    """The prompt for `question` after earlier `turns` of (question, answer).
+    """Build the prompt for `question` after earlier `turns` of (question, answer).
 
-    The pictures all belong to the first question and stand before it, each on a line of its own.
-    Raises ValueError for an unknown template.
+    All images belong to the first question: one line with <image> for each stands before it.
+    conversation("llava-hf", "Why?", n_images=1) is "USER: <image>\\nWhy? ASSISTANT:". Raises
+    ValueError for an unknown template.
     """
     if template not in TEMPLATES:
-        raise ValueError(f"there is no template {template!r}; there are: {', '.join(TEMPLATES)}")
+        known = ", ".join(TEMPLATES)
+        raise ValueError(f"there is no template {template!r}; choose one of {known}")
     t = TEMPLATES[template]
     text = t.system
-    pictures = f"{IMAGE}\n" * n_images
+    images = f"{IMAGE}\n" * n_images
     for asked, answered in turns:
-        text += t.question[0] + pictures + asked + t.question[1]
+        text += t.question[0] + images + asked + t.question[1]
         text += t.answer[0] + answered + t.answer[1]
-        pictures = ""
-    return text + t.question[0] + pictures + question + t.question[1]
+        images = ""
+    return text + t.question[0] + images + question + t.question[1]
 
 
 @dataclass(frozen=True)
 class Choices:
-    """A ScienceQA-style prompt cut at its options; the three parts joined give it back."""
+    """A multiple-choice prompt cut at its options; before + options + after is the prompt."""
 
     before: str
-    options: str  # "Options: (A) … (B) …"
-    after: str  # "\nAnswer with the option's letter …"
+    options: str  # "Options: (A) ... (B) ..."
+    after: str  # "\nAnswer with the option's letter ..."
 
     @property
     def texts(self) -> str:
-        """The option texts without letters, in a row, as Simignore's released 7B code makes them.
+        """The options without letters: "Options: (A) red fish (B) blue" -> "red fish blue".
 
-        mm_utils.py, tokenizer_image_token_split_option_without_letter: "(A)" is cut off as three
-        characters and the space before the first text with it.
+        As in Simignore's 7B code (mm_utils.py, tokenizer_image_token_split_option_without_letter),
+        which cuts off the three characters "(A)", and the first space of the result.
         """
-        pieces = re.split(r" (?=\([A-Z]\))", self.options.removeprefix(OPTIONS))
-        return "".join(piece[3:] for piece in pieces)[1:]
+        options = re.split(r" (?=\([A-Z]\))", self.options.removeprefix(OPTIONS))
+        return "".join(option[3:] for option in options)[1:]
 
 
 def split_choices(prompt: str) -> Choices:
-    """Cut a prompt of the form "… Options: (A) … (B) …\\nAnswer with the option's letter …".
+    """Cut "... Options: (A) ... (B) ...\\nAnswer with the option's letter ..." into three parts.
 
-    Where "Options: " comes more than once, the last one before the instruction counts (the released
-    code would lose text there). Raises ValueError where one of the two is missing.
+    The last instruction counts, and the last "Options: " before it (the released Simignore code
+    would lose text if there are several). Raises ValueError if one of the two is missing.
     """
-    before, found, after = prompt.rpartition(LETTER)
-    head, options, choices = before.rpartition(OPTIONS)
-    if not found or not options:
-        missing = LETTER if not found else OPTIONS
+    before, instruction, after = prompt.rpartition(INSTRUCTION)
+    head, marker, choices = before.rpartition(OPTIONS)
+    if not instruction or not marker:
+        missing = OPTIONS if instruction else INSTRUCTION
         raise ValueError(
             f"the prompt has no {missing!r}; options are read from prompts of the form "
-            f"'… {OPTIONS}(A) … (B) …{LETTER}.'".replace("\n", "\\n")
+            f"'… {OPTIONS}(A) … (B) …{INSTRUCTION}.'".replace("\n", "\\n")
         )
-    return Choices(head, options + choices, found + after)
+    return Choices(head, marker + choices, instruction + after)

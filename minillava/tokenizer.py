@@ -1,12 +1,12 @@
-"""Text -> ids and back, from a Llama-style SentencePiece model (BPE with byte fallback).
+"""Text -> token ids and back, with a Llama SentencePiece model (BPE with byte fallback).
 
-`encode` equals Hugging Face's tokenizer of llava-hf checkpoints, `encode_original` the original
-LLaVA code (llava/mm_utils.py, tokenizer_image_token, over the SentencePiece LlamaTokenizer of
-transformers 4.37 with legacy=False). They differ only around special tokens typed in the text.
+`encode` equals Hugging Face's tokenizer of llava-hf checkpoints. `encode_original` equals the
+original LLaVA code (llava/mm_utils.py, tokenizer_image_token, with the LlamaTokenizer of
+transformers 4.37 and legacy=False). The two differ only around special tokens typed in the text.
 
-Known differences from Hugging Face's: added tokens are taken for special and are looked for in the
-text as typed, whatever their "special" and "normalized" say; ids below 0 and lone surrogates raise
-ValueError (there OverflowError and TypeError).
+Two known differences from Hugging Face: every added token counts as special and is searched for in
+the text as typed, whatever its "special" and "normalized" entries say; negative ids and lone
+surrogates raise ValueError (there OverflowError and TypeError).
 """
 
 from __future__ import annotations
@@ -19,47 +19,47 @@ import sentencepiece
 
 from .prompt import IMAGE
 
-SPACE = "\u2581"  # how pieces write a space
+SPACE = "\u2581"  # SentencePiece writes a space as this character
 
-# A protobuf message goes on where bytes are appended, and the last value of a field counts. This is
-# normalizer_spec {add_dummy_prefix: false, remove_extra_whitespaces: false}: we write the space in
-# front ourselves, because not every text gets one.
-_AS_WRITTEN = b"\x1a\x04\x18\x00\x20\x00"
+# normalizer_spec {add_dummy_prefix: false, remove_extra_whitespaces: false}. Appended to the model
+# file it replaces these two fields, since in a protobuf message the last value of a field counts.
+# The leading space is then ours to add: not every piece of text gets one.
+_NO_NORMALIZATION = b"\x1a\x04\x18\x00\x20\x00"
 
 
 class Tokenizer:
-    """A tokenizer.model and the special tokens beside it.
+    """tokenizer.model together with the special tokens that the json files add to it.
 
-    special_tokens: content -> id of those that tokenizer.model does not have itself, <image> among
-    them. padding: the content of the one that fills up short prompts.
+    special_tokens: text -> id of the added ones, which must include <image>. padding: the text of
+    the token that fills up short prompts. Raises ValueError for an unreadable file and for an
+    <image> or padding token without an id.
     """
 
     def __init__(
-        self, model_file: str | Path, special_tokens: Mapping[str, int], padding: str = "<unk>"
+        self, model_file: str | Path, special_tokens: Mapping[str, int], padding: str
     ) -> None:
         try:
-            model = Path(model_file).read_bytes()
-            self._pieces = sentencepiece.SentencePieceProcessor(model_proto=model + _AS_WRITTEN)
+            model = Path(model_file).read_bytes() + _NO_NORMALIZATION
+            self._pieces = sentencepiece.SentencePieceProcessor(model_proto=model)
         except (OSError, RuntimeError) as error:
             raise ValueError(
-                f"{model_file} is no SentencePiece model that can be read ({error}); fetch it again"
+                f"{model_file} is not a readable SentencePiece model ({error}); download it again"
             ) from error
         self.bos_id: int = self._pieces.bos_id()
         ids = (self._pieces.unk_id(), self.bos_id, self._pieces.eos_id())
-        own = {self._pieces.id_to_piece(i): i for i in ids if i >= 0}
-        self.special_tokens = own | dict(special_tokens)
-        for content in (IMAGE, padding):
-            if content not in self.special_tokens:
-                known = ", ".join(self.special_tokens)
+        built_in = {self._pieces.id_to_piece(i): i for i in ids if i >= 0}  # <unk>, <s>, </s>
+        self.special_tokens = built_in | dict(special_tokens)
+        for text in (IMAGE, padding):
+            if text not in self.special_tokens:
                 raise ValueError(
-                    f"{model_file}: {content} is none of the special tokens {known}; "
-                    "add it to added_tokens.json beside it"
+                    f"{model_file}: {text} is not among the special tokens "
+                    f"{', '.join(self.special_tokens)}; add it to added_tokens.json beside it"
                 )
         self.image_id = self.special_tokens[IMAGE]
         self.pad_id = self.special_tokens[padding]
         self._special_ids = frozenset(self.special_tokens.values())
-        self._any_special = _alternatives(self.special_tokens)
-        self._own_special = _alternatives(own)
+        self._any_special = _compile_alternatives(self.special_tokens)
+        self._built_in_special = _compile_alternatives(built_in)
 
     def __len__(self) -> int:
         """One more than the largest id."""
@@ -68,10 +68,10 @@ class Tokenizer:
     # ------------------------------------------------------------ text -> ids
 
     def encode(self, text: str, bos: bool = True) -> list[int]:
-        """As Hugging Face: special tokens typed in the text are tokens, and every stretch of text
-        between them begins with a space of its own. Raises ValueError for lone surrogates."""
+        """Encode as Hugging Face: a special token typed in the text becomes that token, and a space
+        is put before each piece of text between them. Raises ValueError for lone surrogates."""
         ids = [self.bos_id] if bos else []
-        for part in self._any_special.split(_unicode(text)):
+        for part in self._any_special.split(_check_unicode(text)):
             if part in self.special_tokens:
                 ids.append(self.special_tokens[part])
             elif part:
@@ -79,17 +79,14 @@ class Tokenizer:
         return ids
 
     def encode_original(self, text: str, bos: bool = True) -> list[int]:
-        """As the original code: the text is cut at <image>, each stretch begins with a space;
-        only <unk>, <s> and </s> are tokens in it, and what follows them gets no space."""
+        """Encode as the original code: the text is cut at <image>, and a space is put before each
+        piece. In a piece only <unk>, <s> and </s> are special; no space is put after those."""
         ids = [self.bos_id] if bos else []
-        for i, stretch in enumerate(_unicode(text).split(IMAGE)):
+        for i, stretch in enumerate(_check_unicode(text).split(IMAGE)):
             ids += [self.image_id] * (i > 0)
-            if not stretch:
-                continue
-            parts = [p for p in self._own_special.split(" " + stretch) if p]
-            if parts[0] == " " and len(parts) > 1:  # the stretch begins with a special token
-                parts = parts[1:]
-            for part in parts:
+            if stretch and not self._built_in_special.match(stretch):
+                stretch = " " + stretch
+            for part in filter(None, self._built_in_special.split(stretch)):
                 special = self.special_tokens.get(part)
                 ids += self._pieces.encode(part) if special is None else [special]
         return ids
@@ -97,18 +94,18 @@ class Tokenizer:
     # ------------------------------------------------------------ ids -> text
 
     def decode(self, ids: Iterable[int]) -> str:
-        """Text of ids as Hugging Face decodes them with skip_special_tokens=True.
+        """Decode as Hugging Face with skip_special_tokens=True.
 
-        One space in front is taken off; bytes that are no UTF-8 become U+FFFD each; ids that no
-        token has are skipped.
+        The first leading space is removed, each byte of invalid UTF-8 becomes U+FFFD, and ids
+        beyond the vocabulary are skipped. Raises ValueError for negative ids.
         """
         stream = StreamDecoder(self)
         return "".join([stream.push(i) for i in ids]) + stream.finish()
 
     def piece(self, token: int) -> str | int | None:
-        """What an id stands for in text: characters, or one byte as a number; None for nothing."""
+        """The text of one id; an int for a byte token; None if it has no text (special tokens)."""
         if token < 0:
-            raise ValueError(f"{token} is no token id; ids are 0 or more")
+            raise ValueError(f"{token} is not a token id; ids are 0 or more")
         if token in self._special_ids or token >= self._pieces.get_piece_size():
             return None
         piece: str = self._pieces.id_to_piece(token)
@@ -116,56 +113,57 @@ class Tokenizer:
 
 
 class StreamDecoder:
-    """Decodes ids one at a time; all it returns joined is what `decode` gives for all of them.
+    """Decodes ids one at a time. The returned texts joined equal `decode` of all ids at once.
 
-    A run of byte tokens is held back to its end: one bad byte in it, and every byte of the run
-    becomes U+FFFD.
+    Characters outside the vocabulary arrive as several byte tokens, for example four for an emoji.
+    They are held back until the last one: if any byte in a row of them is invalid, every byte of
+    that row becomes U+FFFD.
     """
 
     def __init__(self, tokenizer: Tokenizer) -> None:
         self._tokenizer = tokenizer
         self._bytes = bytearray()
-        self._begun = False
+        self._started = False
 
     def push(self, token: int) -> str:
-        """The text that has become certain with this id, often none."""
+        """Add one id. Returns the text that can no longer change, which is often empty."""
         piece = self._tokenizer.piece(token)
         if piece is None:
             return ""
         if isinstance(piece, int):
             self._bytes.append(piece)
             return ""
-        return self._begin(self._run() + piece)
+        return self._strip_first_space(self._take_bytes() + piece)
 
     def finish(self) -> str:
-        """What was held back, after the last id."""
-        return self._begin(self._run())
+        """The text still held back after the last id."""
+        return self._strip_first_space(self._take_bytes())
 
-    def _run(self) -> str:
-        run, self._bytes = self._bytes, bytearray()
+    def _take_bytes(self) -> str:
+        held, self._bytes = self._bytes, bytearray()
         try:
-            return run.decode()
+            return held.decode()
         except UnicodeDecodeError:
-            return "\ufffd" * len(run)
+            return "\ufffd" * len(held)
 
-    def _begin(self, text: str) -> str:
-        if self._begun or not text:
+    def _strip_first_space(self, text: str) -> str:
+        if self._started or not text:
             return text
-        self._begun = True
+        self._started = True
         return text.removeprefix(" ")
 
 
-def _alternatives(tokens: Mapping[str, int]) -> re.Pattern[str]:
+def _compile_alternatives(tokens: Mapping[str, int]) -> re.Pattern[str]:
     longest_first = sorted(tokens, key=len, reverse=True)
     return re.compile("(" + "|".join(map(re.escape, longest_first)) + ")")
 
 
-def _unicode(text: str) -> str:
+def _check_unicode(text: str) -> str:
     try:
         text.encode()
     except UnicodeEncodeError as error:
         raise ValueError(
             f"character {error.start} of the text is {text[error.start]!r}, half of a character "
-            "pair and no Unicode text; remove it"
+            "pair and not valid Unicode; remove it"
         ) from None
     return text

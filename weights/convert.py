@@ -27,12 +27,14 @@ import torch
 from torch import Tensor
 
 from minillava.app.command import Parser, command
-from minillava.loading.checkpoint import empty_model, match
-from minillava.loading.config_file import config_of, read_config
+from minillava.loading.checkpoint import empty_model
+from minillava.loading.checkpoint import match_tensors as match
+from minillava.loading.config_file import parse_config as config_of
+from minillava.loading.config_file import read_config
 from minillava.loading.json_entries import Entries, read_json
 from minillava.loading.keys import our_name, published_name
 from minillava.loading.processor_files import read_processor
-from minillava.loading.tensor_files import Stored
+from minillava.loading.tensor_files import StoredTensor as Stored
 
 from . import original
 from .files import SHARD_BYTES, Planned, check_folder, refuse_inside, write_checkpoint

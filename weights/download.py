@@ -12,7 +12,8 @@ import sys
 from pathlib import Path
 
 from minillava.app.command import Parser, command
-from minillava.loading.hub import fetch, snapshot
+from minillava.loading.hub import download_checkpoint as fetch
+from minillava.loading.hub import download_files as snapshot
 from minillava.loading.json_entries import read_json
 
 _SMALL = ["*.json", "tokenizer.model"]
