@@ -19,9 +19,11 @@ import torch
 from minillava.app.command import Parser
 
 from .. import plots, store
-from ..bench import Bench, Done, add_options
+from ..bench import Bench, add_options
+from ..plans import TypedPlan
 from ..ranks import Ranks
-from ..run import command
+from ..results import PlanResult
+from ..run import run_command
 from ..score import task_named
 
 Row = Mapping[str, Any]
@@ -45,13 +47,13 @@ def experiment(
     add_options(parser, batch)
     more(parser)
 
-    def run(args: argparse.Namespace, among: Ranks) -> None:
-        if among.size > 1:
+    def run(args: argparse.Namespace, ranks: Ranks) -> None:
+        if ranks.size > 1:
             raise ValueError("an experiment runs in one process; torchrun is for eval.run")
         plots.needed()
         print(act(args), flush=True)
 
-    return command(parser, argv, run)
+    return run_command(parser, argv, run)
 
 
 def bench(args: argparse.Namespace) -> Bench:
@@ -72,11 +74,22 @@ def with_form(args: argparse.Namespace, **form: str | None) -> argparse.Namespac
     return argparse.Namespace(**{**vars(args), **form, "out": folder})
 
 
-def ask_all(bench: Bench, plans: Sequence[str]) -> dict[str, Done]:
-    """Every plan, once all of them are known to be able to run."""
-    plans = list(dict.fromkeys(plans))
-    bench.check(plans)
-    return {plan: bench.ask(plan) for plan in plans}
+def ask_all(bench: Bench, plans: Mapping[str, TypedPlan]) -> dict[str, PlanResult]:
+    """The results of plans, by text. All are checked before the first is asked (ValueError)."""
+    bench.check(list(plans.values()))
+    return {text: bench.ask(plan) for text, plan in plans.items()}
+
+
+def add_prune(parser: argparse.ArgumentParser) -> None:
+    """The option of an experiment with plans of its own to ask further ones."""
+    more = "further plans, also of a method in a file: ./mine.py:Mine:keep=16"
+    parser.add_argument("--prune", nargs="+", default=[], metavar="PLAN", help=more)
+
+
+def with_options(method: str, options: str) -> str:
+    """A method, perhaps with options of its own, with further ones: ./mine.py:Mine, keep=9."""
+    given = method.rpartition(".py:")[2]
+    return f"{method}{',' if ':' in given else ':'}{options}"
 
 
 def report(
@@ -107,8 +120,10 @@ def report(
     text = "\n\n".join(parts) + "\n"
     found = {"title": title, "setting": setting, "notes": list(notes), "tables": tables}
     found |= {"published": list(published)} if published else {}
-    store.write_whole(out / "results.json", json.dumps(found, indent=1, ensure_ascii=False) + "\n")
-    store.write_whole(out / "results.md", text)
+    store.write_atomically(
+        out / "results.json", json.dumps(found, indent=1, ensure_ascii=False) + "\n"
+    )
+    store.write_atomically(out / "results.md", text)
     return text
 
 
@@ -128,9 +143,9 @@ def _cell(value: object) -> str:
     return str(value)
 
 
-def costs(done: Done) -> dict[str, Any]:
+def costs(result: PlanResult) -> dict[str, Any]:
     """The columns that every table has beside its scores."""
-    c = done.costs
+    c = result.costs
     many = f" of {c.batch}" if c.batch > 1 else ""
     return {
         "image tokens a layer": c.image_tokens,
@@ -140,6 +155,6 @@ def costs(done: Done) -> dict[str, Any]:
     }
 
 
-def unparsed(done: Done) -> dict[str, Any]:
-    score = done.scored.score
+def unparsed(result: PlanResult) -> dict[str, Any]:
+    score = result.scored.score
     return {score.metric: score.value, "unparsed": score.unparsed, "questions": score.n}

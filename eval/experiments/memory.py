@@ -20,6 +20,7 @@ from minillava.quant.linear import weight_bytes
 
 from .. import cost, predict
 from ..bench import DEMO, Bench
+from ..plans import TypedPlan, read_plans
 from ..score import questions, task_named
 
 
@@ -38,12 +39,12 @@ class Memory:
         return self.weights + self.cache + self.activations
 
 
-def memory(bench: Bench, plan: str, measured: int | None) -> Memory:
+def memory(bench: Bench, plan: TypedPlan, measured: int | None) -> Memory:
     """Of the first question under a plan; `measured` by peaks()."""
     model, report = bench.model, _first_token(bench, plan)
     entering = [n for (n,) in report.tokens_entering]
     config = model.config
-    resolved = predict.plan_of(plan).resolve(len(entering), config.vision.num_patches)
+    resolved = plan.plan.resolve(len(entering), config.vision.num_patches)
     return Memory(
         weights=weight_bytes(model),
         cache=report.cache_bytes,
@@ -94,16 +95,16 @@ def _measure(send: Connection, args: argparse.Namespace, plans: Sequence[str]) -
 
 
 def _peaks(args: argparse.Namespace, plans: Sequence[str]) -> list[int]:
-    one = argparse.Namespace(**{**vars(args), "limit": 1})
+    typed, one = read_plans(plans).values(), argparse.Namespace(**{**vars(args), "limit": 1})
     demo = {"task": "demo", "data": None, "protocol": None, "model": str(DEMO), "revision": None}
     bench = Bench.open(argparse.Namespace(**{**vars(one), **demo}))
-    for plan in plans:
+    for plan in typed:
         _first_token(bench, plan)
     del bench
     cost.give_back()
     before, found = cost.resident_bytes(), []
     bench = Bench.open(one)
-    for plan in plans:
+    for plan in typed:
         cost.give_back()
         with cost.peak_memory() as peak:
             _first_token(bench, plan)
@@ -111,7 +112,6 @@ def _peaks(args: argparse.Namespace, plans: Sequence[str]) -> list[int]:
     return found
 
 
-def _first_token(bench: Bench, plan: str) -> Report:
+def _first_token(bench: Bench, plan: TypedPlan) -> Report:
     batch = predict.batch_of(bench.processor, [bench.items[0]], bench.run(plan))
-    parsed, seed = predict.plan_of(plan), bench.args.seed
-    return generate(bench.model, batch, parsed, max_new_tokens=1, seed=seed).report
+    return generate(bench.model, batch, plan.plan, max_new_tokens=1, seed=bench.args.seed).report

@@ -13,14 +13,15 @@ from __future__ import annotations
 import argparse
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
 from .. import plots
-from ..bench import Bench, Done
-from ..predict import NONE
-from ..run import published_of
+from ..bench import Bench
+from ..plans import NONE, TypedPlan, read_plans
+from ..results import PlanResult
+from ..run import published_tables
 from ..score import questions, task_named
 from . import base
 
@@ -29,7 +30,7 @@ TASKS = ("nocaps", "flickr30k", "coco2014", "coco2017", "mmmu", "gqa", "mme", "s
 
 def run(args: argparse.Namespace) -> str:
     began = time.perf_counter()
-    plans = list(dict.fromkeys([NONE, *args.prune]))
+    plans = read_plans([NONE, *args.prune])  # before anything is loaded
     if args.data is None:
         bench = base.bench(args)
         done = base.ask_all(bench, plans)
@@ -57,12 +58,12 @@ def run(args: argparse.Namespace) -> str:
     return base.report(args.out, args, title, tables, ["nine.png"], began, notes, published)
 
 
-def _kinds(done: Done) -> dict[str, float]:
+def _kinds(done: PlanResult) -> dict[str, float]:
     return {name: v for name, v in done.scored.score.more.items() if isinstance(v, float)}
 
 
 def _real(
-    args: argparse.Namespace, plans: Sequence[str]
+    args: argparse.Namespace, plans: Mapping[str, TypedPlan]
 ) -> tuple[dict[str, dict[str, float]], dict[str, dict[str, Any]], list[str], list[str]]:
     """Scores by plan and column, costs of the first benchmark, what is missing, what is
     published."""
@@ -94,13 +95,13 @@ def _real(
             if name == "mme":
                 scores[plan]["mme cognition"] = d.scored.score.more["cognition"]
             costs.setdefault(plan, base.costs(d))
-        published += published_of(list(done.values()))
+        published += published_tables(list(done.values()))
         if name == "mme":
-            published += published_of([_cognition(d) for d in done.values()])
+            published += published_tables([_cognition(d) for d in done.values()])
     return scores, costs, notes, published
 
 
-def _cognition(done: Done) -> Done:
+def _cognition(done: PlanResult) -> PlanResult:
     """MME's other figure, as one to be compared."""
     score = done.scored.score
     other = replace(score, metric="cognition", value=score.more["cognition"])
