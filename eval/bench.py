@@ -21,7 +21,7 @@ from .predict import Run
 from .predictions import read
 from .ranks import ALONE, Ranks
 from .results import PlanResult, begin, check_resume, digest_questions, json_path, machine
-from .score import questions, score, task_named
+from .score import find_task, questions, score
 from .summary import summary
 from .tasks import TASKS
 from .tasks.base import Item, Task
@@ -60,7 +60,7 @@ class Bench:
     @classmethod
     def open(cls, args: argparse.Namespace, ranks: Ranks = ALONE) -> Bench:
         """Read the questions and load the model. ValueError for what is missing or broken."""
-        task, protocol = task_named(args.task, args.protocol)
+        task, protocol = find_task(args.task, args.protocol)
         args = argparse.Namespace(**{**vars(args), "protocol": protocol})
         found: list[Bench] = []
 

@@ -143,7 +143,7 @@ def layers_alone(model: LLaVA, entering: Sequence[int]) -> float:
                 block(rows[n], ropes[n], causal_attention)
 
     with torch.inference_mode():
-        return cost.seconds(run, model.device, repeats=1)
+        return cost.best_seconds(run, model.device, repeats=1)
 
 
 @dataclass
@@ -177,7 +177,7 @@ def measure(
     results = {text: Measured() for text in plans}
     for turn in range(repeats + 1):
         for text, m in results.items():
-            plan = cost.timed(plans[text].plan, model, m.clock)
+            plan = cost.with_timed_choices(plans[text].plan, model, m.clock)
             report = generate(
                 model, batch, plan, max_new_tokens=new_tokens, min_new_tokens=new_tokens, seed=0
             ).report

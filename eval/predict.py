@@ -153,7 +153,7 @@ def _answer(
         result = generate(
             model,
             batch,
-            cost.timed(plan, model, clock),
+            cost.with_timed_choices(plan, model, clock),
             max_new_tokens=run.max_new_tokens,
             seed=run.seed + number,
             use_cache=run.use_cache,

@@ -97,7 +97,7 @@ def score(
     )
 
 
-def task_named(name: str, protocol: str | None) -> tuple[Task, str]:
+def find_task(name: str, protocol: str | None) -> tuple[Task, str]:
     """A task, and the protocol, without one its first. ValueError: there is none of that name."""
     if name not in TASKS:
         raise ValueError(f"--task {name}: there is no such task; there are: {', '.join(TASKS)}")
@@ -178,7 +178,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     def act() -> None:
         args = parser.parse_args(argv)
-        task, protocol = task_named(args.task, args.protocol)
+        task, protocol = find_task(args.task, args.protocol)
         items = questions(task, args.questions, protocol, args.limit)
         found = predictions.read(args.predictions)
         scored = score(task, items, found, protocol)

@@ -42,7 +42,7 @@ def plan(method: str, layer: int, r: float) -> str:
 
 def run(args: argparse.Namespace) -> str:
     _check_method(args.method)  # before anything is loaded
-    began, bench = time.perf_counter(), base.bench(args)
+    began, bench = time.perf_counter(), base.open_bench(args)
     layers = args.layers or _layers(bench)
     plans = {(k, r): plan(args.method, k, r) for k in layers for r in args.r}
     done = base.ask_all(bench, read_plans([NONE, *plans.values()]))
@@ -76,7 +76,7 @@ def run(args: argparse.Namespace) -> str:
         ("R, % of the image tokens pruned", whole.metric),
         ("unpruned", whole.value),
     )
-    return base.report(
+    return base.write_report(
         args.out,
         args,
         title,

@@ -37,9 +37,9 @@ def run(args: argparse.Namespace) -> str:
     began, rows, published = time.perf_counter(), [], []
     plans = read_plans([*PLANS, *args.prune])
     for form, settings in FORMS.items():
-        own = base.with_form(args, **settings)
+        own = base.with_format(args, **settings)
         measured = peaks(own, list(plans))  # before this process holds a model, too
-        bench = base.bench(own)
+        bench = base.open_bench(own)
         done = base.ask_all(bench, plans)
         rows += [
             _row(form, done[text], memory(bench, plan, peak))
@@ -59,7 +59,7 @@ def run(args: argparse.Namespace) -> str:
         plots.bars(args.out / f"{picture}.png", heights, f"{title}; below: R in %", label)
     tables = {"One question at a time": rows}
     pictures = [f"{picture}.png" for picture in shown]
-    return base.report(args.out, args, title, tables, pictures, began, published=published)
+    return base.write_report(args.out, args, title, tables, pictures, began, published=published)
 
 
 MEMORIES = ("memory computed", "memory measured")
@@ -69,8 +69,8 @@ def _row(form: str, result: PlanResult, memory: Memory) -> dict[str, Any]:
     return {
         "weights": form,
         "R, %": PLANS.get(result.run.plan),
-        **base.unparsed(result),
-        **base.costs(result),
+        **base.score_columns(result),
+        **base.cost_columns(result),
         "weights, MB": memory.weights / 1e6,
         "cache, MB": memory.cache / 1e6,
         "activations, MB": memory.activations / 1e6,

@@ -24,7 +24,7 @@ from ..plans import TypedPlan
 from ..ranks import Ranks
 from ..results import PlanResult
 from ..run import run_command
-from ..score import task_named
+from ..score import find_task
 
 Row = Mapping[str, Any]
 
@@ -50,25 +50,25 @@ def experiment(
     def run(args: argparse.Namespace, ranks: Ranks) -> None:
         if ranks.size > 1:
             raise ValueError("an experiment runs in one process; torchrun is for eval.run")
-        plots.needed()
+        plots.require_matplotlib()
         print(act(args), flush=True)
 
     return run_command(parser, argv, run)
 
 
-def bench(args: argparse.Namespace) -> Bench:
+def open_bench(args: argparse.Namespace) -> Bench:
     """The benchmark, with its answers in --out/answers."""
-    changed = {**vars(args), "out": answers(args.out)}
+    changed = {**vars(args), "out": answers_folder(args.out)}
     return Bench.open(argparse.Namespace(**changed))
 
 
-def answers(out: Path) -> Path:
+def answers_folder(out: Path) -> Path:
     folder = out / "answers"
     folder.mkdir(parents=True, exist_ok=True)
     return folder
 
 
-def with_form(args: argparse.Namespace, **form: str | None) -> argparse.Namespace:
+def with_format(args: argparse.Namespace, **form: str | None) -> argparse.Namespace:
     """The same command with another dtype or quantize, answers apart."""
     folder = args.out / "_".join(v for v in form.values() if v)
     return argparse.Namespace(**{**vars(args), **form, "out": folder})
@@ -92,7 +92,7 @@ def with_options(method: str, options: str) -> str:
     return f"{method}{',' if ':' in given else ':'}{options}"
 
 
-def report(
+def write_report(
     out: Path,
     args: argparse.Namespace,
     title: str,
@@ -104,7 +104,7 @@ def report(
 ) -> str:
     """Write results.json and results.md, and return the latter's text. tables: title -> rows, all
     of a table with the same columns; published: figures that may stand beside ours, as text."""
-    name, (_, protocol) = Path(args.model).name, task_named(args.task, args.protocol)
+    name, (_, protocol) = Path(args.model).name, find_task(args.task, args.protocol)
     threads = torch.get_num_threads()
     setting = (
         f"{args.task}, {protocol} protocol, {name}, seed {args.seed}, "
@@ -143,7 +143,7 @@ def _cell(value: object) -> str:
     return str(value)
 
 
-def costs(result: PlanResult) -> dict[str, Any]:
+def cost_columns(result: PlanResult) -> dict[str, Any]:
     """The columns that every table has beside its scores."""
     c = result.costs
     many = f" of {c.batch}" if c.batch > 1 else ""
@@ -155,6 +155,6 @@ def costs(result: PlanResult) -> dict[str, Any]:
     }
 
 
-def unparsed(result: PlanResult) -> dict[str, Any]:
+def score_columns(result: PlanResult) -> dict[str, Any]:
     score = result.scored.score
     return {score.metric: score.value, "unparsed": score.unparsed, "questions": score.n}

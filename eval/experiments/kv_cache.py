@@ -29,7 +29,7 @@ from . import base
 def run(args: argparse.Namespace) -> str:
     began = time.perf_counter()
     unpruned, pruned = read_plan(NONE), read_plan(args.prune)
-    bench = base.bench(argparse.Namespace(**{**vars(args), "limit": 1}))
+    bench = base.open_bench(argparse.Namespace(**{**vars(args), "limit": 1}))
     ways = {
         "no cache": (unpruned, False),
         "cache": (unpruned, True),
@@ -55,7 +55,9 @@ def run(args: argparse.Namespace) -> str:
     note = f"Medians of {args.repeats}, the ways taking turns. Cache: keys and values of all rows "
     note += "at the end, in the bytes of the arithmetic's dtype."
     tables = {"One question": rows}
-    return base.report(args.out, args, title, tables, ["seconds.png", "cache.png"], began, [note])
+    return base.write_report(
+        args.out, args, title, tables, ["seconds.png", "cache.png"], began, [note]
+    )
 
 
 def _answer(

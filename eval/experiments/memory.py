@@ -21,7 +21,7 @@ from minillava.quant.linear import weight_bytes
 from .. import cost, predict
 from ..bench import DEMO, Bench
 from ..plans import TypedPlan, read_plans
-from ..score import questions, task_named
+from ..score import find_task, questions
 
 
 @dataclass(frozen=True)
@@ -57,9 +57,9 @@ def memory(bench: Bench, plan: TypedPlan, measured: int | None) -> Memory:
 def peaks(args: argparse.Namespace, plans: Sequence[str]) -> list[int] | list[None]:
     """Bytes that the first question takes under each plan, weights included, measured in a process
     of its own. None on a GPU, and where the system cannot start a new peak of memory."""
-    if args.device != "cpu" or not cost.peaks_begin_anew():
+    if args.device != "cpu" or not cost.can_reset_peak():
         return [None] * len(plans)
-    task, protocol = task_named(args.task, args.protocol)
+    task, protocol = find_task(args.task, args.protocol)
     questions(task, args.data, protocol, 1)  # what is missing is said before a process is started
     context = multiprocessing.get_context("spawn")
     receive, send = context.Pipe(duplex=False)

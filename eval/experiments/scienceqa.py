@@ -44,15 +44,15 @@ def plans(bench: Bench) -> dict[str, str]:
 
 def run(args: argparse.Namespace) -> str:
     further = read_plans(args.prune)  # before anything is loaded
-    began, bench = time.perf_counter(), base.bench(args)
+    began, bench = time.perf_counter(), base.open_bench(args)
     own = plans(bench)
     named = {**own, **dict(zip(further, further, strict=True))}
     done = base.ask_all(bench, {**read_plans(own.values()), **further})
     rows = [
         {
             "": name,
-            **base.unparsed(done[text]),
-            **base.costs(done[text]),
+            **base.score_columns(done[text]),
+            **base.cost_columns(done[text]),
             "prefill, s": _median(done[text].costs.prefill),
             "plan": f"`{text}`",
         }
@@ -66,7 +66,7 @@ def run(args: argparse.Namespace) -> str:
         plots.bars(args.out / f"{picture}.png", heights, title, column)
     tables, pictures = {"One question at a time": rows}, ["score.png", "first_token.png"]
     published = published_tables(list(done.values()))
-    return base.report(args.out, args, title, tables, pictures, began, published=published)
+    return base.write_report(args.out, args, title, tables, pictures, began, published=published)
 
 
 def _median(spread: cost.Spread | None) -> float | None:

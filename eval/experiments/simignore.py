@@ -27,7 +27,7 @@ BESIDE = "further methods that have the option keep, such as divprune or ./mine.
 
 
 def run(args: argparse.Namespace) -> str:
-    began, bench = time.perf_counter(), base.bench(args)
+    began, bench = time.perf_counter(), base.open_bench(args)
     lines = {measure: f"simignore:measure={measure},keep=" for measure in MEASURES}
     others = ["random", "uniform", *args.beside]
     lines |= {method: base.with_options(method, "keep=") for method in others}
@@ -37,7 +37,12 @@ def run(args: argparse.Namespace) -> str:
     done = base.ask_all(bench, read_plans([NONE, *plans.values()]))
     whole = done[NONE].scored.score
     rows = [
-        {"choice": name, "image tokens": k, **base.unparsed(done[text]), **base.costs(done[text])}
+        {
+            "choice": name,
+            "image tokens": k,
+            **base.score_columns(done[text]),
+            **base.cost_columns(done[text]),
+        }
         for (name, k), text in plans.items()
     ]
     title = f"Simignore: measure and budget, {len(bench.items)} questions of {args.task}"
@@ -50,7 +55,9 @@ def run(args: argparse.Namespace) -> str:
     )
     table = {f"unpruned: {whole.metric} {whole.value:.2f}, {N} image tokens": rows}
     published = published_tables(list(done.values()))
-    return base.report(args.out, args, title, table, ["budget.png"], began, published=published)
+    return base.write_report(
+        args.out, args, title, table, ["budget.png"], began, published=published
+    )
 
 
 def options(parser: argparse.ArgumentParser) -> None:
