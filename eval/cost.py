@@ -135,15 +135,15 @@ class _Timed:
         return self
 
     def choose(self, context: Any) -> Any:
-        wait(self.device)
+        synchronize(self.device)
         began = time.perf_counter()
         keep = self.inner.choose(context)
-        wait(self.device)
+        synchronize(self.device)
         self.clock.seconds += time.perf_counter() - began
         return keep
 
 
-def timed(plan: Plan, model: LLaVA, clock: Clock) -> Plan:
+def with_timed_choices(plan: Plan, model: LLaVA, clock: Clock) -> Plan:
     """The same plan; the time of its choices is added to `clock`."""
     config = model.config
     plan = plan.resolve(config.text.num_hidden_layers, config.vision.num_patches)
@@ -151,20 +151,20 @@ def timed(plan: Plan, model: LLaVA, clock: Clock) -> Plan:
     return replace(plan, methods=methods)
 
 
-def wait(device: torch.device) -> None:
+def synchronize(device: torch.device) -> None:
     """Until a GPU has done what it was told."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
 
 
-def seconds(act: Callable[[], object], device: torch.device, repeats: int = 3) -> float:
+def best_seconds(act: Callable[[], object], device: torch.device, repeats: int = 3) -> float:
     """The least of several times, after one that does not count."""
     times = []
     for _ in range(repeats + 1):
-        wait(device)
+        synchronize(device)
         began = time.perf_counter()
         act()
-        wait(device)
+        synchronize(device)
         times.append(time.perf_counter() - began)
     return min(times[1:])
 
@@ -176,16 +176,16 @@ def gemm_rate(linear: nn.Module, rows: int, columns: int, outputs: int, model: L
     """FLOPs a second of a linear layer of the model on so many rows."""
     x = torch.randn(rows, columns, device=model.device, dtype=model.dtype)
     with torch.inference_mode():
-        return 2 * rows * columns * outputs / seconds(lambda: linear(x), model.device)
+        return 2 * rows * columns * outputs / best_seconds(lambda: linear(x), model.device)
 
 
 def memory_bandwidth(device: torch.device, size: int = 2**30) -> float:
     """Bytes a second, reading `size` bytes once."""
     values = torch.ones(size // 4, device=device)
-    return size / seconds(values.sum, device)
+    return size / best_seconds(values.sum, device)
 
 
-def peaks_begin_anew() -> bool:
+def can_reset_peak() -> bool:
     """Whether the system can start a new peak of resident memory (Linux)."""
     return RESET.exists()
 
@@ -197,7 +197,7 @@ def peak_memory() -> Iterator[Callable[[], int]]:
     Linux can start a new peak; elsewhere it is that of the process's whole life. All that the
     process holds is in it, the libraries' code too.
     """
-    if peaks_begin_anew():
+    if can_reset_peak():
         RESET.write_text("5")
     yield _peak
 

@@ -23,7 +23,7 @@ from typing import Any
 
 import torch
 
-from minillava import Batch, load, parse_plan
+from minillava import Batch, load
 from minillava.app.command import Parser, command, natural, positive
 from minillava.generate import Result, generate
 from minillava.llava import LLaVA
@@ -33,6 +33,7 @@ from minillava.request import Settings, check_plan, prompts_of
 from weights import scenes
 
 from . import fit, store
+from .plans import read_plan, read_plans
 
 BATCH = 32
 LENGTH = 48  # new tokens; the longest answer is a caption
@@ -100,7 +101,7 @@ def measure(
     model: LLaVA, processor: Processor, groups: Sequence[Group], text: str, seed: int
 ) -> dict[str, Any]:
     """One plan on all questions: accuracy per kind, image tokens per layer, seconds."""
-    plan, began = parse_plan(text or None), time.perf_counter()
+    plan, began = read_plan(text).plan, time.perf_counter()
     right: dict[str, list[bool]] = defaultdict(list)
     entering: list[float] = []
     for i, (batch, examples) in enumerate(groups):
@@ -159,8 +160,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _run(args: argparse.Namespace) -> None:
-    for text in args.plans:
-        parse_plan(text)
+    read_plans(args.plans)  # a mistake is told before anything is loaded
     files = _out(args.out) if args.out else []
     model, processor = load(args.model)
     wanted = ["", *args.plans] if args.plans else plans(model, processor)
@@ -179,7 +179,7 @@ def _run(args: argparse.Namespace) -> None:
     found = {"seed": args.seed, "model": Path(args.model).name, "rows": rows}
     texts = (json.dumps(found, indent=1) + "\n", f"{note}\n\n{table(rows)}\n")
     for path, text in zip(files, texts, strict=False):
-        store.write_whole(path, text)
+        store.write_atomically(path, text)
 
 
 def check(model: LLaVA, batch: Batch, texts: Sequence[str]) -> None:
@@ -187,13 +187,14 @@ def check(model: LLaVA, batch: Batch, texts: Sequence[str]) -> None:
     layers, patches = model.config.text.num_hidden_layers, model.config.vision.num_patches
     settings, prompts = Settings(LENGTH, 0, (), 0.0, 1.0, 0), prompts_of(model, batch)
     for text in texts:
-        check_plan(model, prompts, parse_plan(text or None).resolve(layers, patches), settings)
+        check_plan(model, prompts, read_plan(text).plan.resolve(layers, patches), settings)
 
 
 def _out(name: Path) -> list[Path]:
     """NAME.json and NAME.md, where they can be written."""
     name.parent.mkdir(parents=True, exist_ok=True)
-    files = [name.with_suffix(".json"), name.with_suffix(".md")]
+    stem = name.with_suffix("") if name.suffix in (".json", ".md") else name
+    files = [stem.with_name(f"{stem.name}{suffix}") for suffix in (".json", ".md")]
     for path in files:
         if path.is_dir() or not os.access(path.parent, os.W_OK):
             raise ValueError(f"--out {name}: {path} cannot be written; give another name")

@@ -18,14 +18,14 @@ import math
 import platform
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from minillava import Batch, load, parse_plan
+from minillava import Batch, load
 from minillava.app.command import Parser, command, positive
 from minillava.attention import causal_attention
 from minillava.config import Config, TextConfig, VisionConfig
@@ -39,6 +39,7 @@ from minillava.quant.linear import weight_bytes
 from minillava.request import Settings, check_plan, prompts_of
 
 from . import cost
+from .plans import NONE, TypedPlan, read_plans
 
 SHAPES = {
     "7b": Config(VisionConfig(), TextConfig()),
@@ -144,7 +145,7 @@ def layers_alone(model: LLaVA, entering: Sequence[int]) -> float:
                 block(rows[n], ropes[n], causal_attention)
 
     with torch.inference_mode():
-        return cost.seconds(run, model.device, repeats=1)
+        return cost.best_seconds(run, model.device, repeats=1)
 
 
 @dataclass
@@ -164,7 +165,7 @@ class Measured:
 def measure(
     model: LLaVA,
     form: str,
-    plans: Sequence[str],
+    plans: Mapping[str, TypedPlan],
     batch: Batch,
     new_tokens: int,
     repeats: int,
@@ -173,12 +174,12 @@ def measure(
     """All plans in turn, `repeats` rounds after one that does not count; the first is unpruned."""
     layers, patches = model.config.text.num_hidden_layers, model.config.vision.num_patches
     settings, prompts = Settings(new_tokens, new_tokens, (), 0.0, 1.0, 0), prompts_of(model, batch)
-    for text in plans:  # what cannot run is refused before any plan takes its time
-        check_plan(model, prompts, parse_plan(text or None).resolve(layers, patches), settings)
+    for typed in plans.values():  # what cannot run is refused before any plan takes its time
+        check_plan(model, prompts, typed.plan.resolve(layers, patches), settings)
     results = {text: Measured() for text in plans}
     for turn in range(repeats + 1):
         for text, m in results.items():
-            plan = cost.timed(parse_plan(text or None), model, m.clock)
+            plan = cost.with_timed_choices(plans[text].plan, model, m.clock)
             report = generate(
                 model, batch, plan, max_new_tokens=new_tokens, min_new_tokens=new_tokens, seed=0
             ).report
@@ -189,7 +190,7 @@ def measure(
                 m.clock.seconds = 0.0
                 m.entering = [n for (n,) in report.tokens_entering]
                 m.cache_bytes, m.peak_bytes = report.cache_bytes, report.peak_bytes or 0
-    whole = results[plans[0]]
+    whole = results[next(iter(plans))]
     return [_row(model, form, text, m, whole, bandwidth) for text, m in results.items()]
 
 
@@ -204,7 +205,7 @@ def _row(model: LLaVA, form: str, text: str, m: Measured, whole: Measured, bandw
     read = weight_bytes(model.llama) - table + m.cache_bytes
     return Row(
         form=form,
-        plan=text or "none",
+        plan=text,
         vision=cost.Spread.of(m.vision),
         prefill=cost.Spread.of(m.prefill),
         first_token=cost.Spread.of(m.first_token),
@@ -220,7 +221,7 @@ def _row(model: LLaVA, form: str, text: str, m: Measured, whole: Measured, bandw
         peak_bytes=m.peak_bytes,
         weight_bytes=weight_bytes(model),
         bandwidth_share=read / per_token.median / bandwidth if per_token.median else 0.0,
-        pays=not text or speedup > 1,
+        pays=text == NONE or speedup > 1,
     )
 
 
@@ -229,9 +230,7 @@ def run(args: argparse.Namespace) -> tuple[list[Row], Limits]:
     device = find_device(args.device)
     if args.layers and args.shape is None:
         raise ValueError(f"--layers {args.layers} is of --shape; give --shape 7b or 13b with it")
-    plans = list(dict.fromkeys(["", *args.prune]))
-    for text in plans:
-        parse_plan(text or None)
+    plans = read_plans([NONE, *args.prune])
     limits = Limits(cost.memory_bandwidth(device), {})
     rows: list[Row] = []
     for form in args.form:

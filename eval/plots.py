@@ -8,12 +8,12 @@ from typing import Any
 
 SIZE = (6.4, 4.2)  # inches
 DPI = 130
-TRIES = ("o-", "s--", "^-.", "v:", "D-", "x--", "P-.", "*:")  # told apart without colour, too
+LINE_STYLES = ("o-", "s--", "^-.", "v:", "D-", "x--", "P-.", "*:")  # told apart without colour, too
 
 Curve = Sequence[tuple[float, float]]
 
 
-def needed() -> None:
+def require_matplotlib() -> None:
     """ValueError where matplotlib is missing: asked for before hours of work, not after."""
     _pyplot()
 
@@ -38,7 +38,7 @@ def heat_map(
             dark = value < (low + high) / 2
             axes.text(j, i, f"{value:.1f}", ha="center", va="center", color="w" if dark else "k")
     figure.colorbar(image, label=labels[2])
-    _finish(plt, figure, axes, path, title, labels[:2])
+    _save(plt, figure, axes, path, title, labels[:2])
 
 
 def curves(
@@ -53,7 +53,7 @@ def curves(
     plt = _pyplot()
     figure, axes = plt.subplots(figsize=SIZE, layout="constrained")
     for i, (name, points) in enumerate(lines.items()):
-        axes.plot(*zip(*points, strict=True), TRIES[i % len(TRIES)], label=name)
+        axes.plot(*zip(*points, strict=True), LINE_STYLES[i % len(LINE_STYLES)], label=name)
     if level is not None:
         axes.axhline(level[1], color="0.4", linestyle=":", label=level[0])
     if log:
@@ -61,7 +61,7 @@ def curves(
     axes.grid(alpha=0.3)
     axes.margins(y=0.08)
     _legend(figure)
-    _finish(plt, figure, axes, path, title, labels)
+    _save(plt, figure, axes, path, title, labels)
 
 
 def bars(
@@ -84,7 +84,7 @@ def bars(
     axes.margins(y=0.12)
     if len(names) > 1:
         _legend(figure)
-    _finish(plt, figure, axes, path, title, ("", label))
+    _save(plt, figure, axes, path, title, ("", label))
 
 
 def _legend(figure: Any) -> None:
@@ -92,7 +92,7 @@ def _legend(figure: Any) -> None:
     figure.legend(loc="outside lower center", ncols=4, fontsize="small", handlelength=3)
 
 
-def _finish(
+def _save(
     plt: Any, figure: Any, axes: Any, path: Path, title: str, labels: tuple[str, str]
 ) -> None:
     axes.set_title(title, fontsize="medium", wrap=True)

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from tqdm import tqdm  # type: ignore[import-untyped,unused-ignore]
@@ -14,7 +14,6 @@ from minillava.generate import Result, generate
 from minillava.llava import LLaVA
 from minillava.processor import Processor
 from minillava.prompt import conversation
-from minillava.pruning import parse_plan_with_files
 from minillava.pruning.base import Plan
 from minillava.request import Settings, check_plan, prompts_of
 
@@ -23,7 +22,6 @@ from .ranks import ALONE, Ranks
 from .tasks.base import Item
 
 WARM_UP = 2  # batches of a process whose times do not count
-NONE = "none"  # the name of the unpruned model
 
 
 @dataclass(frozen=True)
@@ -45,16 +43,12 @@ class Run:
     max_new_tokens: int
     use_cache: bool
     image_in_prompt: bool
+    # sha256 by path, of the files of the user's own in the plan
+    method_files: Mapping[str, str] | None = field(default=None, repr=False)
 
 
-def plan_of(text: str) -> Plan:
-    """A plan by its text, "none" for no pruning. ValueError as of parse_plan."""
-    return parse_plan_with_files("" if text == NONE else text)
-
-
-def check(model: LLaVA, processor: Processor, item: Item, run: Run) -> None:
+def check(model: LLaVA, processor: Processor, item: Item, run: Run, plan: Plan) -> None:
     """Refuse what cannot work with the first question before anything is computed (ValueError)."""
-    plan = plan_of(run.plan)
     config = model.config
     plan = plan.resolve(config.text.num_hidden_layers, config.vision.num_patches)
     settings = Settings(run.max_new_tokens, 0, (), 0.0, 1.0, run.seed)
@@ -67,6 +61,7 @@ def predict(
     processor: Processor,
     items: Sequence[Item],
     run: Run,
+    plan: Plan,
     path: Path,
     batch_size: int = 1,
     ranks: Ranks = ALONE,
@@ -77,29 +72,31 @@ def predict(
     earlier run was cut off, make a difference. Rank 0 must hold the folder's lock. ValueError,
     the same one in every process, names the question that failed; what was answered is kept.
     """
-    done = set(ranks.first(lambda: sorted(_answered(path, items))))
+    done = set(ranks.run_in_first(lambda: sorted(_answered(path, items))))
     groups = list(_groups(len(items), done, batch_size))[ranks.rank :: ranks.size]
-    file = path if ranks.size == 1 else store.part_of(path, ranks.rank)
+    file = path if ranks.size == 1 else store.part_path(path, ranks.rank)
 
     def work() -> list[store.Row]:
         rows = []
         with file.open("ab") as out, _bar(run.plan, groups, ranks) as bar:
             for i, group in enumerate(groups):
-                new = _answer(model, processor, [items[n] for n in group], group[0], run)
+                new = _answer(model, processor, [items[n] for n in group], group[0], run, plan)
                 for row in new:
                     row["metadata"]["warm"] = i >= WARM_UP
-                store.append(out, new)
+                store.append_rows(out, new)
                 rows += new
                 bar.update(len(group))
         return rows
 
-    found = [row for rows in ranks.together(work) for row in rows]
-    return ranks.first(lambda: list(store.take_in(path, found if ranks.size > 1 else ()).values()))
+    found = [row for rows in ranks.gather(work) for row in rows]
+    return ranks.run_in_first(
+        lambda: list(store.merge_parts(path, found if ranks.size > 1 else ()).values())
+    )
 
 
 def _answered(path: Path, items: Sequence[Item]) -> set[int]:
     """Numbers of the questions that have an answer. ValueError: the file is of other questions."""
-    rows = store.take_in(path)
+    rows = store.merge_parts(path)
     for number, row in rows.items():
         if number >= len(items):
             raise ValueError(
@@ -150,14 +147,14 @@ def batch_of(processor: Processor, items: Sequence[Item], run: Run) -> Batch:
 
 
 def _answer(
-    model: LLaVA, processor: Processor, items: Sequence[Item], number: int, run: Run
+    model: LLaVA, processor: Processor, items: Sequence[Item], number: int, run: Run, plan: Plan
 ) -> list[store.Row]:
     batch, clock = batch_of(processor, items, run), cost.Clock()
     try:
         result = generate(
             model,
             batch,
-            cost.timed(plan_of(run.plan), model, clock),
+            cost.with_timed_choices(plan, model, clock),
             max_new_tokens=run.max_new_tokens,
             seed=run.seed + number,
             use_cache=run.use_cache,
@@ -204,7 +201,8 @@ def _what_happened(model: LLaVA, result: Result, b: int) -> store.Row:
 
 def _answer_id(run: Run, number: int) -> str:
     """The same for the same question asked in the same way."""
-    return hashlib.sha256(f"{run}\n{number}".encode()).hexdigest()[:22]
+    how = f"{run}{run.method_files or ''}"
+    return hashlib.sha256(f"{how}\n{number}".encode()).hexdigest()[:22]
 
 
 def _names(items: Sequence[Item]) -> str:

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from .tasks.base import Answer, Item, key
+from .tasks.base import Answer, Item, question_key
 from .tasks.files import read_json, read_jsonl, read_table, read_text, tab_rows
 
 IDS = ("question_id", "questionId", "id", "image_id", "index")
@@ -106,7 +106,7 @@ def match(items: Sequence[Item], predictions: Sequence[Prediction]) -> Matched:
 
 def names(items: Sequence[Item]) -> dict[str, int]:
     """Every unambiguous name of a question -> its number."""
-    every = [{str(i.question_id), key(i.question_id, i.text), *i.keys} for i in items]
+    every = [{str(i.question_id), question_key(i.question_id, i.text), *i.keys} for i in items]
     count = Counter(name for own in every for name in own)
     index = {name: n for n, own in enumerate(every) for name in own if count[name] == 1}
     reached = set(index.values())
@@ -177,7 +177,7 @@ def _prediction(row: Mapping[str, Any], where: str) -> Prediction:
     if name is None:
         raise ValueError(f"{where} has no text ({', '.join(TEXTS)}); is it a file of predictions?")
     question = next((row[n] for n in QUESTIONS if isinstance(row.get(n), str)), None)
-    exact = [] if question is None else [key(i, question) for i in ids]
+    exact = [] if question is None else [question_key(i, question) for i in ids]
     return Prediction((*exact, *ids), _text(row[name], where), where)
 
 
@@ -193,7 +193,7 @@ def _text(value: Any, where: str) -> str:
 
 def _mme(path: Path) -> list[Prediction]:
     return [
-        Prediction((key(f"{path.stem}/{image}", question),), said, f"{path}, line {i}")
+        Prediction((question_key(f"{path.stem}/{image}", question),), said, f"{path}, line {i}")
         for i, (image, question, _, said) in enumerate(tab_rows(path, (4,)), 1)
     ]
 

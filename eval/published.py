@@ -27,6 +27,8 @@ from minillava import parse_plan
 from minillava.app.command import Parser, command
 from minillava.pruning import Method
 
+from .plans import files_of
+
 FILE = Path(__file__).with_name("published.json")
 TASKS = (
     "scienceqa",
@@ -279,8 +281,12 @@ def unpruned(figures: Iterable[Figure], figure: Figure) -> Figure | None:
 
 
 def same_plan(ours: str, theirs: str | None, model: str) -> bool:
-    """Whether two plans do the same on a model, averages solved; released=1 makes no difference."""
-    if theirs is None:
+    """Whether two plans do the same on a model, averages solved; released=1 makes no difference.
+
+    A plan with a method in a file of the user's own equals no published one, and the file is not
+    run.
+    """
+    if theirs is None or files_of(ours):
         return False
     return _methods(ours, model) == _methods(theirs, model)
 

@@ -21,7 +21,7 @@ class Ranks:
     size: int = 1
     local: int = 0
 
-    def together(self, act: Callable[[], T]) -> list[T]:
+    def gather(self, act: Callable[[], T]) -> list[T]:
         """What `act` gives in each process, in the order of ranks, for all of them.
 
         If it fails in one, all raise ValueError with the words of the first that failed, so that
@@ -43,9 +43,9 @@ class Ranks:
                 raise ValueError(error)
         return [value for value, _ in outcomes]
 
-    def first(self, act: Callable[[], T]) -> T:
+    def run_in_first(self, act: Callable[[], T]) -> T:
         """What `act` gives in the first process, where alone it runs."""
-        return self.together(lambda: act() if self.rank == 0 else None)[0]  # type: ignore[return-value]
+        return self.gather(lambda: act() if self.rank == 0 else None)[0]  # type: ignore[return-value]
 
     def device(self, name: str) -> str:
         """cuda without a number: each process has its own card."""
@@ -56,7 +56,7 @@ ALONE = Ranks()
 
 
 @contextmanager
-def ranks() -> Iterator[Ranks]:
+def process_group() -> Iterator[Ranks]:
     """The process group that torchrun has prepared. Only words pass through it, never tensors, so
     it is gloo on every device; who is ready waits for the slowest, however long that takes."""
     if not dist.is_torchelastic_launched():

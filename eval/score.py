@@ -16,8 +16,8 @@ import argparse
 import json
 import math
 import sys
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -50,6 +50,15 @@ class Scored:
         if math.isnan(self.score.value):  # which JSON does not know
             score["value"] = None
         return {"figure": f"{self.score.value:.2f}", **score, **rest}
+
+    @classmethod
+    def from_json(cls, found: Mapping[str, Any]) -> Scored:
+        """What json() gave, but for where the unknown predictions stood."""
+        entries = {k: v for k, v in found.items() if k not in ("figure", "unknown")}
+        entries["value"] = math.nan if entries["value"] is None else entries["value"]
+        names = {field.name for field in fields(Score)} - {"split"}
+        score = Score(**{name: entries.pop(name) for name in names})
+        return cls(score=score, **entries)
 
     def text(self) -> str:
         """The figure with what stands behind it, then further figures and notes, a line each."""
@@ -88,7 +97,7 @@ def score(
     )
 
 
-def task_named(name: str, protocol: str | None) -> tuple[Task, str]:
+def find_task(name: str, protocol: str | None) -> tuple[Task, str]:
     """A task, and the protocol, without one its first. ValueError: there is none of that name."""
     if name not in TASKS:
         raise ValueError(f"--task {name}: there is no such task; there are: {', '.join(TASKS)}")
@@ -140,7 +149,7 @@ def _submit(
     rows = task.submission(predictions.match(items, found).answers)
     if rows is None:
         raise ValueError(f"--submission: {task.name} has no server that takes one")
-    store.write_whole(path, store.as_json(rows))
+    store.write_atomically(path, store.as_json(rows))
 
 
 def _figure(value: object) -> str:
@@ -169,7 +178,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     def act() -> None:
         args = parser.parse_args(argv)
-        task, protocol = task_named(args.task, args.protocol)
+        task, protocol = find_task(args.task, args.protocol)
         items = questions(task, args.questions, protocol, args.limit)
         found = predictions.read(args.predictions)
         scored = score(task, items, found, protocol)

@@ -20,7 +20,7 @@ from filelock import FileLock, Timeout
 Row = dict[str, Any]  # of LLaVA's answer files; metadata.number: which question of the task
 
 
-def write_whole(path: Path, text: str) -> None:
+def write_atomically(path: Path, text: str) -> None:
     """All of it under its name, or nothing."""
     part = path.with_name(f"{path.name}.writing")
     with part.open("w", encoding="utf-8") as file:
@@ -47,26 +47,26 @@ def locked(folder: Path) -> Iterator[None]:
         ) from None
 
 
-def append(file: Any, rows: Iterable[Row]) -> None:
+def append_rows(file: Any, rows: Iterable[Row]) -> None:
     """Write rows to a file that is open for appending bytes, and leave nothing in a buffer."""
     file.write("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows).encode())
     file.flush()
 
 
-def part_of(path: Path, rank: int) -> Path:
+def part_path(path: Path, rank: int) -> Path:
     return path.with_name(f"{path.name}.part-{rank}")
 
 
-def take_in(path: Path, more: Iterable[Row] = ()) -> dict[int, Row]:
+def merge_parts(path: Path, more: Iterable[Row] = ()) -> dict[int, Row]:
     """The rows of a file, of all parts beside it and `more`, by number. Afterwards they are all in
     the file, in the order of their numbers, and there are no parts."""
     parts = sorted(Path(p) for p in glob.glob(f"{glob.escape(str(path))}.part-*"))
-    rows = {number_of(row): row for file in (path, *parts) for row in _read_back(file)}
+    rows = {number_of(row): row for file in (path, *parts) for row in _read_rows(file)}
     found = {number_of(row): row for row in more}
     if parts or found:
         rows = dict(sorted({**rows, **found}.items()))
         lines = (json.dumps(row, ensure_ascii=False) + "\n" for row in rows.values())
-        write_whole(path, "".join(lines))
+        write_atomically(path, "".join(lines))
         for part in parts:
             part.unlink()
     return rows
@@ -76,7 +76,7 @@ def number_of(row: Mapping[str, Any]) -> int:
     return int(row["metadata"]["number"])
 
 
-def _read_back(path: Path) -> list[Row]:
+def _read_rows(path: Path) -> list[Row]:
     """The whole lines of a file, none if there is no such file; half of a last one is cut off it.
 
     Raises ValueError for a whole line that is no row of ours.

@@ -2,11 +2,15 @@
 
     python -m eval.experiments.ablation --method fastv --limit 200 --out DIR
     python -m eval.experiments.ablation --method simignore --layers 2 4 6 --out DIR
+    python -m eval.experiments.ablation --method ./mine.py:Mine --out DIR
 
 fastv: `fastv:k=K,r=R` (arXiv 2403.06764, figure 7). simignore: tokens unlike the text are ignored
 from layer 0 to K-1, and FastV takes the share R from layer K on, as the released pipeline composes
 them (arXiv 2412.09817). Tokens are masked, as in both papers, so these
 tables are of accuracy: nothing becomes faster. FLOPs are those of the same plan dropped.
+
+Any other method with the options layer and keep, also one in a file of the user's own, is run as
+`METHOD:layer=K,keep=1-R`, in the mode that it has.
 """
 
 from __future__ import annotations
@@ -18,10 +22,12 @@ from collections.abc import Sequence
 
 from .. import cost, plots
 from ..bench import Bench, positive
-from ..predict import NONE
-from ..run import published_of
+from ..plans import NONE, read_plan, read_plans
+from ..results import PlanResult
+from ..run import published_tables
 from . import base
 
+MASKED = ("fastv", "simignore")
 IGNORED = 0.785  # share that Simignore's released 7B setting leaves, 452 of 576
 
 
@@ -29,16 +35,18 @@ def plan(method: str, layer: int, r: float) -> str:
     fastv = f"fastv:k={layer},r={r:g},mode=mask"
     if method == "fastv":
         return fastv
+    if method != "simignore":
+        return base.with_options(method, f"layer={layer},keep={float(round(1 - r, 4))}")
     return f"simignore:keep={IGNORED},mode=mask,until={layer}+{fastv}"
 
 
 def run(args: argparse.Namespace) -> str:
-    began, bench = time.perf_counter(), base.bench(args)
+    _check_method(args.method)  # before anything is loaded
+    began, bench = time.perf_counter(), base.open_bench(args)
     layers = args.layers or _layers(bench)
     plans = {(k, r): plan(args.method, k, r) for k in layers for r in args.r}
-    done = base.ask_all(bench, [NONE, *plans.values()])
+    done = base.ask_all(bench, read_plans([NONE, *plans.values()]))
     whole = done[NONE].scored.score
-    prompt = round(done[NONE].costs.prompt_tokens)
     values = {at: done[text].scored.score.value for at, text in plans.items()}
     rows = [
         {
@@ -46,7 +54,7 @@ def run(args: argparse.Namespace) -> str:
             "R, %": round(100 * r),
             whole.metric: values[k, r],
             "of unpruned, %": 100 * values[k, r] / whole.value if whole.value else None,
-            "FLOPs if dropped, %": 100 * _share(bench, args.method, k, r, prompt),
+            **_flops(bench, args.method, k, r, done[text]),
             "visible image tokens a layer": done[text].costs.image_tokens,
             "plan": f"`{text}`",
         }
@@ -68,14 +76,14 @@ def run(args: argparse.Namespace) -> str:
         ("R, % of the image tokens pruned", whole.metric),
         ("unpruned", whole.value),
     )
-    return base.report(
+    return base.write_report(
         args.out,
         args,
         title,
         {f"unpruned: {whole.metric} {whole.value:.2f}": rows},
         ["heat_map.png", "curves.png"],
         began,
-        published=published_of(list(done.values())),
+        published=published_tables(list(done.values())),
     )
 
 
@@ -85,20 +93,34 @@ def _layers(bench: Bench) -> list[int]:
     return list(range(1, n)) if n <= 8 else [k for k in (1, 2, 3, *range(5, n, 5)) if k < n]
 
 
-def _share(bench: Bench, method: str, layer: int, r: float, prompt: int) -> float:
-    """FastV's formula for what the same plan would cost if its tokens were dropped."""
+def _check_method(method: str) -> None:
+    try:
+        read_plan(plan(method, 1, 0.5))
+    except ValueError as error:
+        raise ValueError(f"--method {method}: {error}") from None
+
+
+def _flops(bench: Bench, method: str, layer: int, r: float, result: PlanResult) -> dict[str, float]:
+    """The share of FLOPs by FastV's formula, under the name of its column.
+
+    fastv and simignore are masked: theirs is what the same plan would cost if it dropped tokens.
+    """
+    if method not in MASKED:
+        return {"FastV's FLOPs, %": 100 * result.costs.fastv_share}
     config, N = bench.model.config, bench.model.config.vision.num_patches
+    prompt = round(result.costs.prompt_tokens)
     before = round(N * IGNORED) if method == "simignore" else N
     after = min(before, max(1, round(N * (1 - r))))
     later = config.text.num_hidden_layers - layer
     entering = [prompt - N + before] * layer + [prompt - N + after] * later
-    return cost.fastv_share(entering, prompt, config.text)
+    return {"FLOPs if dropped, %": 100 * cost.fastv_share(entering, prompt, config.text)}
 
 
 def options(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--method", choices=("fastv", "simignore"), default="fastv")
-    parser.add_argument("--layers", type=positive, nargs="+", metavar="K")
-    parser.add_argument("--r", type=share, nargs="+", default=[0.25, 0.5, 0.75, 0.9], metavar="R")
+    add = parser.add_argument
+    add("--method", default="fastv", metavar="M", help="fastv (default), simignore, or another one")
+    add("--layers", type=positive, nargs="+", metavar="K")
+    add("--r", type=share, nargs="+", default=[0.25, 0.5, 0.75, 0.9], metavar="R")
 
 
 def share(text: str) -> float:

@@ -16,13 +16,13 @@ from __future__ import annotations
 import argparse
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from .. import plots
-from ..bench import Done
-from ..predict import NONE
-from ..run import published_of
+from ..plans import NONE, read_plans
+from ..results import PlanResult
+from ..run import published_tables
 from . import base
 from .memory import Memory, memory, peaks
 
@@ -35,21 +35,22 @@ PLANS = {NONE: None, **{f"fastv:k=2,r={r / 100:g}": r for r in (25, 50, 75)}}  #
 
 def run(args: argparse.Namespace) -> str:
     began, rows, published = time.perf_counter(), [], []
+    plans = read_plans([*PLANS, *args.prune])
     for form, settings in FORMS.items():
-        own = base.with_form(args, **settings)
-        measured = peaks(own, list(PLANS))  # before this process holds a model, too
-        bench = base.bench(own)
-        done = base.ask_all(bench, list(PLANS))
+        own = base.with_format(args, **settings)
+        measured = peaks(own, list(plans))  # before this process holds a model, too
+        bench = base.open_bench(own)
+        done = base.ask_all(bench, plans)
         rows += [
-            _row(form, done[plan], memory(bench, plan, peak))
-            for plan, peak in zip(PLANS, measured, strict=True)
+            _row(form, done[text], memory(bench, plan, peak))
+            for (text, plan), peak in zip(plans.items(), measured, strict=True)
         ]
-        published += published_of(list(done.values()))
+        published += published_tables(list(done.values()))
         metric = done[NONE].scored.score.metric
         first = next(name for name in rows[0] if name.startswith("first token"))
         del bench, done
     title = f"FastV at K=2 on {args.task}"
-    names = [f"{row['weights']}\n{row['R, %'] or 'unpruned'}" for row in rows]
+    names = [f"{row['weights']}\n{_short_name(row)}" for row in rows]
     shown = {"score": [metric], "first_token": [first], "memory": [f"{m}, MB" for m in MEMORIES]}
     for picture, columns in shown.items():
         there = [c for c in columns if all(row[c] is not None for row in rows)]
@@ -58,25 +59,32 @@ def run(args: argparse.Namespace) -> str:
         plots.bars(args.out / f"{picture}.png", heights, f"{title}; below: R in %", label)
     tables = {"One question at a time": rows}
     pictures = [f"{picture}.png" for picture in shown]
-    return base.report(args.out, args, title, tables, pictures, began, published=published)
+    return base.write_report(args.out, args, title, tables, pictures, began, published=published)
 
 
 MEMORIES = ("memory computed", "memory measured")
 
 
-def _row(form: str, done: Done, memory: Memory) -> dict[str, Any]:
+def _row(form: str, result: PlanResult, memory: Memory) -> dict[str, Any]:
     return {
         "weights": form,
-        "R, %": PLANS[done.run.plan],
-        **base.unparsed(done),
-        **base.costs(done),
+        "R, %": PLANS.get(result.run.plan),
+        **base.score_columns(result),
+        **base.cost_columns(result),
         "weights, MB": memory.weights / 1e6,
         "cache, MB": memory.cache / 1e6,
         "activations, MB": memory.activations / 1e6,
         "memory computed, MB": memory.computed / 1e6,
         "memory measured, MB": _mb(memory.measured),
         "CUDA memory, MB": _mb(memory.cuda),
+        "plan": f"`{result.run.plan}`",
     }
+
+
+def _short_name(row: Mapping[str, Any]) -> str:
+    """R in percent, "unpruned", or a plan that has no R."""
+    plan = row["plan"].strip("`")
+    return "unpruned" if plan == NONE else str(row["R, %"] or plan)
 
 
 def _mb(value: int | None) -> float | None:
@@ -85,7 +93,7 @@ def _mb(value: int | None) -> float | None:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; returns its exit code."""
-    return base.experiment(__doc__ or "", argv, "aokvqa", run, batch=1)
+    return base.experiment(__doc__ or "", argv, "aokvqa", run, base.add_prune, batch=1)
 
 
 if __name__ == "__main__":

@@ -19,10 +19,12 @@ import torch
 from minillava.app.command import Parser
 
 from .. import plots, store
-from ..bench import Bench, Done, add_options
+from ..bench import Bench, add_options
+from ..plans import TypedPlan
 from ..ranks import Ranks
-from ..run import command
-from ..score import task_named
+from ..results import PlanResult
+from ..run import run_command
+from ..score import find_task
 
 Row = Mapping[str, Any]
 
@@ -45,41 +47,52 @@ def experiment(
     add_options(parser, batch)
     more(parser)
 
-    def run(args: argparse.Namespace, among: Ranks) -> None:
-        if among.size > 1:
+    def run(args: argparse.Namespace, ranks: Ranks) -> None:
+        if ranks.size > 1:
             raise ValueError("an experiment runs in one process; torchrun is for eval.run")
-        plots.needed()
+        plots.require_matplotlib()
         print(act(args), flush=True)
 
-    return command(parser, argv, run)
+    return run_command(parser, argv, run)
 
 
-def bench(args: argparse.Namespace) -> Bench:
+def open_bench(args: argparse.Namespace) -> Bench:
     """The benchmark, with its answers in --out/answers."""
-    changed = {**vars(args), "out": answers(args.out)}
+    changed = {**vars(args), "out": answers_folder(args.out)}
     return Bench.open(argparse.Namespace(**changed))
 
 
-def answers(out: Path) -> Path:
+def answers_folder(out: Path) -> Path:
     folder = out / "answers"
     folder.mkdir(parents=True, exist_ok=True)
     return folder
 
 
-def with_form(args: argparse.Namespace, **form: str | None) -> argparse.Namespace:
+def with_format(args: argparse.Namespace, **form: str | None) -> argparse.Namespace:
     """The same command with another dtype or quantize, answers apart."""
     folder = args.out / "_".join(v for v in form.values() if v)
     return argparse.Namespace(**{**vars(args), **form, "out": folder})
 
 
-def ask_all(bench: Bench, plans: Sequence[str]) -> dict[str, Done]:
-    """Every plan, once all of them are known to be able to run."""
-    plans = list(dict.fromkeys(plans))
-    bench.check(plans)
-    return {plan: bench.ask(plan) for plan in plans}
+def ask_all(bench: Bench, plans: Mapping[str, TypedPlan]) -> dict[str, PlanResult]:
+    """The results of plans, by text. All are checked before the first is asked (ValueError)."""
+    bench.check(list(plans.values()))
+    return {text: bench.ask(plan) for text, plan in plans.items()}
 
 
-def report(
+def add_prune(parser: argparse.ArgumentParser) -> None:
+    """The option of an experiment with plans of its own to ask further ones."""
+    more = "further plans, also of a method in a file: ./mine.py:Mine:keep=16"
+    parser.add_argument("--prune", nargs="+", default=[], metavar="PLAN", help=more)
+
+
+def with_options(method: str, options: str) -> str:
+    """A method, perhaps with options of its own, with further ones: ./mine.py:Mine, keep=9."""
+    given = method.rpartition(".py:")[2]
+    return f"{method}{',' if ':' in given else ':'}{options}"
+
+
+def write_report(
     out: Path,
     args: argparse.Namespace,
     title: str,
@@ -91,7 +104,7 @@ def report(
 ) -> str:
     """Write results.json and results.md, and return the latter's text. tables: title -> rows, all
     of a table with the same columns; published: figures that may stand beside ours, as text."""
-    name, (_, protocol) = Path(args.model).name, task_named(args.task, args.protocol)
+    name, (_, protocol) = Path(args.model).name, find_task(args.task, args.protocol)
     threads = torch.get_num_threads()
     setting = (
         f"{args.task}, {protocol} protocol, {name}, seed {args.seed}, "
@@ -107,8 +120,10 @@ def report(
     text = "\n\n".join(parts) + "\n"
     found = {"title": title, "setting": setting, "notes": list(notes), "tables": tables}
     found |= {"published": list(published)} if published else {}
-    store.write_whole(out / "results.json", json.dumps(found, indent=1, ensure_ascii=False) + "\n")
-    store.write_whole(out / "results.md", text)
+    store.write_atomically(
+        out / "results.json", json.dumps(found, indent=1, ensure_ascii=False) + "\n"
+    )
+    store.write_atomically(out / "results.md", text)
     return text
 
 
@@ -128,9 +143,9 @@ def _cell(value: object) -> str:
     return str(value)
 
 
-def costs(done: Done) -> dict[str, Any]:
+def cost_columns(result: PlanResult) -> dict[str, Any]:
     """The columns that every table has beside its scores."""
-    c = done.costs
+    c = result.costs
     many = f" of {c.batch}" if c.batch > 1 else ""
     return {
         "image tokens a layer": c.image_tokens,
@@ -140,6 +155,6 @@ def costs(done: Done) -> dict[str, Any]:
     }
 
 
-def unparsed(done: Done) -> dict[str, Any]:
-    score = done.scored.score
+def score_columns(result: PlanResult) -> dict[str, Any]:
+    score = result.scored.score
     return {score.metric: score.value, "unparsed": score.unparsed, "questions": score.n}

@@ -22,17 +22,18 @@ from minillava.generate import generate
 
 from .. import cost, plots, predict
 from ..bench import Bench, positive
-from ..predict import NONE
+from ..plans import NONE, TypedPlan, read_plan
 from . import base
 
 
 def run(args: argparse.Namespace) -> str:
     began = time.perf_counter()
-    bench = base.bench(argparse.Namespace(**{**vars(args), "limit": 1}))
+    unpruned, pruned = read_plan(NONE), read_plan(args.prune)
+    bench = base.open_bench(argparse.Namespace(**{**vars(args), "limit": 1}))
     ways = {
-        "no cache": (NONE, False),
-        "cache": (NONE, True),
-        f"cache, {args.prune}": (args.prune, True),
+        "no cache": (unpruned, False),
+        "cache": (unpruned, True),
+        f"cache, {args.prune}": (pruned, True),
     }
     rows = []
     for times in args.times:
@@ -54,10 +55,14 @@ def run(args: argparse.Namespace) -> str:
     note = f"Medians of {args.repeats}, the ways taking turns. Cache: keys and values of all rows "
     note += "at the end, in the bytes of the arithmetic's dtype."
     tables = {"One question": rows}
-    return base.report(args.out, args, title, tables, ["seconds.png", "cache.png"], began, [note])
+    return base.write_report(
+        args.out, args, title, tables, ["seconds.png", "cache.png"], began, [note]
+    )
 
 
-def _answer(bench: Bench, plan: str, cached: bool, times: int, new_tokens: int) -> dict[str, Any]:
+def _answer(
+    bench: Bench, plan: TypedPlan, cached: bool, times: int, new_tokens: int
+) -> dict[str, Any]:
     item = replace(bench.items[0], images=bench.items[0].images * times)
     model, run = bench.model, bench.run(plan)
     batch = predict.batch_of(bench.processor, [item], run)
@@ -69,7 +74,7 @@ def _answer(bench: Bench, plan: str, cached: bool, times: int, new_tokens: int) 
     result = generate(
         model,
         batch,
-        predict.plan_of(plan),
+        plan.plan,
         max_new_tokens=new_tokens,
         min_new_tokens=new_tokens,
         seed=run.seed,

@@ -21,7 +21,8 @@ from minillava.report import Report
 
 from .. import cost, predict
 from ..bench import DEMO, Bench
-from ..score import questions, task_named
+from ..plans import TypedPlan, read_plans
+from ..score import find_task, questions
 
 
 @dataclass(frozen=True)
@@ -39,12 +40,12 @@ class Memory:
         return self.weights + self.cache + self.activations
 
 
-def memory(bench: Bench, plan: str, measured: int | None) -> Memory:
+def memory(bench: Bench, plan: TypedPlan, measured: int | None) -> Memory:
     """Of the first question under a plan; `measured` by peaks()."""
     model, report = bench.model, _first_token(bench, plan)
     entering = [n for (n,) in report.tokens_entering]
     config = model.config
-    resolved = predict.plan_of(plan).resolve(len(entering), config.vision.num_patches)
+    resolved = plan.plan.resolve(len(entering), config.vision.num_patches)
     return Memory(
         weights=weight_bytes(model),
         cache=report.cache_bytes,
@@ -57,9 +58,9 @@ def memory(bench: Bench, plan: str, measured: int | None) -> Memory:
 def peaks(args: argparse.Namespace, plans: Sequence[str]) -> list[int] | list[None]:
     """Bytes that the first question takes under each plan, weights included, measured in a process
     of its own. None on a GPU, and where the system cannot start a new peak of memory."""
-    if args.device != "cpu" or not cost.peaks_begin_anew():
+    if args.device != "cpu" or not cost.can_reset_peak():
         return [None] * len(plans)
-    task, protocol = task_named(args.task, args.protocol)
+    task, protocol = find_task(args.task, args.protocol)
     questions(task, args.data, protocol, 1)  # what is missing is said before a process is started
     context = multiprocessing.get_context("spawn")
     receive, send = context.Pipe(duplex=False)
@@ -95,16 +96,16 @@ def _measure(send: Connection, args: argparse.Namespace, plans: Sequence[str]) -
 
 
 def _peaks(args: argparse.Namespace, plans: Sequence[str]) -> list[int]:
-    one = argparse.Namespace(**{**vars(args), "limit": 1})
+    typed, one = read_plans(plans).values(), argparse.Namespace(**{**vars(args), "limit": 1})
     demo = {"task": "demo", "data": None, "protocol": None, "model": str(DEMO), "revision": None}
     bench = Bench.open(argparse.Namespace(**{**vars(one), **demo}))
-    for plan in plans:
+    for plan in typed:
         _first_token(bench, plan)
     del bench
     cost.give_back()
     before, found = cost.resident_bytes(), []
     bench = Bench.open(one)
-    for plan in plans:
+    for plan in typed:
         cost.give_back()
         with cost.peak_memory() as peak:
             _first_token(bench, plan)
@@ -112,7 +113,6 @@ def _peaks(args: argparse.Namespace, plans: Sequence[str]) -> list[int]:
     return found
 
 
-def _first_token(bench: Bench, plan: str) -> Report:
+def _first_token(bench: Bench, plan: TypedPlan) -> Report:
     batch = predict.batch_of(bench.processor, [bench.items[0]], bench.run(plan))
-    parsed, seed = predict.plan_of(plan), bench.args.seed
-    return generate(bench.model, batch, parsed, max_new_tokens=1, seed=seed).report
+    return generate(bench.model, batch, plan.plan, max_new_tokens=1, seed=bench.args.seed).report

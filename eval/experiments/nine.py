@@ -13,15 +13,16 @@ from __future__ import annotations
 import argparse
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
 from .. import plots
-from ..bench import Bench, Done
-from ..predict import NONE
-from ..run import published_of
-from ..score import questions, task_named
+from ..bench import Bench
+from ..plans import NONE, TypedPlan, read_plans
+from ..results import PlanResult
+from ..run import published_tables
+from ..score import find_task, questions
 from . import base
 
 TASKS = ("nocaps", "flickr30k", "coco2014", "coco2017", "mmmu", "gqa", "mme", "seed_bench")
@@ -29,12 +30,12 @@ TASKS = ("nocaps", "flickr30k", "coco2014", "coco2017", "mmmu", "gqa", "mme", "s
 
 def run(args: argparse.Namespace) -> str:
     began = time.perf_counter()
-    plans = list(dict.fromkeys([NONE, *args.prune]))
+    plans = read_plans([NONE, *args.prune])  # before anything is loaded
     if args.data is None:
-        bench = base.bench(args)
+        bench = base.open_bench(args)
         done = base.ask_all(bench, plans)
         scores = {plan: _kinds(d) for plan, d in done.items()}
-        costs = {plan: base.costs(d) for plan, d in done.items()}
+        costs = {plan: base.cost_columns(d) for plan, d in done.items()}
         notes: list[str] = []
         published: list[str] = []
     else:
@@ -54,22 +55,22 @@ def run(args: argparse.Namespace) -> str:
     rows = [{"plan": f"`{plan}`", **scores[plan], **means[plan], **costs[plan]} for plan in plans]
     plots.bars(args.out / "nine.png", heights, title, label)
     tables = {"Scores": rows}
-    return base.report(args.out, args, title, tables, ["nine.png"], began, notes, published)
+    return base.write_report(args.out, args, title, tables, ["nine.png"], began, notes, published)
 
 
-def _kinds(done: Done) -> dict[str, float]:
+def _kinds(done: PlanResult) -> dict[str, float]:
     return {name: v for name, v in done.scored.score.more.items() if isinstance(v, float)}
 
 
 def _real(
-    args: argparse.Namespace, plans: Sequence[str]
+    args: argparse.Namespace, plans: Mapping[str, TypedPlan]
 ) -> tuple[dict[str, dict[str, float]], dict[str, dict[str, Any]], list[str], list[str]]:
     """Scores by plan and column, costs of the first benchmark, what is missing, what is
     published."""
     there, notes = {}, []
     for name in TASKS:
         try:
-            task, _ = task_named(name, "lmms")
+            task, _ = find_task(name, "lmms")
             there[name] = questions(task, args.data / name, "lmms", args.limit)
         except ValueError as error:
             notes.append(f"left out: {name}: {error}")
@@ -81,26 +82,26 @@ def _real(
     costs: dict[str, dict[str, Any]] = {}
     for name, items in there.items():
         changed = {**vars(args), "task": name, "protocol": "lmms", "data": args.data / name}
-        own = argparse.Namespace(**{**changed, "out": base.answers(args.out) / name})
+        own = argparse.Namespace(**{**changed, "out": base.answers_folder(args.out) / name})
         own.out.mkdir(parents=True, exist_ok=True)
         opened = (
             Bench.open(own)
             if opened is None
-            else replace(opened, args=own, task=task_named(name, "lmms")[0], items=items)
+            else replace(opened, args=own, task=find_task(name, "lmms")[0], items=items)
         )
         done = base.ask_all(opened, plans)
         for plan, d in done.items():
             scores[plan][f"{name} {d.scored.score.metric}"] = d.scored.score.value
             if name == "mme":
                 scores[plan]["mme cognition"] = d.scored.score.more["cognition"]
-            costs.setdefault(plan, base.costs(d))
-        published += published_of(list(done.values()))
+            costs.setdefault(plan, base.cost_columns(d))
+        published += published_tables(list(done.values()))
         if name == "mme":
-            published += published_of([_cognition(d) for d in done.values()])
+            published += published_tables([_cognition(d) for d in done.values()])
     return scores, costs, notes, published
 
 
-def _cognition(done: Done) -> Done:
+def _cognition(done: PlanResult) -> PlanResult:
     """MME's other figure, as one to be compared."""
     score = done.scored.score
     other = replace(score, metric="cognition", value=score.more["cognition"])

@@ -17,8 +17,8 @@ from collections.abc import Sequence
 
 from .. import cost, plots
 from ..bench import Bench
-from ..predict import NONE
-from ..run import published_of
+from ..plans import NONE, read_plans
+from ..run import published_tables
 from . import base
 
 PRESETS = {32: "simignore-7b", 40: "simignore-13b"}  # by decoder layers
@@ -43,14 +43,16 @@ def plans(bench: Bench) -> dict[str, str]:
 
 
 def run(args: argparse.Namespace) -> str:
-    began, bench = time.perf_counter(), base.bench(args)
-    named = plans(bench)
-    done = base.ask_all(bench, list(named.values()))
+    further = read_plans(args.prune)  # before anything is loaded
+    began, bench = time.perf_counter(), base.open_bench(args)
+    own = plans(bench)
+    named = {**own, **dict(zip(further, further, strict=True))}
+    done = base.ask_all(bench, {**read_plans(own.values()), **further})
     rows = [
         {
             "": name,
-            **base.unparsed(done[text]),
-            **base.costs(done[text]),
+            **base.score_columns(done[text]),
+            **base.cost_columns(done[text]),
             "prefill, s": _median(done[text].costs.prefill),
             "plan": f"`{text}`",
         }
@@ -63,8 +65,8 @@ def run(args: argparse.Namespace) -> str:
         heights = {row[""]: {column: row[column]} for row in rows}
         plots.bars(args.out / f"{picture}.png", heights, title, column)
     tables, pictures = {"One question at a time": rows}, ["score.png", "first_token.png"]
-    published = published_of(list(done.values()))
-    return base.report(args.out, args, title, tables, pictures, began, published=published)
+    published = published_tables(list(done.values()))
+    return base.write_report(args.out, args, title, tables, pictures, began, published=published)
 
 
 def _median(spread: cost.Spread | None) -> float | None:
@@ -73,7 +75,7 @@ def _median(spread: cost.Spread | None) -> float | None:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; returns its exit code."""
-    return base.experiment(__doc__ or "", argv, "scienceqa", run, batch=1)
+    return base.experiment(__doc__ or "", argv, "scienceqa", run, base.add_prune, batch=1)
 
 
 if __name__ == "__main__":

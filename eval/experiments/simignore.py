@@ -1,6 +1,7 @@
 """Simignore by itself: which measure of similarity, and how many image tokens are left.
 
     python -m eval.experiments.simignore --limit 200 --out DIR
+    python -m eval.experiments.simignore --beside divprune ./mine.py:Mine --out DIR
 
 The similarity of image and text rows is measured by cosine, Euclidean or Manhattan distance (arXiv
 2412.09817, the ablations of the measure and of the number of ignored tokens). random and uniform
@@ -17,23 +18,31 @@ from collections.abc import Sequence
 from minillava.pruning.simignore import MEASURES
 
 from .. import plots
-from ..predict import NONE
-from ..run import published_of
+from ..plans import NONE, read_plans
+from ..run import published_tables
 from . import base
 from .ablation import share
 
+BESIDE = "further methods that have the option keep, such as divprune or ./mine.py:Mine"
+
 
 def run(args: argparse.Namespace) -> str:
-    began, bench = time.perf_counter(), base.bench(args)
+    began, bench = time.perf_counter(), base.open_bench(args)
     lines = {measure: f"simignore:measure={measure},keep=" for measure in MEASURES}
-    lines |= {"random": "random:keep=", "uniform": "uniform:keep="}
+    others = ["random", "uniform", *args.beside]
+    lines |= {method: base.with_options(method, "keep=") for method in others}
     N = bench.model.config.vision.num_patches
     counts = [max(1, round(N * s)) for s in args.share]
     plans = {(name, k): f"{stem}{k}" for name, stem in lines.items() for k in counts}
-    done = base.ask_all(bench, [NONE, *plans.values()])
+    done = base.ask_all(bench, read_plans([NONE, *plans.values()]))
     whole = done[NONE].scored.score
     rows = [
-        {"choice": name, "image tokens": k, **base.unparsed(done[text]), **base.costs(done[text])}
+        {
+            "choice": name,
+            "image tokens": k,
+            **base.score_columns(done[text]),
+            **base.cost_columns(done[text]),
+        }
         for (name, k), text in plans.items()
     ]
     title = f"Simignore: measure and budget, {len(bench.items)} questions of {args.task}"
@@ -45,13 +54,16 @@ def run(args: argparse.Namespace) -> str:
         ("unpruned", whole.value),
     )
     table = {f"unpruned: {whole.metric} {whole.value:.2f}, {N} image tokens": rows}
-    published = published_of(list(done.values()))
-    return base.report(args.out, args, title, table, ["budget.png"], began, published=published)
+    published = published_tables(list(done.values()))
+    return base.write_report(
+        args.out, args, title, table, ["budget.png"], began, published=published
+    )
 
 
 def options(parser: argparse.ArgumentParser) -> None:
     shares = [0.125, 0.25, 0.5, 0.785, 0.9]
     parser.add_argument("--share", type=share, nargs="+", default=shares, metavar="S", help="kept")
+    parser.add_argument("--beside", nargs="+", default=[], metavar="M", help=BESIDE)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

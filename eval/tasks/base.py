@@ -22,7 +22,7 @@ LETTER = "\nAnswer with the option's letter from the given choices directly."
 
 
 @dataclass(frozen=True)
-class Picture:
+class ImageSource:
     """A picture that is opened when its turn comes. path: its file, None for one inside a table."""
 
     name: str
@@ -30,16 +30,16 @@ class Picture:
     path: Path | None = None
 
     @classmethod
-    def file(cls, path: Path) -> Picture:
+    def from_file(cls, path: Path) -> ImageSource:
         return cls(str(path), lambda: Image.open(path), path)
 
     @classmethod
-    def of(cls, name: str, image: Image.Image) -> Picture:
+    def in_memory(cls, name: str, image: Image.Image) -> ImageSource:
         """One that is already there."""
         return cls(name, lambda: image)
 
     @classmethod
-    def base64(cls, name: str, text: str) -> Picture:
+    def from_base64(cls, name: str, text: str) -> ImageSource:
         return cls(name, lambda: Image.open(io.BytesIO(base64.b64decode(text))))
 
     def open(self) -> Image.Image:
@@ -57,7 +57,7 @@ class Item:
 
     question_id: str | int
     text: str
-    images: tuple[Picture, ...] = ()
+    images: tuple[ImageSource, ...] = ()
     gold: Mapping[str, Any] = field(default_factory=dict)
     keys: tuple[str, ...] = ()  # further names under which a predictions file may answer it
 
@@ -146,7 +146,7 @@ def accuracy(right: Sequence[bool | float], unparsed: int = 0, **more: Any) -> S
     return Score("accuracy", value, len(right), float(sum(right)), unparsed, **more)
 
 
-def unparsed_among(answers: Sequence[Answer], parse: Callable[[str], object]) -> int:
+def count_unparsed(answers: Sequence[Answer], parse: Callable[[str], object]) -> int:
     """Answers that are there and that `parse` makes nothing of."""
     return sum(a.text is not None and parse(a.text) is None for a in answers)
 
@@ -180,13 +180,13 @@ def _no_gold(answer: Answer, what: str) -> ValueError:
     return ValueError(f"question {number} has {what}; give the official file that has the answers")
 
 
-def credit(answer: Answer, rule: str) -> float:
+def vqa_credit(answer: Answer, rule: str) -> float:
     """VQA's soft accuracy. A missing answer has none, though a gold answer may normalise to ""."""
     golds = golds_of(answer, "answers")
     return 0.0 if answer.text is None else soft_accuracy(answer.text, golds, rule)
 
 
-def lettered(options: Sequence[str], form: str = "{}. {}", between: str = "\n") -> str:
+def letter_options(options: Sequence[str], form: str = "{}. {}", between: str = "\n") -> str:
     """Options with A, B, C in front."""
     return between.join(form.format("ABCDEFGHIJ"[i], text) for i, text in enumerate(options))
 
@@ -202,6 +202,6 @@ def asked(text: str) -> str:
     return " ".join(_YES_NO.sub("", first).lower().split())
 
 
-def key(question_id: object, text: str) -> str:
+def question_key(question_id: object, text: str) -> str:
     """An id together with the question, for files whose ids repeat."""
     return f"{question_id}\n{asked(text)}"

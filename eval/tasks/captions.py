@@ -11,13 +11,13 @@ from typing import Any
 
 from ..metrics import ptb
 from ..metrics.cider import cider_d
-from .base import Answer, Item, Picture, Score, Setup, Task, golds_of
+from .base import Answer, ImageSource, Item, Score, Setup, Task, golds_of
 from .files import (
     Row,
     Table,
     field,
     find_table,
-    first_there,
+    first_existing,
     image_folder,
     read_json,
     read_table,
@@ -55,7 +55,7 @@ class Captions(Task):
             raise self.missing(source)
         if source.is_dir() and (table := find_table(source, *self.tables)) is not None:
             return self._table(table)[:limit]
-        path = source if source.is_file() else first_there(source, *self.files)
+        path = source if source.is_file() else first_existing(source, *self.files)
         if path is None:
             raise self.missing(source)
         home = path.parent.parent if path.parent.name == "annotations" else path.parent
@@ -104,7 +104,7 @@ class Captions(Task):
         return Score("CIDEr", 100 * value, len(answers), notes=tuple(notes))
 
 
-def _item(number: object, picture: Picture, captions: Any, name: str) -> Item:
+def _item(number: object, picture: ImageSource, captions: Any, name: str) -> Item:
     stem = name.rpartition(".")[0] or name
     keys = tuple(k for k in (name, stem) if k)
     return Item(str(number), PROMPT, (picture,), {"captions": captions}, keys)
@@ -120,7 +120,7 @@ def _coco(path: Path, folder: Path) -> list[Item]:
     for i, row in enumerate(section(values, "images", path)):
         number, name = field(row, "id", path, f"image {i}"), str(row.get("file_name") or "")
         gold = captions.get(number)
-        items.append(_item(number, Picture.file(folder / name), gold, name))
+        items.append(_item(number, ImageSource.from_file(folder / name), gold, name))
     return items
 
 
@@ -140,7 +140,7 @@ def _flickr(path: Path, folder: Path) -> list[Item]:
     if not captions:
         raise ValueError(f"{path} is empty; fetch or make it again")
     return [
-        _item(Path(name).stem, Picture.file(folder / name), texts, name)
+        _item(Path(name).stem, ImageSource.from_file(folder / name), texts, name)
         for name, texts in captions.items()
     ]
 

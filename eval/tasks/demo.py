@@ -8,7 +8,7 @@ from pathlib import Path
 
 from weights import scenes
 
-from .base import Answer, Item, Picture, Score, Setup, Task, percent
+from .base import Answer, ImageSource, Item, Score, Setup, Task, percent
 
 N = 900
 
@@ -37,7 +37,7 @@ class Demo(Task):
             Item(
                 i,
                 example.question,
-                (Picture.of(f"scene {i}", scene.image),),
+                (ImageSource.in_memory(f"scene {i}", scene.image),),
                 {"answer": example.answer, "kind": example.kind},
             )
             for i, (scene, example) in enumerate(found)

@@ -14,7 +14,7 @@ from typing import Any
 
 from PIL import Image
 
-from .base import Picture
+from .base import ImageSource
 
 Row = dict[str, Any]
 
@@ -131,14 +131,14 @@ def section(values: Any, name: str, path: Path, kind: type = list) -> Any:
     return values[name]
 
 
-def first_there(folder: Path, *names: str) -> Path | None:
+def first_existing(folder: Path, *names: str) -> Path | None:
     """The first of these files or folders that exists."""
     return next((folder / name for name in names if (folder / name).exists()), None)
 
 
 def image_folder(folder: Path, *names: str) -> Path:
     """The first of these folders that exists; none does: the first, for the error to name."""
-    return first_there(folder, *names) or folder / names[0]
+    return first_existing(folder, *names) or folder / names[0]
 
 
 # ---------------------------------------------------------------- Hugging Face datasets
@@ -153,8 +153,8 @@ class Table:
     stored: Callable[[int, str], list[Any]]  # row, column: its pictures as they are stored
     decode: Callable[[Any], Image.Image]
 
-    def image(self, i: int, column: str = "image", number: int = 0) -> Picture:
-        return Picture(
+    def image(self, i: int, column: str = "image", number: int = 0) -> ImageSource:
+        return ImageSource(
             f"{self.path}, row {i}, {column}",
             lambda: self.decode(self.stored(i, column)[number]),
         )

@@ -6,8 +6,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from ..metrics import gqa as metric
-from .base import SHORT, Answer, Item, Picture, Score, Setup, Task, accuracy, gold_of
-from .files import field, find_table, first_there, image_folder, read_json
+from .base import SHORT, Answer, ImageSource, Item, Score, Setup, Task, accuracy, gold_of
+from .files import field, find_table, first_existing, image_folder, read_json
 
 FILE = "testdev_balanced_questions.json"
 
@@ -42,7 +42,9 @@ class GQA(Task):
                     for row in asked.rows[:limit]
                 ]
         path = (
-            source if source.is_file() else first_there(source, "testdev_balanced_questions.json")
+            source
+            if source.is_file()
+            else first_existing(source, "testdev_balanced_questions.json")
         )
         if path is None:
             raise self.missing(source)
@@ -54,7 +56,7 @@ class GQA(Task):
             Item(
                 i,
                 field(row, "question", path, i) + SHORT,
-                (Picture.file(folder / f"{field(row, 'imageId', path, i)}.jpg"),),
+                (ImageSource.from_file(folder / f"{field(row, 'imageId', path, i)}.jpg"),),
                 {"answer": row.get("answer")},
             )
             for i, row in list(values.items())[:limit]

@@ -9,17 +9,17 @@ from ..metrics import mmbench as metric
 from .base import (
     LETTER,
     Answer,
+    ImageSource,
     Item,
-    Picture,
     Score,
     Setup,
     Task,
     accuracy,
     gold_of,
-    lettered,
+    letter_options,
     percent,
 )
-from .files import Row, field, find_table, first_there, read_table
+from .files import Row, field, find_table, first_existing, read_table
 
 FILE = "mmbench_dev_20230712.tsv"
 
@@ -42,13 +42,13 @@ class MMBench(Task):
                 _item(row, table.path, i, (table.image(i),), protocol)
                 for i, row in enumerate(table.rows[:limit])
             ]
-        path = source if source.is_file() else first_there(source, FILE)
+        path = source if source.is_file() else first_existing(source, FILE)
         if path is None:
             raise self.missing(source)
         items = []
         for i, row in enumerate(read_table(path)[:limit]):
             data = row.get("image")
-            pictures = (Picture.base64(f"{path}, row {i}", data),) if data else ()
+            pictures = (ImageSource.from_base64(f"{path}, row {i}", data),) if data else ()
             items.append(_item(row, path, i, pictures, protocol))
         return items
 
@@ -90,7 +90,7 @@ def _choices(answer: Answer) -> dict[str, str]:
     return {x: text for x, text in answer.item.gold["options"].items() if x in "ABCD"}
 
 
-def _item(row: Row, path: Path, i: int, pictures: tuple[Picture, ...], protocol: str) -> Item:
+def _item(row: Row, path: Path, i: int, pictures: tuple[ImageSource, ...], protocol: str) -> Item:
     number = field(row, "index", path, f"row {i}")
     question = field(row, "question", path, f"question {number}")
     options: dict[str, str] = {}
@@ -101,7 +101,7 @@ def _item(row: Row, path: Path, i: int, pictures: tuple[Picture, ...], protocol:
             continue
         options[letter] = str(row[letter])
     hint = row.get("hint") if _there(row.get("hint"), protocol) else None
-    listed = lettered(list(options.values()))
+    listed = letter_options(list(options.values()))
     if protocol == "llava":
         text = f"{hint}\n{question}\n{listed}" if hint else f"{question}\n{listed}"
         text += LETTER

@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 from ..metrics import mme as metric
-from .base import SHORT, Answer, Item, Picture, Score, Setup, Task, gold_of, unparsed_among
+from .base import SHORT, Answer, ImageSource, Item, Score, Setup, Task, count_unparsed, gold_of
 from .files import find_table, image_folder, tab_rows
 
 _INSTRUCTION = " Please answer yes or no."
@@ -72,12 +72,12 @@ class MME(Task):
         missing = [c for c in CATEGORIES if c not in scores]
         notes = (f"without {', '.join(missing)}: no figure of MME",) if missing else ()
         right = sum(metric.parse(row.said) == row.gold.strip().lower() for row in rows)
-        unparsed = unparsed_among(answers, lambda t: {"other": None}.get(metric.parse(t), t))
+        unparsed = count_unparsed(answers, lambda t: {"other": None}.get(metric.parse(t), t))
         return Score("perception", parts["perception"], len(rows), right, unparsed, more, notes)
 
 
 def _item(
-    name: str, question: str, pictures: tuple[Picture, ...], gold: Mapping[str, object]
+    name: str, question: str, pictures: tuple[ImageSource, ...], gold: Mapping[str, object]
 ) -> Item:
     return Item(name, question.strip().replace(_INSTRUCTION, "") + SHORT, pictures, gold)
 
@@ -97,11 +97,13 @@ def _category(folder: Path) -> Iterator[Item]:
         for question, answer in tab_rows(path, (2,)):
             gold = {"answer": answer, "category": folder.name}
             name = f"{folder.name}/{picture.name}"
-            yield _item(name, question, (Picture.file(picture),), gold)
+            yield _item(name, question, (ImageSource.from_file(picture),), gold)
 
 
 def _lines(path: Path) -> Iterator[Item]:
     """LLaVA's and the official form of answers, with the truth in the third place."""
     for image, question, truth, *_ in tab_rows(path, (3, 4)):
         gold = {"answer": truth, "category": path.stem}
-        yield _item(f"{path.stem}/{image}", question, (Picture.file(path.parent / image),), gold)
+        yield _item(
+            f"{path.stem}/{image}", question, (ImageSource.from_file(path.parent / image),), gold
+        )

@@ -21,7 +21,7 @@ from .base import (
     Task,
     accuracy,
     golds_of,
-    lettered,
+    letter_options,
     percent,
 )
 from .files import Row, Table, field, find_table, json_rows, read_json
@@ -144,9 +144,9 @@ def _item(row: Row, number: str, options: list[str], protocol: str) -> Item:
     question, gold = row.get("question") or "", row.get("answer", row.get("ground_truth"))
     golds = gold if isinstance(gold, list) or gold is None else [str(gold)]
     if protocol == "lmms":
-        how = f"{lettered(options)}\n\n{LETTER.strip()}" if multiple else f"\n{SHORT.strip()}"
+        how = f"{letter_options(options)}\n\n{LETTER.strip()}" if multiple else f"\n{SHORT.strip()}"
     else:
-        how = f"{lettered(options, '({}) {}')}\n{LETTER}" if multiple else SHORT.strip()
+        how = f"{letter_options(options, '({}) {}')}\n{LETTER}" if multiple else SHORT.strip()
         golds = golds if multiple or isinstance(gold, list) else _listed(gold)
     given = {"answer": golds, "options": options if multiple else None}
     return Item(number, f"{question}\n{how}", (), given)

@@ -6,8 +6,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from ..metrics.rouge import clean, rouge_l
-from .base import Answer, Item, Picture, Score, Setup, Task, gold_of, percent
-from .files import field, find_table, first_there, image_folder, read_json
+from .base import Answer, ImageSource, Item, Score, Setup, Task, gold_of, percent
+from .files import field, find_table, first_existing, image_folder, read_json
 
 PICTURES = 500  # of the test split, as the script takes them
 
@@ -26,14 +26,14 @@ class OCRVQA(Task):
     def items(self, source: Path | None, protocol: str, limit: int | None = None) -> list[Item]:
         if source is None or not source.exists():
             raise self.missing(source)
-        covers: list[tuple[str, dict[str, object], tuple[Picture, ...]]] = []
+        covers: list[tuple[str, dict[str, object], tuple[ImageSource, ...]]] = []
         if source.is_dir() and (table := find_table(source, "test")) is not None:
             path = table.path
             for number, row in enumerate(table.rows[:PICTURES]):
                 name = str(row.get("image_id", number))
                 covers.append((name, row, (table.image(number),)))
         else:
-            file = source if source.is_file() else first_there(source, "dataset.json")
+            file = source if source.is_file() else first_existing(source, "dataset.json")
             if file is None:
                 raise self.missing(source)
             path, values = file, read_json(file)
@@ -44,7 +44,7 @@ class OCRVQA(Task):
                 field(row, "questions", path, i)
             test = [(i, row) for i, row in values.items() if row.get("split", 3) == 3]  # 3: test
             for i, row in test[:PICTURES]:
-                covers.append((i, row, (Picture.file(folder / f"{i}.jpg"),)))
+                covers.append((i, row, (ImageSource.from_file(folder / f"{i}.jpg"),)))
         items = []
         for i, row, pictures in covers:
             questions, answers = field(row, "questions", path, i), field(row, "answers", path, i)

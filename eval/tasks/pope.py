@@ -7,8 +7,8 @@ from dataclasses import asdict
 from pathlib import Path
 
 from ..metrics import pope as metric
-from .base import SHORT, Answer, Item, Picture, Score, Setup, Task, gold_of
-from .files import field, find_table, first_there, image_folder, json_rows
+from .base import SHORT, Answer, ImageSource, Item, Score, Setup, Task, gold_of
+from .files import field, find_table, first_existing, image_folder, json_rows
 
 SPLITS = ("random", "popular", "adversarial")
 
@@ -44,12 +44,12 @@ class POPE(Task):
             yield from self._split(source, _split_of(source), {})
             return
         files = {
-            split: first_there(source, f"coco_pope_{split}.json", f"coco/coco_pope_{split}.json")
+            split: first_existing(source, f"coco_pope_{split}.json", f"coco/coco_pope_{split}.json")
             for split in SPLITS
         }
         if not any(files.values()):
             raise self.missing(source)
-        asked = first_there(source, "llava_pope_test.jsonl")
+        asked = first_existing(source, "llava_pope_test.jsonl")
         numbers: dict[str, list[object]] = {}
         for row in json_rows(asked) if asked else ():
             own = numbers.setdefault(str(field(row, "category", asked, "a question")), [])
@@ -73,7 +73,7 @@ class POPE(Task):
             name = field(row, "image", path, f"row {i}")
             text = field(row, "text", path, f"row {i}").strip() + SHORT
             gold = {"answer": row.get("label"), "split": split}
-            pictures = (Picture.file(folder / name),)
+            pictures = (ImageSource.from_file(folder / name),)
             if own is not None:
                 yield Item(str(own[i]), text, pictures, gold, (f"{split}/{number}",))
             else:

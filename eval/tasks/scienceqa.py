@@ -11,17 +11,17 @@ from ..metrics import scienceqa as metric
 from .base import (
     LETTER,
     Answer,
+    ImageSource,
     Item,
-    Picture,
     Score,
     Setup,
     Task,
     accuracy,
     gold_of,
-    lettered,
+    letter_options,
     percent,
 )
-from .files import Row, field, find_table, first_there, read_json
+from .files import Row, field, find_table, first_existing, read_json
 
 _PARTS = re.compile(r"Context: (.*)\nQuestion: (.*)\nOptions: (.*)", re.DOTALL)
 _OPTION = re.compile(r"(?:^| )\(([A-Z])\) ")
@@ -69,7 +69,7 @@ class ScienceQA(Task):
             ]
         else:
             names = ("llava_test_CQM-A_image.json", "llava_test_CQM-A.json", "problems.json")
-            path = first_there(source, *names)
+            path = first_existing(source, *names)
             if path is None:
                 raise self.missing(source)
             found = [item for item in self._file(path, protocol) if item.images]
@@ -77,7 +77,9 @@ class ScienceQA(Task):
 
     def _file(self, path: Path, protocol: str) -> list[Item]:
         values = read_json(path)
-        folder = first_there(path.parent, "images/test", "test", "images") or path.parent / "images"
+        folder = (
+            first_existing(path.parent, "images/test", "test", "images") or path.parent / "images"
+        )
         if isinstance(values, dict):
             return self._problems(path, values, folder, protocol)
         if not isinstance(values, list) or not all(isinstance(row, dict) for row in values):
@@ -102,7 +104,7 @@ class ScienceQA(Task):
                 field(p, "question", path, i),
                 field(p, "choices", path, i),
             )
-            pictures = (Picture.file(images / i / p["image"]),) if p.get("image") else ()
+            pictures = (ImageSource.from_file(images / i / p["image"]),) if p.get("image") else ()
             items.append(self._item(i, parts, field(p, "answer", path, i), pictures, protocol))
         return items
 
@@ -116,7 +118,7 @@ class ScienceQA(Task):
             raise ValueError(f"{path}: question {i} is not of the form Context, Question, Options")
         choices = _OPTION.split(parts[3])[2::2]
         gold = ord(answer[1]) - ord("A") if answer else None
-        pictures = (Picture.file(images / row["image"]),) if row.get("image") else ()
+        pictures = (ImageSource.from_file(images / row["image"]),) if row.get("image") else ()
         hint = "" if parts[1] == "N/A" else parts[1]
         return self._item(i, (hint, parts[2], choices), gold, pictures, protocol, text + LETTER)
 
@@ -125,16 +127,16 @@ class ScienceQA(Task):
         number: object,
         parts: tuple[str, str, Sequence[str]],
         answer: int | None,
-        pictures: tuple[Picture, ...],
+        pictures: tuple[ImageSource, ...],
         protocol: str,
         text: str | None = None,
     ) -> Item:
         hint, question, choices = parts
         if protocol == "lmms":
             context = f"Context: {hint}\n" if hint else ""
-            text = f"{context}{question}\n{lettered(choices)}{LETTER}"
+            text = f"{context}{question}\n{letter_options(choices)}{LETTER}"
         elif text is None:
-            options = lettered(choices, "({}) {}", " ")
+            options = letter_options(choices, "({}) {}", " ")
             text = f"Context: {hint or 'N/A'}\nQuestion: {question}\nOptions: {options}{LETTER}"
         gold = {"answer": None if answer is None else LETTERS[answer], "choices": len(choices)}
         return Item(str(number), text, pictures, gold)

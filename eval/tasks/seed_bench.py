@@ -9,18 +9,18 @@ from ..metrics import seed_bench as metric
 from .base import (
     LETTER,
     Answer,
+    ImageSource,
     Item,
-    Picture,
     Score,
     Setup,
     Task,
     accuracy,
+    count_unparsed,
     gold_of,
-    lettered,
+    letter_options,
     percent,
-    unparsed_among,
 )
-from .files import Row, field, find_table, first_there, image_folder, read_json, section
+from .files import Row, field, find_table, first_existing, image_folder, read_json, section
 
 
 class SEEDBench(Task):
@@ -46,14 +46,16 @@ class SEEDBench(Task):
                 pictures = tuple(table.image(i, number=j) for j in range(many))
                 found.append(_item(row, table.path, i, pictures))
             return found[:limit]
-        path = source if source.is_file() else first_there(source, "SEED-Bench.json")
+        path = source if source.is_file() else first_existing(source, "SEED-Bench.json")
         if path is None:
             raise self.missing(source)
         folder = image_folder(path.parent, "SEED-Bench-image", "images")
         found = []
         for i, row in enumerate(section(read_json(path), "questions", path)):
             is_image = row.get("data_type", "image") == "image"
-            pictures = (Picture.file(folder / str(row.get("data_id"))),) if is_image else ()
+            pictures = (
+                (ImageSource.from_file(folder / str(row.get("data_id"))),) if is_image else ()
+            )
             if is_image or source.is_file():
                 found.append(_item(row, path, i, pictures))
         return found[:limit]
@@ -77,13 +79,15 @@ class SEEDBench(Task):
         def parse(text: str) -> object:
             return next((x for x in "ABCD" if correct(text, x)), None)
 
-        unparsed = unparsed_among(answers, parse)
+        unparsed = count_unparsed(answers, parse)
         return accuracy(right, unparsed, more=more, notes=tuple(notes), split=split)
 
 
-def _item(row: Row, path: Path, i: int, pictures: tuple[Picture, ...]) -> Item:
+def _item(row: Row, path: Path, i: int, pictures: tuple[ImageSource, ...]) -> Item:
     number = field(row, "question_id", path, f"row {i}")
     choices = [str(field(row, f"choice_{x}", path, f"question {number}")) for x in "abcd"]
-    text = f"{field(row, 'question', path, f'question {number}')}\n{lettered(choices)}{LETTER}"
+    text = (
+        f"{field(row, 'question', path, f'question {number}')}\n{letter_options(choices)}{LETTER}"
+    )
     gold = {"answer": row.get("answer"), "data_type": str(row.get("data_type", "image"))}
     return Item(str(number), text, pictures, gold)

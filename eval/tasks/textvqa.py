@@ -5,8 +5,19 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from .base import SHORT, Answer, Item, Picture, Score, Setup, Task, accuracy, credit, key
-from .files import field, find_table, first_there, image_folder, json_rows, read_json, section
+from .base import (
+    SHORT,
+    Answer,
+    ImageSource,
+    Item,
+    Score,
+    Setup,
+    Task,
+    accuracy,
+    question_key,
+    vqa_credit,
+)
+from .files import field, find_table, first_existing, image_folder, json_rows, read_json, section
 
 FILE, ASKED = "TextVQA_0.5.1_val.json", "llava_textvqa_val_v051_ocr.jsonl"
 
@@ -41,7 +52,7 @@ class TextVQA(Task):
                     )
                     for i, row in enumerate(table.rows[:limit])
                 ]
-        path = source if source.is_file() else first_there(source, FILE)
+        path = source if source.is_file() else first_existing(source, FILE)
         if path is None:
             raise self.missing(source)
         asked = self._asked(source, protocol)
@@ -53,10 +64,12 @@ class TextVQA(Task):
             question = field(row, "question", path, f"row {i}")
             text = question.capitalize() + SHORT if protocol == "lmms" else question + SHORT
             if asked is not None:
-                text = field(asked, key(image, question), source / ASKED, f"question {number}")
-            pictures = (Picture.file(folder / f"{image}.jpg"),)
+                text = field(
+                    asked, question_key(image, question), source / ASKED, f"question {number}"
+                )
+            pictures = (ImageSource.from_file(folder / f"{image}.jpg"),)
             gold = {"answers": row.get("answers")}
-            items.append(Item(number, text, pictures, gold, (image, key(image, question))))
+            items.append(Item(number, text, pictures, gold, (image, question_key(image, question))))
         return items
 
     def _asked(self, source: Path, protocol: str) -> dict[str, str] | None:
@@ -70,10 +83,10 @@ class TextVQA(Task):
         for i, row in enumerate(json_rows(path)):
             number = field(row, "question_id", path, f"row {i}")
             text = field(row, "text", path, f"row {i}")
-            found[key(number, text)] = text
+            found[question_key(number, text)] = text
         return found
 
     def score(self, answers: Sequence[Answer], protocol: str) -> Score:
-        credits = [credit(a, "textvqa") for a in answers]
+        credits = [vqa_credit(a, "textvqa") for a in answers]
         split = "val with OCR tokens" if protocol == "llava" else self.split
         return accuracy(credits, split=split)

@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from ..metrics.vqa import evalai_normalise
-from .base import SHORT, Answer, Item, Picture, Score, Setup, Task, accuracy, credit
-from .files import Row, field, find_table, first_there, image_folder, read_json, section
+from .base import SHORT, Answer, ImageSource, Item, Score, Setup, Task, accuracy, vqa_credit
+from .files import Row, field, find_table, first_existing, image_folder, read_json, section
 
 QUESTIONS = (
     "v2_OpenEnded_mscoco_val2014_questions.json",
@@ -38,7 +38,7 @@ class VQAv2(Task):
                 _item(row, (table.image(i),), _texts(row.get("answers")))
                 for i, row in enumerate(table.rows[:limit])
             ]
-        path = source if source.is_file() else first_there(source, *QUESTIONS)
+        path = source if source.is_file() else first_existing(source, *QUESTIONS)
         if path is None:
             raise self.missing(source)
         values = read_json(path)
@@ -63,7 +63,7 @@ class VQAv2(Task):
             number = field(row, "question_id", path, f"row {i}")
             field(row, "question", path, f"question {number}")
             image = int(field(row, "image_id", path, f"question {number}"))
-            pictures = (Picture.file(folder / f"COCO_{year}_{image:012d}.jpg"),)
+            pictures = (ImageSource.from_file(folder / f"COCO_{year}_{image:012d}.jpg"),)
             items.append(_item(row, pictures, answers.get(number)))
         return items
 
@@ -74,7 +74,7 @@ class VQAv2(Task):
             nothing = float("nan")
             return Score("accuracy", nothing, len(answers), notes=(note,), split="test-dev")
         rule = "vqav2" if protocol == "lmms" else "vqav2-original"
-        return accuracy([credit(a, rule) for a in answers])
+        return accuracy([vqa_credit(a, rule) for a in answers])
 
     def submission(self, answers: Sequence[Answer]) -> list[dict[str, Any]]:
         """All questions; "" for those without an answer."""
@@ -83,7 +83,7 @@ class VQAv2(Task):
         ]
 
 
-def _item(row: Row, pictures: tuple[Picture, ...], answers: list[str] | None) -> Item:
+def _item(row: Row, pictures: tuple[ImageSource, ...], answers: list[str] | None) -> Item:
     return Item(row["question_id"], row["question"] + SHORT, pictures, {"answers": answers})
 
 

@@ -163,7 +163,7 @@ def test_a_timed_plan_chooses_the_same_and_says_how_long(model: Any) -> None:
     batch: Batch = tiny.make_batch(model, "tttIttttt")
     plan, clock = parse_plan("divprune:keep=8+fastv:k=2,keep=5"), cost.Clock()
     plain = generate(model, batch, plan, 3)
-    timed = generate(model, batch, cost.timed(plan, model, clock), 3)
+    timed = generate(model, batch, cost.with_timed_choices(plan, model, clock), 3)
     assert timed.tokens == plain.tokens
     assert timed.report.kept == plain.report.kept
     assert clock.seconds > 0
@@ -180,7 +180,7 @@ def test_choosing_takes_less_than_the_time_to_the_first_token(model: Any) -> Non
 @pytest.mark.slow
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="other systems keep one peak")
 def test_a_peak_of_memory_comes_down_again() -> None:
-    assert cost.peaks_begin_anew()
+    assert cost.can_reset_peak()
     size = 2**27
     with cost.peak_memory() as peak:
         before = cost.resident_bytes()

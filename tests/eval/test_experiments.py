@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import user_method
 from tiny import refusal
 
 pytest.importorskip("matplotlib")
@@ -212,6 +213,43 @@ def rows_in(text: str) -> list[str]:
     return text.splitlines()[2:]
 
 
+# ---------------------------------------------------------------- methods in files
+
+
+@pytest.mark.parametrize(
+    ("main", "argv", "plan"),
+    [
+        (ablation.main, ["--layers", "4", "--r", "0.75", "--method"], "M:layer=4,keep=0.25"),
+        (simignore.main, ["--share", "0.25", "--beside"], "M:keep=16"),
+        (scienceqa.main, ["--prune"], "M:layer=4,keep=16"),
+        (aokvqa.main, ["--prune"], "M:layer=4,keep=16"),
+        (nine.main, ["--prune"], "M:layer=4,keep=16"),
+        (kv_cache.main, ["--times", "1", "--new-tokens", "3", "--prune"], "M:layer=4,keep=16"),
+    ],
+)
+def test_a_users_method(
+    main: Main, argv: list[str], plan: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    method, out = user_method.write(tmp_path), tmp_path / "out"
+    given = method if main in (ablation.main, simignore.main) else plan.replace("M", method)
+    argv = ["--limit", "2", "--out", str(out), *argv, given]
+    assert main(argv) == 0
+    rows = rows_of(json.loads((out / "results.json").read_text()))
+    (row, *_) = [row for row in rows if any(method in str(cell) for cell in row.values())]
+    if main == kv_cache.main:
+        cached = 4 * row["prompt tokens"] + 4 * (row["prompt tokens"] - 48)
+        assert row["cache after the prefill, MB"] == cached * 2 * 128 * 4 / 1e6
+        return
+    layers = 3 if main == simignore.main else 4  # the method's own default
+    counts = [64] * layers + [16] * (8 - layers)
+    found = row.get("image tokens a layer", row.get("visible image tokens a layer"))
+    assert found == sum(counts) / 8
+    user_method.write(tmp_path, user_method.LAST)
+    capsys.readouterr()
+    assert main(argv) == 2
+    assert "edited" in capsys.readouterr().err
+
+
 # ---------------------------------------------------------------- bad input
 
 
@@ -224,6 +262,8 @@ def rows_in(text: str) -> list[str]:
         (kv_cache.main, ["--times", "0"], "--times"),
         (kv_cache.main, ["--prune", "nonsense", "--new-tokens", "1"], "nonsense"),
         (nine.main, ["--data", "nowhere"], "nowhere"),
+        (simignore.main, ["--beside", "vtw"], "vtw"),
+        (scienceqa.main, ["--prune", "nonsense"], "nonsense"),
         (scienceqa.main, ["--task", "scienceqa"], "scienceqa"),
     ],
 )

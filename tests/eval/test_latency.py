@@ -8,9 +8,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import user_method
 
 from eval import cost, latency
 from eval.latency import DEMO, Limits, main
+from eval.plans import read_plans
 from minillava import load
 from minillava.quant.linear import weight_bytes
 
@@ -80,6 +82,17 @@ def test_a_table_is_printed_with_the_machine(capsys: pytest.CaptureFixture[str])
     assert "2 x 84, 6 x 29" in rows[1]
 
 
+def test_a_users_method_is_read_once(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    method, mark = user_method.write_mark(tmp_path)
+    words = ["--repeats", "1", "--new-tokens", "2", "--text-tokens", str(TEXT)]
+    assert main([*words, "--prune", f"{method}:layer=4,keep=9", "--json"]) == 0
+    row = json.loads(capsys.readouterr().out)["rows"][1]
+    assert row["plan"] == f"{method}:layer=4,keep=9"
+    assert row["tokens_entering"] == [TEXT + PATCHES] * 4 + [TEXT + 9] * 4
+    assert row["choosing"] > 0
+    assert mark.read_text() == "run "
+
+
 @pytest.mark.parametrize(("speedup", "warned"), [(0.8, True), (1.2, False)])
 def test_a_plan_that_does_not_pay_is_said_so(
     speedup: float, warned: bool, monkeypatch: pytest.MonkeyPatch,
@@ -87,7 +100,7 @@ def test_a_plan_that_does_not_pay_is_said_so(
 ) -> None:  # fmt: skip
     model = load(DEMO)[0]
     runs = {
-        "": latency.Measured(vision=[1.0], prefill=[1.0], first_token=[2.0], per_token=[0.1]),
+        "none": latency.Measured(vision=[1.0], prefill=[1.0], first_token=[2.0], per_token=[0.1]),
         "random:keep=9": latency.Measured(
             vision=[1.0], prefill=[1 / speedup], first_token=[2.0], per_token=[0.1]
         ),
@@ -95,7 +108,7 @@ def test_a_plan_that_does_not_pay_is_said_so(
     rows = []
     for text, m in runs.items():
         m.entering = [TEXT + PATCHES] * LAYERS
-        rows.append(latency._row(model, "float32", text, m, runs[""], 1e10))
+        rows.append(latency._row(model, "float32", text, m, runs["none"], 1e10))
     monkeypatch.setattr(latency, "run", lambda args: (rows, Limits(1e10, {})))
     assert main([]) == 0
     err = capsys.readouterr().err
@@ -119,7 +132,7 @@ def test_random_weights_of_a_shape(capsys: pytest.CaptureFixture[str]) -> None:
     model = latency.random_model(load(DEMO)[0].config, "int4", latency.find_device("cpu"))
     assert all(not t.is_meta for t in model.state_dict().values())
     batch = latency.prompt(model.config, TEXT, model.device)
-    (row,) = latency.measure(model, "int4", [""], batch, 1, 1, 1e10)
+    (row,) = latency.measure(model, "int4", read_plans(["none"]), batch, 1, 1, 1e10)
     assert row.tokens_entering == [TEXT + PATCHES] * LAYERS
 
 

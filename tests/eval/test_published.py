@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 
 import pytest
+import user_method
 from tiny import refusal
 
 from eval import published
@@ -169,6 +170,14 @@ def test_figures_of_another_protocol_stay_out(figures):
         assert table.sources == ()
     both = [_measured(), _measured(plan=plans[1]), _measured(convention="llava")]
     assert [table.group.convention for table in beside(both, figures)] == ["lmms", "llava"]
+
+
+def test_a_method_in_a_file_has_a_row_without_published_figures(figures, tmp_path):
+    method, mark = user_method.write_mark(tmp_path)
+    plans = ("none", "fastv:k=3,r=0.5", f"{method}:keep=16")
+    (table,) = beside([_measured(plan=p) for p in plans], figures)
+    assert [row[2] != (None,) for row in table.rows] == [True, True, False]
+    assert not mark.exists()
 
 
 def test_every_column_begins_with_its_sources_unpruned_figure(figures):
