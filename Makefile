@@ -1,5 +1,5 @@
-# `make demo` asks the bundled question about the bundled picture, `make test` runs the tests. Both
-# set up a virtual environment first where there is none; VENV=DIR puts it elsewhere.
+# `make demo` asks the demo model the example question about the example image. `make test` runs the
+# tests. Both first create a virtual environment in .venv if there is none; VENV=DIR changes where.
 
 VENV ?= .venv
 PYTHON ?= $(shell for p in python3.11 python3; do \
@@ -23,5 +23,5 @@ $(VENV)/.installed-test: pyproject.toml | $(VENV)/bin/pip
 	@touch $(VENV)/.installed $@
 
 $(VENV)/bin/pip:
-	@test -n '$(PYTHON)' || { echo 'error: no Python 3.10 or newer with venv; name one with PYTHON=' >&2; exit 2; }
+	@test -n '$(PYTHON)' || { echo 'error: found no Python 3.10 or newer with venv; name one with PYTHON=' >&2; exit 2; }
 	@$(PYTHON) -m venv '$(VENV)'

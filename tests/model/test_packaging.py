@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import ast
+import re
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -76,6 +78,39 @@ def test_the_reading_path_imports_nothing_else_of_ours(name: str) -> None:
     for node in ours:
         base = folder.split(".")[: len(folder.split(".")) - node.level + 1]
         assert ".".join([*base[1:], node.module or ""]) in READING_PATH
+
+
+# Distributions whose modules have another name.
+DISTRIBUTIONS = {"PIL": "pillow", "open_clip": "open-clip-torch", "sklearn": "scikit-learn"}
+
+
+def third_party_imports(folder: Path) -> dict[str, Path]:
+    """Distribution name -> a file that imports it, at its top or inside a function."""
+    found = {}
+    local = {"minillava", "weights", "eval", *(p.stem for p in (ROOT / "tests").rglob("*.py"))}
+    for path in sorted(folder.rglob("*.py")):
+        for node in ast.walk(ast.parse(path.read_text())):
+            names: list[str] = []
+            if isinstance(node, ast.Import):
+                names = [alias.name for alias in node.names]
+            if isinstance(node, ast.ImportFrom) and not node.level:
+                names = [node.module or ""]
+            for name in {name.split(".")[0] for name in names} - local - sys.stdlib_module_names:
+                found[DISTRIBUTIONS.get(name, name).replace("_", "-")] = path
+    return found
+
+
+@pytest.mark.parametrize("folder", ["minillava", "weights", "eval", "tests"])
+def test_every_import_is_a_declared_dependency(folder: str) -> None:
+    """The package may import its dependencies only, the other folders those of the extras too."""
+    tomllib: Any = pytest.importorskip("tomllib", reason="new in Python 3.11")
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    extras = project["optional-dependencies"].values()
+    stated = [project["dependencies"], *([] if folder == "minillava" else extras)]
+    declared = {re.split(r"[^\w.-]", text)[0] for texts in stated for text in texts}
+    imports = third_party_imports(ROOT / folder)
+    assert "torch" in imports, "this look at the source finds no imports any more"
+    assert {name: path for name, path in imports.items() if name not in declared} == {}
 
 
 def test_the_licence_is_the_one_pyproject_names() -> None:
