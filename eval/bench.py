@@ -13,7 +13,7 @@ from minillava import load
 from minillava.app.command import positive as positive
 from minillava.llava import LLaVA
 from minillava.loading.checkpoint import DTYPES, QUANTIZE
-from minillava.processor import Processor
+from minillava.processing.processor import Processor
 
 from . import cost, predict, store
 from .plans import TypedPlan, file_name

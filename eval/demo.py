@@ -27,7 +27,7 @@ from minillava import Batch, load
 from minillava.app.command import Parser, command, natural, positive
 from minillava.generate import Result, generate
 from minillava.llava import LLaVA
-from minillava.processor import Processor
+from minillava.processing.processor import Processor
 from minillava.pruning import METHODS
 from minillava.request import Settings, check_plan, prompts_of
 from weights import scenes

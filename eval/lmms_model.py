@@ -25,8 +25,8 @@ from tqdm import tqdm  # type: ignore[import-untyped,unused-ignore]
 from minillava import load
 from minillava.generate import generate
 from minillava.image import check_aspect
-from minillava.processor import TOKENS
-from minillava.prompt import IMAGE, TEMPLATES, conversation
+from minillava.processing.processor import TOKENS
+from minillava.processing.templates import IMAGE, TEMPLATES, conversation
 from minillava.pruning import parse_plan
 from minillava.request import Settings
 

@@ -12,8 +12,8 @@ from tqdm import tqdm  # type: ignore[import-untyped,unused-ignore]
 from minillava import Batch
 from minillava.generate import Result, generate
 from minillava.llava import LLaVA
-from minillava.processor import Processor
-from minillava.prompt import conversation
+from minillava.processing.processor import Processor
+from minillava.processing.templates import conversation
 from minillava.pruning.base import Plan
 from minillava.request import Settings, check_plan, prompts_of
 

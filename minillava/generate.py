@@ -23,7 +23,8 @@ from .request import Batch, Settings, check_encoded, check_plan, prompts_of
 from .sampling import sample
 
 if TYPE_CHECKING:
-    from .processor import Processor
+    from .processing.processor import Processor
+    from .processing.streaming import TextStream
 
 
 def generate(
@@ -63,7 +64,8 @@ def stream(
     if len(batch.ids) != 1:
         raise ValueError(f"stream answers one prompt, the batch has {len(batch.ids)}; use generate")
     settings = Settings(max_new_tokens, **options)
-    return TextStream(Answer(model, batch, plan or Plan(), settings, encoded), processor)
+    answer = Answer(model, batch, plan or Plan(), settings, encoded)
+    return processor.stream_text(answer, settings.stop_strings)
 
 
 def encode_images(model: LLaVA, batch: Batch, plan: Plan | None = None) -> Encoded | None:
@@ -220,55 +222,6 @@ class Tokens:
 
     def _limit_name(self, limit: int) -> str:
         return "length" if limit == self.settings.max_new_tokens else "context"
-
-
-# ---------------------------------------------------------------- text
-
-
-class TextStream:
-    """One prompt's answer in pieces of text, each as soon as it is certain; then `result`.
-
-    Incomplete UTF-8, and text that may be the beginning of a stop string, is held back. The stop
-    string itself is not part of the text.
-    """
-
-    def __init__(self, answer: Answer, processor: Processor) -> None:
-        self.answer, self.processor = answer, processor
-
-    @property
-    def result(self) -> Result:
-        """The same Result as generate() gives. Raises ValueError before the text has ended."""
-        if not hasattr(self.answer, "result"):
-            raise ValueError("the answer has not ended: iterate over the stream first")
-        return self.answer.result
-
-    def __iter__(self) -> Iterator[str]:
-        decoder, stop = self.processor.stream_decoder(), self.answer.settings.stop_strings
-        held, ended = "", False
-        for (token,) in self.answer:
-            assert token is not None
-            held += decoder.push(token)
-            if ended:
-                continue
-            found = [held.index(s) for s in stop if s in held]
-            cut = min(found) if found else len(held) - suffix_length(held, stop)
-            ended = bool(found)
-            if held[:cut]:
-                yield held[:cut]
-            held = held[cut:]
-        held += decoder.finish()
-        cut = min((held.index(s) for s in stop if s in held), default=len(held))
-        if held[:cut] and not ended:
-            yield held[:cut]
-
-
-def suffix_length(text: str, stop: Sequence[str]) -> int:
-    """Length of the longest suffix of `text` that is a proper prefix of a stop string."""
-    longest = max((len(s) for s in stop), default=0)
-    for n in range(min(longest - 1, len(text)), 0, -1):
-        if any(s.startswith(text[-n:]) for s in stop):
-            return n
-    return 0
 
 
 if __name__ == "__main__":

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
-from typing import cast
+from typing import TYPE_CHECKING, cast
 
 import torch
 import torch.nn.functional as F
@@ -22,7 +22,9 @@ from torch import Tensor, nn
 from .clip import CLIPVision
 from .config import Config
 from .llama import Block, Llama
-from .tokenizer import Tokenizer
+
+if TYPE_CHECKING:
+    from .processing.tokenizer import Tokenizer
 
 IMAGES_AT_ONCE = 8  # images in the vision tower at one time
 

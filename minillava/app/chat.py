@@ -14,7 +14,7 @@ from PIL import Image
 
 from ..generate import Result, Settings, encode_images, stream
 from ..llava import Batch, Encoded, LLaVA
-from ..processor import Processor
+from ..processing.processor import Processor
 from ..pruning import Plan
 from ..pruning.average import entering, leaving
 from .command import complain

@@ -18,9 +18,9 @@ from torch.overrides import TorchFunctionMode
 
 from ..config import Config
 from ..llava import LLaVA
-from ..processor import Processor
+from ..processing.processor import Processor
+from ..processing.tokenizer import Tokenizer
 from ..quant.quantise import stored_parts
-from ..tokenizer import Tokenizer
 from .assemble import TIED, choose_forms, linear_layers, load_weights
 from .config_file import read_config
 from .hub import find_checkpoint

@@ -15,9 +15,9 @@ from PIL import Image
 
 from ..config import Config
 from ..image import ImageConfig
-from ..processor import Processor
-from ..prompt import IMAGE
-from ..tokenizer import Tokenizer
+from ..processing.processor import Processor
+from ..processing.templates import IMAGE
+from ..processing.tokenizer import Tokenizer
 from .json_entries import Entries, read_json
 
 

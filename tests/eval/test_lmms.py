@@ -18,7 +18,7 @@ from eval import lmms
 from eval.lmms_model import DELIMITER, MiniLLaVA, cut, settings, with_pictures
 from minillava import load, parse_plan
 from minillava.generate import generate
-from minillava.prompt import conversation
+from minillava.processing.templates import conversation
 from weights import scenes
 
 DEMO = Path(__file__).parents[2] / "weights" / "demo"

@@ -15,7 +15,7 @@ from PIL import Image
 from eval.predictions import read
 from eval.tasks import TASKS
 from eval.tasks.base import Answer, Item, Score
-from minillava.prompt import conversation
+from minillava.processing.templates import conversation
 
 SHORT = "\nAnswer the question using a single word or phrase."
 LETTER = "\nAnswer with the option's letter from the given choices directly."

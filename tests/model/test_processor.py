@@ -17,6 +17,7 @@ from PIL import Image
 from minillava.image import preprocess
 from minillava.loading.config_file import read_config
 from minillava.loading.processor_files import read_processor
+from minillava.processing.tokenizer import StreamDecoder
 
 GOLDENS = Path(__file__).parents[1] / "goldens"
 TOY = GOLDENS / "checkpoints" / "tiny-a" / "hub-sharded"
@@ -99,7 +100,7 @@ def test_decoded_text_equals_transformers(theirs: Any) -> None:
     ids = ours.tokenizer.encode("Yes, 世界.\n", bos=False)
     assert ours.decode([*ids, 2]) == theirs.decode([*ids, 2], skip_special_tokens=True)
     assert ours.decode([*ids, 2]) == "Yes, 世界.\n"
-    stream = ours.stream_decoder()
+    stream = StreamDecoder(ours.tokenizer)
     assert "".join([stream.push(i) for i in ids]) + stream.finish() == "Yes, 世界.\n"
 
 

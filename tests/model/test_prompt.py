@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from minillava.prompt import INSTRUCTION, TEMPLATES, conversation, split_choices
+from minillava.processing.templates import INSTRUCTION, TEMPLATES, conversation, split_choices
 
 SCIENCE = (
     "USER: <image>\nContext: N/A\nQuestion: Which one?\n"

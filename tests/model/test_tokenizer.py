@@ -13,7 +13,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from minillava.loading.processor_files import read_tokenizer
-from minillava.tokenizer import StreamDecoder, Tokenizer
+from minillava.processing.tokenizer import StreamDecoder, Tokenizer
 
 GOLDENS = Path(__file__).parents[1] / "goldens"
 TOY = GOLDENS / "checkpoints" / "tiny-a" / "hub-sharded"

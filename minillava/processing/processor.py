@@ -13,10 +13,11 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from .image import ImageConfig, check_aspect, preprocess
-from .prompt import IMAGE, Choices, conversation, split_choices
-from .sample import Batch
-from .tokenizer import StreamDecoder, Tokenizer
+from ..image import ImageConfig, check_aspect, preprocess
+from ..sample import Batch
+from .streaming import TextStream, TokenSteps
+from .templates import IMAGE, Choices, conversation, split_choices
+from .tokenizer import Tokenizer
 
 TOKENS = ("hf", "llava", "simignore")
 
@@ -29,7 +30,7 @@ class Processor:
     image: ImageConfig
     num_image_tokens: int  # N, placeholder ids per image: 576
     aspect: str = "crop"  # how the checkpoint expects images to be made square
-    template: str = "llava-hf"  # a key of prompt.TEMPLATES
+    template: str = "llava-hf"  # a key of templates.TEMPLATES
 
     def __call__(
         self,
@@ -101,9 +102,9 @@ class Processor:
         """The text of generated ids, without special tokens."""
         return self.tokenizer.decode(ids)
 
-    def stream_decoder(self) -> StreamDecoder:
-        """A decoder that takes ids one by one, as they are generated."""
-        return StreamDecoder(self.tokenizer)
+    def stream_text(self, steps: TokenSteps, stop: Sequence[str] = ()) -> TextStream:
+        """The text of one prompt's answer, while its tokens are generated (generate.stream)."""
+        return TextStream(steps, self.tokenizer, stop)
 
     def _encode(self, b: int, prompt: str, n_images: int, tokens: str) -> list[int]:
         """Ids of prompt b, with N placeholders for each image."""

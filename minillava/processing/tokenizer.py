@@ -17,7 +17,7 @@ from pathlib import Path
 
 import sentencepiece
 
-from .prompt import IMAGE
+from .templates import IMAGE
 
 SPACE = "\u2581"  # SentencePiece writes a space as this character
 
@@ -112,6 +112,22 @@ class Tokenizer:
         return int(piece[3:5], 16) if self._pieces.is_byte(token) else piece.replace(SPACE, " ")
 
 
+def _compile_alternatives(tokens: Mapping[str, int]) -> re.Pattern[str]:
+    longest_first = sorted(tokens, key=len, reverse=True)
+    return re.compile("(" + "|".join(map(re.escape, longest_first)) + ")")
+
+
+def _check_unicode(text: str) -> str:
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise ValueError(
+            f"character {error.start} of the text is {text[error.start]!r}, half of a character "
+            "pair and not valid Unicode; remove it"
+        ) from None
+    return text
+
+
 class StreamDecoder:
     """Decodes ids one at a time. The returned texts joined equal `decode` of all ids at once.
 
@@ -151,19 +167,3 @@ class StreamDecoder:
             return text
         self._started = True
         return text.removeprefix(" ")
-
-
-def _compile_alternatives(tokens: Mapping[str, int]) -> re.Pattern[str]:
-    longest_first = sorted(tokens, key=len, reverse=True)
-    return re.compile("(" + "|".join(map(re.escape, longest_first)) + ")")
-
-
-def _check_unicode(text: str) -> str:
-    try:
-        text.encode()
-    except UnicodeEncodeError as error:
-        raise ValueError(
-            f"character {error.start} of the text is {text[error.start]!r}, half of a character "
-            "pair and not valid Unicode; remove it"
-        ) from None
-    return text
