@@ -17,7 +17,7 @@ from typing import Any
 import torch
 
 from minillava import load
-from minillava.app.command import positive as positive
+from minillava.app.command import parse_positive_int as positive
 from minillava.llava import LLaVA
 from minillava.loading.checkpoint import DTYPES, QUANTIZE
 from minillava.processor import Processor

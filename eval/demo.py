@@ -24,7 +24,10 @@ from typing import Any
 import torch
 
 from minillava import Batch, load, parse_plan
-from minillava.app.command import Parser, command, natural, positive
+from minillava.app.command import CommandParser as Parser
+from minillava.app.command import parse_non_negative_int as natural
+from minillava.app.command import parse_positive_int as positive
+from minillava.app.command import run_command as command
 from minillava.generate import Result, Settings, check_plan, generate, prompts_of
 from minillava.llava import LLaVA
 from minillava.processor import Processor

@@ -26,7 +26,9 @@ import torch
 from torch import Tensor
 
 from minillava import Batch, load, parse_plan
-from minillava.app.command import Parser, command, positive
+from minillava.app.command import CommandParser as Parser
+from minillava.app.command import parse_positive_int as positive
+from minillava.app.command import run_command as command
 from minillava.config import Config, TextConfig, VisionConfig
 from minillava.generate import Settings, check_plan, generate, prompts_of
 from minillava.llama import causal_attention

@@ -21,7 +21,7 @@ from contextlib import nullcontext
 import torch
 
 from minillava.app import command as console
-from minillava.app.command import Parser
+from minillava.app.command import CommandParser as Parser
 
 from . import cost, predict, published, store
 from .bench import Bench, Done, add_options
@@ -168,7 +168,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 def command(
     parser: Parser, argv: Sequence[str] | None, act: Callable[[argparse.Namespace, Ranks], None]
 ) -> int:
-    """Parse, and act alone in --out; returns the exit code of console.command. Of several processes
+    """Parse, and act alone in --out; returns the exit code of run_command. Of several processes
     the first speaks for all."""
 
     def run() -> None:
@@ -186,7 +186,7 @@ def command(
                     sys.exit(2)
                 raise
 
-    return console.command(run)
+    return console.run_command(run)
 
 
 if __name__ == "__main__":

@@ -16,8 +16,10 @@ import sys
 import time
 from collections.abc import Sequence
 
+from minillava.app.command import parse_positive_int as positive
+
 from .. import cost, plots
-from ..bench import Bench, positive
+from ..bench import Bench
 from ..predict import NONE
 from ..run import published_of
 from . import base

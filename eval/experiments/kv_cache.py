@@ -18,10 +18,11 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
+from minillava.app.command import parse_positive_int as positive
 from minillava.generate import generate
 
 from .. import cost, plots, predict
-from ..bench import Bench, positive
+from ..bench import Bench
 from ..predict import NONE
 from . import base
 
