@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 
 from minillava import load
-from minillava.app.command import positive as positive
+from minillava.app.command import parse_positive_int as positive
 from minillava.llava import LLaVA
 from minillava.loading.checkpoint import DTYPES, QUANTIZE
 from minillava.processing.processor import Processor

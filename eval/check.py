@@ -21,7 +21,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from minillava.app.command import Parser, command
+from minillava.app.command import CommandParser as Parser
+from minillava.app.command import run_command as command
 
 from .metrics import (
     aokvqa,

@@ -35,7 +35,11 @@ from PIL import Image
 from torch import Tensor
 
 from minillava import Batch, load, parse_plan
-from minillava.app.command import Parser, command, natural, positive, real
+from minillava.app.command import CommandParser as Parser
+from minillava.app.command import parse_float as real
+from minillava.app.command import parse_non_negative_int as natural
+from minillava.app.command import parse_positive_int as positive
+from minillava.app.command import run_command as command
 from minillava.config import TextConfig
 from minillava.generate import generate
 from minillava.llava import LLaVA

@@ -20,7 +20,8 @@ from collections.abc import Callable, Sequence
 from typing import Any
 from unittest.mock import patch
 
-from minillava.app.command import Parser, complain
+from minillava.app.command import CommandParser as Parser
+from minillava.app.command import print_error as complain
 
 NAME, CLASS = "minillava", "eval.lmms_model.MiniLLaVA"
 

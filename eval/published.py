@@ -24,7 +24,8 @@ from pathlib import Path
 from typing import Any
 
 from minillava import parse_plan
-from minillava.app.command import Parser, command
+from minillava.app.command import CommandParser as Parser
+from minillava.app.command import run_command as command
 from minillava.pruning import Method
 
 from .plans import files_of

@@ -24,7 +24,9 @@ from typing import Any
 
 import torch
 
-from minillava.app.command import Parser, command, positive
+from minillava.app.command import CommandParser as Parser
+from minillava.app.command import parse_positive_int as positive
+from minillava.app.command import run_command as command
 
 from . import cost
 

@@ -21,7 +21,7 @@ from contextlib import nullcontext
 import torch
 
 from minillava.app import command as console
-from minillava.app.command import Parser
+from minillava.app.command import CommandParser as Parser
 
 from . import cost, published, results, store
 from .bench import Bench, add_options
@@ -175,7 +175,7 @@ def _run_and_report(args: argparse.Namespace, ranks: Ranks) -> None:
 def run_command(
     parser: Parser, argv: Sequence[str] | None, act: Callable[[argparse.Namespace, Ranks], None]
 ) -> int:
-    """Parse, then act with --out locked; returns the exit code of console.command.
+    """Parse, then act with --out locked; returns the exit code of run_command.
 
     Of several processes only the first holds the lock and prints an error.
     """
@@ -195,7 +195,7 @@ def run_command(
                     sys.exit(2)
                 raise
 
-    return console.command(parse_and_act)
+    return run_command(parse_and_act)
 
 
 if __name__ == "__main__":

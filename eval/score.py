@@ -21,7 +21,9 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
-from minillava.app.command import Parser, command, positive
+from minillava.app.command import CommandParser as Parser
+from minillava.app.command import parse_positive_int as positive
+from minillava.app.command import run_command as command
 
 from . import predictions, published, store
 from .tasks import TASKS

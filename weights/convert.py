@@ -26,7 +26,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from minillava.app.command import Parser, command
+from minillava.app.command import CommandParser as Parser
+from minillava.app.command import run_command as command
 from minillava.loading.checkpoint import empty_model
 from minillava.loading.checkpoint import match_tensors as match
 from minillava.loading.config_file import parse_config as config_of

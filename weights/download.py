@@ -11,7 +11,8 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
-from minillava.app.command import Parser, command
+from minillava.app.command import CommandParser as Parser
+from minillava.app.command import run_command as command
 from minillava.loading.hub import download_checkpoint as fetch
 from minillava.loading.hub import download_files as snapshot
 from minillava.loading.json_entries import read_json

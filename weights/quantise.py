@@ -17,7 +17,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from minillava.app.command import Parser, command
+from minillava.app.command import CommandParser as Parser
+from minillava.app.command import run_command as command
 from minillava.loading.assemble import quantise_tensor as integers
 from minillava.loading.assemble import quantised_layers
 from minillava.loading.checkpoint import empty_model

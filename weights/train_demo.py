@@ -36,7 +36,11 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
-from minillava.app.command import Parser, command, natural, positive, real
+from minillava.app.command import CommandParser as Parser
+from minillava.app.command import parse_float as real
+from minillava.app.command import parse_non_negative_int as natural
+from minillava.app.command import parse_positive_int as positive
+from minillava.app.command import run_command as command
 
 from .demo_data import CONFIG, RUNS, Batch, Mix, make_batch, tokenizer, write_whole
 from .demo_model import Demo, Muon, answer_loss, patch_loss, symbols

@@ -20,6 +20,8 @@ import sys
 import time
 from collections.abc import Sequence
 
+from minillava.app.command import parse_positive_int as positive
+
 from .. import cost, plots
 from ..bench import Bench, positive
 from ..plans import NONE, read_plan, read_plans

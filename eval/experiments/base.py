@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 
-from minillava.app.command import Parser
+from minillava.app.command import CommandParser as Parser
 
 from .. import plots, store
 from ..bench import Bench, add_options

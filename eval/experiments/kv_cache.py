@@ -18,6 +18,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
+from minillava.app.command import parse_positive_int as positive
 from minillava.generate import generate
 
 from .. import cost, plots, predict
