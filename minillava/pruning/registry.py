@@ -7,25 +7,40 @@ from dataclasses import dataclass
 from .base import Method
 from .baselines import Random, TextOnly, Uniform
 from .cdpruner import CDPruner
+from .dart import DART
 from .divprune import DivPrune
 from .fastervlm import FasterVLM
 from .fastv import FastV
+from .fitprune import FitPrune
 from .grid import Grid
 from .hiprune import HiPrune
 from .hired import HiRED
 from .holov import HoloV
 from .pool import Pool
+from .prumerge import PruMerge, PruMergePlus
+from .pyramiddrop import PyramidDrop
 from .simignore import Simignore
+from .sparsevlm import SparseVLM
+from .tome import ToMe
 from .trim import TRIM
 from .visionzip import VisionZip
 from .vispruner import VisPruner
+from .vscan import VScan
+from .vtw import VTW
 
 METHODS: dict[str, type[Method]] = {
     method.name: method
     for method in (
         FastV,
         Simignore,
+        SparseVLM,
+        PyramidDrop,
+        VTW,
+        DART,
+        FitPrune,
         VisionZip,
+        PruMerge,
+        PruMergePlus,
         FasterVLM,
         HiRED,
         VisPruner,
@@ -34,6 +49,8 @@ METHODS: dict[str, type[Method]] = {
         CDPruner,
         HoloV,
         HiPrune,
+        VScan,
+        ToMe,
         Random,
         Uniform,
         Grid,
