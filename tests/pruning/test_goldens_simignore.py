@@ -97,9 +97,8 @@ def noting_scores(method: Any, scores: list[Tensor]) -> Any:
 
     class Noting(METHODS["fastv"]):  # type: ignore[misc]
         def choose(self, c: Any) -> Any:
-            attention = c.decoder.attention(c.decoder.newest).mean(0)
-            first = int(c.decoder.rows[0])
-            scores.append(attention[first : first + c.total])
+            assert len(c.candidates) == c.n_tokens
+            scores.append(c.attention(c.newest).mean(0))
             return super().choose(c)
 
     return Noting(layer=method.layer, keep=method.keep, released=method.released)

@@ -66,7 +66,8 @@ def common_space(clip: ClipText, features: Tensor) -> Tensor:
 def pictures(model: Any, batch: Batch) -> tuple[Tensor, Tensor]:
     """Patch features before the projector (images, N, C) and after it (images, N, D)."""
     assert batch.pixels is not None
-    seen = model.encode(batch.pixels, parse_plan(None)).hidden[model.feature_layer][:, 1:]
+    layer = model.feature_layer
+    seen = model.encode(batch.pixels, {layer}).hidden[layer][:, 1:]
     return seen, model.projector(seen)
 
 
@@ -74,7 +75,7 @@ def ids_of(clip: ClipText, model: Any, batch: Batch, b: int) -> list[int]:
     """CLIP's ids, with start and end token, of the text after the last image."""
     row = batch.ids[b][batch.mask[b]].tolist()
     behind = row[len(row) - row[::-1].index(tiny.IMAGE) :]
-    text = question(model.decode_text(behind))
+    text = question(model.tokenizer.decode(behind))
     return [49406, *clip.tokenizer.encode(text), 49407]
 
 
@@ -86,7 +87,7 @@ def kept_patches(result: Result) -> list[list[int]]:
     """Kept patches of each image, in the order of the batch."""
     (kept,) = result.report.kept
     images = []
-    for positions, starts in zip(kept.positions, result.layout.starts, strict=True):
+    for positions, starts in zip(kept.positions, result.starts, strict=True):
         images += [[p - s for p in positions if s <= p < s + N] for s in starts]
     return images
 
@@ -123,7 +124,7 @@ def test_trims_extra_row_is_the_mean_of_the_dropped(
     for (_, keep), patches in zip(seen, features, strict=True):
         dropped = [patches[i] for i in range(N) if i not in keep.index.tolist()]
         assert len(dropped) == 44
-        assert keep.rows is None
+        assert keep.merged is None
         assert not keep.extra_first
         assert keep.extra is not None
         tiny.assert_close(keep.extra, torch.stack(dropped).mean(0)[None])
@@ -151,7 +152,7 @@ def test_cdpruner_after_another_method(model: Any, batch: Batch, clip: ClipText)
     one = tiny.alone(model, batch, 0)
     result = run(model, one, f"random:keep=30+cdpruner:keep=9,clip={clip.source}")
     ((left,), (kept,)) = (k.positions for k in result.report.kept)
-    (start,) = result.layout.starts[0]
+    (start,) = result.starts[0]
     rows = torch.tensor(left) - start
     seen, projected = pictures(model, one)
     ids = ids_of(clip, model, one, 0)
@@ -173,13 +174,13 @@ def test_greedy_steps_are_the_largest_determinants(seed: int) -> None:
     generator = torch.Generator().manual_seed(seed)
     rows, patches, text = (torch.randn(n, 24, generator=generator) for n in (30, 30, 3))
     kernel = cdpruner.relevance(patches, text)[:, None] * torch.nn.functional.normalize(rows)
-    ours = cdpruner.greedy(kernel @ kernel.T, 15).sort().values.tolist()
+    ours = cdpruner.choose_greedily(kernel @ kernel.T, 15).sort().values.tolist()
     assert ours == reference.cdpruner(rows, patches, text, 15)
 
 
 def test_greedy_goes_on_when_the_rank_is_used_up() -> None:
     rows = torch.randn(3, 3, generator=torch.Generator().manual_seed(0)).repeat(4, 1)
-    chosen = cdpruner.greedy(rows @ rows.T, 12)
+    chosen = cdpruner.choose_greedily(rows @ rows.T, 12)
     assert sorted(chosen.tolist()) == list(range(12))
     assert sorted(i % 3 for i in chosen[:3].tolist()) == [0, 1, 2]
 
@@ -192,14 +193,14 @@ def test_equally_relevant_patches() -> None:
 def test_outliers_are_counted_as_written_out(seed: int) -> None:
     patches = 3 * torch.randn(200, 8, generator=torch.Generator().manual_seed(seed))
     text = torch.randn(8, generator=torch.Generator().manual_seed(seed + 50))
-    ours = trim.outliers(patches @ text)
+    ours = trim.count_outliers(patches @ text)
     assert ours == len(reference.trim(patches, text, None))
     assert ours > 5
 
 
 def test_rows_without_a_patch_have_no_relevance(model: Any, batch: Batch, clip: ClipText) -> None:
     plan = f"trim:keep=20,clip={clip.source}+cdpruner:keep=9,clip={clip.source}"
-    with pytest.raises(ValueError, match="rows that are no patch, which this one cannot rank"):
+    with pytest.raises(ValueError, match="rows that are no patch, which cdpruner cannot rank"):
         run(model, batch, plan)
 
 
@@ -260,7 +261,7 @@ def test_the_template_is_not_asked(
     monkeypatch.setattr(ClipText, "truncated", noting)
     monkeypatch.setattr(ClipText, "segments", noting)
     behind = "\nIs it?\nAnswer the question using a single word or phrase. ASSISTANT:"
-    monkeypatch.setattr(model, "decode_text", lambda ids: behind)
+    monkeypatch.setattr(model.tokenizer, "decode", lambda ids: behind)
     run(model, tiny.alone(model, batch, 0), f"{plan},clip={clip.source}")
     assert texts == [asked]
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import math
 from typing import Any
 
@@ -10,16 +9,17 @@ import numpy as np
 import pytest
 import reference_vision as reference
 import torch
+from contexts import make_context, make_model
 from golden_cases import Golden
 from tiny import make_batch, watching
 from torch import Tensor
 
 from minillava import parse_plan
-from minillava.clip import CLIPVision
-from minillava.config import VisionConfig
 from minillava.generate import encode_images, generate
-from minillava.pruning import METHODS, PRESETS, baselines, divprune, holov, prumerge, vispruner
-from minillava.pruning.base import Context, Keep, VisionState
+from minillava.pruning import METHODS, PRESETS, divprune, holov, prumerge, vispruner
+from minillava.pruning.base import Context, Keep, Method
+from minillava.pruning.grid import middle_patches, row_widths
+from minillava.pruning.pool import patches_of_cells
 
 # ---------------------------------------------------------------- released outputs
 
@@ -54,8 +54,8 @@ def test_visionzips_merged_rows_are_the_released_ones(golden: Golden) -> None:
     with torch.inference_mode():
         depth = model.config.vision.num_hidden_layers
         hidden = model.vision(pixels, range(depth))
-        c = context(model.vision, hidden, model.config.vision.grid, "vision")
         method = METHODS["visionzip"](dominant=p["dominant"], contextual=p["contextual"])
+        c = make_context(model, method, hidden)
         torch.testing.assert_close(rows_of(c, method.choose(c)), expected, atol=1e-4, rtol=0)
 
 
@@ -68,10 +68,11 @@ def test_divprune_is_the_released_code(golden: Golden) -> None:
 @pytest.mark.goldens("divprune/select*")
 def test_divprunes_order_is_the_released_one(golden: Golden) -> None:
     t, ratio = golden.tensors, golden.meta["parameters"]["subset_ratio"]
-    c = plain_context(t["features"])
     method = METHODS["divprune"](keep=ratio)
+    c = plain_context(method, t["features"])
+    assert c.n_tokens == len(t["features"])
     assert method.choose(c).index.tolist() == t["selected_in_order"].tolist()
-    assert method.amount(len(t["features"])) == golden.meta["parameters"]["count"]
+    assert method.left(len(t["features"])) == (golden.meta["parameters"]["count"],)
 
 
 # ---------------------------------------------------------------- a random image
@@ -82,15 +83,8 @@ class Picture:
 
     def __init__(self, grid: int, seed: int = 0, depth: int = 6) -> None:
         self.grid, self.N = grid, grid * grid
-        config = VisionConfig(
-            hidden_size=24,
-            intermediate_size=32,
-            num_hidden_layers=depth,
-            num_attention_heads=3,
-            image_size=2 * grid,
-            patch_size=2,
-        )
-        self.tower = CLIPVision(config).requires_grad_(False)
+        self.model = make_model(grid, depth)
+        self.tower = self.model.vision
         self.generator = torch.Generator().manual_seed(seed)
         for name, p in self.tower.named_parameters():
             noise = torch.randn(p.shape, generator=self.generator)
@@ -105,61 +99,39 @@ class Picture:
         self.features = self.hidden[depth - 1][0, 1:]
         weight = torch.randn(40, 24, generator=self.generator)
         self.projected = self.features @ weight.T
-        self.plain = reference.Tower(self.tower.state_dict(), 3, config.layer_norm_eps)
+        epsilon = self.tower.config.layer_norm_eps
+        self.plain = reference.Tower(self.tower.state_dict(), 3, epsilon)
 
-    def context(self, stage: str) -> Context:
+    def context(self, method: Method, **options: Any) -> Context:
+        ((stage, _), *_) = method.stages()
         rows = self.projected if stage == "embed" else None
-        return context(self.tower, self.hidden, self.grid, stage, rows)
+        return make_context(self.model, method, self.hidden, features=rows, **options)
 
     def attention(self, block: int) -> Any:
         return self.plain.attention(block, double(self.hidden[block][0]))
 
     def choose(self, name: str, **options: Any) -> tuple[list[int], Keep, Context]:
         method = METHODS[name](**options)
-        ((stage, _), *_) = method.stages()
-        c = self.context(stage)
+        c = self.context(method)
         keep = method.choose(c)
         index = keep.index.tolist()
         assert len(set(index)) == len(index)
-        assert len(index) + (0 if keep.extra is None else len(keep.extra)) <= method.most(self.N)
+        added = 0 if keep.extra is None else len(keep.extra)
+        assert len(index) + added <= method.left(self.N)[0]
         return index, keep, c
 
 
-def context(
-    tower: CLIPVision,
-    hidden: dict[int, Tensor],
-    grid: int,
-    stage: Any,
-    rows: Tensor | None = None,
-) -> Context:
-    feature_layer = len(tower.blocks) - 1
-    features = hidden[feature_layer][0, 1:] if rows is None else rows
-    return Context(
-        stage=stage,
-        layer=0,
-        part=0,
-        total=grid * grid,
-        grid=grid,
-        patches=torch.arange(grid * grid),
-        generator=torch.Generator().manual_seed(0),
-        features=lambda: features,
-        focus=lambda: features[:0],
-        focus_text=str,
-        vision=lambda: VisionState(tower, hidden, feature_layer),
-    )
-
-
-def plain_context(features: Tensor) -> Context:
-    """The context of an embed-stage method that reads only the features."""
-    n, tower = len(features), CLIPVision(VisionConfig(4, 4, 2, 1, 4, 2))
-    c = context(tower, {1: features[None]}, 1, "embed", features)
-    return dataclasses.replace(c, total=n, patches=torch.arange(n))
+def plain_context(method: Method, features: Tensor) -> Context:
+    """The context of an embed-stage method that reads only the features (n, D)."""
+    model = make_model(math.ceil(len(features) ** 0.5))
+    hidden = {model.feature_layer: torch.zeros(1, 1 + model.config.vision.num_patches, 24)}
+    return make_context(model, method, hidden, features=features, n=len(features))
 
 
 def rows_of(c: Context, keep: Keep) -> Tensor:
     """All rows that remain, in the order in which they continue."""
     index = keep.index if keep.ordered else keep.index.sort().values
-    kept = c.features()[index] if keep.rows is None else keep.rows
+    kept = c.features()[index] if keep.merged is None else keep.merged
     if keep.extra is None:
         return kept
     return torch.cat((keep.extra, kept) if keep.extra_first else (kept, keep.extra))
@@ -228,8 +200,8 @@ def test_prumerge_counts_outliers_as_released() -> None:
         some = score.clone()
         some[:k] += 10.0
         assert prumerge.outlier_share(some) == k / 576
-    assert prumerge.grid(576, 32 / 576).tolist() == list(range(0, 575, 6))
-    assert prumerge.grid(576, 0.0).tolist() == list(range(0, 575, 192))
+    assert prumerge.regular_patches(576, 32 / 576).tolist() == list(range(0, 575, 6))
+    assert prumerge.regular_patches(576, 0.0).tolist() == list(range(0, 575, 192))
 
 
 def test_prumerge_without_outliers_leaves_the_sum_and_plus_a_grid() -> None:
@@ -253,8 +225,8 @@ def test_fastervlm_and_hired(grid: int) -> None:
 
 
 def test_hired_cuts_a_share_and_the_others_round() -> None:
-    amounts = {name: METHODS[name](keep=0.23).amount(16) for name in ("hired", "fastervlm")}
-    assert amounts == {"hired": 3, "fastervlm": 4}
+    amounts = {name: METHODS[name](keep=0.23).left(16) for name in ("hired", "fastervlm")}
+    assert amounts == {"hired": (3,), "fastervlm": (4,)}
 
 
 @pytest.mark.parametrize(
@@ -265,7 +237,7 @@ def test_vispruner_thins_out_as_released(n: int, surplus: int) -> None:
     g = torch.Generator().manual_seed(n)
     likeness = torch.rand(600, 600, generator=g)
     order = torch.randperm(600, generator=g)[:n]
-    ours = vispruner.distinct(likeness, order, n - surplus).tolist()
+    ours = vispruner.thin_out(likeness, order, n - surplus).tolist()
     assert ours == reference.thin_out(likeness.tolist(), order.tolist(), n - surplus)
 
 
@@ -273,7 +245,7 @@ def test_vispruner_ends_where_the_released_code_breaks() -> None:
     likeness = torch.rand(40, 40, generator=torch.Generator().manual_seed(0))
     for n in range(1, 40):
         for keep in range(n + 1):
-            left = vispruner.distinct(likeness, torch.arange(n), keep)
+            left = vispruner.thin_out(likeness, torch.arange(n), keep)
             assert len(left) == keep == len(set(left.tolist()))
 
 
@@ -298,13 +270,14 @@ def test_divprune(n: int, keep: int) -> None:
     g = torch.Generator().manual_seed(n)
     points = torch.randint(0, 1000, (n, 3), generator=g).double()
     distance = torch.cdist(points, points).float()  # the same numbers for both
-    ours = divprune.farthest(distance, keep).tolist()
+    ours = divprune.choose_farthest(distance, keep).tolist()
     assert ours == reference.divprune(distance.tolist(), keep)
 
 
 def test_divprune_never_takes_a_token_twice() -> None:
     features = torch.eye(4)[torch.tensor([0, 0, 1, 1, 1, 2])]
-    index = METHODS["divprune"](keep=6).choose(plain_context(features)).index.tolist()
+    method = METHODS["divprune"](keep=6)
+    index = method.choose(plain_context(method, features)).index.tolist()
     assert index[:3] == [5, 0, 2]
     assert sorted(index) == [0, 1, 2, 3, 4, 5]
 
@@ -338,12 +311,12 @@ def test_holov_fills_up_with_zeros_what_a_run_cannot_spend() -> None:
     features = torch.randn(32, 8, generator=torch.Generator().manual_seed(0))
     attention = torch.full((32,), 0.001)
     attention[4] = 0.9
-    sizes = holov.lengths(32)
+    sizes = holov.run_lengths(32)
     scores = [
         holov.run_score(f, a)
         for f, a in zip(features.split(sizes), attention.split(sizes), strict=True)
     ]
-    given = holov.budgets(torch.stack(scores), 16)
+    given = holov.run_budgets(torch.stack(scores), 16)
     kept, zeros = reference.holov(double(features), attention.tolist(), 16)
     assert given[2] == 16
     assert sum(min(a, b) for a, b in zip(given, sizes, strict=True)) == len(kept) == 16 - zeros
@@ -480,17 +453,17 @@ def test_grid_and_pool(h: int, w: int, grid: int) -> None:
 @pytest.mark.parametrize("grid", [1, 2, 5, 8, 24])
 def test_a_grid_of_any_number_is_spread_over_the_picture(grid: int) -> None:
     for keep in [*range(min(65, grid * grid + 1)), *range(65, grid * grid + 1, 73)]:
-        widths = baselines.bands(keep, grid)
+        widths = row_widths(keep, grid)
         assert sum(widths) == keep
         assert not widths or max(widths) - min(widths) <= 1
         assert max([len(widths), *widths], default=0) <= grid
-        where = baselines.middles(widths, grid, torch.device("cpu")).tolist()
+        where = middle_patches(widths, grid, torch.device("cpu")).tolist()
         assert where == sorted(set(where))
         if keep:
-            covered = baselines.insides(widths, grid, torch.device("cpu"))
+            covered = patches_of_cells(widths, grid, torch.device("cpu"))
             assert covered.any(0).all()
             assert covered[torch.arange(keep), torch.tensor(where)].all()
-    assert [len(baselines.bands(k, 24)) for k in (64, 128, 192, 576)] == [8, 8, 12, 24]
+    assert [len(row_widths(k, 24)) for k in (64, 128, 192, 576)] == [8, 8, 12, 24]
 
 
 # ---------------------------------------------------------------- at full size
@@ -574,7 +547,7 @@ def test_what_the_prompt_does_not_have(plan: str, message: str) -> None:
         ("grid:keep=4,h=2", "grid: h and keep say the same"),
         ("tome", "tome needs r="),
         ("tome:r=1,keep=3", "tome: keep and r say the same"),
-        ("visionzip:dominant=0,contextual=1", "dominant must be at least 1"),
+        ("visionzip:dominant=0,contextual=1", "visionzip: dominant=0 must be 1 or more"),
         ("vispruner:keep=4,important=1.5", "important=1.5 must be from 0 to 1"),
         ("visionzip:dominant=6,contextual=3,mode=mask", "needs a method that only drops"),
     ],
@@ -585,12 +558,11 @@ def test_what_no_model_could_do(plan: str, message: str) -> None:
 
 
 def test_rows_without_a_patch_are_not_ranked_by_the_tower() -> None:
-    c = dataclasses.replace(Picture(4).context("vision"), patches=torch.arange(-1, 15))
+    p, fastervlm, tome = Picture(4), METHODS["fastervlm"](keep=3), METHODS["tome"](r=1)
     with pytest.raises(ValueError, match="put the method that merges last"):
-        METHODS["fastervlm"](keep=3).choose(c)
-    short = dataclasses.replace(c, patches=torch.arange(3))
+        fastervlm.choose(p.context(fastervlm, patches=torch.arange(-1, 15)))
     with pytest.raises(ValueError, match="tome needs every patch of the image, 3 of 16 are left"):
-        METHODS["tome"](r=1).choose(short)
+        tome.choose(p.context(tome, n=3))
 
 
 @pytest.mark.parametrize("name", ["divprune", "vispruner", "prumerge", "visionzip", "tome"])

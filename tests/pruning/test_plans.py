@@ -11,6 +11,7 @@ from tiny import alone, make_batch, watching, write_hf
 from minillava import load, parse_plan
 from minillava.generate import Result, generate
 from minillava.pruning import METHODS, PRESETS
+from minillava.pruning.parsing import aliases
 
 
 def methods(plan: Any) -> tuple[Any, ...]:
@@ -270,7 +271,7 @@ def test_an_unknown_method_lists_what_exists(text: str) -> None:
 def test_an_unknown_option_lists_what_exists(name: str) -> None:
     with pytest.raises(ValueError, match="has no option 'colour'") as error:
         parse_plan(f"{name}:colour=red")
-    for option in ("mode", "positions", "scope", *METHODS[name].aliases):
+    for option in ("mode", "positions", "scope", *aliases(METHODS[name])):
         assert re.search(rf"\b{option}\b", str(error.value))
 
 

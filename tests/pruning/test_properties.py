@@ -273,7 +273,7 @@ def test_scores_that_are_no_numbers_are_refused_by_layer(model: Any, one: Batch,
     broken = changed(model, 1, float("nan"))
     with pytest.raises(ValueError, match="layer 2"):
         run(broken, one, parse_plan(f"fastv:layer=2,keep=5,mode={mode}"))
-    with pytest.raises(ValueError, match="not numbers"):
+    with pytest.raises(ValueError, match="logits are NaN"):
         run(broken, one)
 
 
@@ -294,7 +294,7 @@ def test_a_prompt_of_pictures_alone_is_refused(model: Any) -> None:
     for prompts in (["I"], ["ttItt", "II"]):
         pictures = make_batch(model, *prompts)
         assert run(model, pictures).logits.isfinite().all()
-        with pytest.raises(ValueError, match=f"prompt {len(prompts) - 1} is nothing but pictures"):
+        with pytest.raises(ValueError, match=f"prompt {len(prompts) - 1} is nothing but images"):
             run(model, pictures, parse_plan("uniform:keep=0"))
 
 
