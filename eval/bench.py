@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 
 from minillava import load
-from minillava.app.command import parse_positive_int as positive
+from minillava.app.command import parse_positive_int
 from minillava.llava import LLaVA
 from minillava.loading.checkpoint import DTYPES, QUANTIZE
 from minillava.processing.processor import Processor
@@ -38,10 +38,10 @@ def add_options(parser: argparse.ArgumentParser, batch: int = 1) -> None:
     add("--model", default=str(DEMO), metavar="DIR|HUB_ID", help="default: the demo")
     add("--revision", metavar="R", help="branch, tag or commit of a hub id")
     add("--out", type=Path, required=True, metavar="DIR")
-    add("--limit", type=positive, metavar="N", help="only the first N questions")
+    add("--limit", type=parse_positive_int, metavar="N", help="only the first N questions")
     add(
         "--batch",
-        type=positive,
+        type=parse_positive_int,
         default=batch,
         metavar="B",
         help=f"questions at a time, default {batch}",

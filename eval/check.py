@@ -22,8 +22,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from minillava.app.command import CommandParser as Parser
-from minillava.app.command import run_command as command
+from minillava.app.command import CommandParser, run_command
 
 from .metrics import (
     aokvqa,
@@ -565,7 +564,7 @@ def json_of(checked: Sequence[Checked]) -> str:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line; returns its exit code: 0, 1 or 2 as above, 130 after Ctrl-C."""
-    parser = Parser(
+    parser = CommandParser(
         prog="python -m eval.check", description="Check the metrics against known results."
     )
     parser.add_argument("files", metavar="FILE.json", nargs="+", type=Path)
@@ -579,7 +578,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         checked.extend(check(path) for path in given.files)
         print(json_of(checked) if given.json else text_of(checked), flush=True)
 
-    code = command(act)
+    code = run_command(act)
     return code or int(any(file.right != file.total for file in checked))
 
 

@@ -26,7 +26,12 @@ from typing import Any
 import torch
 
 from minillava import Batch, load
-from minillava.app.command import Parser, command, natural, positive
+from minillava.app.command import (
+    CommandParser,
+    parse_non_negative_int,
+    parse_positive_int,
+    run_command,
+)
 from minillava.generate import Result, generate
 from minillava.llava import LLaVA
 from minillava.processing.processor import Processor
@@ -146,7 +151,7 @@ def table(rows: Sequence[dict[str, Any]]) -> str:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; returns its exit code: 0, 2 after an error, 130 after Ctrl-C."""
-    parser = Parser(
+    parser = CommandParser(
         prog="python -m eval.demo",
         description=(__doc__ or "").partition("\n")[0],
         allow_abbrev=False,
@@ -154,11 +159,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     add = parser.add_argument
     add("plans", nargs="*", metavar="PLAN", help="default: every method at three budgets")
     add("--model", default=str(Path(__file__).parent.parent / "weights" / "demo"))
-    add("--questions", type=positive, default=450, help="default 450")
+    add("--questions", type=parse_positive_int, default=450, help="default 450")
     add("--kinds", nargs="+", choices=[*scenes.KINDS])
-    add("--seed", type=natural, default=2026)
+    add("--seed", type=parse_non_negative_int, default=2026)
     add("--out", type=Path, metavar="NAME", help="write NAME.json and NAME.md")
-    return command(lambda: _run(parser.parse_args(argv)))
+    return run_command(lambda: _run(parser.parse_args(argv)))
 
 
 def _run(args: argparse.Namespace) -> None:

@@ -37,12 +37,15 @@ from PIL import Image
 from torch import Tensor
 
 from minillava import Batch, load, parse_plan
-from minillava.app.command import CommandParser as Parser
-from minillava.app.command import parse_float as real
-from minillava.app.command import parse_non_negative_int as natural
-from minillava.app.command import parse_positive_int as positive
-from minillava.app.command import run_command as command
+from minillava.app.command import (
+    CommandParser,
+    parse_float,
+    parse_non_negative_int,
+    parse_positive_int,
+    run_command,
+)
 from minillava.config import TextConfig
+from minillava.engine import hidden_states_read, prefill
 from minillava.generate import generate
 from minillava.llava import LLaVA
 from minillava.pruning import Context, Keep, Method, Plan
@@ -157,14 +160,14 @@ class Fitting(Method):
         )
 
     def choose(self, c: Context) -> Keep:
-        d, layer, record = c.decoder, c.part, self.record
-        assert d is not None
+        layer, record = c.stage_index, self.record
         sample = len(record.sums[layer])
         if sample == 0:
             record.start_layer(layer)
-        by_image, by_text = (d.strongest(rows)[d.rows] for rows in (d.rows, d.text_rows))
+        asked = (c.candidates, c.text_rows)
+        by_image, by_text = (c.attention(rows, strongest=True)[0] for rows in asked)
         gone = record.delete(layer, sample, by_image, by_text)
-        return Keep((~gone).nonzero()[:, 0].to(d.rows.device))
+        return Keep((~gone).nonzero()[:, 0].to(c.candidates.device))
 
 
 def one_pass(model: LLaVA, batch: Batch, record: Record) -> Record:
@@ -175,7 +178,8 @@ def one_pass(model: LLaVA, batch: Batch, record: Record) -> Record:
     plan, prompts = Plan((Fitting(record),)), prompts_of(model, batch)
     assert batch.pixels is not None
     with torch.inference_mode():
-        model.prefill(prompts, model.encode(batch.pixels, plan), plan)
+        encoded = model.encode(batch.pixels, hidden_states_read(model, plan))
+        prefill(model, prompts, encoded, plan)
     record.start_layer(L - 1)
     return record
 
@@ -226,7 +230,7 @@ def samples(file: Path | None, n: int, seed: int) -> list[tuple[str, Image.Image
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; returns its exit code: 0, 2 after an error, 130 after Ctrl-C."""
-    parser = Parser(
+    parser = CommandParser(
         prog="python -m eval.fit",
         description=(__doc__ or "").partition("\n")[0],
         allow_abbrev=False,
@@ -235,12 +239,22 @@ def main(argv: Sequence[str] | None = None) -> int:
     add("method", choices=["vtw", "fitprune"])
     add("--model", default=str(Path(__file__).parent.parent / "weights" / "demo"))
     add("--samples", type=Path, metavar="FILE.jsonl")
-    add("--number", type=positive, default=20, help="number of samples, default 20")
-    add("--seed", type=natural, default=0)
-    add("--threshold", type=real, default=0.003, help="of vtw, default 0.003")
-    add("--first", type=natural, default=5, help="of vtw: first layer to try, default 5")
-    add("--save", type=positive, default=60, help="of fitprune: percent of the FLOPs, default 60")
-    return command(lambda: _run(parser.parse_args(argv)))
+    add("--number", type=parse_positive_int, default=20, help="number of samples, default 20")
+    add("--seed", type=parse_non_negative_int, default=0)
+    add("--threshold", type=parse_float, default=0.003, help="of vtw, default 0.003")
+    add(
+        "--first",
+        type=parse_non_negative_int,
+        default=5,
+        help="of vtw: first layer to try, default 5",
+    )
+    add(
+        "--save",
+        type=parse_positive_int,
+        default=60,
+        help="of fitprune: percent of the FLOPs, default 60",
+    )
+    return run_command(lambda: _run(parser.parse_args(argv)))
 
 
 def _run(args: argparse.Namespace) -> None:

@@ -27,7 +27,7 @@ import torch
 from torch import Tensor
 
 from minillava import Batch, load
-from minillava.app.command import Parser, command, positive
+from minillava.app.command import CommandParser, parse_positive_int, run_command
 from minillava.attention import causal_attention
 from minillava.config import Config, TextConfig, VisionConfig
 from minillava.generate import generate
@@ -353,7 +353,7 @@ def machine(limits: Limits) -> str:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; returns its exit code: 0, 2 after an error, 130 after Ctrl-C."""
-    parser = Parser(
+    parser = CommandParser(
         prog="python -m eval.latency",
         description=(__doc__ or "").partition("\n")[0],
         allow_abbrev=False,
@@ -364,12 +364,17 @@ def main(argv: Sequence[str] | None = None) -> int:
         "--shape", choices=SHAPES, help="random weights of a true shape instead of --model"
     )
     add = parser.add_argument
-    add("--layers", type=positive, help="number of decoder layers, with --shape")
+    add("--layers", type=parse_positive_int, help="number of decoder layers, with --shape")
     add("--prune", nargs="+", default=["fastv:k=2,r=0.5"], metavar="PLAN")
     add("--form", nargs="+", default=["float32"], choices=FORMS)
-    add("--text-tokens", type=positive, default=44, help="text tokens of the prompt, default 44")
-    add("--new-tokens", type=positive, default=8)
-    add("--repeats", type=positive, default=3, help="measured rounds, default 3")
+    add(
+        "--text-tokens",
+        type=parse_positive_int,
+        default=44,
+        help="text tokens of the prompt, default 44",
+    )
+    add("--new-tokens", type=parse_positive_int, default=8)
+    add("--repeats", type=parse_positive_int, default=3, help="measured rounds, default 3")
     add("--device", default="cpu")
     add("--json", action="store_true", help="print one JSON object with every number")
 
@@ -385,7 +390,7 @@ def main(argv: Sequence[str] | None = None) -> int:
                     file=sys.stderr,
                 )
 
-    return command(act)
+    return run_command(act)
 
 
 if __name__ == "__main__":

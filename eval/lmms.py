@@ -20,8 +20,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 from unittest.mock import patch
 
-from minillava.app.command import CommandParser as Parser
-from minillava.app.command import print_error as complain
+from minillava.app.command import CommandParser, print_error
 
 NAME, CLASS = "minillava", "eval.lmms_model.MiniLLaVA"
 
@@ -35,17 +34,17 @@ def main(argv: Sequence[str] | None = None) -> int:
     if importlib.util.find_spec("lmms_eval") is None:
         if asks_for_help:
             return 0
-        complain(ValueError("lmms-eval is not installed; pip install 'minillava[lmms]'"))
+        print_error(ValueError("lmms-eval is not installed; pip install 'minillava[lmms]'"))
         return 2
     try:
         _run(words)
     except _Failed as failed:
-        complain(failed.error)
+        print_error(failed.error)
         return 2
     except KeyboardInterrupt:
         return 130
     except (ValueError, OSError, MemoryError) as error:
-        complain(error)
+        print_error(error)
         return 2
     return 0
 
@@ -66,7 +65,7 @@ def _run(words: list[str]) -> None:
     single = _stop_on_failure(own.cli_evaluate_single)
     with (
         patch.object(own, "cli_evaluate_single", single),
-        patch.object(argparse.ArgumentParser, "error", Parser.error),
+        patch.object(argparse.ArgumentParser, "error", CommandParser.error),
         patch.object(sys, "argv", ["lmms-eval", *words]),
     ):
         dispatch()

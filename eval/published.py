@@ -24,8 +24,7 @@ from pathlib import Path
 from typing import Any
 
 from minillava import parse_plan
-from minillava.app.command import CommandParser as Parser
-from minillava.app.command import run_command as command
+from minillava.app.command import CommandParser, run_command
 from minillava.pruning import Method
 
 from .plans import files_of
@@ -442,7 +441,7 @@ def as_json(figures: Sequence[Figure], every: Sequence[Figure]) -> str:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; returns its exit code: 0, or 2 after an error."""
-    parser = Parser(
+    parser = CommandParser(
         prog="python -m eval.published",
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
@@ -461,7 +460,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             raise ValueError(f"there is no published figure for {asked}; leave one out to see more")
         print(as_json(found, every) if args.json else listing(found, every))
 
-    return command(run)
+    return run_command(run)
 
 
 if __name__ == "__main__":

@@ -24,9 +24,7 @@ from typing import Any
 
 import torch
 
-from minillava.app.command import CommandParser as Parser
-from minillava.app.command import parse_positive_int as positive
-from minillava.app.command import run_command as command
+from minillava.app.command import CommandParser, parse_positive_int, run_command
 
 from . import cost
 
@@ -115,18 +113,18 @@ def llama_cpp_times(bench: str, gguf: str, tokens: int, threads: int) -> dict[st
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; returns its exit code: 0, 2 after an error, 130 after Ctrl-C."""
-    parser = Parser(
+    parser = CommandParser(
         prog="python -m eval.rivals",
         description=(__doc__ or "").partition("\n")[0],
         allow_abbrev=False,
     )
     add = parser.add_argument
     add("--dtype", choices=("bfloat16", "float16", "float32"), default="bfloat16")
-    add("--tokens", type=positive, default=620, help="tokens of the prompt, default 620")
-    add("--repeats", type=positive, default=2, help="measured runs, default 2")
+    add("--tokens", type=parse_positive_int, default=620, help="tokens of the prompt, default 620")
+    add("--repeats", type=parse_positive_int, default=2, help="measured runs, default 2")
     add("--llama-bench", metavar="BIN")
     add("--gguf", metavar="FILE", help="a 7B model for llama-bench, random or real")
-    return command(lambda: _run(parser.parse_args(argv)))
+    return run_command(lambda: _run(parser.parse_args(argv)))
 
 
 def _run(args: argparse.Namespace) -> None:

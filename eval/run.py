@@ -21,8 +21,7 @@ from contextlib import nullcontext
 
 import torch
 
-from minillava.app import command as console
-from minillava.app.command import CommandParser as Parser
+from minillava.app.command import CommandParser, run_command
 
 from . import cost, published, results, store
 from .bench import Bench, add_options
@@ -147,7 +146,7 @@ def warnings(found: Sequence[PlanResult]) -> list[str]:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; returns its exit code: 0, 2 after an error, 130 after Ctrl-C."""
-    parser = Parser(
+    parser = CommandParser(
         prog="python -m eval.run",
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
@@ -163,7 +162,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("--json", action="store_true", help="print a JSON list with every number")
 
-    return run_command(parser, argv, _run_and_report)
+    return run_locked(parser, argv, _run_and_report)
 
 
 def _run_and_report(args: argparse.Namespace, ranks: Ranks) -> None:
@@ -177,8 +176,10 @@ def _run_and_report(args: argparse.Namespace, ranks: Ranks) -> None:
         print(f"warning: {line}", file=sys.stderr)
 
 
-def run_command(
-    parser: Parser, argv: Sequence[str] | None, act: Callable[[argparse.Namespace, Ranks], None]
+def run_locked(
+    parser: CommandParser,
+    argv: Sequence[str] | None,
+    act: Callable[[argparse.Namespace, Ranks], None],
 ) -> int:
     """Parse, then act with --out locked; returns the exit code of run_command.
 

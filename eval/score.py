@@ -21,9 +21,7 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
-from minillava.app.command import CommandParser as Parser
-from minillava.app.command import parse_positive_int as positive
-from minillava.app.command import run_command as command
+from minillava.app.command import CommandParser, parse_positive_int, run_command
 
 from . import predictions, published, store
 from .tasks import TASKS
@@ -168,7 +166,7 @@ def _figure(value: object) -> str:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; returns its exit code: 0, or 2 after an error."""
-    parser = Parser(
+    parser = CommandParser(
         prog="python -m eval.score",
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
@@ -179,7 +177,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     add("--questions", type=Path, metavar="FILE", help="required but for demo")
     add("--predictions", type=Path, required=True, metavar="FILE")
     add("--protocol", metavar="P", help="llava (default) or lmms; a few tasks have others")
-    add("--limit", type=positive, metavar="N", help="score only the first N questions")
+    add("--limit", type=parse_positive_int, metavar="N", help="score only the first N questions")
     add("--model", choices=published.LAYERS, help="also print its published figures")
     add("--prune", default="none", metavar="PLAN", help="with --model: the plan that was measured")
     add(
@@ -204,7 +202,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             text = published_text(scored, args.model, args.prune, args.weights)
             print(text or "there is no published figure to compare it with", flush=True)
 
-    return command(act)
+    return run_command(act)
 
 
 if __name__ == "__main__":

@@ -30,8 +30,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from minillava.app.command import CommandParser as Parser
-from minillava.app.command import run_command as command
+from minillava.app.command import CommandParser, run_command
 from minillava.loading.checkpoint import empty_model
 from minillava.loading.checkpoint import match_tensors as match
 from minillava.loading.config_file import parse_config as config_of
@@ -74,7 +73,7 @@ class Conversion:
 
 def main(argv: list[str] | None = None) -> int:
     """Returns the exit code: 0, 2 after an error, 130 after Ctrl-C."""
-    parser = Parser(
+    parser = CommandParser(
         prog="python -m weights.convert",
         description=(__doc__ or "").partition("\n")[0],
         allow_abbrev=False,
@@ -93,7 +92,7 @@ def main(argv: list[str] | None = None) -> int:
         convert(args.src, args.dst, args.vision_tower, args.base)
         print(f"{args.dst} is complete: python -m minillava.generate --model {args.dst}")
 
-    return command(run)
+    return run_command(run)
 
 
 def convert(

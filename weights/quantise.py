@@ -20,8 +20,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from minillava.app.command import CommandParser as Parser
-from minillava.app.command import run_command as command
+from minillava.app.command import CommandParser, run_command
 from minillava.loading.assemble import quantise_tensor as integers
 from minillava.loading.assemble import quantised_layers
 from minillava.loading.checkpoint import empty_model
@@ -46,7 +45,7 @@ _DTYPES = FLOATS | {"I8": torch.int8, "U8": torch.uint8}
 
 def main(argv: list[str] | None = None) -> int:
     """Returns the exit code: 0, 2 after an error, 130 after Ctrl-C."""
-    parser = Parser(
+    parser = CommandParser(
         prog="python -m weights.quantise",
         description=(__doc__ or "").partition("\n")[0],
         allow_abbrev=False,
@@ -60,7 +59,7 @@ def main(argv: list[str] | None = None) -> int:
         quantise(find(args.src), args.dst, args.bits)
         print(f"{args.dst} is complete: python -m minillava.generate --model {args.dst}")
 
-    return command(run)
+    return run_command(run)
 
 
 def quantise(src: Path, dst: Path, bits: int, shard_bytes: int = SHARD_BYTES) -> None:

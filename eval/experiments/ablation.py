@@ -20,10 +20,10 @@ import sys
 import time
 from collections.abc import Sequence
 
-from minillava.app.command import parse_positive_int as positive
+from minillava.app.command import parse_positive_int
 
 from .. import cost, plots
-from ..bench import Bench, positive
+from ..bench import Bench
 from ..plans import NONE, read_plan, read_plans
 from ..results import PlanResult
 from ..run import published_tables
@@ -127,7 +127,7 @@ def add_ablation_options(parser: argparse.ArgumentParser) -> None:
         metavar="M",
         help="fastv (default), simignore, or METHOD with the options layer and keep",
     )
-    add("--layers", type=positive, nargs="+", metavar="K")
+    add("--layers", type=parse_positive_int, nargs="+", metavar="K")
     add("--r", type=share, nargs="+", default=[0.25, 0.5, 0.75, 0.9], metavar="R")
 
 

@@ -16,14 +16,14 @@ from typing import Any
 
 import torch
 
-from minillava.app.command import CommandParser as Parser
+from minillava.app.command import CommandParser
 
 from .. import plots, store
 from ..bench import Bench, add_options
 from ..plans import TypedPlan
 from ..ranks import Ranks
 from ..results import PlanResult
-from ..run import run_command
+from ..run import run_locked
 from ..score import find_task
 
 Row = Mapping[str, Any]
@@ -41,7 +41,7 @@ def experiment(
 
     act: does the work and returns the text to print. more: adds further options.
     """
-    parser = Parser(
+    parser = CommandParser(
         prog=f"python -m eval.experiments.{name}",
         description=doc,
         formatter_class=argparse.RawDescriptionHelpFormatter,
@@ -56,7 +56,7 @@ def experiment(
         plots.require_matplotlib()
         print(act(args), flush=True)
 
-    return run_command(parser, argv, run)
+    return run_locked(parser, argv, run)
 
 
 def open_bench(args: argparse.Namespace) -> Bench:

@@ -18,11 +18,11 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
-from minillava.app.command import parse_positive_int as positive
+from minillava.app.command import parse_positive_int
 from minillava.generate import generate
 
 from .. import cost, plots, predict
-from ..bench import Bench, positive
+from ..bench import Bench
 from ..plans import NONE, TypedPlan, read_plan
 from . import base
 
@@ -96,17 +96,17 @@ def _answer(
 
 def add_cache_options(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
-    add("--new-tokens", type=positive, default=300, metavar="N")
+    add("--new-tokens", type=parse_positive_int, default=300, metavar="N")
     add(
         "--times",
-        type=positive,
+        type=parse_positive_int,
         nargs="+",
         default=[1, 10],
         metavar="X",
         help="images in the prompt, default 1 and 10",
     )
     add("--prune", default="fastv:k=2,r=0.5", metavar="PLAN")
-    add("--repeats", type=positive, default=3)
+    add("--repeats", type=parse_positive_int, default=3)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -15,7 +15,7 @@ import sys
 import time
 from collections.abc import Sequence
 
-from minillava.pruning.simignore import MEASURES
+MEASURES = ("cosine", "euclidean", "manhattan")
 
 from .. import plots
 from ..plans import NONE, read_plans
