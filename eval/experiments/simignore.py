@@ -15,14 +15,13 @@ import sys
 import time
 from collections.abc import Sequence
 
-MEASURES = ("cosine", "euclidean", "manhattan")
-
 from .. import plots
 from ..plans import NONE, read_plans
 from ..run import published_tables
 from . import base
 from .ablation import share
 
+MEASURES = ("cosine", "euclidean", "manhattan")
 BESIDE = "further methods that have the option keep, such as divprune or ./mine.py:Mine"
 
 

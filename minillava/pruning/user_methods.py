@@ -69,7 +69,8 @@ def run_file(file: Path) -> dict[str, object]:
 
 def print_to_stderr(*values: object, **options: Any) -> None:
     """print() as a user's file sees it: stdout is for the answer."""
-    print(*values, **({"file": sys.stderr} | options))
+    options.setdefault("file", sys.stderr)
+    print(*values, **options)
 
 
 def module(file: Path) -> str:
