@@ -51,15 +51,15 @@ class Kind:
 
     needs: the input fields, each with a test of its value. compute: from all cases of a file, the
     results. gives: the fields that are compared with the results. further: fields that a case may
-    omit, each with the field to compare instead, if any. whole: from the results, the fields of the
-    file itself. forms: tests of fields that are both compared and used as input.
+    omit, each with the field to compare instead, if any. totals: from the results, the fields of
+    the file itself. forms: tests of fields that are both compared and used as input.
     """
 
     needs: Mapping[str, Callable[[Any], bool]]
     gives: tuple[str, ...]
     compute: Callable[[Sequence[Case]], Sequence[Result]]
     further: Mapping[str, str | None] = field(default_factory=dict)
-    whole: Callable[[Sequence[Result]], Result] | None = None
+    totals: Callable[[Sequence[Result]], Result] | None = None
     forms: Mapping[str, Callable[[Any], bool]] = field(default_factory=dict)
     captions: bool = False
 
@@ -169,7 +169,7 @@ def _mmmu_row(case: Case) -> Result:
     return {"parsed": choice, "random": choice is None, "correct": right}
 
 
-def _mmmu_whole(results: Sequence[Result]) -> Result:
+def _mmmu_totals(results: Sequence[Result]) -> Result:
     right = sum(result["correct"] is True for result in results)
     guessed = sum(result["random"] for result in results)
     return {
@@ -356,7 +356,7 @@ KINDS = {
         ("parsed", "correct"),
         _each(_mmmu_row),
         {"random": None},
-        whole=_mmmu_whole,
+        totals=_mmmu_totals,
     ),
     "ocrvqa": Kind(
         {"prediction": _text, "answer": _text},
@@ -389,7 +389,7 @@ _CORPUS = Kind(
     ("cider",),
     _items,
     dict.fromkeys(("rouge_l", "candidate_tokens", "reference_tokens")),
-    whole=_means,
+    totals=_means,
     forms={"candidate_tokens": _text, "reference_tokens": _texts},
     captions=True,
 )
@@ -418,8 +418,8 @@ def check(path: Path) -> Checked:
         [Miss(case_name, *found) for found in _compare(kind, case, result)]
         for case_name, case, result in zip(names, cases, results, strict=True)
     ]
-    if kind.whole:
-        known = {n: v for n, v in kind.whole(results).items() if n in document}
+    if kind.totals:
+        known = {n: v for n, v in kind.totals(results).items() if n in document}
         if known:
             wrong = [(n, document[n], v) for n, v in known.items() if not _same(document[n], v)]
             misses.append([Miss("whole file", *found) for found in wrong])

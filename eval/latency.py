@@ -235,9 +235,7 @@ def run(args: argparse.Namespace) -> tuple[list[Row], Limits]:
     """Measure all plans on each format in turn, with one model in memory at a time."""
     device = find_device(args.device)
     if args.layers and args.shape is None:
-        raise ValueError(
-            f"--layers {args.layers} belongs to --shape; give --shape 7b or 13b with it"
-        )
+        raise ValueError(f"--layers {args.layers} is of --shape; give --shape 7b or 13b with it")
     plans = read_plans([NONE, *args.prune])
     limits = Limits(cost.memory_bandwidth(device), {})
     rows: list[Row] = []

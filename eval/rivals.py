@@ -32,8 +32,8 @@ LAYERS, ALL_LAYERS = 2, 32
 _CPU = torch.device("cpu")
 
 
-def transformers_times(dtype: torch.dtype, tokens: int, repeats: int) -> dict[str, float]:
-    """Seconds of vision tower with projector, of the prefill of all 32 layers, and of a token."""
+def _random_transformers_model(dtype: torch.dtype) -> Any:
+    """LLaVA-1.5-7B of transformers with random weights and LAYERS decoder layers."""
     from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig
     from transformers import LlavaForConditionalGeneration as Llava
 
@@ -59,7 +59,12 @@ def transformers_times(dtype: torch.dtype, tokens: int, repeats: int) -> dict[st
     )
     config._attn_implementation = "sdpa"
     make: Any = Llava._from_config
-    model = make(config, dtype=dtype).eval()
+    return make(config, dtype=dtype).eval()
+
+
+def transformers_times(dtype: torch.dtype, tokens: int, repeats: int) -> dict[str, float]:
+    """Seconds of vision tower with projector, of the prefill of all 32 layers, and of a token."""
+    model = _random_transformers_model(dtype)
     pixels = torch.randn(1, 3, 336, 336, dtype=dtype)
     ids = torch.randint(3, 31000, (1, tokens))
     language, head = model.model.language_model, model.lm_head
@@ -146,7 +151,7 @@ def _check(args: argparse.Namespace) -> None:
         raise ValueError("--llama-bench and --gguf belong together; give both or neither")
     if args.llama_bench and shutil.which(args.llama_bench) is None:
         raise ValueError(
-            f"--llama-bench {args.llama_bench} is not a program; give llama.cpp's llama-bench"
+            f"--llama-bench {args.llama_bench} is no program; give llama.cpp's llama-bench"
         )
     if args.gguf and not Path(args.gguf).is_file():
         raise ValueError(f"there is no file --gguf {args.gguf}; give the GGUF file of a 7B")

@@ -53,14 +53,14 @@ def run(args: argparse.Namespace) -> str:
     title = f"FastV at K=2 on {args.task}"
     names = [f"{row['weights']}\n{_bar_label(row)}" for row in rows]
     shown = {"score": [metric], "first_token": [first], "memory": [f"{m}, MB" for m in MEMORIES]}
-    for picture, columns in shown.items():
+    for plot, columns in shown.items():
         there = [c for c in columns if all(row[c] is not None for row in rows)]
         heights = {n: {c: row[c] for c in there} for n, row in zip(names, rows, strict=True)}
-        label = "MB" if picture == "memory" else columns[0]
-        plots.bars(args.out / f"{picture}.png", heights, f"{title}; below: R in %", label)
+        label = "MB" if plot == "memory" else columns[0]
+        plots.bars(args.out / f"{plot}.png", heights, f"{title}; below: R in %", label)
     tables = {"One question at a time": rows}
-    pictures = [f"{picture}.png" for picture in shown]
-    return base.write_report(args.out, args, title, tables, pictures, began, published=published)
+    plot_files = [f"{plot}.png" for plot in shown]
+    return base.write_report(args.out, args, title, tables, plot_files, began, published=published)
 
 
 MEMORIES = ("memory computed", "memory measured")

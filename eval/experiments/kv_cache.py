@@ -46,13 +46,13 @@ def run(args: argparse.Namespace) -> str:
             runs.sort(key=lambda row: row["seconds"])
             rows.append({"picture": f"x {times}", "": name, **runs[len(runs) // 2]})
     title = f"{args.new_tokens} new tokens with and without a KV cache"
-    for picture, column in (("seconds", "seconds"), ("cache", "cache, MB")):
+    for plot, column in (("seconds", "seconds"), ("cache", "cache, MB")):
         heights: dict[str, dict[str, float]] = {}
         for row in rows:
             heights.setdefault(f"picture {row['picture']}", {})[row[""]] = row[column]
         if column == "cache, MB":
             heights = {g: {n: v for n, v in bars.items() if v} for g, bars in heights.items()}
-        plots.bars(args.out / f"{picture}.png", heights, title, column, log=column == "seconds")
+        plots.bars(args.out / f"{plot}.png", heights, title, column, log=column == "seconds")
     note = f"Medians of {args.repeats} runs, in turns. Cache: keys and values of all rows "
     note += "at the end, in bytes of the arithmetic's dtype."
     tables = {"One question": rows}

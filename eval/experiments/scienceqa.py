@@ -62,12 +62,12 @@ def run(args: argparse.Namespace) -> str:
     metric = done[NONE].scored.score.metric
     first = next(name for name in rows[0] if name.startswith("first token"))
     title = f"Simignore on {args.task}"
-    for picture, column in (("score", metric), ("first_token", first)):
+    for plot, column in (("score", metric), ("first_token", first)):
         heights = {row[""]: {column: row[column]} for row in rows}
-        plots.bars(args.out / f"{picture}.png", heights, title, column)
-    tables, pictures = {"One question at a time": rows}, ["score.png", "first_token.png"]
+        plots.bars(args.out / f"{plot}.png", heights, title, column)
+    tables, plot_files = {"One question at a time": rows}, ["score.png", "first_token.png"]
     published = published_tables(list(done.values()))
-    return base.write_report(args.out, args, title, tables, pictures, began, published=published)
+    return base.write_report(args.out, args, title, tables, plot_files, began, published=published)
 
 
 def _median(spread: cost.Spread | None) -> float | None:

@@ -104,5 +104,5 @@ def _counts(pairs: Sequence[tuple[str, str]]) -> tuple[int, int, int, int]:
     )
 
 
-def _ratio(part: float, whole: float) -> float | None:
-    return part / whole if whole else None
+def _ratio(part: float, total: float) -> float | None:
+    return part / total if total else None

@@ -28,7 +28,7 @@ class AOKVQA(Task):
             raise self.missing(source)
         if source.is_dir() and (table := find_table(source, "validation", "val")) is not None:
             rows = table.rows
-            pictures: list[tuple[ImageSource, ...]] = [(table.image(i),) for i in range(len(rows))]
+            images: list[tuple[ImageSource, ...]] = [(table.image(i),) for i in range(len(rows))]
             path = table.path
         else:
             file = source if source.is_file() else first_existing(source, "aokvqa_v1p0_val.json")
@@ -36,14 +36,14 @@ class AOKVQA(Task):
                 raise self.missing(source)
             path, rows = file, json_rows(file)
             folder = image_folder(file.parent, "val2017", "images")
-            pictures = [
+            images = [
                 (ImageSource.from_file(folder / f"{int(row['image_id']):012d}.jpg"),)
                 if "image_id" in row
                 else ()
                 for row in rows
             ]
         items = []
-        for i, (row, picture) in enumerate(zip(rows, pictures, strict=True)):
+        for i, (row, image) in enumerate(zip(rows, images, strict=True)):
             options = letter_options(field(row, "choices", path, f"row {i}"), "({}) {}", " ")
             text = (  # with a second line break after the image, as in the script
                 "\nAnalyse the image and choose the best answer for the following question:\n"
@@ -52,7 +52,7 @@ class AOKVQA(Task):
             )
             correct = row.get("correct_choice_idx")
             gold = {"answer": None if correct is None else "ABCD"[int(correct)]}
-            items.append(Item(row.get("question_id", i), text, picture, gold))
+            items.append(Item(row.get("question_id", i), text, image, gold))
         return items[:limit]
 
     def score(self, answers: Sequence[Answer], protocol: str) -> Score:

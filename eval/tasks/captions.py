@@ -109,10 +109,10 @@ class Captions(Task):
         return Score("CIDEr", 100 * value, len(answers), notes=tuple(notes))
 
 
-def _item(number: object, picture: ImageSource, captions: Any, name: str) -> Item:
+def _item(number: object, image: ImageSource, captions: Any, name: str) -> Item:
     stem = name.rpartition(".")[0] or name
     keys = tuple(k for k in (name, stem) if k)
-    return Item(str(number), PROMPT, (picture,), {"captions": captions}, keys)
+    return Item(str(number), PROMPT, (image,), {"captions": captions}, keys)
 
 
 def _coco(path: Path, folder: Path) -> list[Item]:

@@ -48,8 +48,8 @@ class MMBench(Task):
         items = []
         for i, row in enumerate(read_table(path)[:limit]):
             data = row.get("image")
-            pictures = (ImageSource.from_base64(f"{path}, row {i}", data),) if data else ()
-            items.append(_item(row, path, i, pictures, protocol))
+            images = (ImageSource.from_base64(f"{path}, row {i}", data),) if data else ()
+            items.append(_item(row, path, i, images, protocol))
         return items
 
     def score(self, answers: Sequence[Answer], protocol: str) -> Score:
@@ -93,7 +93,7 @@ def _choices(answer: Answer) -> dict[str, str]:
     return {x: text for x, text in answer.item.gold["options"].items() if x in "ABCD"}
 
 
-def _item(row: Row, path: Path, i: int, pictures: tuple[ImageSource, ...], protocol: str) -> Item:
+def _item(row: Row, path: Path, i: int, images: tuple[ImageSource, ...], protocol: str) -> Item:
     number = field(row, "index", path, f"row {i}")
     question = field(row, "question", path, f"question {number}")
     options: dict[str, str] = {}
@@ -113,7 +113,7 @@ def _item(row: Row, path: Path, i: int, pictures: tuple[ImageSource, ...], proto
         head = f"{hint} {question}" if hint else question
         text = f"{head} There are several options:\n{lines}\n{LETTER}"
     gold = {"answer": row.get("answer") or None, "options": options}
-    return Item(int(number), text, pictures, gold)
+    return Item(int(number), text, images, gold)
 
 
 def _has_value(value: object, protocol: str) -> bool:

@@ -79,9 +79,9 @@ class MME(Task):
 
 
 def _item(
-    name: str, question: str, pictures: tuple[ImageSource, ...], gold: Mapping[str, object]
+    name: str, question: str, sources: tuple[ImageSource, ...], gold: Mapping[str, object]
 ) -> Item:
-    return Item(name, question.strip().replace(_INSTRUCTION, "") + SHORT, pictures, gold)
+    return Item(name, question.strip().replace(_INSTRUCTION, "") + SHORT, sources, gold)
 
 
 def _category(folder: Path) -> Iterator[Item]:
@@ -89,17 +89,15 @@ def _category(folder: Path) -> Iterator[Item]:
     images = image_folder(folder, "images") if (folder / "images").is_dir() else folder
     texts = image_folder(folder, "questions_answers_YN")
     texts = texts if texts.is_dir() else folder
-    pictures = {
-        p.stem: p for p in images.iterdir() if p.suffix.lower() in (".jpg", ".png", ".jpeg")
-    }
+    found = {p.stem: p for p in images.iterdir() if p.suffix.lower() in (".jpg", ".png", ".jpeg")}
     for path in sorted(texts.glob("*.txt")):
-        if path.stem not in pictures:
+        if path.stem not in found:
             raise ValueError(f"{path} has no image in {images}; download the release again")
-        picture = pictures[path.stem]
+        image = found[path.stem]
         for question, answer in tab_rows(path, (2,)):
             gold = {"answer": answer, "category": folder.name}
-            name = f"{folder.name}/{picture.name}"
-            yield _item(name, question, (ImageSource.from_file(picture),), gold)
+            name = f"{folder.name}/{image.name}"
+            yield _item(name, question, (ImageSource.from_file(image),), gold)
 
 
 def _lines(path: Path) -> Iterator[Item]:

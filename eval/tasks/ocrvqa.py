@@ -48,7 +48,7 @@ class OCRVQA(Task):
             for i, row in test[:IMAGES]:
                 covers.append((i, row, (ImageSource.from_file(folder / f"{i}.jpg"),)))
         items = []
-        for i, row, pictures in covers:
+        for i, row, images in covers:
             questions, answers = field(row, "questions", path, i), field(row, "answers", path, i)
             if len(questions) != len(answers):
                 raise ValueError(
@@ -56,7 +56,7 @@ class OCRVQA(Task):
                     "OCR-VQA's dataset.json"
                 )
             for j, (question, answer) in enumerate(zip(questions, answers, strict=True)):
-                items.append(Item(f"{i}_{j}", question, pictures, {"answer": answer}))
+                items.append(Item(f"{i}_{j}", question, images, {"answer": answer}))
         return items[:limit]
 
     def score(self, answers: Sequence[Answer], protocol: str) -> Score:

@@ -73,11 +73,11 @@ class POPE(Task):
             name = field(row, "image", path, f"row {i}")
             text = field(row, "text", path, f"row {i}").strip() + SHORT
             gold = {"answer": row.get("label"), "split": split}
-            pictures = (ImageSource.from_file(folder / name),)
+            images = (ImageSource.from_file(folder / name),)
             if own is not None:
-                yield Item(str(own[i]), text, pictures, gold, (f"{split}/{number}",))
+                yield Item(str(own[i]), text, images, gold, (f"{split}/{number}",))
             else:
-                yield Item(f"{split}/{number}", text, pictures, gold, (str(number),))
+                yield Item(f"{split}/{number}", text, images, gold, (str(number),))
 
     def score(self, answers: Sequence[Answer], protocol: str) -> Score:
         scores = metric.lmms_scores if protocol == "lmms" else metric.llava_scores
@@ -92,8 +92,8 @@ class POPE(Task):
             found = scores([gold_of(a) for a in group], [_said(a) for a in group])
             f1s.append(found.f1)
             for name, value in asdict(found).items():
-                whole = isinstance(value, int) or value is None
-                more[f"{split} {name}"] = value if whole else 100 * value
+                is_count = isinstance(value, int) or value is None
+                more[f"{split} {name}"] = value if is_count else 100 * value
         defined = [f1 for f1 in f1s if f1 is not None]
         notes = []
         if len(defined) < len(f1s):

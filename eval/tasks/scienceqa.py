@@ -104,8 +104,8 @@ class ScienceQA(Task):
                 field(p, "question", path, i),
                 field(p, "choices", path, i),
             )
-            pictures = (ImageSource.from_file(images / i / p["image"]),) if p.get("image") else ()
-            items.append(self._item(i, parts, field(p, "answer", path, i), pictures, protocol))
+            sources = (ImageSource.from_file(images / i / p["image"]),) if p.get("image") else ()
+            items.append(self._item(i, parts, field(p, "answer", path, i), sources, protocol))
         return items
 
     def _conversation(self, path: Path, row: Row, images: Path, protocol: str) -> Item:
@@ -118,16 +118,16 @@ class ScienceQA(Task):
             raise ValueError(f"{path}: question {i} is not of the form Context, Question, Options")
         choices = _OPTION.split(parts[3])[2::2]
         gold = ord(answer[1]) - ord("A") if answer else None
-        pictures = (ImageSource.from_file(images / row["image"]),) if row.get("image") else ()
+        sources = (ImageSource.from_file(images / row["image"]),) if row.get("image") else ()
         hint = "" if parts[1] == "N/A" else parts[1]
-        return self._item(i, (hint, parts[2], choices), gold, pictures, protocol, text + LETTER)
+        return self._item(i, (hint, parts[2], choices), gold, sources, protocol, text + LETTER)
 
     def _item(
         self,
         number: object,
         parts: tuple[str, str, Sequence[str]],
         answer: int | None,
-        pictures: tuple[ImageSource, ...],
+        sources: tuple[ImageSource, ...],
         protocol: str,
         text: str | None = None,
     ) -> Item:
@@ -139,7 +139,7 @@ class ScienceQA(Task):
             options = letter_options(choices, "({}) {}", " ")
             text = f"Context: {hint or 'N/A'}\nQuestion: {question}\nOptions: {options}{LETTER}"
         gold = {"answer": None if answer is None else LETTERS[answer], "choices": len(choices)}
-        return Item(str(number), text, pictures, gold)
+        return Item(str(number), text, sources, gold)
 
     def score(self, answers: Sequence[Answer], protocol: str) -> Score:
         """The accuracy. If no question without an image has an answer, these are left out.

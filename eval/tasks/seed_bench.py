@@ -43,8 +43,8 @@ class SEEDBench(Task):
             found = []
             for i, row in enumerate(table.rows):
                 many = table.count_images(i)
-                pictures = tuple(table.image(i, number=j) for j in range(many))
-                found.append(_item(row, table.path, i, pictures))
+                images = tuple(table.image(i, number=j) for j in range(many))
+                found.append(_item(row, table.path, i, images))
             return found[:limit]
         path = source if source.is_file() else first_existing(source, "SEED-Bench.json")
         if path is None:
@@ -53,11 +53,9 @@ class SEEDBench(Task):
         found = []
         for i, row in enumerate(section(read_json(path), "questions", path)):
             is_image = row.get("data_type", "image") == "image"
-            pictures = (
-                (ImageSource.from_file(folder / str(row.get("data_id"))),) if is_image else ()
-            )
+            images = (ImageSource.from_file(folder / str(row.get("data_id"))),) if is_image else ()
             if is_image or source.is_file():
-                found.append(_item(row, path, i, pictures))
+                found.append(_item(row, path, i, images))
         return found[:limit]
 
     def score(self, answers: Sequence[Answer], protocol: str) -> Score:
@@ -83,11 +81,11 @@ class SEEDBench(Task):
         return accuracy(right, unparsed, more=more, notes=tuple(notes), split=split)
 
 
-def _item(row: Row, path: Path, i: int, pictures: tuple[ImageSource, ...]) -> Item:
+def _item(row: Row, path: Path, i: int, images: tuple[ImageSource, ...]) -> Item:
     number = field(row, "question_id", path, f"row {i}")
     choices = [str(field(row, f"choice_{x}", path, f"question {number}")) for x in "abcd"]
     text = (
         f"{field(row, 'question', path, f'question {number}')}\n{letter_options(choices)}{LETTER}"
     )
     gold = {"answer": row.get("answer"), "data_type": str(row.get("data_type", "image"))}
-    return Item(str(number), text, pictures, gold)
+    return Item(str(number), text, images, gold)

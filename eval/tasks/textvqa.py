@@ -67,9 +67,9 @@ class TextVQA(Task):
                 text = field(
                     asked, question_key(image, question), source / ASKED, f"question {number}"
                 )
-            pictures = (ImageSource.from_file(folder / f"{image}.jpg"),)
+            images = (ImageSource.from_file(folder / f"{image}.jpg"),)
             gold = {"answers": row.get("answers")}
-            items.append(Item(number, text, pictures, gold, (image, question_key(image, question))))
+            items.append(Item(number, text, images, gold, (image, question_key(image, question))))
         return items
 
     def _asked(self, source: Path, protocol: str) -> dict[str, str] | None:

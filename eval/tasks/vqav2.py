@@ -65,8 +65,8 @@ class VQAv2(Task):
             number = field(row, "question_id", path, f"row {i}")
             field(row, "question", path, f"question {number}")
             image = int(field(row, "image_id", path, f"question {number}"))
-            pictures = (ImageSource.from_file(folder / f"COCO_{year}_{image:012d}.jpg"),)
-            items.append(_item(row, pictures, answers.get(number)))
+            images = (ImageSource.from_file(folder / f"COCO_{year}_{image:012d}.jpg"),)
+            items.append(_item(row, images, answers.get(number)))
         return items
 
     def score(self, answers: Sequence[Answer], protocol: str) -> Score:
@@ -85,8 +85,8 @@ class VQAv2(Task):
         ]
 
 
-def _item(row: Row, pictures: tuple[ImageSource, ...], answers: list[str] | None) -> Item:
-    return Item(row["question_id"], row["question"] + SHORT, pictures, {"answers": answers})
+def _item(row: Row, images: tuple[ImageSource, ...], answers: list[str] | None) -> Item:
+    return Item(row["question_id"], row["question"] + SHORT, images, {"answers": answers})
 
 
 def _texts(answers: Any) -> list[str] | None:
