@@ -15,6 +15,7 @@ from torch import Tensor
 
 import minillava
 from minillava import Batch, parse_plan
+from minillava.attention import attention_received
 from minillava.generate import Result, generate
 from minillava.pruning import (
     METHODS,
@@ -27,8 +28,7 @@ from minillava.pruning import (
 from minillava.pruning import (
     average as budget,
 )
-from minillava.attention import attention_received
-from minillava.pruning.average import AveragePlan, average_entering
+from minillava.pruning.average import average_entering
 
 N = 64  # tokens per image of the model below
 
@@ -278,7 +278,10 @@ def test_what_a_plan_cannot_say(plan: str, said: str) -> None:
         ("sparsevlm:layers=0/2/3,keep=9/8/7", "layers=0/2/3 must be 1 or more"),
         ("sparsevlm:layers=1/2,average=40", "for 3 layers, layers=1/2 are 2; give keep="),
         ("sparsevlm:layers=1/2/3,keep=90/8/7", "keep=90, but there are 64 image tokens"),
-        ("dart:layer=0,keep=8", "layer=0 must be 1 or more (layer whose input is pruned; it needs one"),
+        (
+            "dart:layer=0,keep=8",
+            "layer=0 must be 1 or more (layer whose input is pruned; it needs one",
+        ),
         ("dart:keep=65", "keep=65, but there are 64 image tokens"),
         ("vtw", "layer=15, but the decoder has layers 0 to 5"),
         ("fitprune", "was fitted for 32 layers and 576 image tokens, this model has 6 and 64"),
@@ -313,7 +316,9 @@ def test_fastv_averages_are_the_papers() -> None:
     assert [resolved(f"fastv:k=3,average={a}").keep for a in (192, 128, 64)] == [152, 82, 11]
     with pytest.raises(ValueError, match=r"the nearest is average=90\.8 \(keep=1\)"):
         resolved("fastv:k=5,average=64")
-    assert average_entering(resolved("fastv:k=2,average=32", 8, 64), 8, 64) == 31.75  # the README says so
+    assert (
+        average_entering(resolved("fastv:k=2,average=32", 8, 64), 8, 64) == 31.75
+    )  # the README says so
     assert resolved("fastv:k=5,average=90.8").keep == 1  # what the error names is accepted
 
 
