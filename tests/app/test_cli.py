@@ -403,6 +403,7 @@ def test_as_a_program_an_error_is_one_line_and_exit_code_2() -> None:
     refused(Said(done.returncode, done.stdout, done.stderr))
 
 
+@pytest.mark.slow
 def test_as_a_program_it_ends_quietly_when_interrupted() -> None:
     pipe = subprocess.PIPE
     command = program("--prompt", "Hi", "--chat")

@@ -259,7 +259,12 @@ def test_a_program_keeps_the_memory_that_its_layers_free() -> None:
 
 
 @pytest.mark.parametrize(
-    "words", ["eval.published", "eval.published --task mmmu --method fastv", "eval.run --help"]
+    "words",
+    [
+        "eval.published",
+        pytest.param("eval.published --task mmmu --method fastv", marks=pytest.mark.slow),
+        pytest.param("eval.run --help", marks=pytest.mark.slow),
+    ],
 )
 def test_as_a_program_it_ends_quietly_when_nobody_reads(words: str) -> None:
     reader, writer = os.pipe()
