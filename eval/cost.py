@@ -12,6 +12,7 @@ import gc
 import resource
 import statistics
 import sys
+import copy
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -25,7 +26,7 @@ from torch import nn
 from minillava.config import Config, TextConfig
 from minillava.llava import LLaVA
 from minillava.loading import memory
-from minillava.pruning.base import Plan
+from minillava.pruning.base import Method, Plan
 
 RESET = Path("/proc/self/clear_refs")
 
@@ -127,34 +128,30 @@ class Clock:
     seconds: float = 0.0
 
 
-@dataclass(frozen=True)
-class _Timed:
-    """A method whose choices are timed, including the model's computations that they ask for."""
+def _timed(method: Method, clock: Clock, device: torch.device) -> Method:
+    """A copy of the method whose choices are timed, with the computations that they ask for."""
+    own = type(method)
 
-    inner: Any
-    clock: Clock
-    device: torch.device = field(default=torch.device("cpu"))
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self.inner, name)
-
-    def resolve(self, n_layers: int, per_image: int) -> _Timed:
-        return self
-
-    def choose(self, context: Any) -> Any:
-        synchronize(self.device)
+    def choose(self: Any, context: Any) -> Any:
+        synchronize(device)
         began = time.perf_counter()
-        keep = self.inner.choose(context)
-        synchronize(self.device)
-        self.clock.seconds += time.perf_counter() - began
+        keep = own.choose(self, context)
+        synchronize(device)
+        clock.seconds += time.perf_counter() - began
         return keep
+
+    copied = copy.copy(method)
+    # the copy is frozen, and shares its fields with a class that differs in choose() alone
+    timed = type(own.__name__, (own,), {"name": own.name, "choose": choose})
+    object.__setattr__(copied, "__class__", timed)
+    return copied
 
 
 def with_timed_choices(plan: Plan, model: LLaVA, clock: Clock) -> Plan:
     """The same plan, but the time of its choices is added to `clock`."""
     config = model.config
     plan = plan.resolve(config.text.num_hidden_layers, config.vision.num_patches)
-    methods: Any = tuple(_Timed(method, clock, model.device) for method in plan.methods)
+    methods = tuple(_timed(method, clock, model.device) for method in plan.methods)
     return replace(plan, methods=methods)
 
 

@@ -405,6 +405,7 @@ def test_as_a_process_an_error_is_one_line_and_exit_code_2() -> None:
     read_error(Output(done.returncode, done.stdout, done.stderr))
 
 
+@pytest.mark.slow
 def test_as_a_process_it_ends_quietly_when_interrupted() -> None:
     pipe = subprocess.PIPE
     command = make_command("--prompt", "Hi", "--chat")

@@ -266,7 +266,12 @@ def test_a_program_keeps_memory_that_its_layers_freed() -> None:
 
 
 @pytest.mark.parametrize(
-    "words", ["eval.published", "eval.published --task mmmu --method fastv", "eval.run --help"]
+    "words",
+    [
+        "eval.published",
+        pytest.param("eval.published --task mmmu --method fastv", marks=pytest.mark.slow),
+        pytest.param("eval.run --help", marks=pytest.mark.slow),
+    ],
 )
 def test_a_process_ends_quietly_when_its_output_is_closed(words: str) -> None:
     reader, writer = os.pipe()

@@ -18,6 +18,7 @@ from eval.bench import DEMO
 from eval.latency import SHAPES, random_batch
 from minillava import Batch, load, parse_plan
 from minillava.attention import causal_attention
+from minillava.engine import hidden_states_read, prefill
 from minillava.generate import generate
 from minillava.loading.checkpoint import empty_model
 from minillava.request import prompts_of
@@ -80,7 +81,8 @@ def test_flops_are_those_that_torch_counts(model: Any, plan: str | None) -> None
     batch = tiny.make_batch(model, "tttIttttt")
     parsed, config = parse_plan(plan), model.config
     with counter() as counted, torch.inference_mode():
-        model.prefill(prompts_of(model, batch), model.encode(batch.pixels, parsed), parsed)
+        encoded = model.encode(batch.pixels, hidden_states_read(model, parsed))
+        prefill(model, prompts_of(model, batch), encoded, parsed)
     entering = [n for (n,) in generate(model, batch, parsed, 1).report.tokens_entering]
     blocks = config.vision.num_hidden_layers + config.vision_feature_layer + 1
     expected = cost.vision_flops(config, blocks) + cost.decoder_flops(entering, config.text)

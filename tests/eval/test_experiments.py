@@ -47,7 +47,7 @@ LIMIT = 9
 def measured(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     """Resident memory is measured, in processes of their own, by the test marked slow alone."""
     if not request.node.get_closest_marker("slow"):
-        monkeypatch.setattr(aokvqa, "peaks", lambda args, plans: [None] * len(plans))
+        monkeypatch.setattr(aokvqa, "measure_peaks", lambda args, plans: [None] * len(plans))
 
 
 @pytest.fixture(scope="module")

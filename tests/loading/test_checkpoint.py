@@ -153,8 +153,8 @@ def test_a_loaded_model_is_ready_to_run(folder: Path) -> None:
     model, processor = load(folder)
     assert not model.training
     assert all(p.device.type == "cpu" and not p.requires_grad for p in model.parameters())
-    assert model.decode_text is not None
-    assert model.decode_text([3, 4]) == processor.decode([3, 4])
+    assert model.tokenizer is not None
+    assert model.tokenizer.decode([3, 4]) == processor.decode([3, 4])
 
 
 # ------------------------------------------------------------ tied heads

@@ -45,11 +45,11 @@ NUMBERING = {
 
 @pytest.fixture(scope="module")
 def batch(model: Any) -> Batch:
-    return tiny.make_batch(model, "ttItttttt", "tIttItt", seed=3)
+    return tiny.make_batch(model, "ttItttttt", seed=3)
 
 
 def run(model: Any, batch: Batch, plan: Any) -> Result:
-    return generate(model, batch, plan, 2, output_logits=True)
+    return generate(model, batch, plan, 1, output_logits=True)
 
 
 def test_every_method_of_ours_is_in_the_table() -> None:
@@ -66,9 +66,9 @@ def test_positions_are_numbered_as_released(model: Any, batch: Batch, name: str)
     # the next number in layer 0: methods inside the decoder renumber in the layers behind
     compact = NUMBERING[name] == "compact"
     assert report.next_position == (report.tokens_entering[0] if compact else report.prompt_tokens)
-    for numbering in ("original", "compact"):
-        said = run(model, batch, tiny.example(name, f"positions={numbering}"))
-        assert torch.equal(said.logits, result.logits) == (numbering == NUMBERING[name])
+    other = "original" if compact else "compact"
+    renumbered = run(model, batch, tiny.example(name, f"positions={other}"))
+    assert not torch.equal(renumbered.logits, result.logits)
 
 
 @pytest.mark.parametrize(
