@@ -8,15 +8,15 @@ no discount for the causal mask.
 
 from __future__ import annotations
 
+import copy
 import gc
 import resource
 import statistics
 import sys
-import copy
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 

@@ -188,7 +188,9 @@ class Tokens:
     def draw(self, logits: Tensor) -> Tensor:
         """One new token per sample (B,) from logits (B, V)."""
         if logits.isnan().any():
-            raise ValueError("the model's logits are not numbers: its weights or the input are broken")
+            raise ValueError(
+                "the model's logits are not numbers: its weights or the input are broken"
+            )
         eos = self.model.config.eos_token_ids
         if eos and len(self.fed[0]) < self.settings.min_new_tokens:
             logits = logits.index_fill(1, torch.tensor(eos, device=logits.device), -torch.inf)
