@@ -24,7 +24,7 @@ from tqdm import tqdm  # type: ignore[import-untyped,unused-ignore]
 
 from minillava import load
 from minillava.generate import generate
-from minillava.image import check_aspect
+from minillava.processing.image import check_aspect
 from minillava.processing.processor import TOKENS
 from minillava.processing.templates import IMAGE, TEMPLATES, conversation
 from minillava.pruning import parse_plan

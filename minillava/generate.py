@@ -17,7 +17,7 @@ from .cache import KVCache
 from .engine import Memory, decode, hidden_states_read, prefill
 from .llava import Encoded, LLaVA
 from .pruning.base import Plan
-from .report import Clock, make_report
+from .report import Clock, Report, make_report
 from .report import Result as Result
 from .request import Batch, Settings, check_encoded, check_plan, prompts_of
 from .sampling import sample
@@ -136,18 +136,17 @@ class Answer:
                 logits, state = prefill(model, longer, encoded, self.plan, None, seed, memories)
 
         # 4. what happened
-        decode_ids = model.tokenizer.decode if model.tokenizer else None
-        self.result = Result(
-            tokens.tokens,
-            [decode_ids(ids) for ids in tokens.tokens] if decode_ids else None,
-            make_report(prompt_state, tokens.stopped, clock, cache_bytes),
-            self.plan,
-            model.config,
-            [p.starts for p in self.prompts],
-            (torch.stack(chosen_from, 1) if chosen_from else logits[:, None][:, :0])
-            if settings.output_logits
-            else None,
-        )
+        report = make_report(prompt_state, tokens.stopped, clock, cache_bytes)
+        none = logits[:, None][:, :0]  # (B, 0, V)
+        stacked = torch.stack(chosen_from, 1) if chosen_from else none  # (B, n_new, V)
+        self.result = self._make_result(tokens.tokens, report, stacked)
+
+    def _make_result(self, tokens: list[list[int]], report: Report, logits: Tensor) -> Result:
+        model = self.model
+        texts = [model.tokenizer.decode(ids) for ids in tokens] if model.tokenizer else None
+        starts = [prompt.starts for prompt in self.prompts]
+        kept = logits if self.settings.output_logits else None
+        return Result(tokens, texts, report, self.plan, model.config, starts, kept)
 
     def _new_cache(self) -> KVCache | None:
         if not self.settings.use_cache:

@@ -13,8 +13,8 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-from ..image import ASPECTS
 from ..loading.checkpoint import load
+from ..processing.image import ASPECTS
 from ..pruning import parse_plan_with_files
 from ..request import Settings
 from .chat import Chat

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 
 from PIL import Image, ImageDraw, ImageFont
 
-from ..image import ImageConfig, preprocess
+from ..processing.image import ImageConfig, preprocess
 
 if TYPE_CHECKING:
     from ..config import VisionConfig

@@ -14,7 +14,7 @@ from typing import Any
 from PIL import Image
 
 from ..config import Config
-from ..image import ImageConfig
+from ..processing.image import ImageConfig
 from ..processing.processor import Processor
 from ..processing.templates import IMAGE
 from ..processing.tokenizer import Tokenizer

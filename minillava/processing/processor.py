@@ -13,8 +13,8 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from ..image import ImageConfig, check_aspect, preprocess
 from ..sample import Batch
+from .image import ImageConfig, check_aspect, preprocess
 from .streaming import TextStream, TokenSteps
 from .templates import IMAGE, Choices, conversation, split_choices
 from .tokenizer import Tokenizer

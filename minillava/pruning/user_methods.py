@@ -111,6 +111,11 @@ def describe_user_error(error: BaseException) -> str | None:
     for frame, line in traceback.walk_tb(error.__traceback__):
         if frame.f_globals.get("__name__", "").startswith(PREFIX):
             where = f"{frame.f_code.co_filename}, line {line}"
+    if where is None and isinstance(error, TypeError):  # called with other arguments than it takes
+        for name, loaded in list(sys.modules.items()):
+            called = str(error).partition(".")[0]  # "Mine.check() takes 1 positional argument but"
+            if name.startswith(PREFIX) and called in vars(loaded):
+                where = loaded.__file__
     if where is None:
         return None
     return f"{where}: {type(error).__name__}: {' '.join(str(error).split())}"

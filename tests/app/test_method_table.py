@@ -9,7 +9,7 @@ import pytest
 
 from minillava.app import method_table
 from minillava.app.cli import main
-from minillava.pruning import METHODS, PRESETS, load_file_method
+from minillava.pruning import CATALOGUE, METHODS, PRESETS, load_file_method
 
 README = Path(method_table.__file__).parents[1] / "pruning" / "README.md"
 
@@ -21,20 +21,21 @@ def test_the_readme_has_the_table_of_the_registry() -> None:
 def test_the_list_describes_each_method() -> None:
     blocks = dict(zip(METHODS, method_table.list_methods().split("\n\n"), strict=False))
     for name, block in blocks.items():
-        text, method = " ".join(block.split()), METHODS[name]
-        assert text.startswith(f"{name}: {method.paper} acts {method.acts} options ")
-        assert f" checked {method.checked}" in text
-        assert text.endswith(f" released {method.source}" if method.source else method.checked)
+        text, origin = " ".join(block.split()), CATALOGUE[name]
+        assert text.startswith(f"{name}: {origin.paper} acts {origin.acts} options ")
+        assert f" checked {origin.checked}" in text
+        assert text.endswith(f" released {origin.source}" if origin.source else origin.checked)
         presets = {p for p, preset in PRESETS.items() if f"{name}:" in preset.plan}
         assert set(re.findall(r" preset (\S+) = ", text)) == presets
 
 
 def test_every_method_has_a_name_paper_and_source() -> None:
-    for name, method in METHODS.items():
-        assert name == method.name
-        assert method.paper, name
-        assert method.acts, name
-        assert method.checked, name
+    assert list(CATALOGUE) == list(METHODS)
+    for name, origin in CATALOGUE.items():
+        assert name == METHODS[name].name
+        assert origin.paper, name
+        assert origin.acts, name
+        assert origin.checked, name
 
 
 def write_example(name: str, folder: Path) -> Path:
@@ -51,7 +52,9 @@ def test_the_first_example_in_the_readme_can_be_loaded(tmp_path: Path) -> None:
     assert method(keep=0.25).stages() == (("embed", 0),)
 
 
-@pytest.mark.parametrize("method", ["Seen", "Seen:keep=8,mode=mask", "Looked", "Folded"])
+@pytest.mark.parametrize(
+    "method", ["Seen", "Seen:keep=8,mode=mask", "Folded", "EveryThird:mode=mask"]
+)
 def test_the_other_examples_in_the_readme_run(
     method: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -13,8 +13,8 @@ from PIL import Image, ImageChops
 from minillava import Batch
 from minillava.app.overlay import GAP, LINE, MARGIN, PANEL, model_input_image, overlay
 from minillava.generate import Result, generate
-from minillava.image import ImageConfig, preprocess
 from minillava.llava import LLaVA
+from minillava.processing.image import ImageConfig, preprocess
 from minillava.pruning import parse_plan
 
 SIZE, GRID = 56, 4  # image size and patches per side of the model in conftest

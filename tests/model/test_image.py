@@ -17,9 +17,8 @@ from hypothesis import strategies as st
 from PIL import Image
 from safetensors.torch import load_file
 
-import minillava.resize
-from minillava.image import ImageConfig, preprocess
 from minillava.loading.processor_files import read_image_config
+from minillava.processing.image import ImageConfig, preprocess
 
 TINY_A = Path(__file__).parents[1] / "goldens" / "checkpoints" / "tiny-a"
 S = 28

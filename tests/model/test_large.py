@@ -85,7 +85,7 @@ import sys
 from pathlib import Path
 from PIL import Image
 Image.MAX_IMAGE_PIXELS = None
-from minillava.image import ImageConfig, preprocess
+from minillava.processing.image import ImageConfig, preprocess
 from minillava.app.open_image import open_image
 def peak():
     lines = Path("/proc/self/status").read_text().splitlines()

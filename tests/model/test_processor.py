@@ -14,9 +14,9 @@ import pytest
 import torch
 from PIL import Image
 
-from minillava.image import preprocess
 from minillava.loading.config_file import read_config
 from minillava.loading.processor_files import read_processor
+from minillava.processing.image import preprocess
 from minillava.processing.tokenizer import StreamDecoder
 
 GOLDENS = Path(__file__).parents[1] / "goldens"

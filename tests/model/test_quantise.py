@@ -216,7 +216,7 @@ def test_other_refusals(
     (tmp_path / "taken" / "photo.png").touch()
     for words, message in (
         ([stored[8], tmp_path / "x", "--bits", 4], "is quantised already"),
-        ([src, tmp_path / "taken", "--bits", 4], "has other things in it (photo.png)"),
+        ([src, tmp_path / "taken", "--bits", 4], "contains other files (photo.png)"),
         ([src, stored[8], "--bits", 4], "was written from other files or with other options"),
         ([src, src / "inside", "--bits", 4], "is inside"),
     ):

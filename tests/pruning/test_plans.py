@@ -299,7 +299,6 @@ def assert_refused(model: Any, prompts: list[str], plan: Any) -> str:
     [
         ("fastv:layer=4", "layers 0 to 3"),
         ("fastv:layer=99,mode=mask", "layer=99"),
-        ("fastv:layer=-1", "layer=-1"),
         ("pyramiddrop", "layer=8"),
         ("fastv:keep=17", "keep=17, but there are 16"),
         ("uniform:keep=17", "keep=17, but there are 16"),
@@ -315,6 +314,11 @@ def test_what_the_model_cannot_do_is_refused_before_any_forward(
     model: Any, plan: str, named: str
 ) -> None:
     assert named in assert_refused(model, ["ttt", "ttItt"], plan)
+
+
+def test_a_layer_below_0_is_refused_when_the_plan_is_read() -> None:
+    with pytest.raises(ValueError, match="fastv: layer=-1 must be 0 or more"):
+        parse_plan("fastv:layer=-1")
 
 
 def test_what_the_prompt_cannot_do_is_refused_before_any_forward(model: Any) -> None:
