@@ -67,14 +67,14 @@ def parse_positive_int(text: str) -> int:
     """For counts."""
     n = int(text) if text.isdecimal() else 0
     if not n:
-        raise argparse.ArgumentTypeError(f"{text!r} must be a whole number from 1 on")
+        raise argparse.ArgumentTypeError(f"{text!r} must be a whole number, 1 or more")
     return n
 
 
 def parse_non_negative_int(text: str) -> int:
     """For seeds and layer numbers."""
     if not text.isdecimal():
-        raise argparse.ArgumentTypeError(f"{text!r} must be a whole number from 0 on")
+        raise argparse.ArgumentTypeError(f"{text!r} must be a whole number, 0 or more")
     return int(text)
 
 

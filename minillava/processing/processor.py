@@ -88,7 +88,7 @@ class Processor:
     def prompt(self, text: str, n_images: int = 0, turns: Sequence[tuple[str, str]] = ()) -> str:
         """Put a question into the checkpoint's template, after earlier turns of (question, answer).
 
-        The images stand before the first question. Raises ValueError for an <image> in a question.
+        The images come before the first question. Raises ValueError for an <image> in a question.
         """
         for question in (text, *(question for question, _ in turns)):
             if IMAGE in question:

@@ -49,7 +49,7 @@ def conversation(
 ) -> str:
     """Build the prompt for `question` after earlier `turns` of (question, answer).
 
-    All images belong to the first question: one line with <image> for each stands before it.
+    All images belong to the first question: one line with <image> for each comes before it.
     conversation("llava-hf", "Why?", n_images=1) is "USER: <image>\\nWhy? ASSISTANT:". Raises
     ValueError for an unknown template.
     """
