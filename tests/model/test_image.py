@@ -125,7 +125,7 @@ def test_every_size_equals_transformers_in_strips_of_any_height(
     config = ImageConfig(size, S, resample)
     image = noise("RGB", width, height)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(minillava.resize, "STRIP", strip)
+        patch.setattr(resize, "STRIP", strip)
         assert torch.equal(preprocess(image, config, aspect), reference(image, config, aspect))
 
 
@@ -195,7 +195,7 @@ def test_no_step_holds_more_than_a_strip(
         held.extend((self.width * self.height, result.width * result.height))
         return result
 
-    monkeypatch.setattr(minillava.resize, "STRIP", 1 << 18)
+    monkeypatch.setattr(resize, "STRIP", 1 << 18)
     monkeypatch.setattr(Image.Image, "resize", spy)
     preprocess(noise("RGB", *size), SMALL, aspect)
     assert max(held) <= 1 << 18
