@@ -15,6 +15,7 @@ from torch import Tensor
 
 import minillava
 from minillava import Batch, parse_plan
+from minillava.attention import attention_received
 from minillava.generate import Result, generate
 from minillava.pruning import (
     METHODS,
@@ -24,10 +25,7 @@ from minillava.pruning import (
     parse_plan_with_files,
     sparsevlm,
 )
-from minillava.pruning import (
-    average as budget,
-)
-from minillava.pruning.base import Budgeted, received
+from minillava.pruning.average import AveragePlan, average_entering, entering, leaving
 
 N = 64  # tokens per image of the model below
 
@@ -90,8 +88,7 @@ def test_sparsevlm_is_the_released_code(golden: Golden, monkeypatch: pytest.Monk
     result = golden.run(f"sparsevlm:layers={slashes(layers)},keep={slashes(keep)}", 1)
     assert len(seen) == len(layers)
     for stage, (c, chosen) in enumerate(seen):
-        assert c.decoder is not None
-        raters = sparsevlm.raters(c.decoder.entered(), c.decoder.text())
+        raters = sparsevlm.select_raters(c.entered(), c.text())
         assert raters.tolist() == expected["text_rater_offset"].tolist()
         mask = expected[f"stage{stage}_keep_mask"][0].bool()
         assert sorted(chosen.index.tolist()) == mask.nonzero()[:, 0].tolist()
@@ -115,8 +112,8 @@ def test_sparsevlms_clusters_are_the_released_ones(golden: Golden) -> None:
             expected[f"stage{stage}_cluster_out"][0],
         )
         mask = expected[f"stage{stage}_keep_mask"][0].bool()
-        assert len(rows) == sparsevlm.recycled(int((~mask).sum()))
-        assert len(merged) == sparsevlm.merged(len(rows))
+        assert len(rows) == sparsevlm.count_merged(int((~mask).sum()))
+        assert len(merged) == sparsevlm.count_clusters(len(rows))
         assert (sparsevlm.cluster_means(rows, len(merged)) - merged).abs().max() < 1e-4
 
 
@@ -148,7 +145,7 @@ def test_choices_are_those_of_the_written_out_method(model: Any, batch: Batch, n
     assert batch.pixels is not None
     ids = batch.ids[0]
     image = range(int((ids == tiny.IMAGE).nonzero()[0]), int((ids == tiny.IMAGE).nonzero()[-1]) + 1)
-    encoded = model.encode(batch.pixels, parse_plan(None))
+    encoded = model.encode(batch.pixels, {model.feature_layer})
     x = model.embed(ids)
     x[image.start : image.stop] = model.projector(encoded.hidden[model.feature_layer][0, 1:])
     plan, act = list(acts(model, x, image).items())[number]
@@ -185,8 +182,8 @@ def test_rows_that_coincide_have_themselves_as_mean() -> None:
 def test_a_single_text_row_rates() -> None:
     """Its relevance is 1, which equals the mean, so no row is above the mean."""
     image, text = torch.randn(5, 3), torch.randn(1, 3)
-    assert sparsevlm.raters(image, text).tolist() == [0]
-    assert sparsevlm.raters(image, text.expand(4, 3)).tolist() == [0, 1, 2, 3]
+    assert sparsevlm.select_raters(image, text).tolist() == [0]
+    assert sparsevlm.select_raters(image, text.expand(4, 3)).tolist() == [0, 1, 2, 3]
 
 
 @pytest.mark.parametrize("seed", range(8))
@@ -207,14 +204,15 @@ def test_dart_walks_its_pivots_as_the_released_code(seed: int) -> None:
         taken = reference.best(unlike, 5)
         kept += taken
         pool = [i for i in pool if i not in taken]
-    assert dart.dart_rows(x, image, heads, text, 5).tolist() == sorted(kept)
+    index = dart.select_distinct(x, image, heads, text, 5)
+    assert image[index].tolist() == sorted(kept)
 
 
 def test_the_strongest_head_of_each_row() -> None:
     generator = torch.Generator().manual_seed(0)
     q, k = (torch.randn(50, heads, 8, generator=generator) for heads in (6, 2))
     at, hidden = torch.arange(50), torch.arange(50) % 7 == 3
-    ours = received(q, k, at, hidden, strongest=True)
+    ours = attention_received(q, k, at, hidden, strongest=True)
     expected = torch.zeros(50)
     for row in range(50):
         scores = torch.stack([k[:, head // 3] @ q[row, head] / 8**0.5 for head in range(6)])
@@ -231,7 +229,6 @@ def test_published_counts() -> None:
 
     def left(plan: str) -> tuple[int, ...]:
         (method,) = parse_plan(plan).methods
-        assert isinstance(method, Budgeted)
         return method.left(576)
 
     assert left("pyramiddrop") == (288, 144, 72)
@@ -255,11 +252,12 @@ def test_published_counts() -> None:
         ("sparsevlm:mode=mask", "use mode=drop"),
         ("sparsevlm:scope=all", "only drops"),
         ("fitprune:budget=65", "there are tables for 0, 10, 20"),
-        ("fitprune:delete=1/-2/0", "delete has -2; counts are 0 or more"),
+        ("fitprune:delete=1/-2/0", "delete=1/-2/0 must be 0 or more"),
         ("dart:keep=1.5", "keep=1.5 must be a whole number of tokens, or a share"),
         ("vtw:layer=2,average=3", "average and layer say the same"),
         ("fastv:average=3,scope=all", "average=3 counts one image"),
-        ("sparsevlm:layers=1/2,average=40", "for 3 layers, layers=1/2 are 2; give keep="),
+        ("sparsevlm:layers=0/2/3,keep=9/8/7", "layers=0/2/3 must be 1 or more"),
+        ("dart:layer=0,keep=8", "layer=0 must be 1 or more (layer whose input is pruned; it needs"),
         ("sparsevlm:layers=3/2/5,average=40", "layers=3/2/5 must ascend"),
         ("pyramiddrop:layers=3/2,average=40", "layers=3/2 must ascend"),
         ("trim:keep=-1", "keep=-1 must be"),
@@ -276,9 +274,8 @@ def test_what_a_plan_cannot_say(plan: str, said: str) -> None:
     [
         ("pyramiddrop:layers=2/4/6", "layer=6, but the decoder has layers 0 to 5"),
         ("sparsevlm", "layer=7, but the decoder has layers 0 to 5"),
-        ("sparsevlm:layers=0/2/3,keep=9/8/7", "layer 0 has no layer before it"),
+        ("sparsevlm:layers=1/2,average=40", "for 3 layers, layers=1/2 are 2; give keep="),
         ("sparsevlm:layers=1/2/3,keep=90/8/7", "keep=90, but there are 64 image tokens"),
-        ("dart:layer=0,keep=8", "layer 0 has no layer before it"),
         ("dart:keep=65", "keep=65, but there are 64 image tokens"),
         ("vtw", "layer=15, but the decoder has layers 0 to 5"),
         ("fitprune", "was fitted for 32 layers and 576 image tokens, this model has 6 and 64"),
@@ -313,7 +310,9 @@ def test_fastv_averages_are_the_papers() -> None:
     assert [resolved(f"fastv:k=3,average={a}").keep for a in (192, 128, 64)] == [152, 82, 11]
     with pytest.raises(ValueError, match=r"the nearest is average=90\.8 \(keep=1\)"):
         resolved("fastv:k=5,average=64")
-    assert resolved("fastv:k=2,average=32", 8, 64).reaches(8, 64) == 31.75  # the README says so
+    assert (
+        average_entering(resolved("fastv:k=2,average=32", 8, 64), 8, 64) == 31.75
+    )  # the README says so
     assert resolved("fastv:k=5,average=90.8").keep == 1  # what the error names is accepted
 
 
@@ -325,10 +324,9 @@ def test_fastv_averages_are_the_papers() -> None:
 def test_no_variant_is_nearer(options: str, average: float) -> None:
     plan = f"{options}{'' if options.endswith(':') else ','}average={average}"
     (asked,) = parse_plan(plan).methods
-    assert isinstance(asked, Budgeted)
     chosen = resolved(plan)
-    reached = chosen.reaches(32, 576)
-    every = [v.reaches(32, 576) for _, v in asked.variants(32, 576)]
+    reached = average_entering(chosen, 32, 576)
+    every = [average_entering(v, 32, 576) for v in asked.variants(32, 576)]
     assert abs(reached - average) == min(abs(r - average) for r in every)
     assert len(every) > 1
     limit = {"vtw": 9.0, "fitprune": 40.0, "dart": 4.0}.get(chosen.name, 0.6)
@@ -380,7 +378,7 @@ def test_sparsevlms_list_is_the_nearest_in_its_proportions(n_layers: int, averag
         reached = mean_entering([3, 7, 16], left, n_layers, 576)
         nearest = min(nearest, abs(reached - average))
     method = resolved(f"sparsevlm:average={average}", n_layers)
-    assert abs(method.reaches(n_layers, 576) - average) <= nearest + 1e-9
+    assert abs(average_entering(method, n_layers, 576) - average) <= nearest + 1e-9
 
 
 def test_darts_least_are_its_pivots() -> None:
@@ -412,23 +410,24 @@ def test_defaults_lie_on_their_own_curve() -> None:
     ],
 )
 def test_the_report_has_the_average_that_was_solved(model: Any, batch: Batch, plan: str) -> None:
-    entering = run(model, batch, plan, 1).report.image_tokens_entering
-    method = resolved(plan, 6, N)
-    assert budget.entering(entering) == [pytest.approx(method.reaches(6, N))]
-    wanted = parse_plan(plan).methods[0].average  # type: ignore[attr-defined]
-    assert abs(budget.entering(entering)[0] - wanted) <= {"vtw": 6, "dart": 3}.get(method.name, 0.7)
+    asked = parse_plan(plan)
+    assert isinstance(asked, AveragePlan)
+    (method,) = asked.resolve(6, N).methods
+    (counted,) = entering(run(model, batch, plan, 1).report.image_tokens_entering)
+    assert counted == pytest.approx(average_entering(method, 6, N))
+    assert abs(counted - asked.average) <= {"vtw": 6, "dart": 3}.get(method.name, 0.7)
 
 
 def test_sparsevlms_own_counter() -> None:
     """Its counter reports 192.0, the name of the list; 206.5 tokens enter a layer on average."""
     counts = [[576]] * 3 + [[309]] * 4 + [[204]] * 9 + [[113]] * 16
-    assert budget.entering(counts) == [206.5]
-    assert budget.leaving(counts) == [192.03125]
+    assert entering(counts) == [206.5]
+    assert leaving(counts) == [192.03125]
 
 
 def test_several_samples_are_averaged_apart() -> None:
-    assert budget.entering([[4, 0], [2, 0]]) == [3.0, 0.0]
-    assert budget.leaving([[4, 8], [2, 6]]) == [2.0, 6.0]
+    assert entering([[4, 0], [2, 0]]) == [3.0, 0.0]
+    assert leaving([[4, 8], [2, 6]]) == [2.0, 6.0]
 
 
 def test_a_plan_without_average_is_itself() -> None:
