@@ -235,6 +235,7 @@ def test_an_incomplete_dict_is_refused(key: str) -> None:
         ("fastv:r=inf", "r=inf"),
         ("fastv:r=1.5", "r=1.5"),
         ("fastv:r=-0.5", "r=-0.5"),
+        ("fastv:layer=-1", "layer=-1"),
         ("fastv:keep=1.5", "keep=1.5"),
         ("fastv:keep=-3", "keep=-3"),
         ("fastv:keep=1e2", "keep=1e2"),
@@ -299,7 +300,7 @@ def assert_refused(model: Any, prompts: list[str], plan: Any) -> str:
     [
         ("fastv:layer=4", "layers 0 to 3"),
         ("fastv:layer=99,mode=mask", "layer=99"),
-        ("fastv:layer=-1", "layer=-1"),
+        ("vtw:layer=-1", "layer=-1"),
         ("pyramiddrop", "layer=8"),
         ("fastv:keep=17", "keep=17, but there are 16"),
         ("uniform:keep=17", "keep=17, but there are 16"),
