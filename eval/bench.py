@@ -1,4 +1,4 @@
-"""A model with the questions of a benchmark: what eval.run and the experiments work with."""
+"""A model together with the questions of a benchmark, for eval.run and the experiments."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 
 from minillava import load
-from minillava.app.command import parse_positive_int as positive
+from minillava.app.command import parse_positive_int
 from minillava.llava import LLaVA
 from minillava.loading.checkpoint import DTYPES, QUANTIZE
 from minillava.processing.processor import Processor
@@ -21,8 +21,8 @@ from .predict import Run
 from .predictions import read
 from .ranks import ALONE, Ranks
 from .results import PlanResult, begin, check_resume, digest_questions, json_path, machine
-from .score import find_task, questions, score
-from .summary import summary
+from .score import find_task, read_questions, score
+from .summary import summarise
 from .tasks import TASKS
 from .tasks.base import Item, Task
 
@@ -30,7 +30,7 @@ DEMO = Path(__file__).parent.parent / "weights" / "demo"
 
 
 def add_options(parser: argparse.ArgumentParser, batch: int = 1) -> None:
-    """Those of every command that asks a benchmark's questions."""
+    """Add the options of every command that asks a model the questions of a benchmark."""
     add = parser.add_argument
     add("--task", default="demo", metavar="T", help=f"default demo; {', '.join(TASKS)}")
     add("--data", type=Path, metavar="DIR", help="the benchmark's files; demo needs none")
@@ -38,9 +38,15 @@ def add_options(parser: argparse.ArgumentParser, batch: int = 1) -> None:
     add("--model", default=str(DEMO), metavar="DIR|HUB_ID", help="default: the demo")
     add("--revision", metavar="R", help="branch, tag or commit of a hub id")
     add("--out", type=Path, required=True, metavar="DIR")
-    add("--limit", type=positive, metavar="N", help="only the first N questions")
-    add("--batch", type=positive, default=batch, metavar="B", help=f"at one time, default {batch}")
-    add("--seed", type=int, default=0, help="of methods that draw; question i draws with seed + i")
+    add("--limit", type=parse_positive_int, metavar="N", help="only the first N questions")
+    add(
+        "--batch",
+        type=parse_positive_int,
+        default=batch,
+        metavar="B",
+        help=f"questions at a time, default {batch}",
+    )
+    add("--seed", type=int, default=0, help="question i draws its random numbers with seed + i")
     add("--device", default="cpu", help="cpu, cuda or cuda:N")
     add("--dtype", choices=DTYPES)
     add("--quantize", choices=QUANTIZE)
@@ -48,7 +54,7 @@ def add_options(parser: argparse.ArgumentParser, batch: int = 1) -> None:
 
 @dataclass(frozen=True)
 class Bench:
-    """args: of add_options."""
+    """An opened benchmark. args: the parsed options of add_options."""
 
     args: argparse.Namespace
     task: Task
@@ -59,13 +65,13 @@ class Bench:
 
     @classmethod
     def open(cls, args: argparse.Namespace, ranks: Ranks = ALONE) -> Bench:
-        """Read the questions and load the model. ValueError for what is missing or broken."""
+        """Read the questions and load the model. Raises ValueError if either fails."""
         task, protocol = find_task(args.task, args.protocol)
         args = argparse.Namespace(**{**vars(args), "protocol": protocol})
         found: list[Bench] = []
 
         def prepare() -> None:
-            items = questions(task, args.data, args.protocol, args.limit)
+            items = read_questions(task, args.data, args.protocol, args.limit)
             device = ranks.device(args.device)
             both = load(args.model, device, args.dtype, args.quantize, args.revision, progress=True)
             found.append(cls(args, task, items, *both, ranks))
@@ -74,7 +80,7 @@ class Bench:
         return found[0]
 
     def run(self, plan: TypedPlan) -> Run:
-        """The protocol's settings, with the checkpoint's where it leaves them open."""
+        """The settings of a run: the protocol's, or the checkpoint's where it has none."""
         args, setup, parsed = self.args, self.task.setups[self.args.protocol], plan.plan
         return Run(
             task=self.task.name,
@@ -96,21 +102,23 @@ class Bench:
         )
 
     def path(self, plan: TypedPlan) -> Path:
-        """PLAN.jsonl, the file of a plan's answers."""
+        """The path of PLAN.jsonl, which holds the answers under a plan."""
         return Path(self.args.out) / f"{file_name(plan.text)}.jsonl"
 
     def check(self, plans: Sequence[TypedPlan]) -> None:
-        """Refuse plans that cannot run before hours go into those before them (ValueError)."""
+        """Refuse plans that cannot run, before any plan is run (ValueError)."""
         names = [self.path(plan).name for plan in plans]
         for plan, name in zip(plans, names, strict=True):
             if names.count(name) > 1:
-                raise ValueError(f"two plans have one file name, {name}; give them to two --out")
+                raise ValueError(
+                    f"two plans have the same file name, {name}; give each its own --out"
+                )
             run = self.run(plan)
             check_resume(self.path(plan), run)
             predict.check(self.model, self.processor, self.items[0], run, plan.plan)
 
     def ask(self, plan: TypedPlan) -> PlanResult:
-        """Answer the questions that have no answer in --out under this plan yet, score all, and
+        """Answer the questions that this plan has not answered in --out yet, score all of them, and
         write PLAN.json beside the answers."""
         run, path = self.run(plan), self.path(plan)
         self.ranks.run_in_first(lambda: begin(path, run))
@@ -125,7 +133,7 @@ class Bench:
                 self.args.batch,
                 self.ranks,
             )
-            costs = summary(rows, self.model.config.text, peak())
+            costs = summarise(rows, self.model.config.text, peak())
         scored = score(self.task, self.items, read(path), run.protocol)
         asked = digest_questions(self.items)
         result = PlanResult(run, scored, costs, asked, machine(), self.ranks.size)
@@ -135,5 +143,5 @@ class Bench:
 
 
 def model_name(text: str) -> str:
-    """A hub id as it is, a folder by its last part: results do not contain a machine's paths."""
+    """A hub id unchanged, a folder by its last part: results contain no paths of a machine."""
     return Path(text).resolve().name if Path(text).is_dir() else text

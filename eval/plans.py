@@ -1,8 +1,8 @@
-"""Plans as a person types them for a command of eval: each is read once, with a name for its files.
+"""Read the plans that a person types for a command of eval, and name the files of their results.
 
-A part FILE.py:Class of a plan is a method of the user's own, and reading it runs that file. So only
-text that a person typed is read here. Text from elsewhere (files that are read back, arguments of
-lmms-eval) goes through `minillava.parse_plan`, which never runs a file.
+A part FILE.py:Class of a plan is a user's own method, and reading the plan runs that file. So only
+text that a person typed may be read here. Text from other places (result files, arguments of
+lmms-eval) is read by `minillava.parse_plan`, which never runs a file.
 """
 
 from __future__ import annotations
@@ -30,8 +30,8 @@ _PLAIN = re.compile(rf"{_METHOD}(\+{_METHOD})*", re.ASCII)
 class TypedPlan:
     """A plan with the text that it was read from.
 
-    method_files: the sha256 of each file of the user's own, by its path as typed; None for a plan
-    of the package's methods alone.
+    method_files: path as typed -> sha256 of each user's own method file; None for a plan with the
+    package's methods only.
     """
 
     text: str
@@ -40,22 +40,22 @@ class TypedPlan:
 
 
 def read_plan(text: str) -> TypedPlan:
-    """Read a plan that a person typed; "none" prunes nothing. Runs the files that it names.
+    """Read a plan that a person typed, and run the method files that it names.
 
-    Raises ValueError as parse_plan does.
+    "none" means no pruning. Raises ValueError for a mistake in the plan or in a file.
     """
-    # The digest is taken first: a file that is edited meanwhile is then refused at the next resume.
+    # The digest comes first: if the file is edited in between, the next resume refuses it.
     files = {file: digest(Path(file)) for file in files_of(text) if Path(file).is_file()}
     return TypedPlan(text, parse_plan_with_files("" if text == NONE else text), files or None)
 
 
 def read_plans(texts: Iterable[str]) -> dict[str, TypedPlan]:
-    """Plans by their text, in order, each text once (ValueError as above)."""
+    """Read plans; returns them by text, in order and without repetitions (ValueError as above)."""
     return {text: read_plan(text) for text in dict.fromkeys(texts)}
 
 
 def files_of(text: str) -> list[str]:
-    """The files that a plan names as FILE.py:Class. Nothing is run."""
+    """The files that a plan names as FILE.py:Class. No file is run."""
     found = (SPEC.fullmatch(part.strip()) for part in text.split("+"))
     return [match["file"] for match in found if match]
 
@@ -68,10 +68,10 @@ def digest(file: Path) -> str:
 def file_name(text: str) -> str:
     """The name of a plan's files, without their suffix: fastv:k=8,r=.5 -> fastv_k=8,r=.5.
 
-    Plain plans, of the package's methods with numbers and words as values, can be told apart by
-    their letters alone. Any other text (paths, blanks, capitals) gets a part of its sha256 behind
-    it, since two texts may look alike without the characters that a file name should not have. No
-    name is empty or begins with a dash or a dot.
+    A plain plan has only names of methods and options, numbers, and words as values. Two of them
+    have different names by their letters alone. Any other text (with a path, blanks or capitals)
+    ends with a part of its sha256, because two texts may be equal without the characters that do
+    not belong in a file name. No name is empty, and none begins with a dash or a dot.
     """
     name = re.sub(r"[^A-Za-z0-9.,=+_-]+", "_", text.replace("/", "-")).strip("._")
     sha256 = hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()[:12]

@@ -1,7 +1,7 @@
-"""The result of one plan on a benchmark: its settings, score and costs, and PLAN.json on disk.
+"""The result of one plan on a benchmark: settings, score and costs, and its file PLAN.json.
 
-A resumed command compares its settings with those that PLAN.json states, and a table of several
-plans has only results of the same questions and settings.
+A resumed command compares its settings with those in PLAN.json. A table of several plans contains
+only results of the same questions and settings.
 """
 
 from __future__ import annotations
@@ -30,12 +30,12 @@ BY_PLAN = ("plan", "method_files", "tokens", "focus")  # entries of Run that fol
 
 @dataclass(frozen=True)
 class PlanResult:
-    """One plan, asked and scored."""
+    """One plan with its score and costs."""
 
     run: Run
     scored: Scored
     costs: Costs
-    questions: str  # of digest_questions
+    questions: str  # from digest_questions
     machine: str
     processes: int
 
@@ -52,7 +52,7 @@ class PlanResult:
 
     @classmethod
     def from_json(cls, found: Mapping[str, Any]) -> PlanResult:
-        """Raises KeyError, TypeError or AttributeError for anything but what json() returns."""
+        """The inverse of json(). Raises KeyError, TypeError or AttributeError for other content."""
         costs = dict(found["costs"])
         for name in TIMES:
             costs[name] = costs[name] and cost.Spread(**costs[name])
@@ -66,7 +66,7 @@ class PlanResult:
         )
 
     def conditions(self) -> dict[str, object]:
-        """Name -> value of everything that two rows of one table must have in common."""
+        """Name -> value of the settings that must be equal in all rows of a table."""
         run = {name: value for name, value in asdict(self.run).items() if name not in BY_PLAN}
         asked = f"{self.costs.questions} ({self.questions[:12]})"
         measured = {"batch": self.costs.batch, "machine": self.machine}
@@ -118,19 +118,19 @@ def code_version() -> str:
 
 
 def json_path(path: Path) -> Path:
-    """PLAN.json of PLAN.jsonl."""
+    """The path of PLAN.json for that of PLAN.jsonl."""
     return path.with_suffix(".json")
 
 
 def begin(path: Path, run: Run) -> None:
-    """Write the settings beside answers that are about to be asked for (ValueError as below)."""
+    """Check that a run may continue (ValueError as below), and write PLAN.json if it is new."""
     check_resume(path, run)
     if not json_path(path).exists():
         store.write_atomically(json_path(path), store.as_json(settings(run)))
 
 
 def check_resume(path: Path, run: Run) -> None:
-    """Refuse to add to answers that were given under other settings (ValueError)."""
+    """Refuse to continue with answers of other settings or another method file (ValueError)."""
     file = json_path(path)
     if not file.exists():
         if path.exists():
@@ -149,8 +149,8 @@ def check_resume(path: Path, run: Run) -> None:
     recorded = before.get("method_files") or {}
     if edited := [f for f, sha256 in (run.method_files or {}).items() if recorded.get(f) != sha256]:
         raise ValueError(
-            f"{path} has answers of the plan {run.plan} from another content of {edited[0]}, which "
-            f"was edited since; give another --out, or delete {path.name} and {file.name}"
+            f"{path} has answers of the plan {run.plan} from before {edited[0]} was edited; give "
+            f"another --out, or delete {path.name} and {file.name}"
         )
 
 
@@ -160,10 +160,11 @@ def check_resume(path: Path, run: Run) -> None:
 def add_earlier(
     folder: Path, results: Sequence[PlanResult]
 ) -> tuple[list[PlanResult], dict[str, str]]:
-    """The results of a folder that may stand in one table, and why others of it may not.
+    """Put comparable results of earlier calls, from their PLAN.json files, before given results.
 
-    First those of earlier calls, the unpruned one and then by file name, then the given ones. The
-    reasons are by plan. Files of anything but eval.run are passed over.
+    The earlier ones begin with the unpruned plan and continue by file name. The second value is
+    plan -> reason for each result of the folder that is not comparable. Other JSON files are
+    skipped.
     """
     earlier: list[PlanResult] = []
     reasons: dict[str, str] = {}
@@ -186,13 +187,13 @@ def add_earlier(
 
 
 def _comparable(found: Mapping[str, Any], other: PlanResult) -> tuple[PlanResult | None, str]:
-    """A result from its JSON if it may stand beside another, else None and the reason."""
+    """A result from its JSON, or None and the reason why it is not comparable with another."""
     if "score" not in found:
-        return None, "its questions are not all answered"
+        return None, "not all of its questions are answered"
     try:
         result = PlanResult.from_json(found)
     except (KeyError, TypeError, AttributeError):
-        return None, "its file is of another version of eval.run"
+        return None, "its file was written by another version of eval.run"
     wanted = other.conditions()
     for name, value in result.conditions().items():
         if value != wanted[name]:

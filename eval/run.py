@@ -1,13 +1,14 @@
-"""Ask a model the questions of a benchmark under one plan or several, score, and compare.
+"""Ask a model the questions of a benchmark under one or more plans, score and compare them.
 
     python -m eval.run --task demo --limit 100 --prune none fastv:k=3,r=0.5 --out results/demo
     python -m eval.run --task scienceqa --data DIR --model llava-hf/llava-1.5-7b-hf \\
         --prune none simignore-7b --out results/scienceqa
     torchrun --nproc-per-node 2 -m eval.run --task gqa --data DIR --model M --out DIR
 
-For each plan, --out gets PLAN.jsonl, a line for each answer as soon as it is there, in the shape of
-LLaVA's answer files; and PLAN.json with the settings, the score and the costs. The same command
-again goes on where an interruption has cut it off. summary.md has the table that is printed.
+For each plan, --out receives PLAN.jsonl with one line for each answer, in the format of LLaVA's
+answer files, and PLAN.json with the settings, the score and the costs. Each answer is written at
+once, and the same command continues after an interruption. summary.md holds the printed table,
+with the plans of earlier calls that answered the same questions under the same settings.
 """
 
 from __future__ import annotations
@@ -20,8 +21,7 @@ from contextlib import nullcontext
 
 import torch
 
-from minillava.app import command as console
-from minillava.app.command import CommandParser as Parser
+from minillava.app.command import CommandParser, run_command
 
 from . import cost, published, results, store
 from .bench import Bench, add_options
@@ -31,7 +31,7 @@ from .results import PlanResult
 
 
 def run(args: argparse.Namespace, ranks: Ranks) -> list[PlanResult]:
-    """Ask, score and keep all plans of --prune, in their order."""
+    """Ask and score all plans of --prune, in their order."""
     plans = list(read_plans(args.prune).values())  # before anything is loaded
     bench = Bench.open(args, ranks)
     ranks.gather(lambda: bench.check(plans))
@@ -73,7 +73,7 @@ def table(found: Sequence[PlanResult]) -> str:
 
 
 def _time(spread: cost.Spread | None, unit: float = 1.0) -> str:
-    """Median and quartiles."""
+    """A median with its quartiles."""
     if spread is None:
         return "-"
     return f"{spread.median * unit:.4g} ({spread.low * unit:.4g}-{spread.high * unit:.4g})"
@@ -106,7 +106,7 @@ def summary_text(found: Sequence[PlanResult], left_out: Mapping[str, str]) -> st
 
 
 def published_tables(found: Sequence[PlanResult]) -> list[str]:
-    """Tables of published figures, if the model is one that has them."""
+    """The measured figures beside published ones, if there are any for this model."""
     name = found[0].run.model.lower().replace("v1.5", "1.5")
     model = next((m for m in published.LAYERS if m in name), None)
     if model is None:
@@ -129,12 +129,12 @@ def published_tables(found: Sequence[PlanResult]) -> list[str]:
 
 
 def warnings(found: Sequence[PlanResult]) -> list[str]:
-    """Plans whose prefill took no less time than the unpruned one's."""
+    """A warning for each plan whose prefill is not faster than the unpruned one."""
     unpruned = next((r.costs.prefill for r in found if r.run.plan == NONE), None)
     if unpruned is None:
         return []
     return [
-        f"{r.run.plan} does not pay here: its prefill takes "
+        f"{r.run.plan} does not pay off here: its prefill takes "
         f"{r.costs.prefill.median / unpruned.median:.2f} times as long as the unpruned one"
         for r in found
         if r.run.plan != NONE and r.costs.prefill and r.costs.prefill.median >= unpruned.median
@@ -146,7 +146,7 @@ def warnings(found: Sequence[PlanResult]) -> list[str]:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; returns its exit code: 0, 2 after an error, 130 after Ctrl-C."""
-    parser = Parser(
+    parser = CommandParser(
         prog="python -m eval.run",
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
@@ -154,11 +154,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     add_options(parser)
     parser.add_argument(
-        "--prune", nargs="+", default=[NONE], metavar="PLAN", help=f"{NONE}: unpruned"
+        "--prune",
+        nargs="+",
+        default=[NONE],
+        metavar="PLAN",
+        help=f"plans to compare; {NONE} is the unpruned model",
     )
-    parser.add_argument("--json", action="store_true", help="a list with every number")
+    parser.add_argument("--json", action="store_true", help="print a JSON list with every number")
 
-    return run_command(parser, argv, _run_and_report)
+    return run_locked(parser, argv, _run_and_report)
 
 
 def _run_and_report(args: argparse.Namespace, ranks: Ranks) -> None:
@@ -172,8 +176,10 @@ def _run_and_report(args: argparse.Namespace, ranks: Ranks) -> None:
         print(f"warning: {line}", file=sys.stderr)
 
 
-def run_command(
-    parser: Parser, argv: Sequence[str] | None, act: Callable[[argparse.Namespace, Ranks], None]
+def run_locked(
+    parser: CommandParser,
+    argv: Sequence[str] | None,
+    act: Callable[[argparse.Namespace, Ranks], None],
 ) -> int:
     """Parse, then act with --out locked; returns the exit code of run_command.
 
@@ -188,7 +194,7 @@ def run_command(
                     act(args, ranks)
             except KeyboardInterrupt:
                 if ranks.rank == 0:
-                    print("stopped; the same command goes on from here", file=sys.stderr)
+                    print("stopped; the same command continues from here", file=sys.stderr)
                 raise
             except (ValueError, OSError):
                 if ranks.rank:

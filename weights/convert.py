@@ -1,24 +1,28 @@
-"""Write the llava-hf layout from other layouts: `python -m weights.convert SRC DST`.
+"""Convert other layouts to the llava-hf layout: `python -m weights.convert SRC DST`.
 
-SRC is a LLaVA-1.5 checkpoint as its authors publish it (pickled or safetensors shards; the vision
-tower inside, or a CLIP that `mm_vision_tower` names), or the mm_projector.bin of a pretraining
-together with `--base`, the Llama it was trained for, or a llava-hf checkpoint that has only
-pickles. No code in a pickle is run. Everything is checked before anything is written; what is
-written is described in files.py: one tensor in memory, and an interrupted run goes on.
+SRC is one of
 
-The decoder's weights keep their bits. A tower or projector from a file of its own is stored in the
-decoder's dtype, as in the repositories of llava-hf. The original layout has no <image> and <pad>
-tokens; they become the first ids behind the tokenizer's. Where the vocabulary has no rows for them
-it grows to the next multiple of 64 (32,000 to 32,064, as on the hub). Each new row, of embedding
-and of output head, is the mean of all others: no picture or text ever reads such an embedding, and
-such a logit is the mean of the true ones, so it is never the largest.
+- a LLaVA-1.5 checkpoint in the original layout, in pickled or safetensors shards. The vision tower
+  is inside, or it is the CLIP that `mm_vision_tower` names.
+- the mm_projector.bin of a pretraining, with `--base`: the Llama that it was trained for.
+- a llava-hf checkpoint that has only pickles.
+
+No code in a pickle is run. All input is checked before anything is written. One tensor is in memory
+at a time, and an interrupted run resumes (see files.py).
+
+The decoder's weights keep their bits. A vision tower or projector from a separate file is stored in
+the decoder's dtype, as in the llava-hf repositories. The original layout has no <image> and <pad>
+tokens; they get the first two ids after the tokenizer's. If the embedding has no rows for them, the
+vocabulary grows to the next multiple of 64 (32,000 to 32,064, as on the hub). Each new row of the
+embedding and the output head is the mean of the existing rows. The embedding rows are never read,
+and the logit of a new row is the mean of the existing logits, so it is never the largest.
 """
 
 from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -26,8 +30,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from minillava.app.command import CommandParser as Parser
-from minillava.app.command import run_command as command
+from minillava.app.command import CommandParser, run_command
 from minillava.loading.checkpoint import empty_model
 from minillava.loading.checkpoint import match_tensors as match
 from minillava.loading.config_file import parse_config as config_of
@@ -40,7 +43,7 @@ from minillava.loading.tensor_files import StoredTensor as Stored
 from . import original
 from .files import SHARD_BYTES, Planned, check_folder, refuse_inside, write_checkpoint
 from .sources import DTYPES, Weight, shards_in, small_files, verify, weights_of
-from .towers import Part, Tower, find_tower, inner_tower, place, read_tower
+from .towers import Part, Tower, add_part, find_tower, inner_tower, read_tower
 
 PROJECTOR = "mm_projector.bin"
 ADAPTERS = ("adapter_model.bin", "adapter_model.safetensors", "non_lora_trainables.bin")
@@ -52,21 +55,17 @@ _CPU = torch.device("cpu")
 
 @dataclass(frozen=True)
 class Conversion:
-    """All that will be written: where each tensor is, and the contents of the small files.
+    """Everything that will be written."""
 
-    own: the files whose tensors keep their dtype; those of other files become `dtype`, the
-    decoder's. rows: of embedding and head in the source; `size` in what is written.
-    """
-
-    parts: Mapping[str, Part]
-    files: Mapping[str, bytes]
-    own: frozenset[Path]
-    dtype: torch.dtype
-    rows: int
-    size: int
+    parts: Mapping[str, Part]  # name in DST -> source of the tensor
+    files: Mapping[str, bytes]  # name -> content of the small files
+    decoder_files: frozenset[Path]  # their tensors keep their dtype
+    dtype: torch.dtype  # the decoder's, to which tensors of all other files are converted
+    rows: int  # of embedding and output head in the source
+    size: int  # of the vocabulary in DST: at least `rows`
 
     def shape(self, name: str) -> tuple[int, ...]:
-        """Of a tensor as it will be written."""
+        """Shape of a tensor as it will be written."""
         shape = self.parts[name].shape
         grows = name in (_EMBEDDING, _HEAD) and shape[:1] == (self.rows,)
         return (self.size, *shape[1:]) if grows else shape
@@ -74,18 +73,18 @@ class Conversion:
 
 def main(argv: list[str] | None = None) -> int:
     """Returns the exit code: 0, 2 after an error, 130 after Ctrl-C."""
-    parser = Parser(
+    parser = CommandParser(
         prog="python -m weights.convert",
         description=(__doc__ or "").partition("\n")[0],
         allow_abbrev=False,
     )
     parser.add_argument("src", type=Path, metavar="SRC", help="folder of the checkpoint")
-    parser.add_argument("dst", type=Path, metavar="DST", help="folder to write, or to go on with")
+    parser.add_argument("dst", type=Path, metavar="DST", help="folder to write or resume")
     parser.add_argument(
-        "--vision-tower", metavar="DIR|FILE|HUB_ID", help="CLIP instead of the one SRC has or names"
+        "--vision-tower", metavar="DIR|FILE|HUB_ID", help="use this CLIP, not the one in SRC"
     )
     parser.add_argument(
-        "--base", type=Path, metavar="DIR", help=f"folder of the Llama for a SRC of {PROJECTOR}"
+        "--base", type=Path, metavar="DIR", help=f"the Llama's folder if SRC has only {PROJECTOR}"
     )
 
     def run() -> None:
@@ -93,7 +92,7 @@ def main(argv: list[str] | None = None) -> int:
         convert(args.src, args.dst, args.vision_tower, args.base)
         print(f"{args.dst} is complete: python -m minillava.generate --model {args.dst}")
 
-    return command(run)
+    return run_command(run)
 
 
 def convert(
@@ -103,22 +102,22 @@ def convert(
     base: Path | None = None,
     shard_bytes: int = SHARD_BYTES,
 ) -> None:
-    """Write the checkpoint in `src` into `dst` in the llava-hf layout; see the module.
+    """Write the checkpoint in `src` to `dst` in the llava-hf layout.
 
-    Raises ValueError, in one line, for every bad input. Nothing outside `dst` is changed.
+    Raises ValueError for every invalid input. Nothing outside `dst` is changed.
     """
     for folder in (src, *([base] if base else [])):
         if not folder.is_dir():
             raise ValueError(
-                f"there is no folder {folder}; fetch a checkpoint with `python -m "
+                f"there is no folder {folder}; download a checkpoint with `python -m "
                 "weights.download liuhaotian/llava-v1.5-7b` and give the folder that it prints"
             )
         refuse_inside(dst, folder)
     found = plan(src, vision_tower, base)
     sources = sorted({part.weight.file for part in found.parts.values()})
     if inside := [f for f in sources if os.path.realpath(dst) == os.path.realpath(f.parent)]:
-        raise ValueError(f"{dst} holds {inside[0].name}, which is only read; give another folder")
-    tensors = [_planned(name, found) for name in found.parts]
+        raise ValueError(f"{dst} contains the source {inside[0].name}; give another folder")
+    tensors = [_planned_tensor(name, found) for name in found.parts]
     check_folder(dst, tensors, found.files, shard_bytes)
     digests = verify([*sources, *small_files(src), *(small_files(base) if base else [])])
     origin = [
@@ -129,42 +128,48 @@ def convert(
 
 
 def plan(src: Path, vision_tower: str | None = None, base: Path | None = None) -> Conversion:
-    """What is to be written, from headers and small files alone: here all bad input is found."""
+    """Plan a conversion from headers and small files alone.
+
+    Raises ValueError for every invalid input except damaged tensor data.
+    """
     for adapter in ADAPTERS:
         if (src / adapter).exists():
             raise ValueError(
-                f"{src} holds LoRA adapters ({adapter}), which are changes to a model; merge them "
-                "into their model first, as scripts/merge_lora_weights.py of LLaVA does"
+                f"{src} contains LoRA adapters ({adapter}), not a whole model; merge them into "
+                "their model first, for example with LLaVA's scripts/merge_lora_weights.py"
             )
     values = read_json(src / "config.json")
     if not any(key.startswith("mm_") for key in values):
-        return _pickled_hub(src, values)
+        return _plan_pickled_hub(src, values)
+    return _plan_original(src, values, vision_tower, base)
 
+
+# ---------------------------------------------------------------- parts of a source
+
+
+def _plan_original(
+    src: Path, values: Mapping[str, Any], vision_tower: str | None, base: Path | None
+) -> Conversion:
+    """Plan for the original layout, whose config.json has the entries `values`."""
     language, files = src, shards_in(src)
     if files and base is not None:
-        raise ValueError(f"{src} has a language model itself ({files[0].name}); leave --base out")
+        raise ValueError(f"{src} contains a language model ({files[0].name}); leave out --base")
     if not files:
-        language, files = _base(src, base)
-        values = _with_base(values, language)
+        language, files = _find_base(src, base)
+        values = _merge_base_config(values, language)
     entries = Entries(str(src / "config.json"), "", values)
     original.check(entries)
     weights = [weight for file in files for weight in weights_of(file)]
     if language != src:
         weights += weights_of(src / PROJECTOR)
 
-    inner: list[tuple[str, Weight]] = []
-    parts: dict[str, Part] = {}
-    for weight in weights:
-        if weight.name.startswith(_INNER_TOWER):
-            inner.append((weight.name.removeprefix(_INNER_TOWER), weight))
-        elif name := original.hub_name(weight.name):
-            place(parts, name, Part(weight, weight.shape))
-    tower = _tower(entries, vision_tower, inner, src)
+    parts, inner = _translate(weights)
+    tower = _choose_tower(entries, vision_tower, inner, src)
     for name, part in tower.parts.items():
-        place(parts, name, part)
+        add_part(parts, name, part)
     rows = entries.integer("vocab_size", 32000)
     vocabulary = original.Vocabulary.of(language, rows)
-    dtype = _dtype(parts, src)
+    dtype = _decoder_dtype(parts, src)
     generation = language / "generation_config.json"
     config = original.hub_config(
         values,
@@ -185,21 +190,32 @@ def plan(src: Path, vision_tower: str | None = None, base: Path | None = None) -
     return found
 
 
-# ---------------------------------------------------------------- what a source is made of
+def _translate(
+    weights: Iterable[Weight],
+) -> tuple[dict[str, Part], list[tuple[str, Weight]]]:
+    """Decoder and projector by their llava-hf names; the tower inside by its names in a CLIP."""
+    parts: dict[str, Part] = {}
+    inner: list[tuple[str, Weight]] = []
+    for weight in weights:
+        if weight.name.startswith(_INNER_TOWER):
+            inner.append((weight.name.removeprefix(_INNER_TOWER), weight))
+        elif name := original.hub_name(weight.name):
+            add_part(parts, name, Part(weight, weight.shape))
+    return parts, inner
 
 
-def _pickled_hub(src: Path, values: Mapping[str, Any]) -> Conversion:
-    """A llava-hf checkpoint as it is, if its weights are pickles."""
+def _plan_pickled_hub(src: Path, values: Mapping[str, Any]) -> Conversion:
+    """Plan for a llava-hf checkpoint in pickles: same names and values, as safetensors."""
     if "text_config" not in values and values.get("model_type") != "llava":
         raise ValueError(
-            f"{src / 'config.json'} describes no LLaVA, as it has no entry that begins with mm_; "
-            "give a LLaVA-1.5 checkpoint (a language model goes into --base)"
+            f"{src / 'config.json'} describes no LLaVA, as no entry begins with mm_; "
+            "give a LLaVA-1.5 checkpoint as SRC (and a language model as --base)"
         )
     files = shards_in(src)
     if not files or files[0].suffix == ".safetensors":
         raise ValueError(
-            f"{src} is in the llava-hf layout already, nothing is to be converted; load it as it "
-            f"is: python -m minillava.generate --model {src}"
+            f"{src} is in the llava-hf layout already and needs no conversion; load it as it is: "
+            f"python -m minillava.generate --model {src}"
         )
     parts: dict[str, Part] = {}
     for weight in (weight for file in files for weight in weights_of(file)):
@@ -207,46 +223,48 @@ def _pickled_hub(src: Path, values: Mapping[str, Any]) -> Conversion:
             ours = our_name(weight.name)
             name = ours and published_name(ours)
         except KeyError:
-            name = weight.name  # for the error about it
+            name = weight.name  # unknown: `_check` lists it in its error
         if name is not None:
-            place(parts, name, Part(weight, weight.shape))
+            add_part(parts, name, Part(weight, weight.shape))
     small = {path.name: path.read_bytes() for path in small_files(src)}
-    found = Conversion(parts, small, frozenset(files), _dtype(parts, src), 0, 0)
+    found = Conversion(parts, small, frozenset(files), _decoder_dtype(parts, src), 0, 0)
     read_processor(src, read_config(src / "config.json"))
     _check(found, values, src)
     return found
 
 
-def _base(src: Path, base: Path | None) -> tuple[Path, list[Path]]:
+def _find_base(src: Path, base: Path | None) -> tuple[Path, list[Path]]:
+    """The language model's folder and weight files for a `src` that has only a projector."""
     if not (src / PROJECTOR).is_file():
         raise ValueError(
-            f"{src} has no weights: neither pytorch_model.bin or model.safetensors, nor their "
-            f"index, nor {PROJECTOR}; fetch the checkpoint again"
+            f"{src} has no weights: neither pytorch_model.bin nor model.safetensors nor their "
+            f"index nor {PROJECTOR}; download the checkpoint again"
         )
     if base is None:
         raise ValueError(
-            f"{src} has only a projector ({PROJECTOR}); give the language model that it was "
-            "trained for, a folder with a Llama such as Vicuna 1.5, with --base"
+            f"{src} has only a projector ({PROJECTOR}); give the folder of the language model "
+            "that it was trained for, such as Vicuna 1.5, with --base"
         )
     if not (files := shards_in(base)):
-        raise ValueError(f"{base} has no weights of a language model; fetch it again")
+        raise ValueError(f"{base} has no weights of a language model; download it again")
     return base, files
 
 
-def _with_base(values: Mapping[str, Any], base: Path) -> dict[str, Any]:
-    """The base's config with what that of a projector says of pictures."""
+def _merge_base_config(values: Mapping[str, Any], base: Path) -> dict[str, Any]:
+    """The config of `base`, updated with the projector's mm_* and image_* entries."""
     language = read_json(base / "config.json")
     if language.get("model_type") != "llama" or any(key.startswith("mm_") for key in language):
         raise ValueError(
             f"{base / 'config.json'}: model_type is {language.get('model_type')!r}, but --base "
-            "must be a plain 'llama', such as Vicuna 1.5; give the folder of one"
+            "must be a plain 'llama'; give the folder of one, such as Vicuna 1.5"
         )
     return language | {k: v for k, v in values.items() if k.startswith(("mm_", "image_"))}
 
 
-def _tower(
+def _choose_tower(
     entries: Entries, given: str | None, inner: list[tuple[str, Weight]], src: Path
 ) -> Tower:
+    """The vision tower: the one `given` by the user, else the one inside, else the one named."""
     named = entries.values.get("mm_vision_tower")
     if given is not None:
         return read_tower(find_tower(given))
@@ -255,7 +273,7 @@ def _tower(
     if entries.values.get("unfreeze_mm_vision_tower"):
         raise ValueError(
             f"{entries.where('unfreeze_mm_vision_tower')} is true, so the vision tower was trained "
-            "too, but its weights are not in the files; give that tower with --vision-tower"
+            "too, but its weights are missing from the files; give them with --vision-tower"
         )
     if not isinstance(named, str):
         raise entries.error(
@@ -264,19 +282,20 @@ def _tower(
     return read_tower(find_tower(named, src))
 
 
-def _dtype(parts: Mapping[str, Part], src: Path) -> torch.dtype:
+def _decoder_dtype(parts: Mapping[str, Part], src: Path) -> torch.dtype:
+    """The decoder's dtype: that of the token embedding, or of the output head without one."""
     part = parts.get(_EMBEDDING) or parts.get(_HEAD)
     if part is None or part.weight.kind not in DTYPES:
-        what = "nowhere" if part is None else f"stored as {part.weight.kind}"
+        what = "missing" if part is None else f"stored as {part.weight.kind}"
         raise ValueError(
-            f"{src}: the embedding of tokens (model.embed_tokens.weight) is {what}, but must be "
-            f"there as {' or '.join(DTYPES)}; fetch the unquantised checkpoint again"
+            f"{src}: the token embedding (model.embed_tokens.weight) is {what}, but must be "
+            f"stored as {' or '.join(DTYPES)}; download the unquantised checkpoint again"
         )
     return DTYPES[part.weight.kind]
 
 
 def _check(found: Conversion, config: Mapping[str, Any], src: Path) -> None:
-    """Raises ValueError for a config, names and shapes that `minillava.load` would refuse."""
+    """Raise ValueError for a config, names or shapes that `minillava.load` would refuse."""
     model = empty_model(config_of(config, {}, str(src / "config.json")))
     match(
         model,
@@ -291,35 +310,38 @@ def _check(found: Conversion, config: Mapping[str, Any], src: Path) -> None:
 # ---------------------------------------------------------------- tensors
 
 
-def _planned(name: str, found: Conversion) -> Planned:
+def _planned_tensor(name: str, found: Conversion) -> Planned:
+    """One tensor to write, with the function that reads and converts it."""
     part, shape = found.parts[name], found.shape(name)
     stored = DTYPES[part.weight.kind]
-    dtype = stored if part.weight.file in found.own else found.dtype
+    dtype = stored if part.weight.file in found.decoder_files else found.dtype
 
     def read() -> Tensor:
-        whole = part.weight.read(_CPU, stored)
-        tensor = whole[part.first : part.first + part.shape[0]] if part.shape else whole
-        tensor = _as(tensor, dtype, f"{part.weight.file}: {part.weight.name}")
-        return tensor if tensor.shape == shape else _grown(tensor, shape[0])
+        tensor = part.weight.read(_CPU, stored)
+        if part.shape:
+            tensor = tensor[part.first : part.first + part.shape[0]]
+        tensor = _convert_dtype(tensor, dtype, f"{part.weight.file}: {part.weight.name}")
+        return tensor if tensor.shape == shape else _with_mean_rows(tensor, shape[0])
 
     return Planned(name, shape, dtype, read)
 
 
-def _as(tensor: Tensor, dtype: torch.dtype, where: str) -> Tensor:
+def _convert_dtype(tensor: Tensor, dtype: torch.dtype, where: str) -> Tensor:
+    """Convert to `dtype`. Raises ValueError, which names `where`, if a finite value overflows."""
     result = tensor.to(dtype)
     if dtype != tensor.dtype and not torch.equal(result.isfinite(), tensor.isfinite()):
         raise ValueError(
-            f"{where} has values too large for {dtype}, the dtype of the language model; give a "
-            "checkpoint whose parts belong together"
+            f"{where} has values too large for {dtype}, the language model's dtype; give a "
+            "vision tower and a projector that belong to this language model"
         )
     return result
 
 
-def _grown(rows: Tensor, size: int) -> Tensor:
-    """Rows (V, D) and behind them their mean, up to `size`."""
+def _with_mean_rows(rows: Tensor, size: int) -> Tensor:
+    """Rows (V, D), followed by copies of their mean: (size, D)."""
     total = torch.zeros(rows.shape[1], dtype=torch.float64)
-    for some in rows.split(1024):
-        total += some.double().sum(0)
+    for block in rows.split(1024):  # without a float64 copy of all rows
+        total += block.double().sum(0)
     mean = (total / len(rows)).to(rows.dtype)
     return torch.cat((rows, mean.expand(size - len(rows), -1)))
 

@@ -1,10 +1,10 @@
-"""Writing a checkpoint so that no interruption leaves half of a file, and a second run goes on.
+"""Write a checkpoint so that an interruption leaves no partial file and a second run resumes.
 
-What is to be written is known before anything is: `Planned` tensors, whose shapes and dtypes come
-from headers, are divided into shards in a fixed manner. Each shard is streamed, one tensor in
-memory, into a temporary file beside its place, synchronised, and only then given its name; its
-SHA-256 goes into progress.json. The index and config.json come last: without them no half of a
-checkpoint passes for a whole one.
+The complete list of tensors (`Planned`) is known before anything is written: shapes and dtypes come
+from file headers, and `divide` assigns the tensors to shards deterministically. Each shard is
+streamed, one tensor in memory at a time, into a temporary file in the same folder. That file is
+synced to disk, renamed, and its SHA-256 is recorded in progress.json. The index and config.json are
+written last, so an incomplete checkpoint cannot be loaded.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ from minillava.loading.tensor_files import INDEX, SINGLE
 CONFIG, PROGRESS, LOCK, PART = "config.json", "progress.json", ".lock", ".part"
 SHARD_BYTES = 4 * 10**9
 
-# safetensors' words for the dtypes that a checkpoint may hold
+# safetensors' names of the dtypes that a checkpoint may hold
 KINDS = {
     torch.float64: "F64",
     torch.float32: "F32",
@@ -47,12 +47,12 @@ KINDS = {
 }
 
 _CHUNK = 1 << 22
-_SPARE = 50 * 10**6  # left free on the disk
+_SPARE = 50 * 10**6  # bytes to leave free on the disk
 
 
 @dataclass(frozen=True)
 class Planned:
-    """A tensor to be written. `read` makes it when its turn has come, of this shape and dtype."""
+    """A tensor to write. `read` is called when it is written and returns it in this form."""
 
     name: str
     shape: tuple[int, ...]
@@ -71,31 +71,33 @@ def write_checkpoint(
     origin: str,
     shard_bytes: int = SHARD_BYTES,
 ) -> None:
-    """Write tensors and small files (name -> content, config.json among them) into a folder.
+    """Write `tensors` and the small `files` (name -> content, including config.json) to `folder`.
 
-    origin: says what the tensors are made from, and how; a folder begun from something else is
-    refused. Where an earlier run was interrupted, finished shards are recognised by their SHA-256
-    and kept; a folder that is complete is verified. Raises ValueError, in one line, for a folder
-    with other things in it, one that another process writes, and a disk that is full.
+    `origin` describes the sources and the options. A folder that was started from another origin
+    is refused. After an interrupted run, finished shards whose SHA-256 matches are kept; a complete
+    folder is verified. Raises ValueError if the folder contains other files, if another process is
+    writing to it, and if the disk is full.
     """
     check_folder(folder, tensors, files, shard_bytes)
-    shards = _named(divide(tensors, shard_bytes))
-    # a source that was written here has a progress of its own among its files
+    shards = _named_shards(divide(tensors, shard_bytes))
+    # a source folder that this function wrote contains a progress.json too; it is not copied
     contents = {name: files[name] for name in files if name not in (CONFIG, PROGRESS)}
     if len(shards) > 1:
         contents[INDEX] = _index(shards)
-    contents[CONFIG] = files[CONFIG]  # last
+    contents[CONFIG] = files[CONFIG]  # written last
     identity = _identity(shards, origin)
-    with _writing(folder), _locked(folder):
-        done = _progress(folder, identity)
-        kept = {name: digest for name, digest in done.items() if _intact(folder, name, digest)}
-        _note(folder, identity, kept)
+    with _explain_os_errors(folder), _locked(folder):
+        recorded = _read_progress(folder, identity)
+        kept = {
+            name: digest for name, digest in recorded.items() if _has_digest(folder, name, digest)
+        }
+        _write_progress(folder, identity, kept)
         total = sum(t.nbytes for name, ts in shards.items() if name not in kept for t in ts)
         with progress_bar(total, "writing") as bar:
             for name, shard in shards.items():
                 if name not in kept:
                     kept[name] = _write_shard(folder / name, shard, bar)
-                    _note(folder, identity, kept)
+                    _write_progress(folder, identity, kept)
         for name, content in contents.items():
             if not (folder / name).is_file() or (folder / name).read_bytes() != content:
                 write_file(folder / name, content)
@@ -107,32 +109,35 @@ def check_folder(
     files: Mapping[str, bytes],
     shard_bytes: int = SHARD_BYTES,
 ) -> None:
-    """What can be said of a folder at once, for callers that have long work to do before they
-    write: ValueError where there are other things in it, or no room for all this."""
-    shards = _named(divide(tensors, shard_bytes))
-    with _writing(folder):
-        _refuse_others(folder, {INDEX, *shards, *files})
+    """Raise ValueError if the folder contains other files or the disk has too little space.
+
+    `write_checkpoint` checks this itself. Callers with long work before it call this first.
+    """
+    shards = _named_shards(divide(tensors, shard_bytes))
+    with _explain_os_errors(folder):
+        _refuse_other_files(folder, {INDEX, *shards, *files})
         _check_space(folder, shards)
 
 
 def refuse_inside(folder: Path, source: Path) -> None:
-    """ValueError if what would be written is the source itself, or in it."""
+    """Raise ValueError if the destination `folder` is the `source` folder or inside it."""
     if Path(os.path.realpath(folder)).is_relative_to(os.path.realpath(source)):
         raise ValueError(f"{folder} is inside {source}, which is only read; give another folder")
 
 
 def write_file(path: Path, content: bytes) -> None:
-    """A small file: all of it under its name, or nothing."""
-    with _replacing(path) as file:
+    """Write a small file atomically: `path` is either complete or unchanged."""
+    with _open_atomically(path) as file:
         file.write(content)
 
 
 def to_json(values: Mapping[str, Any]) -> bytes:
+    """Indented JSON in UTF-8, with a newline at the end."""
     return (json.dumps(values, indent=2) + "\n").encode()
 
 
 def sha256_of(path: Path, bar: tqdm | None = None) -> str:
-    """In hexadecimal, as sha256sum prints it."""
+    """SHA-256 of a file in hexadecimal, as sha256sum prints it."""
     digest = hashlib.sha256()
     with path.open("rb") as file:
         while chunk := file.read(_CHUNK):
@@ -143,7 +148,7 @@ def sha256_of(path: Path, bar: tqdm | None = None) -> str:
 
 
 def progress_bar(total: int, what: str) -> tqdm:
-    """Bytes, with their rate, on stderr if that is a terminal."""
+    """A bar on stderr that counts bytes and shows their rate; hidden if stderr is no terminal."""
     return tqdm(
         total=total,
         desc=what,
@@ -155,7 +160,10 @@ def progress_bar(total: int, what: str) -> tqdm:
 
 
 def divide(tensors: Sequence[Planned], shard_bytes: int) -> list[list[Planned]]:
-    """Shards of at most `shard_bytes` (one tensor may be larger), in the given order."""
+    """Divide the tensors, in order, into shards of at most `shard_bytes`.
+
+    A tensor that is larger than `shard_bytes` gets a shard of its own.
+    """
     shards: list[list[Planned]] = []
     size = 0
     for tensor in tensors:
@@ -170,7 +178,7 @@ def divide(tensors: Sequence[Planned], shard_bytes: int) -> list[list[Planned]]:
 # ---------------------------------------------------------------- shards
 
 
-def _named(shards: list[list[Planned]]) -> dict[str, list[Planned]]:
+def _named_shards(shards: list[list[Planned]]) -> dict[str, list[Planned]]:
     if len(shards) == 1:
         return {SINGLE: shards[0]}
     n = len(shards)
@@ -184,12 +192,13 @@ def _index(shards: Mapping[str, Sequence[Planned]]) -> bytes:
 
 
 def _write_shard(path: Path, shard: Sequence[Planned], bar: tqdm) -> str:
-    """Stream tensors into a safetensors file; returns its SHA-256.
+    """Stream tensors into a safetensors file and return its SHA-256.
 
-    safetensors' own save_file would need the whole shard in memory. The format: the length of the
-    header in 8 bytes, the header, which says of each tensor where its bytes are, and the bytes.
+    safetensors.torch.save_file would need the whole shard in memory. The format is: 8 bytes for
+    the length of the header, the header (JSON with the byte range of each tensor), then the data.
     """
-    ordered = sorted(shard, key=lambda t: -t.dtype.itemsize)  # each begins at a multiple of its own
+    # wide dtypes first, so that each tensor is aligned to its item size
+    ordered = sorted(shard, key=lambda t: -t.dtype.itemsize)
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     at = 0
     for t in ordered:
@@ -203,25 +212,25 @@ def _write_shard(path: Path, shard: Sequence[Planned], bar: tqdm) -> str:
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
     digest = hashlib.sha256()
-    with _replacing(path) as file:
+    with _open_atomically(path) as file:
 
-        def put(data: bytes | memoryview) -> None:
+        def write(data: bytes | memoryview) -> None:
             file.write(data)
             digest.update(data)
 
-        put(len(text).to_bytes(8, "little") + text)
+        write(len(text).to_bytes(8, "little") + text)
         for t in ordered:
             tensor = t.read()
             assert tuple(tensor.shape) == t.shape, f"{t.name}: {tuple(tensor.shape)}"
             assert tensor.dtype == t.dtype, f"{t.name}: {tensor.dtype}"
             data = tensor.contiguous().reshape(-1).view(torch.uint8).numpy().data
             for i in range(0, len(data), _CHUNK):
-                put(data[i : i + _CHUNK])
+                write(data[i : i + _CHUNK])
                 bar.update(len(data[i : i + _CHUNK]))
     return digest.hexdigest()
 
 
-# ---------------------------------------------------------------- what is there already
+# ---------------------------------------------------------------- resuming
 
 
 def _identity(shards: Mapping[str, Sequence[Planned]], origin: str) -> str:
@@ -229,23 +238,23 @@ def _identity(shards: Mapping[str, Sequence[Planned]], origin: str) -> str:
     return hashlib.sha256(json.dumps([origin, plan]).encode()).hexdigest()
 
 
-def _progress(folder: Path, identity: str) -> dict[str, str]:
+def _read_progress(folder: Path, identity: str) -> dict[str, str]:
     if not (folder / PROGRESS).is_file():
         return {}
     noted = read_json(folder / PROGRESS)
     if noted.get("identity") != identity:
         raise ValueError(
-            f"{folder} holds what was written from other files or with other options "
-            f"({PROGRESS} says so); give a new folder, or delete this one"
+            f"{folder} was written from other files or with other options (see its {PROGRESS}); "
+            "give a new folder, or delete this one"
         )
     return dict(noted.get("sha256") or {})
 
 
-def _note(folder: Path, identity: str, done: Mapping[str, str]) -> None:
-    write_file(folder / PROGRESS, to_json({"identity": identity, "sha256": done}))
+def _write_progress(folder: Path, identity: str, recorded: Mapping[str, str]) -> None:
+    write_file(folder / PROGRESS, to_json({"identity": identity, "sha256": recorded}))
 
 
-def _intact(folder: Path, name: str, digest: str) -> bool:
+def _has_digest(folder: Path, name: str, digest: str) -> bool:
     path = folder / name
     if not path.is_file():
         return False
@@ -253,18 +262,21 @@ def _intact(folder: Path, name: str, digest: str) -> bool:
         return sha256_of(path, bar) == digest
 
 
-def _refuse_others(folder: Path, ours: set[str]) -> None:
-    """A folder may hold what we write, provided that we began it."""
+def _refuse_other_files(folder: Path, ours: set[str]) -> None:
+    """Raise ValueError if the folder contains files that an earlier run did not write.
+
+    Files named in `ours` are accepted only beside a progress.json.
+    """
     if not os.path.lexists(folder):
         return
     if not folder.is_dir():
-        raise ValueError(f"{folder} is a file; give a folder that is empty or not there yet")
+        raise ValueError(f"{folder} is a file; give an empty or a new folder")
     there = {path.name for path in folder.iterdir()} - {LOCK, f"{PROGRESS}{PART}"}
     known = {PROGRESS, *ours, *(name + PART for name in ours)} if PROGRESS in there else set()
     if others := sorted(there - known):
         raise ValueError(
-            f"{folder} has other things in it ({', '.join(others[:3])}); "
-            "give a folder that is empty or not there yet"
+            f"{folder} contains other files ({', '.join(others[:3])}); "
+            "give an empty or a new folder"
         )
 
 
@@ -281,27 +293,27 @@ def _check_space(folder: Path, shards: Mapping[str, Sequence[Planned]]) -> None:
     if free < needed:
         raise ValueError(
             f"{folder} needs {needed / 1e9:.2f} GB on a disk with {free / 1e9:.2f} GB free; "
-            "make room, or give a folder on another disk"
+            "free some space, or give a folder on another disk"
         )
 
 
 @contextmanager
-def _writing(folder: Path) -> Iterator[None]:
-    """What the system refuses, in one line; what was finished is kept."""
+def _explain_os_errors(folder: Path) -> Iterator[None]:
+    """Turn an OSError into a ValueError that says how to continue; finished files are kept."""
     try:
         yield
     except OSError as error:
         full = error.errno in (errno.ENOSPC, errno.EDQUOT)
-        todo = "make room there" if full else "give a folder that can be, or change that"
+        todo = "free some space" if full else "give a writable folder, or change its permissions"
         raise ValueError(
             f"{error.filename or folder} cannot be written ({error.strerror}); {todo}, "
-            "and run the command again: it goes on where it stopped"
+            "then run the command again: it resumes where it stopped"
         ) from error
 
 
 @contextmanager
 def _locked(folder: Path) -> Iterator[None]:
-    """One process at a time; the system frees the lock of one that was killed."""
+    """Create the folder and hold its lock. The system releases the lock of a killed process."""
     folder.mkdir(parents=True, exist_ok=True)
     try:
         with FileLock(folder / LOCK, timeout=0):
@@ -316,7 +328,8 @@ def _locked(folder: Path) -> Iterator[None]:
 
 
 @contextmanager
-def _replacing(path: Path) -> Iterator[IO[bytes]]:
+def _open_atomically(path: Path) -> Iterator[IO[bytes]]:
+    """Open a temporary file beside `path` that replaces it when the block has succeeded."""
     part = path.with_name(path.name + PART)
     try:
         with part.open("wb") as file:
@@ -330,7 +343,7 @@ def _replacing(path: Path) -> Iterator[IO[bytes]]:
 
 
 def _sync_folder(folder: Path) -> None:
-    """Makes the new name last through a power cut, where a system lets folders be synchronised."""
+    """Make a rename survive a power failure, on systems that can sync folders."""
     if os.name == "posix":
         handle = os.open(folder, os.O_RDONLY)
         try:

@@ -1,6 +1,7 @@
-"""The original LLaVA layout in the words of llava-hf: names, config, tokens, small files.
+"""Translate the original LLaVA layout to llava-hf: tensor names, config, tokens, small files.
 
-The entries are those that llava/train/train.py and llava/model of the original code write and read.
+The config entries are those that the original code reads and writes (llava/train/train.py and
+llava/model).
 """
 
 from __future__ import annotations
@@ -22,19 +23,19 @@ from minillava.processing.templates import IMAGE
 from .files import to_json
 
 PAD = "<pad>"
-MULTIPLE = 64  # of which the vocabulary's size is one where it has to grow
+SIZE_MULTIPLE = 64  # a vocabulary that has to grow gets a size that is a multiple of this
 
 _PROJECTOR = re.compile(r"(?:model\.)?mm_projector\.([02])\.(weight|bias)")
 _BUFFER = re.compile(r"model\.(?:layers\.\d+\.self_attn\.)?rotary_emb\.inv_freq")
 
-# Entries that go into text_config.
+# Entries that are copied to text_config.
 _TEXT = """
     attention_bias head_dim hidden_act hidden_size initializer_range intermediate_size
     max_position_embeddings mlp_bias num_attention_heads num_hidden_layers num_key_value_heads
     rms_norm_eps rope_parameters rope_scaling rope_theta sliding_window
 """.split()  # noqa: SIM905
 
-# How it was trained, and what its parts were made from.
+# Entries about training and the origin of the parts, which do not change the model.
 _TRAINING = """
     freeze_mm_mlp_adapter freeze_mm_vision_resampler image_crop_resolution image_split_resolution
     max_length mm_hidden_size mm_projector_lr mm_vision_tower mm_vision_tower_lr
@@ -45,23 +46,23 @@ _TRAINING = """
 
 @dataclass(frozen=True)
 class Vocabulary:
-    """Special tokens, content -> id, and the rows of embedding and output head. `begin`, `end` and
-    `unknown` are those of tokenizer.model, `added` the ones behind it."""
+    """The special tokens, and the size of the vocabulary that is written."""
 
-    begin: str
-    end: str
-    unknown: str
-    special: Mapping[str, int]
-    added: Mapping[str, int]
-    size: int
+    begin: str  # content of BOS in tokenizer.model, usually <s>
+    end: str  # of EOS
+    unknown: str  # of the unknown token
+    special: Mapping[str, int]  # content -> id of all special tokens
+    added: Mapping[str, int]  # content -> id of those that are not in tokenizer.model
+    size: int  # rows of embedding and output head
 
     @classmethod
     def of(cls, folder: Path, rows: int) -> Vocabulary:
-        """Of the tokenizer in `folder`, with <image> and <pad> behind its last id.
+        """Read the tokenizer in `folder` and add <image> and <pad> after its last id.
 
-        rows: those that the weights have; there are to be more where they do not suffice.
+        `rows` is the number of rows in the source's embedding. If it is too small, `size` is the
+        next multiple of 64. Raises ValueError if not even the tokenizer's own ids fit.
         """
-        tokenizer = read_tokenizer(folder, -1)  # -1: unless a file of the folder says
+        tokenizer = read_tokenizer(folder, -1)  # -1: no image token unless a file names one
         pieces = sentencepiece.SentencePieceProcessor(model_file=str(folder / "tokenizer.model"))
         special, end = dict(tokenizer.special_tokens), len(tokenizer)
         if end > rows:
@@ -79,7 +80,7 @@ class Vocabulary:
             unknown=pieces.id_to_piece(pieces.unk_id()),
             special=dict(sorted(special.items(), key=lambda item: item[1])),
             added={c: i for c, i in special.items() if i >= pieces.get_piece_size()},
-            size=rows if end <= rows else -(-end // MULTIPLE) * MULTIPLE,
+            size=rows if end <= rows else -(-end // SIZE_MULTIPLE) * SIZE_MULTIPLE,
         )
 
 
@@ -87,15 +88,18 @@ class Vocabulary:
 
 
 def hub_name(name: str) -> str | None:
-    """A tensor's name -> the hub's; None: a buffer that is computed. Others stay as they are."""
+    """Translate a tensor's name to llava-hf's; None for a buffer that the model computes.
+
+    Unknown names are returned unchanged. Raises ValueError for a tensor of LLaVA-NeXT.
+    """
     if _BUFFER.fullmatch(name):
         return None
     if found := _PROJECTOR.fullmatch(name):
         return f"multi_modal_projector.linear_{int(found[1]) // 2 + 1}.{found[2]}"
     if name == "model.image_newline":
         raise ValueError(
-            "the weights have image_newline, so they are a LLaVA-NeXT, which cuts pictures into "
-            "tiles; only LLaVA-1.5 is converted, such as liuhaotian/llava-v1.5-7b"
+            "the weights have image_newline, so they are a LLaVA-NeXT, which cuts images into "
+            "tiles; only LLaVA-1.5 can be converted, for example liuhaotian/llava-v1.5-7b"
         )
     decoder = name.startswith(("model.embed_tokens.", "model.layers.", "model.norm.", "lm_head."))
     return f"language_model.{name}" if decoder else name
@@ -105,7 +109,7 @@ def hub_name(name: str) -> str | None:
 
 
 def check(entries: Entries) -> None:
-    """Raises ValueError for a config that asks for anything but LLaVA-1.5."""
+    """Raise ValueError if the config describes any model but LLaVA-1.5."""
     e = entries
     e.only("model_type", ("llava", "llava_llama", "llama"), None)
     if e.only("mm_projector_type", ("mlp2x_gelu",), None) is None:
@@ -119,7 +123,7 @@ def check(entries: Entries) -> None:
     e.only("image_grid_pinpoints", (None, []), None)
     e.only("quantization_config", (None,), None, "take the unquantised weights")
     e.integer("mm_vision_select_layer", -2, minimum=-1000)
-    e.seen.update(_TEXT)  # Config reads those once they are in text_config
+    e.seen.update(_TEXT)  # checked when config.json is read, as entries of text_config
     e.refuse_strangers(HARMLESS.union(_TRAINING))
 
 
@@ -130,15 +134,19 @@ def hub_config(
     vocabulary: Vocabulary,
     dtype: torch.dtype,
 ) -> dict[str, Any]:
-    """config.json of the llava-hf layout. image_aspect_ratio stays: minillava pads pictures and
-    speaks vicuna_v1 by it."""
+    """Return config.json of the llava-hf layout.
+
+    `values` and `generation` are the source's config.json and generation_config.json, `vision` is
+    the new vision_config. image_aspect_ratio is kept because minillava decides by it whether to pad
+    images and to use the vicuna_v1 template.
+    """
     name = str(dtype).removeprefix("torch.")
     text = {key: values[key] for key in _TEXT if values.get(key) is not None}
     tied = bool(values.get("tie_word_embeddings", False))
     size = vocabulary.size
     config = {
         "architectures": ["LlavaForConditionalGeneration"],
-        "eos_token_id": _end(values, generation),
+        "eos_token_id": _end_token_id(values, generation),
         "ignore_index": -100,
         "image_aspect_ratio": values.get("image_aspect_ratio"),
         "image_seq_length": (vision["image_size"] // vision["patch_size"]) ** 2,
@@ -164,7 +172,8 @@ def hub_config(
     return {key: value for key, value in config.items() if value is not None}
 
 
-def _end(values: Mapping[str, Any], generation: Mapping[str, Any]) -> Any:
+def _end_token_id(values: Mapping[str, Any], generation: Mapping[str, Any]) -> Any:
+    """eos_token_id, where generation_config.json has precedence over config.json."""
     stated = (place.get("eos_token_id") for place in (generation, values))
     return next((end for end in stated if end is not None), 2)
 
@@ -175,7 +184,7 @@ def _end(values: Mapping[str, Any], generation: Mapping[str, Any]) -> Any:
 def small_files(
     config: Mapping[str, Any], tokens: Path, vocabulary: Vocabulary, image: ImageConfig
 ) -> dict[str, bytes]:
-    """What stands beside the weights: name -> content."""
+    """Return name -> content of the files beside the weights: the JSON files, tokenizer.model."""
     v = vocabulary
     plain = {"lstrip": False, "normalized": False, "rstrip": False, "single_word": False}
     roles = {"bos_token": v.begin, "eos_token": v.end, "pad_token": PAD, "unk_token": v.unknown}
@@ -203,12 +212,12 @@ def small_files(
     }
     processor = {
         "image_token": IMAGE,
-        "num_additional_image_tokens": 1,  # the class token, which is left out again
+        "num_additional_image_tokens": 1,  # the class token, which LLaVA then drops
         "patch_size": config["vision_config"]["patch_size"],
         "processor_class": "LlavaProcessor",
         "vision_feature_select_strategy": "default",
     }
-    pictures = {
+    preprocessor = {
         "crop_size": {"height": image.crop, "width": image.crop},
         "do_center_crop": True,
         "do_convert_rgb": True,
@@ -227,7 +236,7 @@ def small_files(
         "added_tokens.json": v.added,
         "special_tokens_map.json": {role: {"content": c, **plain} for role, c in roles.items()},
         "tokenizer_config.json": tokenizer,
-        "preprocessor_config.json": pictures,
+        "preprocessor_config.json": preprocessor,
         "processor_config.json": processor,
         "generation_config.json": generation,
         "config.json": config,

@@ -1,12 +1,15 @@
 """Store a checkpoint in 8 or 4 bits: `python -m weights.quantise SRC DST --bits 8|4`.
 
-SRC is a folder in the llava-hf layout, or a hub id. The weights of the decoder's blocks become
-integers (minillava/quantise.py has the arithmetic, fill.py says which layers), all other tensors
-keep their bits. Of an int8 weight NAME the file holds the codes under NAME and one float32 scale a
-row under NAME_scale; of an int4 weight the codes, two in a byte, under NAME, and one bfloat16 scale
-and lowest value for 64 columns of a row under NAME_scale and NAME_low. config.json says the same.
-`minillava.load` opens DST as it is. One tensor is in memory at a time, and an interrupted run goes
-on (files.py).
+SRC is a folder in the llava-hf layout, or a hub id. The weights of the decoder's blocks are stored
+as integers; all other tensors keep their bits. minillava/quant/quantise.py has the arithmetic, and
+minillava/loading/assemble.py chooses the layers. A weight NAME is stored as
+
+    int8: NAME, int8 codes; NAME_scale, one float32 scale per row
+    int4: NAME, two codes per byte; NAME_scale and NAME_low, a bfloat16 scale and lowest value for
+          each group of up to 64 columns of a row
+
+config.json describes this too, and `minillava.load` opens DST directly. One tensor is in memory at
+a time, and an interrupted run resumes (see files.py).
 """
 
 from __future__ import annotations
@@ -17,8 +20,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from minillava.app.command import CommandParser as Parser
-from minillava.app.command import run_command as command
+from minillava.app.command import CommandParser, run_command
 from minillava.loading.assemble import quantise_tensor as integers
 from minillava.loading.assemble import quantised_layers
 from minillava.loading.checkpoint import empty_model
@@ -43,32 +45,32 @@ _DTYPES = FLOATS | {"I8": torch.int8, "U8": torch.uint8}
 
 def main(argv: list[str] | None = None) -> int:
     """Returns the exit code: 0, 2 after an error, 130 after Ctrl-C."""
-    parser = Parser(
+    parser = CommandParser(
         prog="python -m weights.quantise",
         description=(__doc__ or "").partition("\n")[0],
         allow_abbrev=False,
     )
     parser.add_argument("src", metavar="SRC", help="folder or hub id of a llava-hf checkpoint")
-    parser.add_argument("dst", type=Path, metavar="DST", help="folder to write, or to go on with")
-    parser.add_argument("--bits", type=int, choices=(8, 4), required=True)
+    parser.add_argument("dst", type=Path, metavar="DST", help="folder to write or resume")
+    parser.add_argument("--bits", type=int, choices=(8, 4), required=True, help="bits per weight")
 
     def run() -> None:
         args = parser.parse_args(argv)
         quantise(find(args.src), args.dst, args.bits)
         print(f"{args.dst} is complete: python -m minillava.generate --model {args.dst}")
 
-    return command(run)
+    return run_command(run)
 
 
 def quantise(src: Path, dst: Path, bits: int, shard_bytes: int = SHARD_BYTES) -> None:
-    """Write the checkpoint in `src` into `dst` with 8 or 4 bits a weight; see the module.
+    """Write the checkpoint in `src` to `dst` with 8 or 4 bits per weight.
 
-    Raises ValueError, in one line, for every bad input. Nothing outside `dst` is changed.
+    Raises ValueError for every invalid input. Nothing outside `dst` is changed.
     """
     refuse_inside(dst, src)
     values = read_json(src / "config.json")
     config = read_config(src / "config.json")
-    read_processor(src, config)  # what DST could not be loaded without
+    read_processor(src, config)  # raises for small files that DST could not be loaded with
     model = empty_model(config)
     found = match(model, stored_tensors(src), src)
     if any(tensor.kind not in FLOATS for tensor in found.values()):
@@ -76,7 +78,7 @@ def quantise(src: Path, dst: Path, bits: int, shard_bytes: int = SHARD_BYTES) ->
     layers = {f"{name}.weight": n for name, n in quantised_layers(model, bits).items()}
     planned = [p for name, t in found.items() for p in _planned(t, layers.get(name))]
     files = {path.name: path.read_bytes() for path in small_files(src)}
-    files["config.json"] = to_json({**values, "quantization_config": described(bits)})
+    files["config.json"] = to_json({**values, "quantization_config": quantization_config(bits)})
     check_folder(dst, planned, files, shard_bytes)
     sources = sorted({tensor.file for tensor in found.values()})
     digests = verify([*sources, *small_files(src)])
@@ -84,8 +86,8 @@ def quantise(src: Path, dst: Path, bits: int, shard_bytes: int = SHARD_BYTES) ->
     write_checkpoint(dst, planned, files, repr((bits, origin)), shard_bytes)
 
 
-def described(bits: int) -> dict[str, object]:
-    """What config.json says of the weights, for the loader and for whoever opens the folder."""
+def quantization_config(bits: int) -> dict[str, object]:
+    """Return config.json's quantization_config, for the loader and for people who read it."""
     eight = f"weight = (codes * scale) H, H orthogonal on blocks of at most {ROTATED} columns"
     four = f"weight = code * scale + low, per group of at most {GROUP} columns; low nibble first"
     method = "minillava/quantise.py"
@@ -99,6 +101,7 @@ def described(bits: int) -> dict[str, object]:
 
 
 def _planned(tensor: Stored, bits: int | None) -> list[Planned]:
+    """The tensors that one stored tensor is written as; bits=None: itself, unchanged."""
     if bits is None:
         dtype = FLOATS[tensor.kind]
         return [Planned(tensor.name, tensor.shape, dtype, lambda: tensor.read(_CPU, dtype))]

@@ -1,8 +1,8 @@
-"""The tensors of published weights, pickled or safetensors: what they are, and one at a time.
+"""List the tensors of published weights, pickled or safetensors, and read them one at a time.
 
-Pickles are opened with torch's restricted unpickler, which builds tensors and containers of them
-and refuses everything else, so that no code in them runs. Files of torch 1.6 and later are mapped,
-not read: a tensor's bytes are fetched when it is copied. Every file is opened read-only.
+Pickles are opened with torch's restricted unpickler. It builds tensors and containers of tensors
+and refuses everything else, so no code in a pickle runs. Files written by torch 1.6 or later are
+memory-mapped: the bytes of a tensor are read when it is copied. All files are opened read-only.
 """
 
 from __future__ import annotations
@@ -45,11 +45,14 @@ class Pickled:
     file: Path
     name: str
     shape: tuple[int, ...]
-    kind: str  # in safetensors' words, as `Stored` has it
+    kind: str  # safetensors' name of the dtype, as in `Stored`
 
     def read(self, device: torch.device, dtype: torch.dtype) -> Tensor:
-        """The tensor itself, in memory of its own. The file is opened anew each time: its pages
-        would be held for as long as it is mapped."""
+        """Return a copy of the tensor.
+
+        The file is opened again for each tensor: as long as it is mapped, the pages that were read
+        stay in memory.
+        """
         return unpickle(self.file)[self.name].to(device, dtype, copy=True)
 
 
@@ -57,7 +60,7 @@ Weight = Stored | Pickled
 
 
 def weights_of(file: Path) -> list[Weight]:
-    """Every tensor of one file. Raises ValueError for a damaged file, and a pickle with code."""
+    """List every tensor of one file. Raises ValueError if it is damaged or a pickle with code."""
     if file.suffix == ".safetensors":
         return list(tensors_of(file))
     return [
@@ -67,9 +70,9 @@ def weights_of(file: Path) -> list[Weight]:
 
 
 def shards_in(folder: Path) -> list[Path]:
-    """The files of a whole model, safetensors first; [] where there are none.
+    """Return the weight files of a model: safetensors if there are any, else pickles, else [].
 
-    Raises ValueError for an index that names a file outside the folder or one that is not there.
+    Raises ValueError if an index names a missing file or one outside the folder.
     """
     for single, index in ((SINGLE, INDEX), (PICKLE, PICKLE_INDEX)):
         if (folder / single).is_file():
@@ -80,72 +83,74 @@ def shards_in(folder: Path) -> list[Path]:
 
 
 def small_files(folder: Path) -> list[Path]:
-    """What stands beside the weights and is read: json files without indices, tokenizer.model."""
+    """Return the files beside the weights: tokenizer.model and the JSON files except indices."""
     found = [*sorted(folder.glob("*.json")), folder / "tokenizer.model"]
     return [p for p in found if p.is_file() and not p.name.endswith(".index.json")]
 
 
 def unpickle(file: Path) -> dict[str, Tensor]:
-    """Name -> tensor, mapped from the file where its format allows that."""
+    """Return name -> tensor, memory-mapped if the file's format allows it."""
     try:
         mapped = zipfile.is_zipfile(file)
         state: Any = torch.load(file, map_location="cpu", weights_only=True, mmap=mapped)
-    except Exception as error:  # of every kind, depending on where the damage is
-        raise ValueError(_refusal(file, error)) from error
-    if isinstance(state, dict) and isinstance(state.get("state_dict"), dict):  # training's form
+    except Exception as error:  # torch.load raises many types, depending on the damage
+        raise ValueError(_explain_unpickling_error(file, error)) from error
+    if isinstance(state, dict) and isinstance(
+        state.get("state_dict"), dict
+    ):  # as training writes it
         state = {str(name).removeprefix("module."): t for name, t in state["state_dict"].items()}
-    if not isinstance(state, dict) or not all(map(_is_plain, state.values())):
+    if not isinstance(state, dict) or not all(map(_is_dense, state.values())):
         raise ValueError(
-            f"{file} holds other things than named tensors with all their values; "
+            f"{file} contains other things than named, dense tensors with their values; "
             "give a file of weights"
         )
     return {str(name): tensor.detach() for name, tensor in state.items()}
 
 
-def _is_plain(value: object) -> bool:
-    """A tensor with all its values, one by one, in memory."""
+def _is_dense(value: object) -> bool:
+    """Whether the value is a dense tensor in CPU memory (not sparse, not on the meta device)."""
     return isinstance(value, Tensor) and (value.layout, value.device.type) == (torch.strided, "cpu")
 
 
-def _refusal(file: Path, error: Exception) -> str:
+def _explain_unpickling_error(file: Path, error: Exception) -> str:
     text = " ".join(str(error).split())
     if "TorchScript" in text:
         return (
-            f"{file} is a TorchScript archive, a program with weights in it, and is not read; give "
-            "the same CLIP as plain weights: openai/clip-vit-large-patch14-336 on the hub, or "
-            "open_clip's safetensors of it"
+            f"{file} is a TorchScript archive, a program that contains weights, and is not read; "
+            "give the same CLIP as plain weights: openai/clip-vit-large-patch14-336 on the hub, or "
+            "its safetensors file of open_clip"
         )
     if found := _CODE.search(text):
         return (
             f"{file} is a pickle that asks for {found['named'] or found['dotted']} when opened, "
-            "which is code, no weight; it was not run. Fetch the file from a source you trust"
+            "which is code and not a weight; it was not run. Get the file from a source you trust"
         )
     if isinstance(error, PermissionError | FileNotFoundError | IsADirectoryError):
-        return f"{file} cannot be read ({error.strerror}); give a file that can"
+        return f"{file} cannot be read ({error.strerror}); give a readable file"
     reason = text.rpartition("WeightsUnpickler error: ")[2].partition(" Check the doc")[0][:120]
-    return f"{file} is truncated, damaged or no file of weights ({reason or 'empty'}); {_AGAIN}"
+    return f"{file} is truncated, damaged or not a weight file ({reason or 'empty'}); {_AGAIN}"
 
 
 # ---------------------------------------------------------------- checksums
 
 
 def verify(files: Sequence[Path]) -> dict[Path, str]:
-    """SHA-256 of each file, compared with what its source offers.
+    """Return the SHA-256 of each file, after comparing it with the published one.
 
-    That is SHA256SUMS in its folder, or what the hub said when it was fetched; where there is
-    neither, the check sums that pickles of torch 1.6 and later carry inside. Raises ValueError for
-    a file that is not as it was.
+    The published SHA-256 comes from SHA256SUMS in the file's folder or from the hub's download
+    metadata. Without either, the CRC-32 sums inside pickles of torch 1.6 and later are checked.
+    Raises ValueError if a file does not match.
     """
     digests = {}
     with progress_bar(sum(f.stat().st_size for f in files), "checking") as bar:
         for file in files:
             digests[file] = digest = sha256_of(file, bar)
-            offered = _offered(file)
-            if offered is not None and digest != offered:
+            published = _published_sha256(file)
+            if published is not None and digest != published:
                 raise ValueError(
-                    f"{file} has SHA-256 {digest}, but should have {offered}; {_AGAIN}"
+                    f"{file} has SHA-256 {digest}, but should have {published}; {_AGAIN}"
                 )
-            if offered is None and file.suffix != ".safetensors" and zipfile.is_zipfile(file):
+            if published is None and file.suffix != ".safetensors" and zipfile.is_zipfile(file):
                 _check_zip(file)
     return digests
 
@@ -157,27 +162,27 @@ def _check_zip(file: Path) -> None:
             packed = [i.filename for i in archive.infolist() if i.compress_type]
     except (zipfile.BadZipFile, OSError, EOFError, NotImplementedError) as error:
         raise ValueError(f"{file} is damaged ({error}); {_AGAIN}") from error
-    if bad or packed:  # what is packed cannot be mapped
+    if bad or packed:  # a compressed entry cannot be memory-mapped
         raise ValueError(
-            f"{file} is damaged: its entry {bad or packed[0]} does not have the check sum or the "
-            f"form it was written with; {_AGAIN} (one written without check sums needs its SHA-256 "
+            f"{file} is damaged: its entry {bad or packed[0]} has a wrong checksum or is "
+            f"compressed; {_AGAIN} (a file that was written without checksums needs its SHA-256 "
             "in a file SHA256SUMS beside it)"
         )
 
 
-def _offered(file: Path) -> str | None:
+def _published_sha256(file: Path) -> str | None:
     sums = file.parent / "SHA256SUMS"
     if sums.is_file():
         for line in sums.read_text(errors="replace").splitlines():
             digest, _, name = line.partition(" ")
             if name.strip().removeprefix("*").removeprefix("./") == file.name:
                 return digest.lower()
-    blob = file.resolve()  # in the hub's cache a large file is a link to a blob named by its digest
+    blob = file.resolve()  # in the hub's cache, large files link to a blob named by its SHA-256
     if blob.parent.name == "blobs" and _SHA256.fullmatch(blob.name):
         return blob.name
-    note = file.parent / ".cache" / "huggingface" / "download" / f"{file.name}.metadata"
-    if note.is_file():  # fetched to a folder of one's own: commit, ETag (large files: digest), time
-        lines = note.read_text(errors="replace").split()
+    metadata = file.parent / ".cache" / "huggingface" / "download" / f"{file.name}.metadata"
+    if metadata.is_file():  # local_dir downloads: commit, ETag (SHA-256 of large files), time
+        lines = metadata.read_text(errors="replace").split()
         if len(lines) > 1 and _SHA256.fullmatch(lines[1]):
             return lines[1]
     return None

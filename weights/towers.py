@@ -1,8 +1,8 @@
-"""CLIP vision towers as others store them -> the names and numbers of the llava-hf layout.
+"""Read CLIP vision towers of other libraries with the names and config of the llava-hf layout.
 
-Three ways of naming are read: Hugging Face's (a CLIPVisionModel, or a whole CLIPModel, whose text
-tower is left out), open_clip's, and OpenAI's own, which open_clip took over. The latter two have
-query, key and value in one matrix.
+Two naming schemes are read: Hugging Face's (a CLIPVisionModel, or a whole CLIPModel, whose text
+tower is skipped) and OpenAI's, which open_clip uses too. In the latter, query, key and value are
+one matrix.
 """
 
 from __future__ import annotations
@@ -24,10 +24,10 @@ from .sources import ENDINGS, Weight, shards_in, weights_of
 TOWER = "vision_tower.vision_model."
 OPEN_CLIP_CONFIG = "open_clip_config.json"
 
-_HEAD = 64  # width of a head in every CLIP of OpenAI and in open_clip unless it says otherwise
+_HEAD = 64  # width of a head: in all of OpenAI's CLIPs, and open_clip's default
 _HUB_ID = re.compile(r"\w[\w.-]*/\w[\w.-]*")
 
-# open_clip's name -> Hugging Face's, below visual. and vision_model. ; {} is a block's number
+# open_clip's name below visual. -> Hugging Face's below vision_model. ({}: number of the block)
 _OPEN_CLIP = {
     "class_embedding": "embeddings.class_embedding",
     "positional_embedding": "embeddings.position_embedding.weight",
@@ -42,8 +42,8 @@ _OPEN_CLIP = {
     "transformer.resblocks.{}.mlp.c_proj.*": "encoder.layers.{}.mlp.fc2.*",
 }
 
-# What a CLIP has beside its vision transformer, in any of the three.
-_BESIDE = re.compile(
+# Tensors of a CLIP that are not part of its vision transformer, in both schemes.
+_NOT_VISION = re.compile(
     r"(text_model|transformer|text|text_projection|visual_projection|token_embedding|ln_final)\..*"
     r"|(positional_embedding|text_projection|visual\.proj|logit_scale|logit_bias|attn_mask)"
     r"|(input_resolution|context_length|vocab_size)"
@@ -53,17 +53,17 @@ _BESIDE = re.compile(
 
 @dataclass(frozen=True)
 class Tower:
-    """A vision tower's weights, what config.json says of it, and how pictures are made for it."""
+    """A vision tower."""
 
-    where: str
-    parts: Mapping[str, Part]
-    config: dict[str, Any]
-    image: ImageConfig
+    where: str  # its file or folder
+    parts: Mapping[str, Part]  # name in the llava-hf layout -> tensor
+    config: dict[str, Any]  # vision_config of config.json
+    image: ImageConfig  # preprocessing
 
 
 @dataclass(frozen=True)
 class Part:
-    """A tensor of the tower: all of a stored one, or the third of it that begins at `first`."""
+    """Rows `first` to `first + shape[0]` of a stored tensor: all of it, or q, k or v of a qkv."""
 
     weight: Weight
     shape: tuple[int, ...]
@@ -71,7 +71,10 @@ class Part:
 
 
 def find_tower(name: str, beside: Path | None = None) -> Path:
-    """The folder or file that is meant: a path (also relative to `beside`), or a hub id."""
+    """Find a CLIP by its path (also relative to the folder `beside`) or download it by its hub id.
+
+    Raises ValueError if the name is neither.
+    """
     for path in (*([beside / name] if beside else ()), Path(os.path.expanduser(name))):
         if path.exists():
             return path
@@ -84,61 +87,70 @@ def find_tower(name: str, beside: Path | None = None) -> Path:
 
 
 def read_tower(path: Path) -> Tower:
-    """A CLIP of its own, from a folder or from one file of weights."""
+    """Read a CLIP's vision tower from a folder or from one file of weights.
+
+    Raises ValueError if there is none, and as `vision_config` does.
+    """
     folder = None if path.is_file() else path
-    files = [path] if folder is None else _files(folder)
+    files = [path] if folder is None else _weight_files(folder)
     parts = tower_parts([(w.name, w) for file in files for w in weights_of(file)])
     if not any(name.startswith(TOWER) for name in parts):
-        raise ValueError(f"{path} has no vision tower of a CLIP in it; give one that has")
+        raise ValueError(f"{path} contains no vision tower of a CLIP; give one that does")
     config = vision_config(folder, parts)
-    return Tower(str(path), parts, config, _image(folder, config))
+    return Tower(str(path), parts, config, _image_config(folder, config))
 
 
 def inner_tower(weights: Iterable[tuple[str, Weight]], name: str, beside: Path) -> Tower:
-    """One inside a checkpoint, with its names in a CLIP: that which the config calls `name`."""
+    """Read the vision tower inside a checkpoint from its (name in a CLIP, tensor) pairs.
+
+    Its config is read from the CLIP folder `name` (also relative to `beside`) if that exists, else
+    it is derived from the shapes.
+    """
     folder = next((p for p in (beside / name, Path(name)) if name and p.is_dir()), None)
     parts = tower_parts(weights)
     config = vision_config(folder, parts)
-    return Tower(str(beside), parts, config, _image(folder, config))
+    return Tower(str(beside), parts, config, _image_config(folder, config))
 
 
 def tower_parts(weights: Iterable[tuple[str, Weight]]) -> dict[str, Part]:
-    """Tensors with their names in a CLIP -> by those of the llava-hf layout.
+    """Translate (name in a CLIP, tensor) pairs to name in the llava-hf layout -> tensor.
 
-    Unknown ones keep their names, for the error about them.
+    A qkv matrix becomes three parts. Unknown tensors keep their names, so that the check of all
+    names lists them.
     """
-    weights = [(name, weight) for name, weight in weights if not _BESIDE.fullmatch(name)]
+    weights = [(name, weight) for name, weight in weights if not _NOT_VISION.fullmatch(name)]
     open_clip = any(name.startswith("visual.") for name, _ in weights)
     parts: dict[str, Part] = {}
     for published, weight in weights:
         name = _open_clip_name(published) if open_clip else _hugging_face_name(published)
         if ".qkv." not in name:
-            place(parts, name, Part(weight, weight.shape))
+            add_part(parts, name, Part(weight, weight.shape))
         elif not weight.shape or weight.shape[0] % 3:
-            place(parts, published, Part(weight, weight.shape))
+            add_part(parts, published, Part(weight, weight.shape))
         else:
             rows = weight.shape[0] // 3
             for i, letter in enumerate("qkv"):
                 part = Part(weight, (rows, *weight.shape[1:]), i * rows)
-                place(parts, name.replace(".qkv.", f".{letter}_proj."), part)
+                add_part(parts, name.replace(".qkv.", f".{letter}_proj."), part)
     return parts
 
 
-def place(parts: dict[str, Part], name: str, part: Part) -> None:
-    """Raises ValueError for a second tensor of one name: which of them is meant is not known."""
+def add_part(parts: dict[str, Part], name: str, part: Part) -> None:
+    """Add a tensor. Raises ValueError if there is one of that name already."""
     if name in parts:
         first, second = parts[name].weight, part.weight
         raise ValueError(
             f"{second.file}: {second.name} is there twice, also as {first.name} in "
-            f"{first.file.name}; fetch the checkpoint again into a new folder"
+            f"{first.file.name}; download the checkpoint again into a new folder"
         )
     parts[name] = part
 
 
 def vision_config(folder: Path | None, parts: Mapping[str, Part]) -> dict[str, Any]:
-    """config.json's vision_config: from the files of a CLIP, else from the shapes of its tensors.
+    """Return config.json's vision_config, from the files of a CLIP or else from tensor shapes.
 
-    Raises ValueError where neither says how many heads there are, and for GELU.
+    Raises ValueError if neither determines the number of heads, and if the activation is GELU and
+    not QuickGELU.
     """
     head = _HEAD
     if folder is not None and (folder / OPEN_CLIP_CONFIG).is_file():
@@ -179,12 +191,14 @@ _DEFAULTS = {
 
 
 def _from_shapes(parts: Mapping[str, Part], head: int) -> dict[str, Any]:
+    """Derive vision_config from tensor shapes, with heads of width `head`."""
+
     def shape(name: str, dims: int) -> tuple[int, ...]:
         found = parts.get(TOWER + name)
         if found is None or len(found.shape) != dims or 0 in found.shape:
             raise ValueError(
                 f"the vision tower's {name} is {'missing' if found is None else found.shape}, so "
-                "its size is not known; give a whole CLIP with --vision-tower"
+                "its size is unknown; give a whole CLIP with --vision-tower"
             )
         return found.shape
 
@@ -194,9 +208,9 @@ def _from_shapes(parts: Mapping[str, Part], head: int) -> dict[str, Any]:
     layers = {found[1] for name in parts if (found := re.search(r"\.layers\.(\d+)\.", name))}
     if width % head:
         raise ValueError(
-            f"the vision tower is {width} wide, no multiple of {head}, so the number of its heads "
-            "is not known; give with --vision-tower a folder that has its config.json or "
-            f"{OPEN_CLIP_CONFIG}"
+            f"the vision tower is {width} wide, which is no multiple of {head}, so its number of "
+            "heads is unknown; give a folder with its config.json or "
+            f"{OPEN_CLIP_CONFIG} with --vision-tower"
         )
     return _DEFAULTS | {
         "hidden_size": width,
@@ -208,27 +222,30 @@ def _from_shapes(parts: Mapping[str, Part], head: int) -> dict[str, Any]:
     }
 
 
-def _image(folder: Path | None, config: Mapping[str, Any]) -> ImageConfig:
+def _image_config(folder: Path | None, config: Mapping[str, Any]) -> ImageConfig:
+    """The preprocessing that the CLIP's folder states, with OpenAI's values for missing entries."""
     size = int(config["image_size"])
     if folder is None:
         return ImageConfig(size, size)
     if (folder / OPEN_CLIP_CONFIG).is_file():
         stated = _entries(folder / OPEN_CLIP_CONFIG).section("preprocess_cfg", {})
-        usual = ImageConfig()
-        mean, std = _colour(stated, "mean", usual.mean), _colour(stated, "std", usual.std)
+        default = ImageConfig()
+        mean, std = _rgb(stated, "mean", default.mean), _rgb(stated, "std", default.std)
         return ImageConfig(size, size, mean=mean, std=std)
     return read_image_config(folder, size)
 
 
-def _colour(e: Entries, key: str, usual: tuple[float, ...]) -> tuple[float, ...]:
-    value = e.values.get(key) or usual
+def _rgb(e: Entries, key: str, default: tuple[float, ...]) -> tuple[float, ...]:
+    """A mean or std of three numbers."""
+    value = e.values.get(key) or default
     numbers = isinstance(value, list | tuple) and all(type(v) in (int, float) for v in value)
     if not numbers or len(value) != 3 or (key == "std" and 0 in value):
         raise e.error(key, value, "three numbers (std: none of them 0)")
     return tuple(value)
 
 
-def _files(folder: Path) -> list[Path]:
+def _weight_files(folder: Path) -> list[Path]:
+    """The weight files in a CLIP's folder. Raises ValueError if it has none, or several models."""
     if (folder / OPEN_CLIP_CONFIG).is_file():
         own = [folder / f"open_clip_{name}" for name in ("model.safetensors", "pytorch_model.bin")]
         if found := [path for path in own if path.is_file()]:
@@ -242,9 +259,9 @@ def _files(folder: Path) -> list[Path]:
         if found:
             raise ValueError(
                 f"{folder} has several files of weights ({', '.join(f.name for f in found[:3])}); "
-                "give the one that is meant with --vision-tower"
+                "give one of them with --vision-tower"
             )
-    raise ValueError(f"{folder} has no weights of a CLIP ({', '.join(ENDINGS)}); fetch them")
+    raise ValueError(f"{folder} has no weights of a CLIP ({', '.join(ENDINGS)}); download them")
 
 
 # ---------------------------------------------------------------- names

@@ -1,14 +1,15 @@
-"""Score, time to the first token and memory under FastV, with 16-bit and with 4-bit weights.
+"""Score, time to the first token and memory of FastV, with 16-bit and with 4-bit weights.
 
     python -m eval.experiments.aokvqa --limit 200 --out DIR
     python -m eval.experiments.aokvqa --task aokvqa --data DIR --model HUB_ID --out DIR
 
-The table of FastV's README (arXiv 2403.06764): K=2, R = 25, 50 and 75 %, one question at a time.
-There, memory is that of a GPU and 4-bit is bitsandbytes nf4; here 4-bit is our int4, and memory is
-that of the first question's prompt and first token, given twice. Computed: weights as they are
-held, cache, and the largest moment of the activations. Measured, on a CPU: the peak of resident
-memory of a process of its own, less what it held before the model was loaded, with whatever the
-library takes for its own work (memory.py). The column for CUDA is empty unless measured.
+This is the table of FastV's README (arXiv 2403.06764): K=2, R = 25, 50 and 75 %, one question at a
+time. There, memory is that of a GPU and 4-bit means bitsandbytes nf4. Here, 4-bit means our int4,
+and memory is that of the first question's prompt and first token, in two columns. The computed
+memory is the sum of the weights as they are held, the cache and the peak of the activations. The
+measured memory, on a CPU, is the peak of resident memory of a separate process minus what it held
+before the model was loaded; it includes the library's own memory (memory.py). The column for CUDA
+is empty unless it was measured. --prune adds further plans.
 """
 
 from __future__ import annotations
@@ -24,9 +25,9 @@ from ..plans import NONE, read_plans
 from ..results import PlanResult
 from ..run import published_tables
 from . import base
-from .memory import Memory, memory, peaks
+from .memory import Memory, measure_peaks, memory_of
 
-FORMS = {
+FORMATS = {
     "16-bit": {"dtype": "float16", "quantize": None},
     "4-bit": {"dtype": None, "quantize": "int4"},
 }
@@ -36,13 +37,13 @@ PLANS = {NONE: None, **{f"fastv:k=2,r={r / 100:g}": r for r in (25, 50, 75)}}  #
 def run(args: argparse.Namespace) -> str:
     began, rows, published = time.perf_counter(), [], []
     plans = read_plans([*PLANS, *args.prune])
-    for form, settings in FORMS.items():
+    for form, settings in FORMATS.items():
         own = base.with_format(args, **settings)
-        measured = peaks(own, list(plans))  # before this process holds a model, too
+        measured = measure_peaks(own, list(plans))  # before this process holds a model
         bench = base.open_bench(own)
         done = base.ask_all(bench, plans)
         rows += [
-            _row(form, done[text], memory(bench, plan, peak))
+            _row(form, done[text], memory_of(bench, plan, peak))
             for (text, plan), peak in zip(plans.items(), measured, strict=True)
         ]
         published += published_tables(list(done.values()))
@@ -50,7 +51,7 @@ def run(args: argparse.Namespace) -> str:
         first = next(name for name in rows[0] if name.startswith("first token"))
         del bench, done
     title = f"FastV at K=2 on {args.task}"
-    names = [f"{row['weights']}\n{_short_name(row)}" for row in rows]
+    names = [f"{row['weights']}\n{_bar_label(row)}" for row in rows]
     shown = {"score": [metric], "first_token": [first], "memory": [f"{m}, MB" for m in MEMORIES]}
     for picture, columns in shown.items():
         there = [c for c in columns if all(row[c] is not None for row in rows)]
@@ -81,8 +82,8 @@ def _row(form: str, result: PlanResult, memory: Memory) -> dict[str, Any]:
     }
 
 
-def _short_name(row: Mapping[str, Any]) -> str:
-    """R in percent, "unpruned", or a plan that has no R."""
+def _bar_label(row: Mapping[str, Any]) -> str:
+    """The label of a bar: R in percent, "unpruned", or the plan if it has no R."""
     plan = row["plan"].strip("`")
     return "unpruned" if plan == NONE else str(row["R, %"] or plan)
 

@@ -1,11 +1,12 @@
-"""ScienceQA with Simignore as it was released, its score and its time to the first token.
+"""ScienceQA with Simignore as released: score and time to the first token.
 
     python -m eval.experiments.scienceqa --limit 200 --out DIR
     python -m eval.experiments.scienceqa --task scienceqa --data DIR --model HUB_ID --out DIR
 
-Table 1 of arXiv 2412.09817: the unpruned model, and the preset for its size (simignore-7b or
-simignore-13b: Simignore's mask, then FastV); beside them the parts by themselves, and as many
-tokens at random. A model of another shape, as the demo's, gets the 7B setting in proportion.
+Table 1 of arXiv 2412.09817 has the unpruned model and the preset for its size: simignore-7b or
+simignore-13b, which are Simignore's mask and then FastV. This table also has each part alone, and
+the same number of tokens at random. A model of another shape, such as the demo, uses the 7B setting
+in proportion. --prune adds further plans.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ PRESETS = {32: "simignore-7b", 40: "simignore-13b"}  # by decoder layers
 
 
 def plans(bench: Bench) -> dict[str, str]:
-    """Name of the row -> plan."""
+    """The name of each row -> its plan."""
     config = bench.model.config
     N, n_layers = config.vision.num_patches, config.text.num_hidden_layers
     left, after = round(N * 452 / 576), round(N * 144 / 576)

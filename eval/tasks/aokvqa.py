@@ -1,4 +1,4 @@
-"""A-OKVQA, multiple choice, as FastV's script asks and scores it: one token, the letter in it."""
+"""A-OKVQA, multiple choice, asked and scored as by FastV's script: the letter in one token."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from .files import field, find_table, first_existing, image_folder, json_rows
 
 
 class AOKVQA(Task):
-    """Right is an answer with the letter anywhere in it, so nothing is ever unparsed."""
+    """An answer is right if it contains the letter anywhere, so no answer is unparsed."""
 
     name = "aokvqa"
     title = "A-OKVQA, multiple choice"
@@ -45,7 +45,7 @@ class AOKVQA(Task):
         items = []
         for i, (row, picture) in enumerate(zip(rows, pictures, strict=True)):
             options = letter_options(field(row, "choices", path, f"row {i}"), "({}) {}", " ")
-            text = (  # a line break more than the one behind the picture, as in the script
+            text = (  # with a second line break after the image, as in the script
                 "\nAnalyse the image and choose the best answer for the following question:\n"
                 f"{field(row, 'question', path, f'row {i}')}\nOptions: {options}\n"
                 "Just output the letter of the correct answer."

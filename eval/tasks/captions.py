@@ -1,4 +1,4 @@
-"""One sentence about a picture, scored by CIDEr-D: NoCaps, COCO 2014 and 2017, Flickr30k."""
+"""Captions of one sentence, scored by CIDEr-D: NoCaps, COCO 2014 and 2017, Flickr30k."""
 
 from __future__ import annotations
 
@@ -30,8 +30,11 @@ PROMPT = "Provide a one-sentence caption for the provided image."
 
 @dataclass(frozen=True)
 class Captions(Task):
-    """file: COCO's annotation format, or Flickr30k's csv or token file; images: the folders where
-    the pictures may be; tables: names of a datasets split; published: the split's name there."""
+    """A benchmark of captions.
+
+    files: names of the annotations, in COCO's format or Flickr30k's CSV or token file. images:
+    folders that may contain the images. tables: names of the split in a datasets repository.
+    """
 
     name: str  # type: ignore[misc]
     title: str  # type: ignore[misc]
@@ -74,7 +77,7 @@ class Captions(Task):
                 if not digits.isdecimal():
                     raise ValueError(
                         f"{table.path}: row {i} has no image_id, img_id or question_id with a "
-                        "number; is it the right file?"
+                        "number; give the official file"
                     )
                 number = int(digits)
             captions = next(
@@ -84,10 +87,10 @@ class Captions(Task):
         return items
 
     def score(self, answers: Sequence[Answer], protocol: str) -> Score:
-        """CIDEr-D times 100, as tables print it."""
+        """CIDEr-D times 100, as papers print it."""
         golds = [golds_of(a, "captions") for a in answers]
         if not golds:
-            raise ValueError("there is no picture to score; give a file that has some")
+            raise ValueError("there are no images to score; give a file that has some")
         texts = [[a.said for a in answers], [text for captions in golds for text in captions]]
         (said, gold_tokens), which = ptb.tokenise_apart(texts)
         rest = iter(gold_tokens)
@@ -96,10 +99,12 @@ class Captions(Task):
         value, _ = cider_d(dict(zip(names, said, strict=True)), references)
         notes = [f"tokenised by {which}"]
         if len(answers) == 1:
-            notes.append("with one picture CIDEr is 0: document frequencies are of these pictures")
+            notes.append(
+                "CIDEr of one image is 0: document frequencies are counted over these images"
+            )
         notes.append(
-            f"document frequencies are of these {len(answers)} pictures: part of a benchmark is "
-            "not comparable with the whole"
+            f"document frequencies are counted over these {len(answers)} images: part of a "
+            "benchmark is not comparable with all of it"
         )
         return Score("CIDEr", 100 * value, len(answers), notes=tuple(notes))
 
@@ -125,7 +130,7 @@ def _coco(path: Path, folder: Path) -> list[Item]:
 
 
 def _flickr(path: Path, folder: Path) -> list[Item]:
-    """The csv (raw: a json list), or the token file (NAME#i and a caption between tabs)."""
+    """Read the CSV file (its column raw is a JSON list) or the token file (NAME#i, tab, text)."""
     captions: dict[str, list[str]] = {}
     if path.suffix == ".csv":
         for i, row in enumerate(read_table(path)):
@@ -135,10 +140,10 @@ def _flickr(path: Path, folder: Path) -> list[Item]:
         for i, line in enumerate(filter(str.strip, read_text(path).split("\n")), 1):
             name, tab, caption = line.partition("\t")
             if not tab:
-                raise ValueError(f"{path}, line {i}: no tab between picture and caption")
+                raise ValueError(f"{path}, line {i}: no tab between image and caption")
             captions.setdefault(name.partition("#")[0], []).append(caption)
     if not captions:
-        raise ValueError(f"{path} is empty; fetch or make it again")
+        raise ValueError(f"{path} is empty; download or create it again")
     return [
         _item(Path(name).stem, ImageSource.from_file(folder / name), texts, name)
         for name, texts in captions.items()
@@ -149,7 +154,9 @@ def _listed(row: Row, path: Path, i: int) -> list[str]:
     try:
         found = json.loads(field(row, "raw", path, f"row {i}"))
     except json.JSONDecodeError:
-        raise ValueError(f"{path}: the captions of row {i} are no json list") from None
+        raise ValueError(
+            f"{path}: the captions of row {i} are not a JSON list; give the official file"
+        ) from None
     return [str(text) for text in found]
 
 

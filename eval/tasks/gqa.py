@@ -1,4 +1,4 @@
-"""GQA: questions about the relations of things in a picture, one word."""
+"""GQA: questions about relations between objects in an image, answered by one word."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ class GQA(Task):
                     Item(
                         str(row["id"]),
                         row["question"] + SHORT,
-                        (field(place, str(row["imageId"]), seen.path, "the pictures' table"),),
+                        (field(place, str(row["imageId"]), seen.path, "the table of images"),),
                         {"answer": row["answer"]},
                     )
                     for row in asked.rows[:limit]
@@ -50,7 +50,7 @@ class GQA(Task):
             raise self.missing(source)
         values = read_json(path)
         if not isinstance(values, dict):
-            raise ValueError(f"{path} is no object id -> question; give the official file")
+            raise ValueError(f"{path} is not an object id -> question; give the official file")
         folder = image_folder(path.parent, "images", "data/images")
         return [
             Item(

@@ -1,4 +1,4 @@
-"""POPE: is there such a thing in the picture? Three splits of how the absent ones were chosen."""
+"""POPE: is an object in the image? Three splits differ in how absent objects were chosen."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ class POPE(Task):
     split = "random, popular and adversarial"
     needs = (
         "a folder with coco_pope_random.json, coco_pope_popular.json, coco_pope_adversarial.json "
-        "(github.com/AoiDragon/POPE, output/coco; also in coco/), perhaps LLaVA's "
+        "(github.com/AoiDragon/POPE, output/coco; also in coco/), optionally LLaVA's "
         "llava_pope_test.jsonl, and COCO's val2014/",
         "a folder of the datasets repository lmms-lab-encoder/POPE (test*.parquet)",
     )
@@ -59,7 +59,7 @@ class POPE(Task):
                 yield from self._split(path, split, numbers)
 
     def _split(self, path: Path, split: str, numbers: dict[str, list[object]]) -> Iterator[Item]:
-        """LLaVA numbers the questions of all splits through; the answers stand in their order."""
+        """The questions of a split. LLaVA numbers those of all splits consecutively, in order."""
         rows = json_rows(path)
         own = numbers.get(split)
         if own is not None and len(own) != len(rows):
@@ -85,7 +85,7 @@ class POPE(Task):
         for a in answers:
             groups.setdefault(a.item.gold.get("split") or "all", []).append(a)
         if not groups:
-            raise ValueError("there is no question to score; give a file that has some")
+            raise ValueError("there are no questions to score; give a file that has some")
         more: dict[str, object] = {}
         f1s = []
         for split, group in groups.items():
@@ -97,11 +97,11 @@ class POPE(Task):
         defined = [f1 for f1 in f1s if f1 is not None]
         notes = []
         if len(defined) < len(f1s):
-            notes.append("F1 is undefined in a split without any yes; it is left out of the mean")
+            notes.append("F1 is undefined in a split without any yes; the mean leaves it out")
         if protocol == "lmms":
-            notes.append("yes_ratio is that of the labels, as lmms-eval computes it")
+            notes.append("yes_ratio is that of the labels, as in lmms-eval")
         else:
-            notes.append("whatever is no No counts as a yes, so nothing is unparsed")
+            notes.append("every answer that is not a No counts as a yes, so nothing is unparsed")
         strange = sum(
             a.text is not None and metric.lmms_parse(a.text) not in ("yes", "no") for a in answers
         )
@@ -117,7 +117,7 @@ class POPE(Task):
 
 
 def _said(answer: Answer) -> str:
-    """The text; for a missing one the wrong word, as LLaVA's rule would read a yes in nothing."""
+    """The text; for a missing answer the wrong word, because LLaVA's rule reads "" as a yes."""
     if answer.text is not None:
         return answer.text
     return "no" if gold_of(answer).strip().lower() == "yes" else "yes"

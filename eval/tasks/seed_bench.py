@@ -1,4 +1,4 @@
-"""SEED-Bench: multiple choice about pictures, and about clips."""
+"""SEED-Bench: multiple choice about images and about video clips."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from .files import Row, field, find_table, first_existing, image_folder, read_js
 
 
 class SEEDBench(Task):
-    """A folder asks about pictures alone: clips have none until somebody cuts frames."""
+    """A folder gives the questions about images only: frames of clips are not extracted."""
 
     name = "seed_bench"
     title = "SEED-Bench"
@@ -42,7 +42,7 @@ class SEEDBench(Task):
         if source.is_dir() and (table := find_table(source, "test")) is not None:
             found = []
             for i, row in enumerate(table.rows):
-                many = table.images_in(i)
+                many = table.count_images(i)
                 pictures = tuple(table.image(i, number=j) for j in range(many))
                 found.append(_item(row, table.path, i, pictures))
             return found[:limit]
@@ -71,8 +71,8 @@ class SEEDBench(Task):
         notes = []
         if "video" in more:
             notes.append(
-                "figures called SEED are of pictures and clips together in some papers and tables, "
-                "also under the name Image-acc (60.5), and of pictures alone in others"
+                "figures called SEED are of images and clips together in some papers and tables, "
+                "also under the name Image-acc (60.5), and of images alone in others"
             )
         split = {("image",): "image", ("video",): "video"}.get(tuple(more), "image and video")
 

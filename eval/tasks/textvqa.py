@@ -1,4 +1,4 @@
-"""TextVQA: questions whose answer is written in the picture."""
+"""TextVQA: questions whose answer is written in the image."""
 
 from __future__ import annotations
 
@@ -23,8 +23,8 @@ FILE, ASKED = "TextVQA_0.5.1_val.json", "llava_textvqa_val_v051_ocr.jsonl"
 
 
 class TextVQA(Task):
-    """llava: with the tokens that an OCR engine has read, from LLaVA's question file; lmms:
-    without, and the question put through str.capitalize."""
+    """llava asks with the tokens that an OCR engine has read, from LLaVA's question file. lmms asks
+    without them, and with str.capitalize applied to the question."""
 
     name = "textvqa"
     title = "TextVQA"
@@ -73,7 +73,7 @@ class TextVQA(Task):
         return items
 
     def _asked(self, source: Path, protocol: str) -> dict[str, str] | None:
-        """LLaVA's questions by picture and first line; None where they are not needed."""
+        """LLaVA's questions by image and first line; None if they are not needed."""
         if protocol == "lmms" or source.is_file():
             return None
         path = source / ASKED

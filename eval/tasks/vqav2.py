@@ -1,4 +1,4 @@
-"""VQAv2: open questions about COCO pictures, ten answers each."""
+"""VQAv2: open questions about COCO images, with ten answers each."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ QUESTIONS = (
 
 
 class VQAv2(Task):
-    """val is scored here; test-dev, which papers report, only by the server."""
+    """val is scored here. test-dev, which papers report, is scored only by the server."""
 
     name = "vqav2"
     title = "VQAv2"
@@ -42,7 +42,9 @@ class VQAv2(Task):
         if path is None:
             raise self.missing(source)
         values = read_json(path)
-        if isinstance(values, dict) and "annotations" in values:  # enough to score, not to ask
+        if (
+            isinstance(values, dict) and "annotations" in values
+        ):  # enough for scoring, not for asking
             rows = section(values, "annotations", path)
             return [
                 _item(
@@ -69,7 +71,7 @@ class VQAv2(Task):
 
     def score(self, answers: Sequence[Answer], protocol: str) -> Score:
         if answers and all(a.item.gold["answers"] is None for a in answers):
-            note = "these questions come without answers; eval.score --submission writes the file "
+            note = "these questions have no answers; eval.score --submission writes the file "
             note += "that the server at eval.ai scores"
             nothing = float("nan")
             return Score("accuracy", nothing, len(answers), notes=(note,), split="test-dev")
@@ -77,7 +79,7 @@ class VQAv2(Task):
         return accuracy([vqa_credit(a, rule) for a in answers])
 
     def submission(self, answers: Sequence[Answer]) -> list[dict[str, Any]]:
-        """All questions; "" for those without an answer."""
+        """The rows of all questions; "" for those without an answer."""
         return [
             {"question_id": a.item.question_id, "answer": evalai_normalise(a.said)} for a in answers
         ]
@@ -92,7 +94,7 @@ def _texts(answers: Any) -> list[str] | None:
 
 
 def _annotations(questions: Path) -> dict[object, list[str]]:
-    """Question -> answers, of the file that belongs to a question file; none beside test's."""
+    """Question -> answers, of the annotations beside a question file; {} for the test split."""
     name = questions.name.replace("OpenEnded_", "").replace("questions", "annotations")
     path = questions.parent / name
     if not path.is_file():

@@ -6,18 +6,20 @@ import argparse
 import dataclasses
 import json
 import sys
-from collections.abc import Generator, Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from PIL import Image
 
-from ..generate import Result, Settings, encode_images, stream
-from ..llava import Batch, Encoded, LLaVA
+from ..generate import Result, encode_images, stream
+from ..llava import Encoded, LLaVA
 from ..processing.processor import Processor
 from ..pruning import Plan
 from ..pruning.average import entering, leaving
+from ..request import Settings
+from ..sample import Batch
 from .command import print_error
 from .overlay import overlay
 
@@ -78,10 +80,9 @@ class Chat:
             batch,
             self.plan,
             **dataclasses.asdict(self.settings),
-            use_cache=not self.args.no_cache,
             encoded=encoded,
         )
-        text, result = _collect(pieces, printing=not self.args.json)
+        text, result = _collect(pieces, printing=not self.args.json), pieces.result
         if self.args.json:
             print(json.dumps(self._make_record(text, result)), flush=True)
         if self.args.overlay:
@@ -109,23 +110,18 @@ class Chat:
         }
 
 
-def _collect(pieces: Generator[str, None, Result], printing: bool) -> tuple[str, Result]:
-    """Join the pieces of an answer, printing each as it comes; returns the text and the Result."""
+def _collect(pieces: Iterable[str], printing: bool) -> str:
+    """Join the pieces of an answer, printing each as it comes."""
     text = ""
-    while True:
-        try:
-            piece = next(pieces)
-        except StopIteration as end:
+    try:
+        for piece in pieces:
+            text += piece
             if printing:
-                print(flush=True)
-            return text, end.value
-        except ValueError:
-            if printing and text:  # the error goes on a new line
-                print(flush=True)
-            raise
-        text += piece
-        if printing:
-            print(piece, end="", flush=True)
+                print(piece, end="", flush=True)
+    finally:
+        if printing and text:  # an error, too, goes on a new line
+            print(flush=True)
+    return text
 
 
 def _read_questions(first: str | None) -> Iterator[str]:

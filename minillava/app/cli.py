@@ -13,10 +13,10 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-from ..generate import Settings
 from ..image import ASPECTS
 from ..loading.checkpoint import load
 from ..pruning import parse_plan_with_files
+from ..request import Settings
 from .chat import Chat
 from .command import CommandParser, parse_float, parse_int, run_command
 from .method_table import list_methods
@@ -78,6 +78,7 @@ def _load_chat(args: argparse.Namespace, files: list[str]) -> Chat:
         args.temperature,
         args.top_p,
         args.seed,
+        use_cache=not args.no_cache,
     )
     if args.overlay:
         _check_overlay(args.overlay, files)

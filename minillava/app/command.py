@@ -16,6 +16,7 @@ from typing import NoReturn
 import torch
 
 from ..loading.memory import keep_freed_memory
+from ..pruning.user_methods import user_errors
 
 _OUT_OF_MEMORY = re.compile("can't allocate memory|not enough memory|out of memory")
 
@@ -40,7 +41,7 @@ def run_command(action: Callable[[], object]) -> int:
     """
     keep_freed_memory()
     try:
-        with quiet_libraries():
+        with quiet_libraries(), user_errors():
             action()
         return 0
     except KeyboardInterrupt:

@@ -6,7 +6,8 @@ import dataclasses
 import textwrap
 from collections.abc import Iterator
 
-from ..pruning import METHODS, PRESETS, Method, option_fields
+from ..pruning import CATALOGUE, METHODS, PRESETS, Method, option_fields
+from ..pruning.parsing import aliases
 
 WIDTH, INDENT = 100, 11
 
@@ -15,7 +16,7 @@ def list_methods() -> str:
     """Each method with its paper, where it acts, its options and presets, what it was checked
     against, and the released file it follows."""
     blocks = [
-        "\n".join([f"{method.name}: {method.paper}", *_describe(method)])
+        "\n".join([f"{method.name}: {CATALOGUE[method.name].paper}", *_describe(method)])
         for method in METHODS.values()
     ]
     notes = [
@@ -36,25 +37,25 @@ def markdown_table() -> str:
         options = [text for name, text in _list_options(method) if name not in shared]
         cells = [
             f"`{method.name}`",
-            method.paper,
-            method.acts,
+            CATALOGUE[method.name].paper,
+            CATALOGUE[method.name].acts,
             "; ".join(options).replace("|", " or "),
             ", ".join(f"`{name}`" for name, _ in _list_presets(method)),
-            method.checked,
-            method.source,
+            CATALOGUE[method.name].checked,
+            CATALOGUE[method.name].source,
         ]
         lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines)
 
 
 def _describe(method: type[Method]) -> Iterator[str]:
-    yield from _wrap_entry("acts", method.acts)
+    yield from _wrap_entry("acts", CATALOGUE[method.name].acts)
     yield from _wrap_entry("options", "; ".join(text for _, text in _list_options(method)))
     for name, plan in _list_presets(method):
         yield from _wrap_entry("preset", f"{name} = {plan}")
-    yield from _wrap_entry("checked", method.checked)
-    if method.source:
-        yield from _wrap_entry("released", method.source)
+    yield from _wrap_entry("checked", CATALOGUE[method.name].checked)
+    if CATALOGUE[method.name].source:
+        yield from _wrap_entry("released", CATALOGUE[method.name].source)
 
 
 def _list_presets(method: type[Method]) -> Iterator[tuple[str, str]]:
@@ -77,8 +78,8 @@ def _list_options(method: type[Method]) -> Iterator[tuple[str, str]]:
         if name in ("mode", "scope", "until") and not method.drops_only:
             continue
         default = method.numbering if name == "positions" else field.default
-        names = [name, *(alias for alias, full in method.aliases.items() if full == name)]
-        others = [c for c in field.metadata.get("choices", ()) if c != default]
+        names = [name, *(alias for alias, full in aliases(method).items() if full == name)]
+        others = [c for c in field.metadata.get("choices", ()) if c not in (default, "")]
         allowed = f" ({', '.join(others)})" if others else ""
         yield name, "|".join(names) + _format_default(default) + allowed
 

@@ -16,7 +16,8 @@ from PIL import Image, ImageDraw, ImageFont
 from ..image import ImageConfig, preprocess
 
 if TYPE_CHECKING:
-    from ..generate import Layout, Result
+    from ..config import VisionConfig
+    from ..generate import Result
 
 PANEL = 336  # approximate width of a panel in pixels
 STEPS_PER_ROW = 4  # with a single image
@@ -44,17 +45,19 @@ def overlay(
     if not 0 <= sample < len(result.tokens):
         raise ValueError(f"sample={sample} must be from 0 to {len(result.tokens) - 1}")
     given = [images] if isinstance(images, Image.Image) else list(images)
-    layout, starts = result.layout, result.layout.starts[sample]
+    vision, starts = result.config.vision, result.starts[sample]
     if not starts:
         raise ValueError(f"prompt {sample} has no image; an overlay needs one")
     if len(given) != len(starts):
         raise ValueError(
             f"prompt {sample} has {len(starts)} images, not {len(given)}; give all of them"
         )
-    config = config or ImageConfig(layout.size, layout.size)
-    seen = [model_input_image(image, config, aspect or layout.aspect) for image in given]
+    config = config or ImageConfig(vision.image_size, vision.image_size)
+    seen = [
+        model_input_image(image, config, aspect or result.config.image_aspect) for image in given
+    ]
 
-    patches, panels = layout.grid**2, []
+    patches, panels = vision.grid**2, []
     for number, step in enumerate(result.report.kept, 1):
         kept = [_kept_patches(step.positions[sample], start, patches) for start in starts]
         extra = f" + {step.extra[sample]} extra tokens" if step.extra[sample] else ""
@@ -62,11 +65,11 @@ def overlay(
         for i, (image, left) in enumerate(zip(seen, kept, strict=True)):
             which = f"image {i + 1}: " if len(seen) > 1 else ""
             count = f"{which}{len(left)} of {patches}{extra if i == len(seen) - 1 else ''}"
-            panels.append((title + count, _draw_panel(image, layout, left)))
+            panels.append((title + count, _draw_panel(image, vision, left)))
     if not panels:
         everything = set(range(patches))
         panels = [
-            (f"{patches} of {patches}", _draw_panel(image, layout, everything)) for image in seen
+            (f"{patches} of {patches}", _draw_panel(image, vision, everything)) for image in seen
         ]
     columns = len(seen) if len(seen) > 1 else min(len(panels), STEPS_PER_ROW)
     answer = result.texts[sample] if text is None and result.texts else text
@@ -89,11 +92,11 @@ def _kept_patches(positions: Sequence[int], start: int, patches: int) -> set[int
     return {p - start for p in positions if start <= p < start + patches}
 
 
-def _draw_panel(image: Image.Image, layout: Layout, kept: set[int]) -> Image.Image:
+def _draw_panel(image: Image.Image, vision: VisionConfig, kept: set[int]) -> Image.Image:
     """An image with its patches: kept ones unchanged, dropped ones dark and crossed out."""
-    scale, grid = max(1, PANEL // layout.size), layout.grid
-    side = layout.size // layout.grid * scale  # width of a patch in pixels of the panel
-    size = (layout.size * scale, layout.size * scale)
+    scale, grid = max(1, PANEL // vision.image_size), vision.grid
+    side = vision.image_size // vision.grid * scale  # width of a patch in pixels of the panel
+    size = (vision.image_size * scale, vision.image_size * scale)
     bright = image.resize(size, Image.Resampling.NEAREST)
     dim = bright.convert("L").point(lambda level: level * 0.3).convert("RGB")
     patches = Image.new("L", (grid, grid))

@@ -11,7 +11,10 @@ import inspect
 import re
 import sys
 import traceback
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 from .base import Method
 
@@ -56,11 +59,17 @@ def run_file(file: Path) -> dict[str, object]:
     assert spec.loader is not None
     made = importlib.util.module_from_spec(spec)
     sys.modules[spec.name] = made  # dataclasses look up their annotations there
+    vars(made)["print"] = print_to_stderr
     try:
         spec.loader.exec_module(made)
     except (Exception, SystemExit) as error:
         raise ValueError(explain_error(error, file)) from error
     return vars(made)
+
+
+def print_to_stderr(*values: object, **options: Any) -> None:
+    """print() as a user's file sees it: stdout is for the answer."""
+    print(*values, **({"file": sys.stderr} | options))
 
 
 def module(file: Path) -> str:
@@ -79,6 +88,17 @@ def explain_error(error: BaseException, file: Path) -> str:
     line = f", line {lines[-1]}" if lines else ""
     why = error.msg if isinstance(error, SyntaxError) else str(error).partition("\n")[0]
     return f"{file}{line} does not run: {type(error).__name__}: {why}"
+
+
+@contextmanager
+def user_errors() -> Iterator[None]:
+    """Turn exceptions that a user's file raises into ValueErrors of one line, for commands."""
+    try:
+        yield
+    except (Exception, SystemExit) as error:
+        if (line := describe_user_error(error)) is None:
+            raise
+        raise ValueError(line) from error
 
 
 def describe_user_error(error: BaseException) -> str | None:

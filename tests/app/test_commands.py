@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from tiny import refusal
 
 from eval import demo, fit, lmms, published, rivals
 from minillava.app.command import run_command

@@ -99,7 +99,7 @@ def test_the_image_is_the_one_the_model_received(model: LLaVA) -> None:
     centre = (MARGIN + 5, MARGIN + LINE + PANEL // 2 + 5)
     assert overlay(pad, wide).getpixel(centre) == (0, 0, 255)
     assert overlay(pad, wide, aspect="pad").getpixel(centre) == (255, 0, 0)
-    made_for = replace(pad, layout=replace(pad.layout, aspect="pad"))
+    made_for = replace(pad, config=replace(pad.config, image_aspect="pad"))
     assert overlay(made_for, wide).getpixel(centre) == (255, 0, 0)
 
 

@@ -164,7 +164,7 @@ def test_a_corpus_of_items(tmp_path, capsys):
         (
             "pope_score.json",
             {"cases": [{"rows": [{"label": "x", "text": "y"}], "llava": {}, "lmms": {}}]},
-            "pope_score.json: 'x' is no label",
+            "pope_score.json: 'x' is not a label",
         ),
         (
             "cider.json",
@@ -187,7 +187,7 @@ def test_files_that_cannot_be_read(tmp_path, capsys):
     assert "there is no file" in _error([tmp_path / "none.json"], capsys)
     assert "cannot be read" in _error([tmp_path], capsys)
     (tmp_path / "gqa.json").write_text("{")
-    assert "no JSON" in _error([tmp_path / "gqa.json"], capsys)
+    assert "not a JSON file" in _error([tmp_path / "gqa.json"], capsys)
     (tmp_path / "gqa.json").write_bytes(b"\xff\xfe")
-    assert "no JSON" in _error([tmp_path / "gqa.json"], capsys)
+    assert "not a JSON file" in _error([tmp_path / "gqa.json"], capsys)
     assert "required" in _error([], capsys)

@@ -15,7 +15,7 @@ from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 
 from eval import cost
 from eval.bench import DEMO
-from eval.latency import SHAPES, prompt
+from eval.latency import SHAPES, random_batch
 from minillava import Batch, load, parse_plan
 from minillava.attention import causal_attention
 from minillava.generate import generate
@@ -132,7 +132,7 @@ def allocated(act: Callable[[], object]) -> int:
 @pytest.mark.parametrize("dtype", ["float32", "float16"])
 def test_activations_are_those_that_torch_allocates(plan: str | None, dtype: str) -> None:
     model = load(DEMO, dtype=dtype)[0]
-    batch, parsed = prompt(model.config, 70, model.device), parse_plan(plan)
+    batch, parsed = random_batch(model.config, 70, model.device), parse_plan(plan)
 
     def answer(use_cache: bool) -> Any:
         return generate(model, batch, parsed, max_new_tokens=1, use_cache=use_cache).report

@@ -32,4 +32,7 @@ def test_a_mistake_in_it_is_one_line(tmp_path: Path, capsys: pytest.CaptureFixtu
     ("found", "found"), ("found.json", "found"), ("found.md", "found"), ("keep-0.5", "keep-0.5"),
 ])  # fmt: skip
 def test_the_names_of_its_files(name: str, stem: str, tmp_path: Path) -> None:
-    assert demo._out(tmp_path / name) == [tmp_path / f"{stem}.json", tmp_path / f"{stem}.md"]
+    assert demo._output_files(tmp_path / name) == [
+        tmp_path / f"{stem}.json",
+        tmp_path / f"{stem}.md",
+    ]

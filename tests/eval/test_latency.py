@@ -112,7 +112,7 @@ def test_a_plan_that_does_not_pay_is_said_so(
     monkeypatch.setattr(latency, "run", lambda args: (rows, Limits(1e10, {})))
     assert main([]) == 0
     err = capsys.readouterr().err
-    line = "warning: random:keep=9 does not pay here: its prefill takes 1.25 times as long"
+    line = "warning: random:keep=9 does not pay off here: its prefill takes 1.25 times as long"
     assert err.startswith(line) if warned else err == ""
     assert rows[1].speedup == pytest.approx(speedup)
 
@@ -131,7 +131,7 @@ def test_random_weights_of_a_shape(capsys: pytest.CaptureFixture[str]) -> None:
     """One layer of the decoder is some gigabytes smaller, but the tower is whole."""
     model = latency.random_model(load(DEMO)[0].config, "int4", latency.find_device("cpu"))
     assert all(not t.is_meta for t in model.state_dict().values())
-    batch = latency.prompt(model.config, TEXT, model.device)
+    batch = latency.random_batch(model.config, TEXT, model.device)
     (row,) = latency.measure(model, "int4", read_plans(["none"]), batch, 1, 1, 1e10)
     assert row.tokens_entering == [TEXT + PATCHES] * LAYERS
 

@@ -18,7 +18,7 @@ from tiny import refusal
 
 from eval import predict, run, score, store
 from eval.plans import file_name
-from eval.summary import summary
+from eval.summary import summarise
 
 ROOT = Path(__file__).parents[2]
 PLAN = "fastv:k=3,keep=16"
@@ -234,7 +234,7 @@ def test_the_table_and_the_warning(tmp_path: Path, capsys: pytest.CaptureFixture
     assert (tmp_path / "summary.md").read_text() == printed
     found = [Slow("none", 1.0), Slow("a", 0.5), Slow("b", 1.5)]
     (warning,) = run.warnings(found)  # type: ignore[arg-type]
-    assert warning.startswith("b does not pay here: its prefill takes 1.50 times")
+    assert warning.startswith("b does not pay off here: its prefill takes 1.50 times")
 
 
 class Slow:
@@ -257,12 +257,12 @@ def test_costs_leave_the_first_batches_out() -> None:
         return {"metadata": {**times, **tokens, **rest, "warm": warm}}
 
     config = TextConfig(num_hidden_layers=2)
-    costs = summary([row(9.0, False), row(1.0, True), row(2.0, True), row(3.0, True)], config)
+    costs = summarise([row(9.0, False), row(1.0, True), row(2.0, True), row(3.0, True)], config)
     assert costs.prefill is not None
     assert (costs.prefill.median, costs.prefill.n) == (2.0, 3)
     assert costs.per_token is None
     assert costs.tokens_entering == [5, 3]
-    assert summary([row(9.0, False)], config).prefill.median == 9.0  # type: ignore[union-attr]
+    assert summarise([row(9.0, False)], config).prefill.median == 9.0  # type: ignore[union-attr]
 
 
 # ---------------------------------------------------------------- methods in files
@@ -378,12 +378,12 @@ def test_other_questions_of_the_same_number_are_not_in_the_table(
     from eval import bench
 
     assert ask(tmp_path, limit=2) == 0
-    asked = bench.questions
+    asked = bench.read_questions
 
     def others(*args: Any) -> Any:
         return [replace(item, text=f"{item.text} Look closely.") for item in asked(*args)]
 
-    monkeypatch.setattr(bench, "questions", others)
+    monkeypatch.setattr(bench, "read_questions", others)
     assert ask(tmp_path, plan="divprune:keep=8", limit=2) == 0
     text = (tmp_path / "summary.md").read_text()
     assert plans_in(text) == ["divprune:keep=8"]
@@ -409,7 +409,7 @@ def test_a_table_without_plans_that_were_interrupted_or_edited(
     assert ask(out, plan="none", limit=2) == 0
     text = (out / "summary.md").read_text()
     assert plans_in(text) == ["none"]
-    assert "`random:keep=4` is not in this table: its questions are not all answered" in text
+    assert "`random:keep=4` is not in this table: not all of its questions are answered" in text
     edited = f"`{plan}` is not in this table: {tmp_path / 'mine.py'} was edited since"
     assert edited in text
     assert mark.read_text() == "run "  # what is read back never runs

@@ -1,6 +1,6 @@
-"""Other layouts -> the llava-hf layout: the same bits, nothing half-written, one line for errors.
+"""Conversion to the llava-hf layout: equal bits, no partial files, one-line errors.
 
-The layouts are made from tiny-a of the llava-hf layout, by the names that their authors give.
+The source layouts are made from the reference checkpoint tiny-a by renaming its tensors.
 """
 
 from __future__ import annotations
@@ -90,7 +90,7 @@ def state_of(folder: Path) -> State:
 
 
 def original_names(hub: State) -> State:
-    """Decoder and projector as the original code calls them, with a buffer of old files."""
+    """Decoder and projector with the original code's names, and a buffer that old files have."""
     state = {"model.layers.0.self_attn.rotary_emb.inv_freq": torch.zeros(8)}
     for name, tensor in hub.items():
         if name.startswith("language_model."):
@@ -103,12 +103,13 @@ def original_names(hub: State) -> State:
 
 
 def clip_names(hub: State) -> State:
-    """The tower as Hugging Face's CLIPVisionModel has it."""
+    """The vision tower with the names of Hugging Face's CLIPVisionModel."""
     tower = {n.removeprefix("vision_tower."): t for n, t in hub.items() if "vision_tower" in n}
     return tower | {"vision_model.embeddings.position_ids": torch.arange(17)[None]}
 
 
-def whole_clip_names(hub: State) -> State:
+def clip_model_names(hub: State) -> State:
+    """The vision tower in a CLIPModel, which has a text tower too."""
     return clip_names(hub) | {
         "text_model.encoder.layers.0.mlp.fc1.weight": torch.zeros(2, 2),
         "text_model.embeddings.position_ids": torch.arange(4)[None],
@@ -119,7 +120,7 @@ def whole_clip_names(hub: State) -> State:
 
 
 def open_clip_names(hub: State) -> State:
-    """As open_clip and OpenAI have it, with query, key and value in one matrix."""
+    """The vision tower as in open_clip and OpenAI's CLIP: q, k and v are one matrix."""
     tower, state = clip_names(hub), {}
     for name in tower:
         new = re.sub(r"vision_model\.encoder\.layers\.(\d+)\.", r"transformer.resblocks.\1.", name)
@@ -178,7 +179,7 @@ def write_small(folder: Path, config: dict[str, Any]) -> None:
 def write_original(
     folder: Path, state: State, *, inside: bool = False, pickled: bool = True, **config: Any
 ) -> Path:
-    """With its tower inside, or in the folder clip/ that its config names."""
+    """An original checkpoint with its vision tower inside, or in clip/, which its config names."""
     write_small(folder, CONFIG | config)
     tensors = original_names(state)
     if inside:
@@ -235,21 +236,21 @@ def test_an_original_checkpoint_keeps_every_bit(
     tmp_path: Path, dst: Path, hub: State, pickled: bool, inside: bool
 ) -> None:
     src = write_original(tmp_path / "src", hub, inside=inside, pickled=pickled)
-    if inside:  # the names stand in the files, the number of heads in the CLIP it came from
+    if inside:  # the weights do not say how many heads there are: that is read from the CLIP
         write_clip(src / "clip", {"x": torch.zeros(1)})
     convert(src, dst)
     assert_same(dst, hub)
 
 
-def test_it_answers_as_the_hub_layout_does(src: Path, dst: Path) -> None:
+def test_answers_equal_the_hub_layouts(src: Path, dst: Path) -> None:
     convert(src, dst)
     (model, processor), (expected, theirs) = load(dst), load(HUB)
     assert (processor.template, processor.aspect) == ("vicuna_v1", "pad")
     assert processor.tokenizer.special_tokens == theirs.tokenizer.special_tokens
     assert processor.image == theirs.image
-    pictures = [[Image.new("RGB", (70, 40), (10, 200, 90))]]
+    images = [[Image.new("RGB", (70, 40), (10, 200, 90))]]
     prompt = ["USER: <image>\nWhat is it? ASSISTANT:"]
-    batches = [p(prompt, pictures, image_aspect="pad") for p in (processor, theirs)]
+    batches = [p(prompt, images, image_aspect="pad") for p in (processor, theirs)]
     assert torch.equal(batches[0].ids, batches[1].ids)
     results = [
         generate(m, b, max_new_tokens=6, output_logits=True)
@@ -259,7 +260,7 @@ def test_it_answers_as_the_hub_layout_does(src: Path, dst: Path) -> None:
     assert torch.equal(results[0].logits, results[1].logits)
 
 
-def test_transformers_opens_it_and_answers_alike(src: Path, dst: Path) -> None:
+def test_transformers_opens_it_and_its_logits_agree(src: Path, dst: Path) -> None:
     from transformers import LlavaForConditionalGeneration
 
     convert(src, dst)
@@ -276,7 +277,7 @@ def test_transformers_opens_it_and_answers_alike(src: Path, dst: Path) -> None:
     ("names", "file"),
     [
         (clip_names, "pytorch_model.bin"),
-        (whole_clip_names, "model.safetensors"),
+        (clip_model_names, "model.safetensors"),
         (open_clip_names, "open_clip_model.safetensors"),
         (open_clip_names, "open_clip_pytorch_model.bin"),
     ],
@@ -291,7 +292,7 @@ def test_the_tower_comes_from_any_clip(
     assert load(dst)[1].image == load(HUB)[1].image
 
 
-def test_one_file_of_weights_will_do_where_heads_are_of_the_usual_width(
+def test_one_file_of_weights_is_enough_if_heads_are_64_wide(
     tmp_path: Path, dst: Path, hub: State
 ) -> None:
     wide = {"class_embedding": (64,), "positional_embedding": (17, 64)}
@@ -337,7 +338,7 @@ def test_a_tower_on_the_hub_is_fetched(
     assert_same(dst, hub)
 
 
-def test_pickles_of_old_torch_are_read(src: Path, dst: Path, hub: State) -> None:
+def test_pickles_of_old_torch_versions_are_read(src: Path, dst: Path, hub: State) -> None:
     for path in src.glob("*.bin"):
         state = torch.load(path, weights_only=True)
         torch.save(state, path, _use_new_zipfile_serialization=False)
@@ -360,7 +361,7 @@ def test_a_projector_on_its_base(tmp_path: Path, dst: Path, hub: State) -> None:
     write_shards(base, {name: t for name, t in tensors.items() if "mm_projector" not in name})
     convert(src, dst, base=base)
     rounded = {n: t.half().float() if "multi_modal" in n else t for n, t in hub.items()}
-    assert_same(dst, rounded)  # as the decoder's: float32
+    assert_same(dst, rounded)  # converted to the decoder's float32
     assert load(dst)[1].template == "llava-hf"
 
 
@@ -385,7 +386,7 @@ def test_layouts_of_the_whole_reference_set(request: pytest.FixtureRequest, tmp_
 
 
 @pytest.mark.parametrize("kind", ["bin", "safetensors"])
-def test_download_fetches_the_original_with_its_tower_and_says_what_is_next(
+def test_download_fetches_the_original_with_its_tower_and_names_the_next_command(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
@@ -441,7 +442,7 @@ def test_new_tokens_get_rows_that_are_never_chosen(tmp_path: Path, dst: Path, hu
     assert generate(model, batch, max_new_tokens=8).tokens == (
         generate(expected, batch, max_new_tokens=8).tokens
     )
-    with torch.no_grad():  # no row that was added is ever read
+    with torch.no_grad():  # the added rows are never read
         model.llama.embed_tokens.weight[318:] = float("nan")
     assert generate(model, batch, max_new_tokens=1).tokens == (
         generate(expected, batch, max_new_tokens=1).tokens
@@ -449,7 +450,7 @@ def test_new_tokens_get_rows_that_are_never_chosen(tmp_path: Path, dst: Path, hu
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-def test_a_tower_apart_takes_the_dtype_of_the_decoder(
+def test_a_separate_tower_is_stored_in_the_decoders_dtype(
     tmp_path: Path, dst: Path, hub: State, dtype: torch.dtype
 ) -> None:
     src = write_original(tmp_path / "src", {n: t.to(dtype) for n, t in hub.items()})
@@ -475,21 +476,22 @@ def test_values_that_the_dtype_cannot_hold_are_refused(
 
 
 class Stop(Exception):
-    """Stands for whatever ends a process."""
+    """Stands for any event that ends a process."""
 
 
 def stop_at(monkeypatch: pytest.MonkeyPatch, place: str, nth: int, error: BaseException) -> None:
+    """Have call `nth` (from 0) at a place raise `error`."""
     module, name = {
-        "read": (converter, "_as"),
+        "read": (converter, "_convert_dtype"),
         "sync": (writer.os, "fsync"),
         "rename": (writer.os, "replace"),
     }[place]
-    real, calls = getattr(module, name), iter(range(10**9))
+    function, calls = getattr(module, name), iter(range(10**9))
 
     def interrupted(*args: Any, **kwargs: Any) -> Any:
         if next(calls) == nth:
             raise error
-        return real(*args, **kwargs)
+        return function(*args, **kwargs)
 
     monkeypatch.setattr(module, name, interrupted)
 
@@ -509,18 +511,18 @@ POINTS = [
 
 
 @pytest.fixture(scope="module")
-def whole(tmp_path_factory: pytest.TempPathFactory, hub: State) -> Path:
-    """Converted without an interruption; its source is beside it."""
-    folder = tmp_path_factory.mktemp("whole")
+def uninterrupted(tmp_path_factory: pytest.TempPathFactory, hub: State) -> Path:
+    """A checkpoint that was converted without an interruption; its source is src/ beside it."""
+    folder = tmp_path_factory.mktemp("uninterrupted")
     convert(write_original(folder / "src", hub), folder / "dst", shard_bytes=400_000)
     return folder / "dst"
 
 
 @pytest.mark.parametrize(("place", "nth"), POINTS, ids=str)
-def test_an_interruption_leaves_nothing_half_and_a_second_run_goes_on(
-    whole: Path, dst: Path, hub: State, place: str, nth: int
+def test_an_interruption_leaves_no_partial_file_and_a_second_run_resumes(
+    uninterrupted: Path, dst: Path, hub: State, place: str, nth: int
 ) -> None:
-    src, expected = whole.with_name("src"), complete_files(whole)
+    src, expected = uninterrupted.with_name("src"), complete_files(uninterrupted)
     assert len(expected) == 4
     with pytest.MonkeyPatch.context() as patch:
         stop_at(patch, place, nth, Stop())
@@ -529,7 +531,7 @@ def test_an_interruption_leaves_nothing_half_and_a_second_run_goes_on(
     before = complete_files(dst)
     assert all(expected[name][1] == digest for name, (_, digest) in before.items())
     assert not list(dst.glob(f"*{PART}"))
-    if (dst / "config.json").is_file():  # the last to come: all the others are there
+    if (dst / "config.json").is_file():  # written last: everything else is there
         assert_same(dst, hub)
     else:
         with pytest.raises(ValueError, match=r"config.json"):
@@ -540,22 +542,22 @@ def test_an_interruption_leaves_nothing_half_and_a_second_run_goes_on(
     assert {name: after[name] for name in noted} == {name: before[name] for name in noted}
     assert_same(dst, hub)
     assert {p.name: p.read_bytes() for p in dst.iterdir()} == {
-        p.name: p.read_bytes() for p in whole.iterdir()
+        p.name: p.read_bytes() for p in uninterrupted.iterdir()
     }
 
 
 @pytest.mark.slow
-def test_a_killed_process_is_continued(src: Path, dst: Path, hub: State) -> None:
+def test_a_run_resumes_after_its_process_was_killed(src: Path, dst: Path, hub: State) -> None:
     code = """
 import os, sys
 from pathlib import Path
 from weights import convert, files
-real, calls = convert._as, iter(range(1000))
-def die(*args):
+convert_dtype, calls = convert._convert_dtype, iter(range(1000))
+def kill_at_call_60(*args):
     if next(calls) == 60:
         os.kill(os.getpid(), 9)
-    return real(*args)
-convert._as = die
+    return convert_dtype(*args)
+convert._convert_dtype = kill_at_call_60
 convert.convert(Path(sys.argv[1]), Path(sys.argv[2]), shard_bytes=400_000)
 """
     run = subprocess.run([sys.executable, "-c", code, src, dst], cwd=ROOT, check=False)
@@ -567,7 +569,7 @@ convert.convert(Path(sys.argv[1]), Path(sys.argv[2]), shard_bytes=400_000)
     assert not {name for name in os.listdir(dst) if name.endswith(PART) or name == LOCK}
 
 
-def test_a_complete_folder_is_verified_and_only_what_is_damaged_written_anew(
+def test_a_complete_folder_is_verified_and_only_damaged_files_are_rewritten(
     src: Path, dst: Path, hub: State
 ) -> None:
     convert(src, dst, shard_bytes=400_000)
@@ -585,19 +587,19 @@ def test_a_complete_folder_is_verified_and_only_what_is_damaged_written_anew(
     assert all(after[name][1] == before[name][1] for name in after)
 
 
-def test_a_full_disk_is_one_line_and_the_run_goes_on_later(
+def test_a_full_disk_is_a_one_line_error_and_the_run_resumes_later(
     src: Path, dst: Path, hub: State, capsys: pytest.CaptureFixture[str]
 ) -> None:
     with pytest.MonkeyPatch.context() as patch:
         stop_at(patch, "sync", 2, OSError(28, "No space left on device", str(dst / "model")))
         assert main([str(src), str(dst)]) == 2
-    assert one_error(capsys, "No space left on device.*make room.*run the command again")
+    assert one_error(capsys, "No space left on device.*free some space.*run the command again")
     assert not list(dst.glob("*.safetensors*"))
     assert main([str(src), str(dst)]) == 0
     assert_same(dst, hub)
 
 
-def test_space_is_looked_at_before_anything_is_written(
+def test_disk_space_is_checked_before_anything_is_written(
     src: Path, dst: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     usage = namedtuple("usage", "total used free")
@@ -613,7 +615,7 @@ def test_ctrl_c_exits_130(src: Path, dst: Path, monkeypatch: pytest.MonkeyPatch)
     assert not list(dst.glob("*.safetensors*"))
 
 
-def test_one_process_at_a_time(src: Path, dst: Path) -> None:
+def test_a_second_process_is_refused(src: Path, dst: Path) -> None:
     dst.mkdir()
     with (
         FileLock(dst / LOCK),
@@ -645,36 +647,36 @@ def one_error(capsys: pytest.CaptureFixture[str], says: str) -> bool:
 
 
 def change(file: str, edit: Callable[[State], Any]) -> Callable[[Path], Any]:
-    def do(src: Path) -> None:
+    def break_source(src: Path) -> None:
         state = torch.load(src / file, weights_only=True)
         torch.save(edit(state) or state, src / file)
 
-    return do
+    return break_source
 
 
 def entry(**values: Any) -> Callable[[Path], Any]:
-    def do(src: Path) -> None:
+    def break_source(src: Path) -> None:
         config = json.loads((src / "config.json").read_text()) | values
         (src / "config.json").write_text(json.dumps(config))
 
-    return do
+    return break_source
 
 
 def index(**renamed: str) -> Callable[[Path], Any]:
-    def do(src: Path) -> None:
+    def break_source(src: Path) -> None:
         path = src / "pytorch_model.bin.index.json"
         content = json.loads(path.read_text())
         content["weight_map"]["lm_head.weight"] = renamed["to"]
         path.write_text(json.dumps(content))
 
-    return do
+    return break_source
 
 
 def truncate(file: str) -> Callable[[Path], Any]:
     return lambda src: os.truncate(src / file, (src / file).stat().st_size * 2 // 3)
 
 
-def flip_a_bit(src: Path) -> None:
+def flip_bit(src: Path) -> None:
     with (src / FIRST).open("r+b") as file:
         data = bytearray(file.read())
         data[len(data) // 2] ^= 1
@@ -682,7 +684,7 @@ def flip_a_bit(src: Path) -> None:
         file.write(data)
 
 
-def jit_clip(src: Path) -> None:
+def write_torchscript_clip(src: Path) -> None:
     (src / "clip" / "model.safetensors").unlink()
     with zipfile.ZipFile(src / "clip" / "ViT.pt", "w") as archive:
         for name in ("data.pkl", "constants.pkl", "code/x.py"):
@@ -690,39 +692,39 @@ def jit_clip(src: Path) -> None:
         archive.writestr("ViT/version", b"3\n")
 
 
-def sums(src: Path) -> None:
+def write_wrong_sum(src: Path) -> None:
     (src / "SHA256SUMS").write_text(f"{'0' * 64}  {FIRST}\n")
 
 
 def clip_entry(**values: Any) -> Callable[[Path], Any]:
-    def do(src: Path) -> None:
+    def break_source(src: Path) -> None:
         path = src / "clip" / "config.json"
         path.write_text(json.dumps(json.loads(path.read_text()) | values))
 
-    return do
+    return break_source
 
 
 def open_clip(**values: Any) -> Callable[[Path], Any]:
-    """The tower in open_clip's form, its config with these values on top."""
+    """Store the vision tower in open_clip's form, with these values in its config."""
 
-    def do(src: Path) -> None:
+    def break_source(src: Path) -> None:
         tower = open_clip_names(state_of(HUB))
         shutil.rmtree(src / "clip")
         path = write_clip(src / "clip", tower, "open_clip_model.safetensors")
         path = path / "open_clip_config.json"
         path.write_text(json.dumps(json.loads(path.read_text()) | values))
 
-    return do
+    return break_source
 
 
 def twice(name: str) -> Callable[[Path], Any]:
-    """A tensor of the first shard in the second one too, with other values."""
+    """Store the tensor also in the second shard, under this name and with other values."""
 
-    def do(src: Path) -> None:
+    def break_source(src: Path) -> None:
         first = torch.load(src / FIRST, weights_only=True)
         change(SECOND, lambda s: s.update({name: first[NORM] + 1}))(src)
 
-    return do
+    return break_source
 
 
 def wrong_sum(file: str) -> Callable[[Path], Any]:
@@ -736,14 +738,14 @@ BAD: dict[str, tuple[Callable[[Path], Any], str]] = {
     "empty pickle": (lambda src: (src / SECOND).write_bytes(b""), f"{SECOND} is truncated"),
     "pointer": (lambda src: (src / FIRST).write_text("version https://git"), "is truncated, dam"),
     "truncated tower": (truncate("clip/model.safetensors"), "model.safetensors is truncated"),
-    "bit": (flip_a_bit, f"{FIRST} is damaged"),
-    "sums": (sums, f"{FIRST} has SHA-256 .* but should have 0000"),
+    "bit": (flip_bit, f"{FIRST} is damaged"),
+    "sums": (write_wrong_sum, f"{FIRST} has SHA-256 .* but should have 0000"),
     "sum of a small file": (
         wrong_sum("tokenizer.model"),
         "tokenizer.model has SHA-256 .* but should have 0000",
     ),
     "twice": (twice(NORM), f"{SECOND}: {NORM} is there twice, also as {NORM} in {FIRST}"),
-    "twice, in other words": (
+    "twice, under two names": (
         change(
             FIRST,
             lambda s: s.update(
@@ -757,9 +759,9 @@ BAD: dict[str, tuple[Callable[[Path], Any], str]] = {
     ),
     "sparse": (
         change(FIRST, lambda s: s.update({NORM: s[NORM].to_sparse()})),
-        "with all their val",
+        "named, dense tensors with their values",
     ),
-    "no values": (change(FIRST, lambda s: s.update({NORM: s[NORM].to("meta")})), "with all their"),
+    "no values": (change(FIRST, lambda s: s.update({NORM: s[NORM].to("meta")})), "named, dense"),
     "numbered": (
         lambda src: torch.save({"state_dict": {1: torch.zeros(1)}}, src / FIRST),
         "missing: .*1 unknown: 1",
@@ -785,7 +787,10 @@ BAD: dict[str, tuple[Callable[[Path], Any], str]] = {
         ),
         r"asks for posix.mkdir when opened",
     ),
-    "no tensors": (lambda src: torch.save([1, 2], src / FIRST), "other things than named tensors"),
+    "no tensors": (
+        lambda src: torch.save([1, 2], src / FIRST),
+        "other things than named, dense tensors",
+    ),
     "shape": (change(FIRST, lambda s: s.update({NORM: torch.zeros(63)})), r"1 of another shape"),
     "missing": (change(FIRST, lambda s: s.pop(NORM) is None), r"1 missing: .*layers.0.input_layer"),
     "unknown": (change(FIRST, lambda s: s.update({"model.new": torch.zeros(1)})), "model.new"),
@@ -818,7 +823,10 @@ BAD: dict[str, tuple[Callable[[Path], Any], str]] = {
         clip_entry(patch_size=0),
         "clip/config.json: patch_size is 0, but must be one whole",
     ),
-    "picture": (clip_entry(image_size="x"), "clip/config.json: image_size is 'x', but must be one"),
+    "image size": (
+        clip_entry(image_size="x"),
+        "clip/config.json: image_size is 'x', but must be one",
+    ),
     "open_clip's gelu": (
         open_clip(model_cfg={"vision_cfg": {"head_width": 8}}),
         "model_cfg.quick_gelu is None, but",
@@ -827,12 +835,15 @@ BAD: dict[str, tuple[Callable[[Path], Any], str]] = {
         open_clip(model_cfg={"quick_gelu": True, "vision_cfg": {"head_width": "x"}}),
         "vision_cfg.head_width is 'x', but must be",
     ),
-    "open_clip's words": (open_clip(model_cfg=3), "model_cfg is 3, but must be an object"),
+    "open_clip's model_cfg": (open_clip(model_cfg=3), "model_cfg is 3, but must be an object"),
     "open_clip's colours": (
         open_clip(preprocess_cfg={"mean": [1, 2], "std": None}),
         r"preprocess_cfg.mean is \[1, 2\], but must be three numbers",
     ),
-    "program": (jit_clip, "ViT.pt is a TorchScript archive, a program .* plain weights"),
+    "program": (
+        write_torchscript_clip,
+        "ViT.pt is a TorchScript archive, a program .* plain weights",
+    ),
     "no clip": (
         lambda src: save_file({"x": torch.zeros(1)}, src / "clip" / "model.safetensors"),
         r"clip are not|unknown: vision_tower.vision_model.x",
@@ -853,11 +864,11 @@ def snapshot(folder: Path) -> dict[str, tuple[int, bytes]]:
 
 
 @pytest.mark.parametrize("case", BAD)
-def test_bad_input_is_one_line_before_anything_is_written(
+def test_bad_input_is_a_one_line_error_before_anything_is_written(
     src: Path, dst: Path, case: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    break_it, says = BAD[case]
-    break_it(src)
+    break_source, says = BAD[case]
+    break_source(src)
     before = snapshot(src)
     assert main([str(src), str(dst)]) == 2
     assert one_error(capsys, says)
@@ -866,8 +877,8 @@ def test_bad_input_is_one_line_before_anything_is_written(
     assert not (src.parent / "mark").exists(), "code in a pickle was run"
 
 
-def test_a_mended_source_goes_through(src: Path, dst: Path, hub: State) -> None:
-    sums(src)
+def test_a_corrected_source_is_converted(src: Path, dst: Path, hub: State) -> None:
+    write_wrong_sum(src)
     assert main([str(src), str(dst)]) == 2
     digest = hashlib.sha256((src / FIRST).read_bytes()).hexdigest()
     (src / "SHA256SUMS").write_text(f"{digest} *{FIRST}\n")
@@ -875,12 +886,14 @@ def test_a_mended_source_goes_through(src: Path, dst: Path, hub: State) -> None:
     assert_same(dst, hub)
 
 
-def test_what_needs_no_conversion_is_said_so(dst: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_source_that_needs_no_conversion_is_refused(
+    dst: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     assert main([str(HUB), str(dst)]) == 2
     assert one_error(capsys, "llava-hf layout already.*load it as it is: python -m minillava")
 
 
-def test_folders_are_looked_at_first(
+def test_folders_are_checked_first(
     src: Path, dst: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     taken, file = tmp_path / "taken", tmp_path / "file"
@@ -889,14 +902,14 @@ def test_folders_are_looked_at_first(
     file.touch()
     (loop := tmp_path / "loop").symlink_to(loop)
     for at, to, says in (
-        (src, taken, r"has other things in it \(photo.png\)"),
+        (src, taken, r"contains other files \(photo.png\)"),
         (src, file, "file is a file"),
         (src, file / "new", r"file/new cannot be written \(Not a directory\); give a folder"),
         (src, src, "is inside .*src, which is only read"),
         (src, src / "new", "is inside .*src, which is only read"),
         (src, src / "clip", "is inside .*src"),
         (src, loop, "loop is a file"),
-        (tmp_path / "nowhere", dst, "there is no folder .*nowhere; fetch"),
+        (tmp_path / "nowhere", dst, "there is no folder .*nowhere; download"),
     ):
         assert main([str(at), str(to)]) == 2
         assert one_error(capsys, says)
@@ -907,11 +920,11 @@ def test_folders_are_looked_at_first(
     assert one_error(capsys, "was written from other files or with other options")
 
 
-def test_a_projector_alone_asks_for_its_base(
+def test_a_projector_without_a_base_is_refused(
     src: Path, dst: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert main([str(src), str(dst), "--base", str(src)]) == 2
-    assert one_error(capsys, "has a language model itself .*leave --base out")
+    assert one_error(capsys, "contains a language model .*leave out --base")
     (src / "pytorch_model.bin.index.json").unlink()
     torch.save({}, src / "mm_projector.bin")
     assert main([str(src), str(dst)]) == 2
