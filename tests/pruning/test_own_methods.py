@@ -162,7 +162,7 @@ def test_merged_rows_that_are_none(tried: Try, rows: str, words: str) -> None:
     ],
 )
 def test_a_stage_that_is_none(tried: Try, stages: str) -> None:
-    refused(tried(stages=stages), "mine: stages() gave", '("decoder", K)')
+    refused(tried(stages=stages), "error: mine (", "mine.py): stages() gave", '("decoder", K)')
 
 
 @pytest.mark.parametrize(
@@ -211,17 +211,22 @@ def test_what_is_gone_while_decoding(tried: Try, body: str, words: str) -> None:
 @pytest.mark.parametrize(
     ("asked", "words"),
     [
-        ("check(self, n_layers, n_tokens, starts):\n        1 / 0", "line 11: ZeroDivisionError"),
-        ("left(self, n_tokens):\n        return [][0]", "line 11: IndexError"),
-        ("vision_layers(self, n_layers):\n        return (-2,)", "gave (-2,); it must be a tuple"),
-        ("vision_layers(self, n_layers):\n        return (n_layers + 1,)", "from 0 to 6"),
-        ("vision_layers(self, n_layers):\n        return 3", "gave 3; it must be a tuple"),
+        ("check(self, n_layers, n_tokens, starts):\n        1 / 0", "ZeroDivisionError"),
+        ("left(self, n_tokens):\n        return [][0]", "IndexError"),
     ],
 )
 def test_what_else_it_overrides(tried: Try, asked: str, words: str) -> None:
-    done = tried(more=f"    def {asked}\n")
-    refused(done, "mine", words)
-    assert "mine.py, line 11" in done[2] or "mine: vision_layers() gave" in done[2]
+    refused(tried(more=f"    def {asked}\n"), f"mine.py, line 11: {words}")
+
+
+@pytest.mark.parametrize(
+    ("layers", "said"),
+    [("(-2,)", "(-2,)"), ("(n_layers + 1,)", "(7,)"), ("3", "3")],
+)
+def test_hidden_states_that_the_tower_lacks(tried: Try, layers: str, said: str) -> None:
+    done = tried(more=f"    def vision_layers(self, n_layers):\n        return {layers}\n")
+    words = f"vision_layers() gave {said}; it must be a tuple of numbers from 0 to 6"
+    refused(done, "error: mine (", f"mine.py): {words}")
 
 
 def test_arguments_that_do_not_fit(tried: Try) -> None:
