@@ -18,6 +18,7 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from minillava.loading.processor_files import read_image_config
+from minillava.processing import resize
 from minillava.processing.image import ImageConfig, preprocess
 
 TINY_A = Path(__file__).parents[1] / "goldens" / "checkpoints" / "tiny-a"

@@ -25,10 +25,7 @@ from minillava.pruning import (
     parse_plan_with_files,
     sparsevlm,
 )
-from minillava.pruning import (
-    average as budget,
-)
-from minillava.pruning.average import average_entering
+from minillava.pruning.average import AveragePlan, average_entering, entering, leaving
 
 N = 64  # tokens per image of the model below
 
@@ -91,7 +88,6 @@ def test_sparsevlm_is_the_released_code(golden: Golden, monkeypatch: pytest.Monk
     result = golden.run(f"sparsevlm:layers={slashes(layers)},keep={slashes(keep)}", 1)
     assert len(seen) == len(layers)
     for stage, (c, chosen) in enumerate(seen):
-        assert c.decoder is not None
         raters = sparsevlm.select_raters(c.entered(), c.text())
         assert raters.tolist() == expected["text_rater_offset"].tolist()
         mask = expected[f"stage{stage}_keep_mask"][0].bool()
@@ -208,7 +204,8 @@ def test_dart_walks_its_pivots_as_the_released_code(seed: int) -> None:
         taken = reference.best(unlike, 5)
         kept += taken
         pool = [i for i in pool if i not in taken]
-    assert image[dart.select_distinct(x, image, heads, text, 5)].tolist() == sorted(kept)
+    index = dart.select_distinct(x, image, heads, text, 5)
+    assert image[index].tolist() == sorted(kept)
 
 
 def test_the_strongest_head_of_each_row() -> None:
@@ -259,6 +256,8 @@ def test_published_counts() -> None:
         ("dart:keep=1.5", "keep=1.5 must be a whole number of tokens, or a share"),
         ("vtw:layer=2,average=3", "average and layer say the same"),
         ("fastv:average=3,scope=all", "average=3 counts one image"),
+        ("sparsevlm:layers=0/2/3,keep=9/8/7", "layers=0/2/3 must be 1 or more"),
+        ("dart:layer=0,keep=8", "layer=0 must be 1 or more (layer whose input is pruned; it needs"),
         ("sparsevlm:layers=3/2/5,average=40", "layers=3/2/5 must ascend"),
         ("pyramiddrop:layers=3/2,average=40", "layers=3/2 must ascend"),
         ("trim:keep=-1", "keep=-1 must be"),
@@ -275,13 +274,8 @@ def test_what_a_plan_cannot_say(plan: str, said: str) -> None:
     [
         ("pyramiddrop:layers=2/4/6", "layer=6, but the decoder has layers 0 to 5"),
         ("sparsevlm", "layer=7, but the decoder has layers 0 to 5"),
-        ("sparsevlm:layers=0/2/3,keep=9/8/7", "layers=0/2/3 must be 1 or more"),
         ("sparsevlm:layers=1/2,average=40", "for 3 layers, layers=1/2 are 2; give keep="),
         ("sparsevlm:layers=1/2/3,keep=90/8/7", "keep=90, but there are 64 image tokens"),
-        (
-            "dart:layer=0,keep=8",
-            "layer=0 must be 1 or more (layer whose input is pruned; it needs one",
-        ),
         ("dart:keep=65", "keep=65, but there are 64 image tokens"),
         ("vtw", "layer=15, but the decoder has layers 0 to 5"),
         ("fitprune", "was fitted for 32 layers and 576 image tokens, this model has 6 and 64"),
@@ -316,9 +310,8 @@ def test_fastv_averages_are_the_papers() -> None:
     assert [resolved(f"fastv:k=3,average={a}").keep for a in (192, 128, 64)] == [152, 82, 11]
     with pytest.raises(ValueError, match=r"the nearest is average=90\.8 \(keep=1\)"):
         resolved("fastv:k=5,average=64")
-    assert (
-        average_entering(resolved("fastv:k=2,average=32", 8, 64), 8, 64) == 31.75
-    )  # the README says so
+    small = resolved("fastv:k=2,average=32", 8, 64)
+    assert average_entering(small, 8, 64) == 31.75  # the README says so
     assert resolved("fastv:k=5,average=90.8").keep == 1  # what the error names is accepted
 
 
@@ -416,23 +409,24 @@ def test_defaults_lie_on_their_own_curve() -> None:
     ],
 )
 def test_the_report_has_the_average_that_was_solved(model: Any, batch: Batch, plan: str) -> None:
-    entering = run(model, batch, plan, 1).report.image_tokens_entering
-    method = resolved(plan, 6, N)
-    assert budget.entering(entering) == [pytest.approx(average_entering(method, 6, N))]
-    wanted = parse_plan(plan).average  # type: ignore[attr-defined]
-    assert abs(budget.entering(entering)[0] - wanted) <= {"vtw": 6, "dart": 3}.get(method.name, 0.7)
+    asked = parse_plan(plan)
+    assert isinstance(asked, AveragePlan)
+    (method,) = asked.resolve(6, N).methods
+    (counted,) = entering(run(model, batch, plan, 1).report.image_tokens_entering)
+    assert counted == pytest.approx(average_entering(method, 6, N))
+    assert abs(counted - asked.average) <= {"vtw": 6, "dart": 3}.get(method.name, 0.7)
 
 
 def test_sparsevlms_own_counter() -> None:
     """Its counter reports 192.0, the name of the list; 206.5 tokens enter a layer on average."""
     counts = [[576]] * 3 + [[309]] * 4 + [[204]] * 9 + [[113]] * 16
-    assert budget.entering(counts) == [206.5]
-    assert budget.leaving(counts) == [192.03125]
+    assert entering(counts) == [206.5]
+    assert leaving(counts) == [192.03125]
 
 
 def test_several_samples_are_averaged_apart() -> None:
-    assert budget.entering([[4, 0], [2, 0]]) == [3.0, 0.0]
-    assert budget.leaving([[4, 8], [2, 6]]) == [2.0, 6.0]
+    assert entering([[4, 0], [2, 0]]) == [3.0, 0.0]
+    assert leaving([[4, 8], [2, 6]]) == [2.0, 6.0]
 
 
 def test_a_plan_without_average_is_itself() -> None:

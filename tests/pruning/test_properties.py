@@ -212,6 +212,32 @@ def test_a_batch_gives_what_each_prompt_gives_alone(
         assert together.report.next_position[b] == single.report.next_position[0]
 
 
+@pytest.mark.parametrize(
+    "plan",
+    [
+        "fastv:layer=2,keep=5",
+        "pyramiddrop:layers=1/3,ratios=0.5/0.25",
+        "uniform:keep=7,positions=compact+fastv:layer=1,keep=3",
+        "fastv:layer=2,keep=5,mode=mask",
+        "simignore:keep=4,mode=mask+fastv:layer=1,keep=2",
+        "fastv:layer=1,keep=5,mode=mask,until=3",
+        "simignore:keep=4,mode=mask,until=2+fastv:layer=2,keep=3",
+    ],
+)
+def test_a_long_answer_in_a_batch_is_the_one_given_alone(
+    model: Any, batch: Batch, plan: str
+) -> None:
+    """The samples' rows in the cache differ in number, and new ones follow each sample's own."""
+    parsed = parse_plan(plan)
+    together = run(model, batch, parsed, n=12)
+    assert len(set(together.report.cache_lengths[-1])) > 1
+    for b in range(len(batch.ids)):
+        single = run(model, alone(model, batch, b), parsed, n=12)
+        assert len(single.tokens[0]) == 12
+        assert single.tokens[0] == together.tokens[b]
+        assert_close(together.logits[b], single.logits[0])
+
+
 @pytest.mark.parametrize("name", METHODS)
 def test_the_report_adds_up(model: Any, batch: Batch, name: str) -> None:
     plan = example(name)
