@@ -264,7 +264,7 @@ def hidden_states_read(model: LLaVA, plan: Plan) -> set[int]:
             *range(vision.num_hidden_layers + 1)
         }:
             raise ValueError(
-                f"{method.name}: vision_layers() gave {layers!r}; it must be a tuple of numbers "
+                f"{method.label}: vision_layers() gave {layers!r}; it must be a tuple of numbers "
                 f"from 0 to {vision.num_hidden_layers}"
             )
         read |= set(layers)
