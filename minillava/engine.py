@@ -71,8 +71,10 @@ def prefill(
     prune(model, samples, plan.at("vision"), history)  # x: [b] (S, C), text rows not yet filled
     embed_rows(model, samples)  # x: [b] (S, D)
     prune(model, samples, plan.at("embed"), history)
-    for sample in samples:
-        sample.embedded = (sample.x, sample.rows) if plan.has_stage("decoder") else None
+    if plan.has_stage("decoder"):
+        for s in samples:
+            is_image = s.rows.image >= 0  # (S,)
+            s.embedded = s.x[is_image], s.rows.image[is_image]
 
     segments = []
     for layers in plan.segments(model.config.text.num_hidden_layers):

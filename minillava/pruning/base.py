@@ -381,8 +381,8 @@ class Context:
         """Image rows in scope (m, D) as they entered decoder layer 0."""
         self.sequence()  # refuses while decoding
         assert self._sample.embedded is not None, "only a step of the decoder can look back"
-        x, rows = self._sample.embedded
-        return x[torch.isin(rows.image, torch.tensor(self._images, device=x.device))]
+        x, image = self._sample.embedded
+        return x[torch.isin(image, torch.tensor(self._images, device=x.device))]
 
     def _check_queries(self, rows: Tensor) -> None:
         if self._sample.token is not None and not torch.equal(rows, self.newest):
