@@ -87,6 +87,21 @@ def test_the_reading_path_has_no_circle() -> None:
     assert not imports
 
 
+def test_the_reading_path_can_be_read_in_an_evening() -> None:
+    """At most 2,500 lines, and no function of more than 45."""
+    modules = [*READING_PATH, "__init__", "__main__"]
+    assert sum(len(source_of(name).splitlines()) for name in modules) <= 2500
+    for name in modules:
+        for node in ast.walk(ast.parse(source_of(name))):
+            if isinstance(node, ast.FunctionDef):
+                lines = (node.end_lineno or 0) - node.lineno + 1
+                assert lines <= 45, f"{name}.{node.name} has {lines} lines"
+
+
+def test_the_readme_fits_on_a_few_screens() -> None:
+    assert len((ROOT / "README.md").read_text().splitlines()) <= 150
+
+
 # Distributions whose modules have another name.
 DISTRIBUTIONS = {"PIL": "pillow", "open_clip": "open-clip-torch", "sklearn": "scikit-learn"}
 
