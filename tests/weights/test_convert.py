@@ -825,7 +825,7 @@ BAD: dict[str, tuple[Callable[[Path], Any], str]] = {
     ),
     "image size": (
         clip_entry(image_size="x"),
-        "clip/config.json: image_size is 'x', but must be one",
+        "config.json: image_size is 'x', but must be one",
     ),
     "open_clip's gelu": (
         open_clip(model_cfg={"vision_cfg": {"head_width": 8}}),
@@ -904,7 +904,7 @@ def test_folders_are_checked_first(
     for at, to, says in (
         (src, taken, r"contains other files \(photo.png\)"),
         (src, file, "file is a file"),
-        (src, file / "new", r"file/new cannot be written \(Not a directory\); give a folder"),
+        (src, file / "new", r"file/new cannot be written \(Not a directory\); give a writable"),
         (src, src, "is inside .*src, which is only read"),
         (src, src / "new", "is inside .*src, which is only read"),
         (src, src / "clip", "is inside .*src"),
