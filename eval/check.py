@@ -1,12 +1,13 @@
-"""Metrics against cases with known results: `python -m eval.check FILE.json...`.
+"""Check the metrics against cases with known results: `python -m eval.check FILE.json...`.
 
     python -m eval.check vqa_normalise.json cider_edge.json
     python -m eval.check *.json --json
 
-A file's name begins with the kind of its cases (mme_parse_2.json holds cases of mme_parse); a file
+A file's name begins with the kind of its cases: mme_parse_2.json has cases of mme_parse. A file
 with another name is recognised by the fields of its first case. Every field of a case that our
 metrics can compute is compared, numbers to 1e-9. A case is right if all its fields are. BLEU is not
-computed. Exit code 0: all right, 1: some are not, 2: a file that holds no such cases.
+computed. The exit code is 0 if all cases are right, 1 if some are not, and 2 for a file without
+known cases.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from minillava.app.command import Parser, command
+from minillava.app.command import CommandParser, run_command
 
 from .metrics import (
     aokvqa,
@@ -41,28 +42,31 @@ from .metrics import (
 _TOLERANCE = 1e-9
 
 Case = Mapping[str, Any]
-Result = dict[str, Any]  # field -> what our metrics say
+Result = dict[str, Any]  # field -> value of our metrics
 
 
 @dataclass(frozen=True)
 class Kind:
-    """needs: what a case is made of, with a test of each; gives: fields that `compute` is compared
-    with, for all cases of a file at once; further: those that a case may leave out, with the field
-    that then stands for it, if any; whole: from the results, fields of the file itself; forms:
-    tests of fields that are both compared and computed with."""
+    """A kind of case.
+
+    needs: the input fields, each with a test of its value. compute: from all cases of a file, the
+    results. gives: the fields that are compared with the results. further: fields that a case may
+    omit, each with the field to compare instead, if any. totals: from the results, the fields of
+    the file itself. forms: tests of fields that are both compared and used as input.
+    """
 
     needs: Mapping[str, Callable[[Any], bool]]
     gives: tuple[str, ...]
     compute: Callable[[Sequence[Case]], Sequence[Result]]
     further: Mapping[str, str | None] = field(default_factory=dict)
-    whole: Callable[[Sequence[Result]], Result] | None = None
+    totals: Callable[[Sequence[Result]], Result] | None = None
     forms: Mapping[str, Callable[[Any], bool]] = field(default_factory=dict)
     captions: bool = False
 
 
 @dataclass(frozen=True)
 class Miss:
-    """A field that came out otherwise. case: its number, from 1, and its name if it has one."""
+    """A field whose value differs. case: the number of the case, from 1, and its name if any."""
 
     case: str
     field: str
@@ -72,7 +76,7 @@ class Miss:
 
 @dataclass(frozen=True)
 class Checked:
-    """A file's result. tokeniser: which one made the tokens of captions."""
+    """The result of a file. tokeniser: the one that made the tokens of captions."""
 
     file: str
     kind: str
@@ -83,7 +87,7 @@ class Checked:
     tokeniser: str | None = None
 
 
-# What each kind of case is and what we make of it.
+# How the results of each kind are computed.
 
 
 def _vqa_normalise(case: Case) -> Result:
@@ -150,19 +154,22 @@ def _mmmu_open(case: Case) -> Result:
 
 
 def _mmmu_row(case: Case) -> Result:
-    """A row of published outputs, as the benchmark's own parser reads it."""
+    """A row of published outputs, read by the benchmark's own parser."""
     response, gold = case["response"], case["answer"]
     if case["question_type"] != "multiple-choice":
         right: bool | None = mmmu.open_correct(response, gold)
         return {"parsed": mmmu.candidates(response), "random": False, "correct": right}
     if not _texts(case.get("options")):
-        raise ValueError(f"the multiple-choice question {case.get('id')} has no list of options")
+        raise ValueError(
+            f"the multiple-choice question {case.get('id')} has no list of options; correct the "
+            "file"
+        )
     choice = mmmu.choice(response, case["options"], official=True)
     right = None if choice is None else choice in ([gold] if isinstance(gold, str) else gold)
     return {"parsed": choice, "random": choice is None, "correct": right}
 
 
-def _mmmu_whole(results: Sequence[Result]) -> Result:
+def _mmmu_totals(results: Sequence[Result]) -> Result:
     right = sum(result["correct"] is True for result in results)
     guessed = sum(result["random"] for result in results)
     return {
@@ -214,7 +221,7 @@ Corpus = tuple[Mapping[str, str], Mapping[str, Sequence[str]]]  # captions, refe
 
 
 def _tokens_of(corpora: Sequence[Corpus]) -> list[tuple[dict[str, str], dict[str, list[str]]]]:
-    """As pycocoevalcap does it: of each corpus first all references, then all captions."""
+    """Tokenise as pycocoevalcap: of each corpus first all references, then all captions."""
     lists = [
         texts
         for said, golds in corpora
@@ -230,10 +237,10 @@ def _tokens_of(corpora: Sequence[Corpus]) -> list[tuple[dict[str, str], dict[str
 
 
 def _corpora(cases: Sequence[Case]) -> list[Result]:
-    """Scores are of the file's own tokens, so that tokeniser and CIDEr are checked apart."""
+    """Scores use the tokens of the file, so that tokeniser and CIDEr are checked separately."""
     for case in cases:
         if case["candidates"].keys() != case["references"].keys():
-            raise ValueError("candidates and references are of different images")
+            raise ValueError("candidates and references have different images; correct the file")
     tokens = _tokens_of([(case["candidates"], case["references"]) for case in cases])
     results = []
     for case, (said, golds) in zip(cases, tokens, strict=True):
@@ -252,7 +259,7 @@ def _corpora(cases: Sequence[Case]) -> list[Result]:
 
 
 def _items(cases: Sequence[Case]) -> list[Result]:
-    """One corpus whose images are the cases."""
+    """The results of a file whose cases are the images of one corpus."""
     names = [str(i) for i in range(len(cases))]
     candidates = {name: case["candidate"] for name, case in zip(names, cases, strict=True)}
     references = {name: case["references"] for name, case in zip(names, cases, strict=True)}
@@ -349,7 +356,7 @@ KINDS = {
         ("parsed", "correct"),
         _each(_mmmu_row),
         {"random": None},
-        whole=_mmmu_whole,
+        totals=_mmmu_totals,
     ),
     "ocrvqa": Kind(
         {"prediction": _text, "answer": _text},
@@ -382,19 +389,22 @@ _CORPUS = Kind(
     ("cider",),
     _items,
     dict.fromkeys(("rouge_l", "candidate_tokens", "reference_tokens")),
-    whole=_means,
+    totals=_means,
     forms={"candidate_tokens": _text, "reference_tokens": _texts},
     captions=True,
 )
-_UNORDERED = ("parsed", "gold_normalised")  # lists of what the official code keeps as a set
+_UNORDERED = ("parsed", "gold_normalised")  # lists that are sets in the official code
 
 
 # Files.
 
 
 def check(path: Path) -> Checked:
-    """A file's cases through our metrics. ValueError, one line: it cannot be read, it is of no
-    known kind, or a case lacks a field or holds something else in it."""
+    """Check the cases of a file.
+
+    Raises ValueError, one line, if the file cannot be read, if its kind is unknown, or if a case
+    lacks a field or has a field of the wrong type.
+    """
     document, cases = _load(path)
     name, kind = _kind(path, document, cases)
     for i, case in enumerate(cases, 1):
@@ -408,8 +418,8 @@ def check(path: Path) -> Checked:
         [Miss(case_name, *found) for found in _compare(kind, case, result)]
         for case_name, case, result in zip(names, cases, results, strict=True)
     ]
-    if kind.whole:
-        known = {n: v for n, v in kind.whole(results).items() if n in document}
+    if kind.totals:
+        known = {n: v for n, v in kind.totals(results).items() if n in document}
         if known:
             wrong = [(n, document[n], v) for n, v in known.items() if not _same(document[n], v)]
             misses.append([Miss("whole file", *found) for found in wrong])
@@ -425,7 +435,7 @@ def check(path: Path) -> Checked:
     )
 
 
-_LABELS = {"name", "id", "subject", "options"}  # of a case, for the reader
+_LABELS = {"name", "id", "subject", "options"}  # fields for the reader only
 
 
 def _load(path: Path) -> tuple[Mapping[str, Any], list[Case]]:
@@ -436,7 +446,7 @@ def _load(path: Path) -> tuple[Mapping[str, Any], list[Case]]:
     except OSError as error:
         raise ValueError(f"{path} cannot be read ({error.strerror}); give files of cases") from None
     except (ValueError, RecursionError):
-        raise ValueError(f"{path} is no JSON file; give files of cases") from None
+        raise ValueError(f"{path} is not a JSON file; give files of cases") from None
     if isinstance(document, list):
         document = {"cases": document}
     where = next((k for k in _CONTAINERS if isinstance(document, dict) and k in document), None)
@@ -461,7 +471,7 @@ def _kind(path: Path, document: Mapping[str, Any], cases: Sequence[Case]) -> tup
     fitting = [n for n, kind in KINDS.items() if {*kind.needs, *kind.gives} <= cases[0].keys()]
     if not fitting:
         raise ValueError(
-            f"{path} is of no known kind, by its name or its fields; kinds are {', '.join(KINDS)}"
+            f"{path} is of no known kind by its name or its fields; kinds are {', '.join(KINDS)}"
         )
     name = max(fitting, key=lambda n: len(KINDS[n].needs) + len(KINDS[n].gives))
     return name, KINDS[name]
@@ -482,7 +492,7 @@ def _validate(case: Case, kind: Kind, where: str, name: str) -> None:
 
 
 def _compare(kind: Kind, case: Case, result: Result) -> list[tuple[str, Any, Any]]:
-    """(field, expected, came) of each field that differs."""
+    """(field, expected value, our value) of each field that differs."""
     wrong = []
     for name in (*kind.gives, *kind.further):
         source = name if name in case else kind.further.get(name)
@@ -497,14 +507,16 @@ def _compare(kind: Kind, case: Case, result: Result) -> list[tuple[str, Any, Any
 
 
 def _ordered(values: Sequence[Any]) -> list[Any]:
-    """Numbers, then texts; a list of anything else stays as it is."""
+    """Sort numbers, then texts; other lists stay unchanged."""
     if not all(isinstance(value, str | int | float) for value in values):
         return list(values)
     return sorted(values, key=lambda v: (isinstance(v, str), v))
 
 
 def _same(expected: Any, came: Any) -> bool:
-    """Equal; numbers to 1e-9, true and false as 1 and 0, of objects the fields expected."""
+    """Whether values are equal: numbers to 1e-9, true and false as 1 and 0, expected fields of
+    objects.
+    """
     if isinstance(expected, dict):
         return isinstance(came, dict) and all(
             name in came and _same(value, came[name]) for name, value in expected.items()
@@ -522,7 +534,7 @@ def _same(expected: Any, came: Any) -> bool:
 
 
 def text_of(checked: Sequence[Checked]) -> str:
-    """A line a file, under it its misses, at the end the sum."""
+    """A line for each file, followed by its misses, and the total at the end."""
     lines = []
     for file in checked:
         remarks = [file.kind]
@@ -551,9 +563,14 @@ def json_of(checked: Sequence[Checked]) -> str:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    parser = Parser(prog="python -m eval.check", description="Metrics against known results.")
+    """Run the command line; returns its exit code: 0, 1 or 2 as above, 130 after Ctrl-C."""
+    parser = CommandParser(
+        prog="python -m eval.check", description="Check the metrics against known results."
+    )
     parser.add_argument("files", metavar="FILE.json", nargs="+", type=Path)
-    parser.add_argument("--json", action="store_true", help="one JSON object instead of lines")
+    parser.add_argument(
+        "--json", action="store_true", help="print one JSON object instead of lines"
+    )
     checked: list[Checked] = []
 
     def act() -> None:
@@ -561,7 +578,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         checked.extend(check(path) for path in given.files)
         print(json_of(checked) if given.json else text_of(checked), flush=True)
 
-    code = command(act)
+    code = run_command(act)
     return code or int(any(file.right != file.total for file in checked))
 
 

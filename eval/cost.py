@@ -1,12 +1,14 @@
-"""What a run costs, counted: FLOPs by the papers' formulas and exactly, bytes, memory, limits.
+"""The costs of a run: FLOPs by the papers' formulas and exactly, bytes, times and memory.
 
-FastV's and SparseVLM's formulas count a multiply-add as one and stop at the decoder's layers;
-`decoder_flops` and `vision_flops` count every multiplication and addition of matrix products and
-attention (dense, causality not discounted), as torch's FlopCounterMode does.
+FastV's and SparseVLM's formulas count a multiply-add as one operation and cover the decoder's
+layers only. `decoder_flops` and `vision_flops` count every multiplication and every addition of the
+matrix products and of attention, as torch's FlopCounterMode does: attention counts as dense, with
+no discount for the causal mask.
 """
 
 from __future__ import annotations
 
+import copy
 import gc
 import resource
 import statistics
@@ -14,7 +16,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -23,8 +25,8 @@ from torch import nn
 
 from minillava.config import Config, TextConfig
 from minillava.llava import LLaVA
-from minillava.loading import assemble as fill
-from minillava.pruning.base import Plan
+from minillava.loading import memory
+from minillava.pruning.base import Method, Plan
 
 RESET = Path("/proc/self/clear_refs")
 
@@ -32,27 +34,33 @@ RESET = Path("/proc/self/clear_refs")
 
 
 def fastv_flops(n: int, config: TextConfig) -> int:
-    """FastV's cost of a layer with n rows (arXiv 2403.06764, eq. 5): 4 n d^2 + 2 n^2 d + 2 n d m.
+    """FLOPs of a layer with n rows by FastV (arXiv 2403.06764, eq. 5): 4 n d^2 + 2 n^2 d + 2 n d m.
 
-    It counts two of Llama's three MLP matrices.
+    The formula counts two of Llama's three MLP matrices.
     """
     d, m = config.hidden_size, config.intermediate_size
     return 4 * n * d * d + 2 * n * n * d + 2 * n * d * m
 
 
 def sparsevlm_flops(n: int, config: TextConfig) -> int:
-    """SparseVLM's cost of a layer (arXiv 2410.04417): the same with all three MLP matrices."""
+    """FLOPs of a layer by SparseVLM (arXiv 2410.04417): as FastV's, with all three MLP matrices."""
     return fastv_flops(n, config) + n * config.hidden_size * config.intermediate_size
 
 
 def fastv_share(entering: Sequence[int], unpruned: int, config: TextConfig) -> float:
-    """What the layers with so many rows cost, of what they cost unpruned, by FastV's formula."""
-    whole = fastv_flops(unpruned, config) * len(entering)
-    return sum(fastv_flops(n, config) for n in entering) / whole
+    """The share of FLOPs, by FastV's formula, relative to the unpruned prompt.
+
+    entering: rows that enter each layer; unpruned: rows of the unpruned prompt.
+    """
+    full = fastv_flops(unpruned, config) * len(entering)
+    return sum(fastv_flops(n, config) for n in entering) / full
 
 
 def decoder_flops(entering: Sequence[int], config: TextConfig) -> int:
-    """Exact FLOPs of a prefill of one sample with so many rows in each layer, one row of logits."""
+    """Exact FLOPs of a prefill of one sample, with the logits of its last row.
+
+    entering: rows that enter each layer.
+    """
     d, m, dh = config.hidden_size, config.intermediate_size, config.head_dim
     H, Hkv = config.num_attention_heads, config.num_key_value_heads
     row = 2 * d * dh * (2 * H + 2 * Hkv) + 6 * d * m  # q and o, k and v, gate, up and down
@@ -61,7 +69,7 @@ def decoder_flops(entering: Sequence[int], config: TextConfig) -> int:
 
 
 def vision_flops(config: Config, blocks: int) -> int:
-    """Exact FLOPs of a picture: patches, so many blocks of the tower, and the projector."""
+    """Exact FLOPs of one image: patch embedding, `blocks` blocks of the tower, and projector."""
     v, N, D = config.vision, config.vision.num_patches, config.text.hidden_size
     C, M, T = v.hidden_size, v.intermediate_size, N + 1
     patches = 2 * N * C * 3 * v.patch_size**2
@@ -70,18 +78,18 @@ def vision_flops(config: Config, blocks: int) -> int:
 
 
 def cache_bytes(entering: Sequence[int], config: TextConfig, itemsize: int = 4) -> int:
-    """Keys and values of so many rows in each layer."""
+    """Bytes of the keys and values. entering: rows that each layer holds."""
     return sum(entering) * 2 * config.num_key_value_heads * config.head_dim * itemsize
 
 
 def activation_bytes(entering: Sequence[int], config: Config, plan: Plan, itemsize: int = 4) -> int:
-    """The largest moment of a prefill of one sample with one picture and so many rows in each
-    layer, weights and cache apart (without what layers of integer weights need for themselves).
+    """The peak of the activations' bytes in a prefill of one sample with one image.
 
-    It is in a block's MLP. In the decoder there are rows before the block, after its attention, and
-    normalised; gate and up; queries and keys, where the plan asks a layer for them; the tower's
-    states and projected features. In the tower: the patches; rows as in the decoder; one matrix,
-    its sigmoid and their product.
+    Weights, the KV cache and the temporary memory of integer layers are not in it. The peak is in
+    the MLP of a block. In the decoder it consists of the rows before the block, after its attention
+    and normalised; gate and up; queries and keys, if the plan asks a layer for them; the tower's
+    states and the projected features. In the tower it consists of the patches; the rows as in the
+    decoder; one matrix, its sigmoid and their product.
     """
     t, v = config.text, config.vision
     N, D, C = v.num_patches, t.hidden_size, v.hidden_size
@@ -98,10 +106,10 @@ def activation_bytes(entering: Sequence[int], config: Config, plan: Plan, itemsi
 
 @dataclass(frozen=True)
 class Spread:
-    """Several measurements of one thing."""
+    """The median and quartiles of several measurements of one quantity."""
 
     median: float
-    low: float  # quartiles; with fewer than four measurements the least and the greatest
+    low: float  # quartiles; of fewer than four measurements the minimum and the maximum
     high: float
     n: int
 
@@ -115,56 +123,52 @@ class Spread:
 
 @dataclass
 class Clock:
-    """Seconds spent in the choices of a plan."""
+    """The seconds that the choices of a plan have taken so far."""
 
     seconds: float = 0.0
 
 
-@dataclass(frozen=True)
-class _Timed:
-    """A method whose choices are timed, with the model's own work that they ask for."""
+def _timed(method: Method, clock: Clock, device: torch.device) -> Method:
+    """A copy of the method whose choices are timed, with the computations that they ask for."""
+    own = type(method)
 
-    inner: Any
-    clock: Clock
-    device: torch.device = field(default=torch.device("cpu"))
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self.inner, name)
-
-    def resolve(self, n_layers: int, per_image: int) -> _Timed:
-        return self
-
-    def choose(self, context: Any) -> Any:
-        wait(self.device)
+    def choose(self: Any, context: Any) -> Any:
+        synchronize(device)
         began = time.perf_counter()
-        keep = self.inner.choose(context)
-        wait(self.device)
-        self.clock.seconds += time.perf_counter() - began
+        keep = own.choose(self, context)
+        synchronize(device)
+        clock.seconds += time.perf_counter() - began
         return keep
 
+    copied = copy.copy(method)
+    # the copy is frozen, and shares its fields with a class that differs in choose() alone
+    timed = type(own.__name__, (own,), {"name": own.name, "choose": choose})
+    object.__setattr__(copied, "__class__", timed)
+    return copied
 
-def timed(plan: Plan, model: LLaVA, clock: Clock) -> Plan:
-    """The same plan; the time of its choices is added to `clock`."""
+
+def with_timed_choices(plan: Plan, model: LLaVA, clock: Clock) -> Plan:
+    """The same plan, but the time of its choices is added to `clock`."""
     config = model.config
     plan = plan.resolve(config.text.num_hidden_layers, config.vision.num_patches)
-    methods: Any = tuple(_Timed(method, clock, model.device) for method in plan.methods)
+    methods = tuple(_timed(method, clock, model.device) for method in plan.methods)
     return replace(plan, methods=methods)
 
 
-def wait(device: torch.device) -> None:
-    """Until a GPU has done what it was told."""
+def synchronize(device: torch.device) -> None:
+    """Wait until the GPU is idle; nothing on other devices."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
 
 
-def seconds(act: Callable[[], object], device: torch.device, repeats: int = 3) -> float:
-    """The least of several times, after one that does not count."""
+def best_seconds(act: Callable[[], object], device: torch.device, repeats: int = 3) -> float:
+    """The shortest of `repeats` runs in seconds, after one run for warming up."""
     times = []
     for _ in range(repeats + 1):
-        wait(device)
+        synchronize(device)
         began = time.perf_counter()
         act()
-        wait(device)
+        synchronize(device)
         times.append(time.perf_counter() - began)
     return min(times[1:])
 
@@ -173,43 +177,43 @@ def seconds(act: Callable[[], object], device: torch.device, repeats: int = 3) -
 
 
 def gemm_rate(linear: nn.Module, rows: int, columns: int, outputs: int, model: LLaVA) -> float:
-    """FLOPs a second of a linear layer of the model on so many rows."""
+    """FLOPs per second of a linear layer of the model with `rows` input rows."""
     x = torch.randn(rows, columns, device=model.device, dtype=model.dtype)
     with torch.inference_mode():
-        return 2 * rows * columns * outputs / seconds(lambda: linear(x), model.device)
+        return 2 * rows * columns * outputs / best_seconds(lambda: linear(x), model.device)
 
 
 def memory_bandwidth(device: torch.device, size: int = 2**30) -> float:
-    """Bytes a second, reading `size` bytes once."""
+    """Bytes per second of one pass over `size` bytes."""
     values = torch.ones(size // 4, device=device)
-    return size / seconds(values.sum, device)
+    return size / best_seconds(values.sum, device)
 
 
-def peaks_begin_anew() -> bool:
-    """Whether the system can start a new peak of resident memory (Linux)."""
+def can_reset_peak() -> bool:
+    """Whether the system can reset the peak of resident memory (Linux can)."""
     return RESET.exists()
 
 
 @contextmanager
 def peak_memory() -> Iterator[Callable[[], int]]:
-    """Inside, a function that gives the process's peak of resident bytes since it began.
+    """Yield a function that returns the process's peak of resident bytes since entry.
 
-    Linux can start a new peak; elsewhere it is that of the process's whole life. All that the
-    process holds is in it, the libraries' code too.
+    On systems other than Linux the peak is that of the process's whole life. It includes everything
+    that the process holds, also the libraries' code.
     """
-    if peaks_begin_anew():
+    if can_reset_peak():
         RESET.write_text("5")
     yield _peak
 
 
 def give_back() -> None:
-    """Return freed memory to the system, where that can be asked of it."""
+    """Return freed memory to the system, if the C library supports it."""
     gc.collect()
-    fill.give_back()
+    memory.return_freed_memory()
 
 
 def resident_bytes() -> int:
-    """Memory that the process holds now; where the system does not say, its peak."""
+    """The resident memory of the process in bytes; on systems that do not report it, its peak."""
     return _status("VmRSS")
 
 

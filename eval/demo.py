@@ -1,12 +1,14 @@
-"""How plans fare on the demo checkpoint: accuracy per kind of question, offline, in minutes.
+"""The accuracy of plans on the demo checkpoint by kind of question, offline and in minutes.
 
     python -m eval.demo --out eval/results/demo   every method at 50, 25 and 11 % of the tokens
-    python -m eval.demo PLAN [PLAN ...]           these plans, beside the unpruned model
+    python -m eval.demo PLAN [PLAN ...]           these plans and the unpruned model
     python -m eval.demo --kinds where PLAN        only some kinds of question
 
-Questions are weights/scenes.py's held-out ones: new scenes with handwriting that was never trained
-on, the same ones for every plan. An answer is right if it is the expected text exactly. Results go
-to --out as one JSON object a plan, and as a table.
+The questions are the held-out ones of weights/scenes.py: new scenes with handwriting that was not
+used in training, the same for every plan. An answer is right if it equals the expected text. The
+results go to --out as a JSON file with one object for each plan, and as a table.
+
+A PLAN may also use a method in a file of your own: ./mine.py:Mine:keep=16.
 """
 
 from __future__ import annotations
@@ -23,31 +25,38 @@ from typing import Any
 
 import torch
 
-from minillava import Batch, load, parse_plan
-from minillava.app.command import Parser, command, natural, positive
-from minillava.generate import Result, Settings, check_plan, generate, prompts_of
+from minillava import Batch, load
+from minillava.app.command import (
+    CommandParser,
+    parse_non_negative_int,
+    parse_positive_int,
+    run_command,
+)
+from minillava.generate import Result, generate
 from minillava.llava import LLaVA
-from minillava.processor import Processor
+from minillava.processing.processor import Processor
 from minillava.pruning import METHODS
+from minillava.request import Settings, check_plan, prompts_of
 from weights import scenes
 
 from . import fit, store
+from .plans import read_plan, read_plans
 
 BATCH = 32
 LENGTH = 48  # new tokens; the longest answer is a caption
 SHARES = (0.5, 0.25, 0.11)
-ADAPTIVE = ("prumerge", "prumerge-plus", "text-only")  # they have no budget
-WITHOUT_A_TOWER = ("trim", "cdpruner")
+ADAPTIVE = ("prumerge", "prumerge-plus", "text-only")  # these have no option for a budget
+NEED_CLIP_TEXT = ("trim", "cdpruner")
 
 Group = tuple[Batch, list[scenes.Example]]
 
 
-def plans(model: LLaVA, processor: Processor) -> list[str]:
+def default_plans(model: LLaVA, processor: Processor) -> list[str]:
     """Every method at each share of the image tokens; "" is the unpruned model.
 
-    Methods in the decoder act from layer 2 on (their first layers see everything), those with
-    several layers go down in equal ratios; FitPrune's table is fitted on scenes of its own seed.
-    TRIM and CDPruner read a CLIP text tower, and there is none for the demo's vision tower.
+    Methods in the decoder prune the input of layer 2. Methods with several layers reduce the tokens
+    by equal ratios. FitPrune's table is fitted on scenes of another seed. TRIM and CDPruner are
+    left out: they read a CLIP text tower, and the demo's vision tower has none.
     """
     n_tokens, n_layers = model.config.vision.num_patches, model.config.text.num_hidden_layers
     found = [""]
@@ -71,7 +80,7 @@ def plans(model: LLaVA, processor: Processor) -> list[str]:
         for name in METHODS:
             if name in ADAPTIVE:
                 found.append(name)
-            elif name not in WITHOUT_A_TOWER:
+            elif name not in NEED_CLIP_TEXT:
                 found.append(special.get(name, f"{name}:keep={k}"))
     return list(dict.fromkeys(found))
 
@@ -84,7 +93,7 @@ def _fitted(model: LLaVA, processor: Processor, save: int) -> str:
 
 
 def questions(processor: Processor, seed: int, n: int, kinds: Sequence[str] | None) -> list[Group]:
-    """n held-out questions in batches, in the checkpoint's own template."""
+    """n held-out questions in batches, in the checkpoint's template."""
     items = list(scenes.held_out(seed, n, kinds))
     groups = []
     for at in range(0, n, BATCH):
@@ -98,8 +107,8 @@ def questions(processor: Processor, seed: int, n: int, kinds: Sequence[str] | No
 def measure(
     model: LLaVA, processor: Processor, groups: Sequence[Group], text: str, seed: int
 ) -> dict[str, Any]:
-    """One plan on all questions: accuracy per kind, image tokens per layer, seconds."""
-    plan, began = parse_plan(text or None), time.perf_counter()
+    """Ask all questions under one plan: accuracy by kind, image tokens per layer, seconds."""
+    plan, began = read_plan(text).plan, time.perf_counter()
     right: dict[str, list[bool]] = defaultdict(list)
     entering: list[float] = []
     for i, (batch, examples) in enumerate(groups):
@@ -112,7 +121,7 @@ def measure(
     return {
         "plan": text or "none",
         "questions": sum(map(len, right.values())),
-        "all": _percent(answers),  # captions apart
+        "all": _percent(answers),  # all kinds but captions
         **kinds,
         "image_tokens_entering_a_layer": round(sum(entering) / len(entering), 2),
         "seconds": round(time.perf_counter() - began, 1),
@@ -129,7 +138,7 @@ def _percent(right: Sequence[bool]) -> float:
 
 
 def table(rows: Sequence[dict[str, Any]]) -> str:
-    """Markdown, one line a plan."""
+    """The rows as a Markdown table, a line for each plan."""
     skip = {"plan", "questions", "image_tokens_entering_a_layer", "seconds"}
     kinds = [key for key in rows[0] if key not in skip]
     head = ["plan", "tokens/layer", *kinds]
@@ -142,29 +151,28 @@ def table(rows: Sequence[dict[str, Any]]) -> str:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; returns its exit code: 0, 2 after an error, 130 after Ctrl-C."""
-    parser = Parser(
+    parser = CommandParser(
         prog="python -m eval.demo",
         description=(__doc__ or "").partition("\n")[0],
         allow_abbrev=False,
     )
     add = parser.add_argument
-    add("plans", nargs="*", metavar="PLAN")
+    add("plans", nargs="*", metavar="PLAN", help="default: every method at three budgets")
     add("--model", default=str(Path(__file__).parent.parent / "weights" / "demo"))
-    add("--questions", type=positive, default=450, help="default 450")
+    add("--questions", type=parse_positive_int, default=450, help="default 450")
     add("--kinds", nargs="+", choices=[*scenes.KINDS])
-    add("--seed", type=natural, default=2026)
-    add("--out", type=Path, help="write NAME.json and NAME.md")
-    return command(lambda: _run(parser.parse_args(argv)))
+    add("--seed", type=parse_non_negative_int, default=2026)
+    add("--out", type=Path, metavar="NAME", help="write NAME.json and NAME.md")
+    return run_command(lambda: _run(parser.parse_args(argv)))
 
 
 def _run(args: argparse.Namespace) -> None:
-    for text in args.plans:
-        parse_plan(text)
-    files = _out(args.out) if args.out else []
+    read_plans(args.plans)  # refuse mistakes before anything is loaded
+    files = _output_files(args.out) if args.out else []
     model, processor = load(args.model)
-    wanted = ["", *args.plans] if args.plans else plans(model, processor)
+    wanted = ["", *args.plans] if args.plans else default_plans(model, processor)
     groups = questions(processor, args.seed, args.questions, args.kinds)
-    check(model, groups[0][0], wanted)
+    check_plans(model, groups[0][0], wanted)
     rows = []
     for text in wanted:
         rows.append(measure(model, processor, groups, text, args.seed))
@@ -178,21 +186,22 @@ def _run(args: argparse.Namespace) -> None:
     found = {"seed": args.seed, "model": Path(args.model).name, "rows": rows}
     texts = (json.dumps(found, indent=1) + "\n", f"{note}\n\n{table(rows)}\n")
     for path, text in zip(files, texts, strict=False):
-        store.write_whole(path, text)
+        store.write_atomically(path, text)
 
 
-def check(model: LLaVA, batch: Batch, texts: Sequence[str]) -> None:
-    """Refuse plans that cannot run before minutes go into those before them (ValueError)."""
+def check_plans(model: LLaVA, batch: Batch, texts: Sequence[str]) -> None:
+    """Refuse plans that cannot run, before any plan is run (ValueError)."""
     layers, patches = model.config.text.num_hidden_layers, model.config.vision.num_patches
     settings, prompts = Settings(LENGTH, 0, (), 0.0, 1.0, 0), prompts_of(model, batch)
     for text in texts:
-        check_plan(model, prompts, parse_plan(text or None).resolve(layers, patches), settings)
+        check_plan(model, prompts, read_plan(text).plan.resolve(layers, patches), settings)
 
 
-def _out(name: Path) -> list[Path]:
-    """NAME.json and NAME.md, where they can be written."""
+def _output_files(name: Path) -> list[Path]:
+    """NAME.json and NAME.md. Raises ValueError if one of them cannot be written."""
     name.parent.mkdir(parents=True, exist_ok=True)
-    files = [name.with_suffix(".json"), name.with_suffix(".md")]
+    stem = name.with_suffix("") if name.suffix in (".json", ".md") else name
+    files = [stem.with_name(f"{stem.name}{suffix}") for suffix in (".json", ".md")]
     for path in files:
         if path.is_dir() or not os.access(path.parent, os.W_OK):
             raise ValueError(f"--out {name}: {path} cannot be written; give another name")

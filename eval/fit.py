@@ -1,21 +1,23 @@
-"""What two methods learn from samples before they can run: VTW's layer, FitPrune's table.
+"""Fit the options of two methods to samples: the layer of VTW, the table of FitPrune.
 
-    python -m eval.fit vtw [--threshold 0.003]          the layer from which images are withdrawn
-    python -m eval.fit fitprune --save 60               a delete= list that saves 60 % of the FLOPs
+    python -m eval.fit vtw [--threshold 0.003]     the layer from which image tokens are withdrawn
+    python -m eval.fit fitprune --save 60          a delete= list that saves 60 % of the FLOPs
 
-Without --samples they are fitted to the demo checkpoint on its own scenes; with --samples FILE, one
-JSON object a line with `image` (a path beside the file) and `text` (the question), to --model.
+Without --samples, both are fitted to the demo checkpoint on its scenes; with --samples FILE, to
+--model. FILE has one JSON object on each line, with `image` (a path relative to FILE) and `text`
+(the question).
 
-VTW (lzhxmu/VTW 34a4199, --findk): over the samples the mean divergence KL(p without the image from
-layer K on | p with it) of the first answered token; the layer is the first, from 5 on, at or below
-the threshold: 0.003 for LLaVA-1.5-7B, 0.0005 for 13B.
+VTW (lzhxmu/VTW 34a4199, --findk): for each layer K, the divergence KL(p without the image from
+layer K on | p with it) of the first answer token is averaged over the samples. The result is the
+first layer, from 5 on, where it is at most the threshold: 0.003 for LLaVA-1.5-7B, 0.0005 for 13B.
 
-FitPrune (ywh187/FitPrune 2b70a5d, statistical_analysis.py): with a(i, j) the largest weight over
-heads, each layer may lose the image tokens that are among the weakest both by image rows and by
-text rows, the weakest being as many as can go with either sum still at 1 - alpha of what it is
-in the unpruned model. It stops where the FLOPs of the image tokens are low enough; alpha is
-bisected to 0.01, and what the last alpha deleted behind each layer, averaged and rounded down, is
-the table. The released script leaves it open what happens where no limit is met; here one token
+FitPrune (ywh187/FitPrune 2b70a5d, statistical_analysis.py): let a(i, j) be the largest attention
+weight over heads. Each image token receives a sum of a from the image rows and one from the text
+rows. A layer deletes the image tokens that are among the weakest by both sums. "Weakest" means: as
+many of the smallest as can be deleted while the rest keeps 1 - alpha of the total in the unpruned
+model. Deleting stops as soon as the FLOPs of the image tokens are low enough. alpha is bisected to
+0.01. The table is what the last alpha deleted after each layer, averaged over samples and rounded
+down. The released script does not define what happens if the limit is never reached; here one token
 stays. All samples run as one batch, so that the layers of all can be counted together.
 """
 
@@ -35,18 +37,26 @@ from PIL import Image
 from torch import Tensor
 
 from minillava import Batch, load, parse_plan
-from minillava.app.command import Parser, command, natural, positive, real
+from minillava.app.command import (
+    CommandParser,
+    parse_float,
+    parse_non_negative_int,
+    parse_positive_int,
+    run_command,
+)
 from minillava.config import TextConfig
-from minillava.generate import generate, prompts_of
+from minillava.engine import hidden_states_read, prefill
+from minillava.generate import generate
 from minillava.llava import LLaVA
 from minillava.pruning import Context, Keep, Method, Plan
 from minillava.pruning.base import Stage
+from minillava.request import prompts_of
 
 # ---------------------------------------------------------------- VTW
 
 
 def divergences(model: LLaVA, batches: Sequence[Batch], layers: Sequence[int]) -> Tensor:
-    """KL(withdrawn | full) of the first new token, mean over samples: one for each layer."""
+    """KL(withdrawn | full) of the first new token, averaged over samples, for each layer (L,)."""
 
     def log_p(batch: Batch, plan: str | None) -> Tensor:
         result = generate(model, batch, parse_plan(plan), 1, output_logits=True)
@@ -63,11 +73,12 @@ def divergences(model: LLaVA, batches: Sequence[Batch], layers: Sequence[int]) -
 
 
 def first_below(values: Tensor, layers: Sequence[int], threshold: float) -> int:
+    """The first layer whose value is at most the threshold (ValueError if there is none)."""
     found = [layer for layer, v in zip(layers, values.tolist(), strict=True) if v <= threshold]
     if not found:
         raise ValueError(
             f"threshold={threshold} is below all of layers {layers[0]} to {layers[-1]}; the "
-            f"smallest divergence is {float(values.min()):.6f}"
+            f"smallest divergence is {float(values.min()):.6f}: give a larger --threshold"
         )
     return found[0]
 
@@ -77,15 +88,15 @@ def first_below(values: Tensor, layers: Sequence[int], threshold: float) -> int:
 
 @dataclass
 class Record:
-    """What one pass over all samples finds. Sums are [layer][sample]: by image, by text."""
+    """The record of one pass over all samples. Sums are [layer][sample]: (by image, by text)."""
 
     config: TextConfig
     n_samples: int
-    alpha: float | None = None  # None: nothing is deleted, sums are recorded
-    target: float = 0.0  # FLOPs a sample
+    alpha: float | None = None  # None: only record the sums, delete nothing
+    target: float = 0.0  # FLOPs per sample
     limits: list[list[tuple[float, float]]] = field(default_factory=list)
     sums: list[list[tuple[float, float]]] = field(default_factory=list)
-    deleted: list[int] = field(default_factory=list)  # [layer], all samples
+    deleted: list[int] = field(default_factory=list)  # [layer], sum over samples
     entering: list[int] = field(default_factory=list)  # [sample]
     flops: float = 0.0
     reached: bool = False
@@ -101,8 +112,8 @@ class Record:
     def all_flops(self, n: int) -> float:
         return self.attention_flops(n) + self.other_flops(n)
 
-    def begin(self, layer: int) -> None:
-        """Before a layer's deletions: is what is left to compute few enough FLOPs?"""
+    def start_layer(self, layer: int) -> None:
+        """Before a layer deletes: set `reached` if the remaining FLOPs are already few enough."""
         later = self.config.num_hidden_layers - 1 - layer
         forecast = 0.0
         for n in self.entering:
@@ -112,7 +123,7 @@ class Record:
             self.reached = True
 
     def delete(self, layer: int, sample: int, by_image: Tensor, by_text: Tensor) -> Tensor:
-        """Which image tokens go (n,) bool."""
+        """The image tokens that a layer deletes: (n,) bool."""
         sums = (float(by_image.sum()), float(by_text.sum()))
         self.sums[layer].append(sums)
         gone = torch.zeros(len(by_image), dtype=torch.bool)
@@ -126,7 +137,7 @@ class Record:
 
 
 def weakest(weights: Tensor, least: float) -> Tensor:
-    """The smallest of (n,) that can go with a sum of `least` staying: (n,) bool."""
+    """The smallest of (n,) that can go while the rest sums to at least `least`: (n,) bool."""
     order = weights.sort(stable=True).indices
     left = weights.sum() - weights[order].cumsum(0)  # after 1, 2, ... are gone
     allowed = int((left >= least).long().cumprod(0).sum())
@@ -137,7 +148,7 @@ def weakest(weights: Tensor, least: float) -> Tensor:
 
 @dataclass(frozen=True)
 class Fitting(Method):
-    """Drops behind every layer but the last what its record says; samples come in their order."""
+    """Drops after every layer but the last what its record says. Samples arrive in their order."""
 
     record: Record
 
@@ -149,30 +160,32 @@ class Fitting(Method):
         )
 
     def choose(self, c: Context) -> Keep:
-        d, layer, record = c.decoder, c.part, self.record
-        assert d is not None
+        layer, record = c.stage_index, self.record
         sample = len(record.sums[layer])
         if sample == 0:
-            record.begin(layer)
-        by_image, by_text = (d.strongest(rows)[d.rows] for rows in (d.rows, d.text_rows))
+            record.start_layer(layer)
+        asked = (c.candidates, c.text_rows)
+        by_image, by_text = (c.attention(rows, strongest=True)[0] for rows in asked)
         gone = record.delete(layer, sample, by_image, by_text)
-        return Keep((~gone).nonzero()[:, 0].to(d.rows.device))
+        return Keep((~gone).nonzero()[:, 0].to(c.candidates.device))
 
 
 def one_pass(model: LLaVA, batch: Batch, record: Record) -> Record:
+    """Run all samples once and fill the record."""
     L, N = model.config.text.num_hidden_layers, model.config.vision.num_patches
     record.sums, record.deleted = [[] for _ in range(L - 1)], [0] * L
     record.entering = [N] * record.n_samples
     plan, prompts = Plan((Fitting(record),)), prompts_of(model, batch)
     assert batch.pixels is not None
     with torch.inference_mode():
-        model.prefill(prompts, model.encode(batch.pixels, plan), plan)
-    record.begin(L - 1)
+        encoded = model.encode(batch.pixels, hidden_states_read(model, plan))
+        prefill(model, prompts, encoded, plan)
+    record.start_layer(L - 1)
     return record
 
 
 def fit(model: LLaVA, batch: Batch, percent: int) -> tuple[int, ...]:
-    """Tokens to delete behind each layer, for so many percent fewer FLOPs of the image tokens."""
+    """Tokens to delete after each layer, to save `percent` of the FLOPs of the image tokens."""
     config, n = model.config.text, len(batch.ids)
     limits = one_pass(model, batch, Record(config, n)).sums
     full = Record(config, 1).all_flops(model.config.vision.num_patches)
@@ -190,9 +203,9 @@ def fit(model: LLaVA, batch: Batch, percent: int) -> tuple[int, ...]:
 
 
 def samples(file: Path | None, n: int, seed: int) -> list[tuple[str, Image.Image]]:
-    """Questions and their pictures: the file's first n, or n of the demo's scenes.
+    """Pairs of question and image: the first n of the file, or n of the demo's scenes.
 
-    Raises ValueError for a line that is not as it should be.
+    Raises ValueError for a malformed line.
     """
     if file is None:
         from weights import scenes
@@ -217,7 +230,7 @@ def samples(file: Path | None, n: int, seed: int) -> list[tuple[str, Image.Image
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; returns its exit code: 0, 2 after an error, 130 after Ctrl-C."""
-    parser = Parser(
+    parser = CommandParser(
         prog="python -m eval.fit",
         description=(__doc__ or "").partition("\n")[0],
         allow_abbrev=False,
@@ -226,12 +239,22 @@ def main(argv: Sequence[str] | None = None) -> int:
     add("method", choices=["vtw", "fitprune"])
     add("--model", default=str(Path(__file__).parent.parent / "weights" / "demo"))
     add("--samples", type=Path, metavar="FILE.jsonl")
-    add("--number", type=positive, default=20, help="samples, default 20")
-    add("--seed", type=natural, default=0)
-    add("--threshold", type=real, default=0.003, help="vtw, default 0.003")
-    add("--first", type=natural, default=5, help="vtw: first layer tried, default 5")
-    add("--save", type=positive, default=60, help="fitprune: percent, default 60")
-    return command(lambda: _run(parser.parse_args(argv)))
+    add("--number", type=parse_positive_int, default=20, help="number of samples, default 20")
+    add("--seed", type=parse_non_negative_int, default=0)
+    add("--threshold", type=parse_float, default=0.003, help="of vtw, default 0.003")
+    add(
+        "--first",
+        type=parse_non_negative_int,
+        default=5,
+        help="of vtw: first layer to try, default 5",
+    )
+    add(
+        "--save",
+        type=parse_positive_int,
+        default=60,
+        help="of fitprune: percent of the FLOPs, default 60",
+    )
+    return run_command(lambda: _run(parser.parse_args(argv)))
 
 
 def _run(args: argparse.Namespace) -> None:
@@ -250,7 +273,9 @@ def _run(args: argparse.Namespace) -> None:
     n_layers = model.config.text.num_hidden_layers
     layers = range(args.first, n_layers)
     if not layers:
-        raise ValueError(f"--first {args.first}, but the model has {n_layers} layers; give fewer")
+        raise ValueError(
+            f"--first {args.first}, but the model has {n_layers} layers; give a smaller number"
+        )
     batches = [processor([p], images=[i]) for p, i in zip(prompts, images, strict=True)]
     found = divergences(model, batches, layers)
     for layer, value in zip(layers, found.tolist(), strict=True):

@@ -1,12 +1,13 @@
-"""What plans and number formats cost, measured: `python -m eval.latency`.
+"""Measure the time and memory of plans and number formats: `python -m eval.latency`.
 
     python -m eval.latency                                        the demo, unpruned and FastV
     python -m eval.latency --shape 7b --form int8-dynamic --prune fastv:k=2,r=0.75
     python -m eval.latency --model DIR --form float32 int8 --prune divprune:keep=64 --json
 
---shape takes random weights of the true shape instead of a checkpoint: time does not depend on
-their values. One prompt with one picture; the plans take turns in each round, so that noise on the
-machine meets all of them. Times are medians over the rounds after one that does not count.
+--shape uses random weights of the true shape instead of a checkpoint, because time does not depend
+on their values. The prompt has one image. The plans take turns in each round, so that noise on the
+machine affects all of them alike. Times are medians over the rounds; the first round warms up and
+does not count.
 """
 
 from __future__ import annotations
@@ -18,25 +19,28 @@ import math
 import platform
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from minillava import Batch, load, parse_plan
-from minillava.app.command import Parser, command, positive
+from minillava import Batch, load
+from minillava.app.command import CommandParser, parse_positive_int, run_command
+from minillava.attention import causal_attention
 from minillava.config import Config, TextConfig, VisionConfig
-from minillava.generate import Settings, check_plan, generate, prompts_of
-from minillava.llama import causal_attention
+from minillava.generate import generate
 from minillava.llava import LLaVA
-from minillava.loading.assemble import fill, forms_of
+from minillava.loading.assemble import choose_forms as forms_of
+from minillava.loading.assemble import load_weights as fill
 from minillava.loading.checkpoint import DTYPES, QUANTIZE, empty_model, find_device
-from minillava.loading.tensor_files import Stored
+from minillava.loading.tensor_files import StoredTensor as Stored
 from minillava.quant.linear import weight_bytes
+from minillava.request import Settings, check_plan, prompts_of
 
 from . import cost
+from .plans import NONE, TypedPlan, read_plans
 
 SHAPES = {
     "7b": Config(VisionConfig(), TextConfig()),
@@ -57,7 +61,7 @@ DEMO = Path(__file__).parent.parent / "weights" / "demo"
 
 @dataclass(frozen=True)
 class Row:
-    """One plan in one form. Seconds, bytes and FLOPs; shares are of the unpruned plan."""
+    """One plan in one number format, in seconds, bytes and FLOPs. Shares: of the unpruned plan."""
 
     form: str
     plan: str
@@ -65,31 +69,31 @@ class Row:
     prefill: cost.Spread
     first_token: cost.Spread
     per_token: cost.Spread
-    choosing: float  # seconds of the prefill in the plan's own choices
-    layers_alone: float  # seconds of the decoder's layers at these row counts and nothing else
+    choosing: float  # seconds of the prefill spent in the plan's choices
+    layers_alone: float  # seconds of the decoder's layers alone, at these row counts
     tokens_entering: list[int]
     fastv_share: float
     flops: int  # exact, of the prefill
-    ideal_speedup: float  # of the prefill, by FLOPs
-    speedup: float  # of the prefill, measured: median of the ratios in each round
+    ideal_speedup: float  # of the prefill, computed from FLOPs
+    speedup: float  # of the prefill, measured: median over rounds of the ratio
     cache_bytes: int
     peak_bytes: int
     weight_bytes: int
-    bandwidth_share: float  # weights and cache read for a token, of what memory can deliver
+    bandwidth_share: float  # bytes read for a token per second, relative to the memory bandwidth
     pays: bool
 
 
 @dataclass(frozen=True)
 class Limits:
-    """What the machine can do."""
+    """The limits of the machine."""
 
-    bandwidth: float  # bytes a second
-    gemm: dict[str, float]  # FLOPs a second of the MLP's first matrix in each form
+    bandwidth: float  # bytes per second
+    gemm: dict[str, float]  # format -> FLOPs per second of the MLP's first matrix
 
 
 @dataclass(frozen=True)
 class Random(Stored):
-    """A tensor that no file has: norms of one, biases of zero, else Gaussian."""
+    """A tensor that is not in any file: ones for norms, zeros for biases, otherwise Gaussian."""
 
     def read(self, device: torch.device, dtype: torch.dtype) -> Tensor:
         if len(self.shape) == 1:
@@ -104,7 +108,7 @@ class Random(Stored):
 
 
 def random_model(config: Config, form: str, device: torch.device) -> LLaVA:
-    """A model of this shape with random weights, filled as load() fills it from float16 files."""
+    """A model of this shape with random weights, built as load() builds it from float16 files."""
     model = empty_model(config)
     found = {
         name: Random(Path(), name, tuple(tensor.shape), "F16")
@@ -116,8 +120,8 @@ def random_model(config: Config, form: str, device: torch.device) -> LLaVA:
     return model
 
 
-def prompt(config: Config, text_tokens: int, device: torch.device) -> Batch:
-    """One picture amid random text: 35 tokens before it (in a short text half), the rest behind."""
+def random_batch(config: Config, text_tokens: int, device: torch.device) -> Batch:
+    """One image within random text: 35 tokens before it (half of a short text), the rest after."""
     N, before = config.vision.num_patches, min(35, text_tokens // 2)
     generator = torch.Generator().manual_seed(0)
     highest = min(config.text.vocab_size, config.image_token_id)
@@ -131,7 +135,7 @@ def prompt(config: Config, text_tokens: int, device: torch.device) -> Batch:
 
 
 def layers_alone(model: LLaVA, entering: Sequence[int]) -> float:
-    """Seconds of the decoder's blocks on random rows, without anything else."""
+    """Seconds of the decoder's blocks alone, on random rows."""
     D = model.config.text.hidden_size
     rows = {n: torch.randn(n, D, device=model.device, dtype=model.dtype) for n in set(entering)}
     ropes = {n: model.llama.rope(torch.arange(n, device=model.device), model.dtype) for n in rows}
@@ -142,12 +146,12 @@ def layers_alone(model: LLaVA, entering: Sequence[int]) -> float:
                 block(rows[n], ropes[n], causal_attention)
 
     with torch.inference_mode():
-        return cost.seconds(run, model.device, repeats=1)
+        return cost.best_seconds(run, model.device, repeats=1)
 
 
 @dataclass
 class Measured:
-    """What the rounds of one plan have given so far."""
+    """The measurements of one plan, a value for each round so far."""
 
     clock: cost.Clock = field(default_factory=cost.Clock)
     vision: list[float] = field(default_factory=list)
@@ -162,21 +166,24 @@ class Measured:
 def measure(
     model: LLaVA,
     form: str,
-    plans: Sequence[str],
+    plans: Mapping[str, TypedPlan],
     batch: Batch,
     new_tokens: int,
     repeats: int,
     bandwidth: float,
 ) -> list[Row]:
-    """All plans in turn, `repeats` rounds after one that does not count; the first is unpruned."""
+    """Measure all plans in turn, in `repeats` rounds after one for warming up.
+
+    The first plan must be the unpruned one: the others are compared with it.
+    """
     layers, patches = model.config.text.num_hidden_layers, model.config.vision.num_patches
     settings, prompts = Settings(new_tokens, new_tokens, (), 0.0, 1.0, 0), prompts_of(model, batch)
-    for text in plans:  # what cannot run is refused before any plan takes its time
-        check_plan(model, prompts, parse_plan(text or None).resolve(layers, patches), settings)
+    for typed in plans.values():  # refuse all that cannot run before any plan is timed
+        check_plan(model, prompts, typed.plan.resolve(layers, patches), settings)
     results = {text: Measured() for text in plans}
     for turn in range(repeats + 1):
         for text, m in results.items():
-            plan = cost.timed(parse_plan(text or None), model, m.clock)
+            plan = cost.with_timed_choices(plans[text].plan, model, m.clock)
             report = generate(
                 model, batch, plan, max_new_tokens=new_tokens, min_new_tokens=new_tokens, seed=0
             ).report
@@ -187,22 +194,24 @@ def measure(
                 m.clock.seconds = 0.0
                 m.entering = [n for (n,) in report.tokens_entering]
                 m.cache_bytes, m.peak_bytes = report.cache_bytes, report.peak_bytes or 0
-    whole = results[plans[0]]
-    return [_row(model, form, text, m, whole, bandwidth) for text, m in results.items()]
+    unpruned = results[next(iter(plans))]
+    return [_row(model, form, text, m, unpruned, bandwidth) for text, m in results.items()]
 
 
-def _row(model: LLaVA, form: str, text: str, m: Measured, whole: Measured, bandwidth: float) -> Row:
+def _row(
+    model: LLaVA, form: str, text: str, m: Measured, unpruned: Measured, bandwidth: float
+) -> Row:
     config = model.config.text
     flops = cost.decoder_flops(m.entering, config)
-    ratios = [a / b for a, b in zip(whole.prefill, m.prefill, strict=True)]
+    ratios = [a / b for a, b in zip(unpruned.prefill, m.prefill, strict=True)]
     speedup = cost.Spread.of(ratios).median
     per_token = cost.Spread.of(m.per_token)
-    # of the embedding one row is read, unless it is the output head too
+    # A token reads one row of the embedding, or all of it if it is also the output head.
     table = 0 if config.tie_word_embeddings else model.llama.embed_tokens.weight.nbytes
     read = weight_bytes(model.llama) - table + m.cache_bytes
     return Row(
         form=form,
-        plan=text or "none",
+        plan=text,
         vision=cost.Spread.of(m.vision),
         prefill=cost.Spread.of(m.prefill),
         first_token=cost.Spread.of(m.first_token),
@@ -210,26 +219,24 @@ def _row(model: LLaVA, form: str, text: str, m: Measured, whole: Measured, bandw
         choosing=m.clock.seconds / len(m.prefill),
         layers_alone=layers_alone(model, m.entering),
         tokens_entering=m.entering,
-        fastv_share=cost.fastv_share(m.entering, whole.entering[0], config),
+        fastv_share=cost.fastv_share(m.entering, unpruned.entering[0], config),
         flops=flops,
-        ideal_speedup=cost.decoder_flops(whole.entering, config) / flops,
+        ideal_speedup=cost.decoder_flops(unpruned.entering, config) / flops,
         speedup=speedup,
         cache_bytes=m.cache_bytes,
         peak_bytes=m.peak_bytes,
         weight_bytes=weight_bytes(model),
         bandwidth_share=read / per_token.median / bandwidth if per_token.median else 0.0,
-        pays=not text or speedup > 1,
+        pays=text == NONE or speedup > 1,
     )
 
 
 def run(args: argparse.Namespace) -> tuple[list[Row], Limits]:
-    """Every form in turn, each with its own model in memory; all plans on each."""
+    """Measure all plans on each format in turn, with one model in memory at a time."""
     device = find_device(args.device)
     if args.layers and args.shape is None:
         raise ValueError(f"--layers {args.layers} is of --shape; give --shape 7b or 13b with it")
-    plans = list(dict.fromkeys(["", *args.prune]))
-    for text in plans:
-        parse_plan(text or None)
+    plans = read_plans([NONE, *args.prune])
     limits = Limits(cost.memory_bandwidth(device), {})
     rows: list[Row] = []
     for form in args.form:
@@ -238,7 +245,7 @@ def run(args: argparse.Namespace) -> tuple[list[Row], Limits]:
             began = time.perf_counter()
             model = _model(args, form, device)
             print(f"{form}: {time.perf_counter() - began:.1f} s to load", file=sys.stderr)
-            batch = prompt(model.config, args.text_tokens, device)
+            batch = random_batch(model.config, args.text_tokens, device)
             found = measure(
                 model, form, plans, batch, args.new_tokens, args.repeats, limits.bandwidth
             )
@@ -266,7 +273,7 @@ def _model(args: argparse.Namespace, form: str, device: torch.device) -> LLaVA:
 
 
 def _refuse_too_large(config: Config, form: str) -> None:
-    """A machine without enough memory would be brought down by a shape that it cannot hold."""
+    """Raise ValueError for a shape that does not fit in the free memory of the machine."""
     values = sum(t.numel() for t in empty_model(config).state_dict().values())
     size = {"float32": 4.0, "float16": 2.0, "bfloat16": 2.0, "int4": 0.7}.get(form, 1.2)
     needed = values * size + 2e9
@@ -279,10 +286,10 @@ def _refuse_too_large(config: Config, form: str) -> None:
 
 
 def _available(meminfo: Path = Path("/proc/meminfo")) -> float:
-    """Bytes that a new process can have: free ones, and what only caches files."""
+    """Bytes that a new process can allocate: free memory and the cache of files."""
     try:
         lines = meminfo.read_text("ascii").splitlines()
-    except OSError:  # not Linux: the system says no if it must
+    except OSError:  # not Linux: then the allocation itself fails
         return math.inf
     found = dict(line.split(":", 1) for line in lines)
     return 1024 * int(found["MemAvailable"].removesuffix("kB"))
@@ -292,7 +299,7 @@ def _available(meminfo: Path = Path("/proc/meminfo")) -> float:
 
 
 def table(rows: Sequence[Row]) -> str:
-    """Markdown, one line a plan and form."""
+    """The rows as a Markdown table."""
     head = """form | plan | vision s | prefill s | first token s | per token ms | speed-up | ideal |
         FastV's FLOPs | GFLOPs | choosing ms | layers alone s | tokens entering | cache MB |
         weights GB | process's peak GB | of bandwidth"""
@@ -312,7 +319,7 @@ def table(rows: Sequence[Row]) -> str:
             f"{r.flops / 1e9:.1f}",
             f"{1e3 * r.choosing:.1f}",
             f"{r.layers_alone:.3f}",
-            runs(r.tokens_entering),
+            run_lengths(r.tokens_entering),
             f"{r.cache_bytes / 1e6:.1f}",
             f"{r.weight_bytes / 1e9:.2f}",
             f"{r.peak_bytes / 1e9:.2f}",
@@ -322,7 +329,7 @@ def table(rows: Sequence[Row]) -> str:
     return "\n".join(lines)
 
 
-def runs(counts: Sequence[int]) -> str:
+def run_lengths(counts: Sequence[int]) -> str:
     """[620, 620, 188] -> 2 x 620, 1 x 188."""
     return ", ".join(f"{len(list(same))} x {n}" for n, same in itertools.groupby(counts))
 
@@ -344,23 +351,30 @@ def machine(limits: Limits) -> str:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; returns its exit code: 0, 2 after an error, 130 after Ctrl-C."""
-    parser = Parser(
+    parser = CommandParser(
         prog="python -m eval.latency",
         description=(__doc__ or "").partition("\n")[0],
         allow_abbrev=False,
     )
     which = parser.add_mutually_exclusive_group()
     which.add_argument("--model", default=str(DEMO), metavar="DIR|HUB_ID", help="default: the demo")
-    which.add_argument("--shape", choices=SHAPES, help="random weights of a true shape instead")
+    which.add_argument(
+        "--shape", choices=SHAPES, help="random weights of a true shape instead of --model"
+    )
     add = parser.add_argument
-    add("--layers", type=positive, help="of --shape: only so many decoder layers")
+    add("--layers", type=parse_positive_int, help="number of decoder layers, with --shape")
     add("--prune", nargs="+", default=["fastv:k=2,r=0.5"], metavar="PLAN")
     add("--form", nargs="+", default=["float32"], choices=FORMS)
-    add("--text-tokens", type=positive, default=44, help="beside the picture's")
-    add("--new-tokens", type=positive, default=8)
-    add("--repeats", type=positive, default=3, help="rounds that count, default 3")
+    add(
+        "--text-tokens",
+        type=parse_positive_int,
+        default=44,
+        help="text tokens of the prompt, default 44",
+    )
+    add("--new-tokens", type=parse_positive_int, default=8)
+    add("--repeats", type=parse_positive_int, default=3, help="measured rounds, default 3")
     add("--device", default="cpu")
-    add("--json", action="store_true", help="one object with every number")
+    add("--json", action="store_true", help="print one JSON object with every number")
 
     def act() -> None:
         args = parser.parse_args(argv)
@@ -369,12 +383,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         for row in rows:
             if not row.pays:
                 print(
-                    f"warning: {row.plan} does not pay here: its prefill takes "
+                    f"warning: {row.plan} does not pay off here: its prefill takes "
                     f"{1 / row.speedup:.2f} times as long as the unpruned one",
                     file=sys.stderr,
                 )
 
-    return command(act)
+    return run_command(act)
 
 
 if __name__ == "__main__":

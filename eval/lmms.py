@@ -1,13 +1,13 @@
-"""lmms-eval 0.7.3 with our model: its own command line, which learns the name `minillava`.
+"""The command line of lmms-eval 0.7.3, with the additional model `minillava`.
 
     python -m eval.lmms --model minillava \\
         --model_args 'pretrained=weights/demo,prune="fastv:k=2,r=0.5",dtype=float32' \\
         --tasks pope,mme --batch_size 8 --output_path out --log_samples
 
-Everything goes to lmms-eval unchanged; eval/lmms_model.py says which model arguments there are. A
-plan with commas stands in double quotes inside the argument, as above. Where lmms-eval would log a
-failed run and end with exit code 0, this ends with one line `error: …` and 2; `--verbosity DEBUG`
-shows where it failed.
+All arguments go to lmms-eval unchanged; eval/lmms_model.py lists the model arguments. A plan with
+commas needs double quotes inside the argument, as above. If a run fails, lmms-eval logs it and ends
+with exit code 0; this command ends with one line `error: …` and exit code 2. `--verbosity DEBUG`
+shows the traceback.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 from unittest.mock import patch
 
-from minillava.app.command import Parser, complain
+from minillava.app.command import CommandParser, print_error
 
 NAME, CLASS = "minillava", "eval.lmms_model.MiniLLaVA"
 
@@ -34,17 +34,17 @@ def main(argv: Sequence[str] | None = None) -> int:
     if importlib.util.find_spec("lmms_eval") is None:
         if asks_for_help:
             return 0
-        complain(ValueError("lmms-eval is not installed; pip install 'minillava[lmms]'"))
+        print_error(ValueError("lmms-eval is not installed; pip install 'minillava[lmms]'"))
         return 2
     try:
         _run(words)
     except _Failed as failed:
-        complain(failed.error)
+        print_error(failed.error)
         return 2
     except KeyboardInterrupt:
         return 130
     except (ValueError, OSError, MemoryError) as error:
-        complain(error)
+        print_error(error)
         return 2
     return 0
 
@@ -62,25 +62,27 @@ def _run(words: list[str]) -> None:
     )
 
     MODEL_REGISTRY_V2.register_manifest(ModelManifest(NAME, simple_class_path=CLASS))
-    single = _failing(own.cli_evaluate_single)
+    single = _stop_on_failure(own.cli_evaluate_single)
     with (
         patch.object(own, "cli_evaluate_single", single),
-        patch.object(argparse.ArgumentParser, "error", Parser.error),
+        patch.object(argparse.ArgumentParser, "error", CommandParser.error),
         patch.object(sys, "argv", ["lmms-eval", *words]),
     ):
         dispatch()
 
 
 class _Failed(BaseException):
-    """An error that lmms-eval's `except Exception` does not turn into a log line."""
+    """An error that passes through lmms-eval's `except Exception`, which would only log it."""
 
     def __init__(self, error: Exception) -> None:
         super().__init__(str(error))
         self.error = error
 
 
-def _failing(evaluate: Callable[[argparse.Namespace], Any]) -> Callable[[argparse.Namespace], Any]:
-    """One run of lmms-eval whose failure ends the program."""
+def _stop_on_failure(
+    evaluate: Callable[[argparse.Namespace], Any],
+) -> Callable[[argparse.Namespace], Any]:
+    """Wrap a run of lmms-eval so that its failure ends the program."""
 
     def run(args: argparse.Namespace) -> Any:
         try:
@@ -90,13 +92,13 @@ def _failing(evaluate: Callable[[argparse.Namespace], Any]) -> Callable[[argpars
         except Exception as error:
             if args.verbosity == "DEBUG":
                 traceback.print_exc()
-            raise _Failed(_plain(error)) from error
+            raise _Failed(_with_type(error)) from error
 
     return run
 
 
-def _plain(error: Exception) -> Exception:
-    """Errors whose text says nothing by itself get their kind's name in front."""
+def _with_type(error: Exception) -> Exception:
+    """Put the type in front of the message of errors whose message alone says too little."""
     if isinstance(error, ValueError | OSError | MemoryError | RuntimeError):
         return error
     return ValueError(f"{type(error).__name__}: {error}; --verbosity DEBUG shows where")

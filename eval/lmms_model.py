@@ -1,6 +1,6 @@
-"""minillava as a model of lmms-eval 0.7.3, "simple" form: prompts as text, pictures as PIL.
+"""minillava as a "simple" model of lmms-eval 0.7.3: prompts are text, images are PIL images.
 
-Whatever cannot be answered is a ValueError; no request gets an empty answer in its place.
+A request that cannot be answered raises ValueError; it never gets an empty answer instead.
 """
 
 from __future__ import annotations
@@ -23,24 +23,29 @@ from PIL import Image
 from tqdm import tqdm  # type: ignore[import-untyped,unused-ignore]
 
 from minillava import load
-from minillava.generate import Settings, generate
-from minillava.image import check_aspect
-from minillava.processor import TOKENS
-from minillava.prompt import IMAGE, TEMPLATES, conversation
+from minillava.generate import generate
+from minillava.processing.image import check_aspect
+from minillava.processing.processor import TOKENS
+from minillava.processing.templates import IMAGE, TEMPLATES, conversation
 from minillava.pruning import parse_plan
+from minillava.request import Settings
 
-NEW_TOKENS = 1024  # where a task sets none: what lmms-eval's own llava classes take
-DELIMITER = "\n\n"  # lmms-eval's `until` where a task has none; LLaVA's answers may hold it
-ASIDE = ("image_aspect_ratio",)  # lmms-eval's llava_hf reads it never, its llava not for LLaVA-1.5
+NEW_TOKENS = 1024  # default of lmms-eval's llava classes, for tasks that set no number
+DELIMITER = "\n\n"  # lmms-eval's default `until`; LLaVA's answers may contain it
+IGNORED = ("image_aspect_ratio",)  # ignored, as lmms-eval's llava_hf and (for LLaVA-1.5) llava do
 
 
 class MiniLLaVA(lmms):  # type: ignore[misc,unused-ignore]
-    """Model arguments, as `--model_args name=value,…`:
+    """The model. Its arguments are given as `--model_args name=value,…`:
 
-    pretrained (folder or hub id), revision, dtype, quantize, prune (a plan, in quotes if it has a
-    comma), template (of minillava/prompt.py; the checkpoint's), image_aspect (crop or pad; the
-    checkpoint's), tokens (hf, llava or simignore; the plan's), seed (0; request i draws with
-    seed + i). lmms-eval adds batch_size and device.
+    pretrained: folder or hub id; revision, dtype, quantize: as on our command line
+    prune: a plan, in quotes if it has a comma; methods in files are refused
+    template: a name of minillava/prompt.py, by default the checkpoint's
+    image_aspect: crop or pad, by default the checkpoint's
+    tokens: hf, llava or simignore, by default the plan's
+    seed: by default 0; request i draws its random numbers with seed + i
+
+    lmms-eval adds batch_size and device. Raises ValueError for any other argument or value.
     """
 
     is_simple = True
@@ -66,7 +71,7 @@ class MiniLLaVA(lmms):  # type: ignore[misc,unused-ignore]
             names = "pretrained, revision, dtype, quantize, prune, template, image_aspect, tokens"
             raise ValueError(
                 f"{', '.join(f'{k}={v}' for k, v in unknown.items())}: no model argument; there "
-                f"are {names} and seed; a plan with commas stands in quotes: "
+                f"are {names} and seed; a plan with commas needs quotes: "
                 'prune="fastv:k=2,r=0.5"'
             )
         if pretrained is None:
@@ -84,15 +89,15 @@ class MiniLLaVA(lmms):  # type: ignore[misc,unused-ignore]
             raise ValueError(f"tokens={self.tokens}; it can be {', '.join(TOKENS)}")
         self.model, self.processor = load(
             _text("pretrained", pretrained),
-            _own_device(_text("device", device)),
+            _device_of_process(_text("device", device)),
             _optional("dtype", dtype),
             _optional("quantize", quantize),
             _optional("revision", revision),
         )
-        self.device = self.model.device  # lmms-eval's collectives ask for it
+        self.device = self.model.device  # read by lmms-eval's collectives
 
     def generate_until(self, requests: Sequence[Instance]) -> list[GenerationResult]:
-        """One answer for each request, in their order. Settings are checked before any forward."""
+        """The answers to requests, in their order. Settings are checked before any forward."""
         asked = [Ask.of(i, *request.args) for i, request in enumerate(requests)]
         answers = []
         with tqdm(total=len(asked), disable=self.rank != 0, desc="minillava") as bar:
@@ -100,29 +105,29 @@ class MiniLLaVA(lmms):  # type: ignore[misc,unused-ignore]
                 try:
                     answers += self._answer(group)
                 except (ValueError, OSError) as error:
-                    raise ValueError(f"{_names(group)}: {error}") from error
+                    raise ValueError(f"{_describe(group)}: {error}") from error
                 bar.update(len(group))
         return answers
 
     def loglikelihood(self, requests: Sequence[Instance]) -> list[tuple[float, bool]]:
         raise ValueError(
-            f"{_task(requests)} wants likelihoods of given answers; minillava generates answers: "
-            "take the task's generate_until form"
+            f"{_task(requests)} needs likelihoods of given answers; minillava only generates "
+            "answers: use the task's generate_until form"
         )
 
     def generate_until_multi_round(self, requests: Sequence[Instance]) -> list[str]:
         raise ValueError(
-            f"{_task(requests)} has several rounds; minillava answers tasks of one round"
+            f"{_task(requests)} has several rounds; minillava answers only tasks of one round"
         )
 
     def _answer(self, group: Sequence[Ask]) -> list[GenerationResult]:
-        pictures = [ask.pictures(self.task_dict) for ask in group]
+        images = [ask.load_images(self.task_dict) for ask in group]
         template = self.template or self.processor.template
         prompts = [
-            conversation(template, with_pictures(ask.context, len(images)))
-            for ask, images in zip(group, pictures, strict=True)
+            conversation(template, add_placeholders(ask.context, len(own)))
+            for ask, own in zip(group, images, strict=True)
         ]
-        batch = self.processor(prompts, pictures, self.aspect, self.tokens, self.plan.focus)
+        batch = self.processor(prompts, images, self.aspect, self.tokens, self.plan.focus)
         how = group[0].settings
         result = generate(
             self.model,
@@ -136,7 +141,7 @@ class MiniLLaVA(lmms):  # type: ignore[misc,unused-ignore]
         )
         return [
             GenerationResult(
-                cut(self.processor.decode(ids), how.stop), TokenCounts(n_prompt, len(ids))
+                cut_at_stop(self.processor.decode(ids), how.stop), TokenCounts(n_prompt, len(ids))
             )
             for ids, n_prompt in zip(result.tokens, result.report.prompt_tokens, strict=True)
         ]
@@ -162,27 +167,28 @@ class Ask:
         task = doc[1]
         return cls(index, context, settings(kwargs, task), visual, *doc)
 
-    def pictures(self, task_dict: Mapping[str, Any]) -> list[Image.Image]:
-        """The PIL pictures of the request, none for a question without."""
+    def load_images(self, task_dict: Mapping[str, Any]) -> list[Image.Image]:
+        """The PIL images of the request, [] for a question without an image."""
         if self.visual is None:
             return []
         found = self.visual(task_dict[self.task][self.split][self.doc]) or []
         for item in found:
             if not isinstance(item, Image.Image):
                 raise ValueError(
-                    f"a visual of type {type(item).__name__}; minillava reads pictures, no video "
+                    f"a visual of type {type(item).__name__}; minillava reads images, no video "
                     "or sound"
                 )
         return list(found)
 
 
 def settings(kwargs: Mapping[str, Any], task: str) -> Settings:
-    """A task's generation_kwargs. What would change answers and is not understood is refused.
+    """The settings of a task's generation_kwargs.
 
-    do_sample=False, or no temperature, is greedy. `until` of a task's own ends answers; the one
-    that lmms-eval puts in by itself, a blank line, does not.
+    do_sample=False, or no temperature, means greedy decoding. A task's own `until` ends answers;
+    lmms-eval's default, a blank line, does not. Raises ValueError for other entries, because they
+    could change answers.
     """
-    given = {k: v for k, v in kwargs.items() if k not in ASIDE}
+    given = {k: v for k, v in kwargs.items() if k not in IGNORED}
     most = given.pop("max_new_tokens", NEW_TOKENS)
     until = given.pop("until", None) or []
     temperature = given.pop("temperature", None) or 0.0
@@ -192,8 +198,8 @@ def settings(kwargs: Mapping[str, Any], task: str) -> Settings:
         raise ValueError(f"{task}: num_beams={kwargs['num_beams']}; minillava has no beam search")
     if given:
         raise ValueError(
-            f"{task}: generation_kwargs {', '.join(given)}; minillava knows max_new_tokens, until, "
-            "temperature, top_p, do_sample and num_beams=1: change them with --gen_kwargs"
+            f"{task}: generation_kwargs {', '.join(given)}; minillava supports max_new_tokens, "
+            "until, temperature, top_p, do_sample and num_beams=1: change them with --gen_kwargs"
         )
     ends = [until] if isinstance(until, str) else until
     stop = tuple(s for s in ends if s not in (None, DELIMITER))
@@ -206,20 +212,20 @@ def settings(kwargs: Mapping[str, Any], task: str) -> Settings:
         raise ValueError(f"{task}: generation_kwargs: {error}") from None
 
 
-def with_pictures(context: str, n: int) -> str:
-    """The question with a placeholder for each picture, in front unless the task has put them."""
+def add_placeholders(context: str, n: int) -> str:
+    """Put a placeholder for each image before the question, unless the task has placed them."""
     if not n or IMAGE in context:
         return context
     return " ".join([IMAGE] * n) + "\n" + context
 
 
-def cut(text: str, stop: Sequence[str]) -> str:
-    """Text up to the first of the stop strings."""
+def cut_at_stop(text: str, stop: Sequence[str]) -> str:
+    """The text before the first stop string in it."""
     return text[: min((text.index(s) for s in stop if s in text), default=len(text))]
 
 
 def _batches(asked: Sequence[Ask], size: int) -> Iterator[list[Ask]]:
-    """Neighbours with the same settings, at most `size`."""
+    """Groups of at most `size` consecutive requests with the same settings."""
     group: list[Ask] = []
     for ask in asked:
         if group and (len(group) == size or ask.settings != group[0].settings):
@@ -230,7 +236,7 @@ def _batches(asked: Sequence[Ask], size: int) -> Iterator[list[Ask]]:
         yield group
 
 
-def _names(group: Sequence[Ask]) -> str:
+def _describe(group: Sequence[Ask]) -> str:
     docs: dict[str, list[str]] = {}
     for ask in group:
         docs.setdefault(f"{ask.task}, {ask.split}", []).append(str(ask.doc))
@@ -245,9 +251,9 @@ def _task(requests: Sequence[Instance]) -> str:
 
 
 def _text(name: str, value: Any) -> str:
-    """A model argument as typed: lmms-eval leaves quotes on, and makes 1e5 or true of bare text."""
+    """A model argument as typed. lmms-eval keeps quotes, and turns 1e5 or true into other types."""
     if not isinstance(value, str):
-        raise ValueError(f'{name}={value!r} is read as no text; put it in quotes: {name}="…"')
+        raise ValueError(f'{name}={value!r} is not read as text; put it in quotes: {name}="…"')
     if len(value) > 1 and value[0] == value[-1] and value[0] in "\"'":
         return value[1:-1]
     return value
@@ -265,8 +271,8 @@ def _count(name: str, value: Any, least: int) -> int:
     return value
 
 
-def _own_device(device: str) -> str | torch.device:
-    """With several processes each takes the GPU of its number."""
+def _device_of_process(device: str) -> str | torch.device:
+    """The device; with several processes, each takes the GPU of its local number."""
     state = PartialState() if device == "cuda" else None
     if state is None or state.num_processes == 1:
         return device

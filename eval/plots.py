@@ -1,4 +1,4 @@
-"""Pictures of results: heat maps, curves and bars, as PNG files (matplotlib, of the extra eval)."""
+"""Plots of results as PNG files: heat maps, curves and bars. They need the extra `eval`."""
 
 from __future__ import annotations
 
@@ -8,13 +8,22 @@ from typing import Any
 
 SIZE = (6.4, 4.2)  # inches
 DPI = 130
-TRIES = ("o-", "s--", "^-.", "v:", "D-", "x--", "P-.", "*:")  # told apart without colour, too
+LINE_STYLES = (
+    "o-",
+    "s--",
+    "^-.",
+    "v:",
+    "D-",
+    "x--",
+    "P-.",
+    "*:",
+)  # they differ without colour, too
 
 Curve = Sequence[tuple[float, float]]
 
 
-def needed() -> None:
-    """ValueError where matplotlib is missing: asked for before hours of work, not after."""
+def require_matplotlib() -> None:
+    """Raise ValueError if matplotlib is missing. Commands call it before their work, not after."""
     _pyplot()
 
 
@@ -26,7 +35,10 @@ def heat_map(
     title: str,
     labels: tuple[str, str, str],
 ) -> None:
-    """values [row][column], each written into its field; labels: of columns, rows and values."""
+    """Plot values [row][column] as coloured cells that show their value.
+
+    labels: of the column axis, the row axis and the colour bar.
+    """
     plt = _pyplot()
     figure, axes = plt.subplots(figsize=SIZE, layout="constrained")
     image = axes.imshow(values, aspect="auto", cmap="viridis")
@@ -38,7 +50,7 @@ def heat_map(
             dark = value < (low + high) / 2
             axes.text(j, i, f"{value:.1f}", ha="center", va="center", color="w" if dark else "k")
     figure.colorbar(image, label=labels[2])
-    _finish(plt, figure, axes, path, title, labels[:2])
+    _save(plt, figure, axes, path, title, labels[:2])
 
 
 def curves(
@@ -49,11 +61,11 @@ def curves(
     level: tuple[str, float] | None = None,
     log: bool = False,
 ) -> None:
-    """A line for each name; level: a horizontal one, for what is not pruned."""
+    """Plot a line for each name. level: a horizontal line with its name, for the unpruned model."""
     plt = _pyplot()
     figure, axes = plt.subplots(figsize=SIZE, layout="constrained")
     for i, (name, points) in enumerate(lines.items()):
-        axes.plot(*zip(*points, strict=True), TRIES[i % len(TRIES)], label=name)
+        axes.plot(*zip(*points, strict=True), LINE_STYLES[i % len(LINE_STYLES)], label=name)
     if level is not None:
         axes.axhline(level[1], color="0.4", linestyle=":", label=level[0])
     if log:
@@ -61,13 +73,16 @@ def curves(
     axes.grid(alpha=0.3)
     axes.margins(y=0.08)
     _legend(figure)
-    _finish(plt, figure, axes, path, title, labels)
+    _save(plt, figure, axes, path, title, labels)
 
 
 def bars(
     path: Path, groups: Mapping[str, Mapping[str, float]], title: str, label: str, log: bool = False
 ) -> None:
-    """groups: name -> bar -> height; every group has the same bars. Heights are written above."""
+    """Plot groups of bars with their heights as labels.
+
+    groups: group -> bar -> height; every group has the same bars.
+    """
     plt = _pyplot()
     figure, axes = plt.subplots(
         figsize=(max(SIZE[0], 1.1 * len(groups) + 2), SIZE[1]), layout="constrained"
@@ -84,15 +99,15 @@ def bars(
     axes.margins(y=0.12)
     if len(names) > 1:
         _legend(figure)
-    _finish(plt, figure, axes, path, title, ("", label))
+    _save(plt, figure, axes, path, title, ("", label))
 
 
 def _legend(figure: Any) -> None:
-    """Below, where it hides nothing."""
+    """Put the legend below the axes, where it covers nothing."""
     figure.legend(loc="outside lower center", ncols=4, fontsize="small", handlelength=3)
 
 
-def _finish(
+def _save(
     plt: Any, figure: Any, axes: Any, path: Path, title: str, labels: tuple[str, str]
 ) -> None:
     axes.set_title(title, fontsize="medium", wrap=True)
@@ -107,7 +122,7 @@ def _pyplot() -> Any:
         import matplotlib
     except ImportError:
         raise ValueError(
-            "pictures of results need matplotlib; pip install 'minillava[eval]'"
+            "plots of results need matplotlib; pip install 'minillava[eval]'"
         ) from None
     matplotlib.use("agg")
     import matplotlib.pyplot as plt

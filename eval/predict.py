@@ -1,33 +1,32 @@
-"""Ask a model every question of a task under one plan, and keep each answer as it comes."""
+"""Ask a model every question of a task under one plan, and save each answer at once."""
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from tqdm import tqdm  # type: ignore[import-untyped,unused-ignore]
 
 from minillava import Batch
-from minillava.generate import Result, Settings, check_plan, generate, prompts_of
+from minillava.generate import Result, generate
 from minillava.llava import LLaVA
-from minillava.processor import Processor
-from minillava.prompt import conversation
-from minillava.pruning import parse_plan_with_files
+from minillava.processing.processor import Processor
+from minillava.processing.templates import conversation
 from minillava.pruning.base import Plan
+from minillava.request import Settings, check_plan, prompts_of
 
 from . import cost, store
 from .ranks import ALONE, Ranks
 from .tasks.base import Item
 
-WARM_UP = 2  # batches of a process whose times do not count
-NONE = "none"  # the name of the unpruned model
+WARM_UP = 2  # first batches of a process, whose times are left out of the costs
 
 
 @dataclass(frozen=True)
 class Run:
-    """What answers depend on beside the questions, as a result states it."""
+    """The settings that answers depend on, apart from the questions; results state them."""
 
     task: str
     protocol: str
@@ -44,16 +43,12 @@ class Run:
     max_new_tokens: int
     use_cache: bool
     image_in_prompt: bool
+    # path -> sha256 of each user's own method file in the plan
+    method_files: Mapping[str, str] | None = field(default=None, repr=False)
 
 
-def plan_of(text: str) -> Plan:
-    """A plan by its text, "none" for no pruning. ValueError as of parse_plan."""
-    return parse_plan_with_files("" if text == NONE else text)
-
-
-def check(model: LLaVA, processor: Processor, item: Item, run: Run) -> None:
-    """Refuse what cannot work with the first question before anything is computed (ValueError)."""
-    plan = plan_of(run.plan)
+def check(model: LLaVA, processor: Processor, item: Item, run: Run, plan: Plan) -> None:
+    """Check the first question before anything is computed (ValueError if it cannot run)."""
     config = model.config
     plan = plan.resolve(config.text.num_hidden_layers, config.vision.num_patches)
     settings = Settings(run.max_new_tokens, 0, (), 0.0, 1.0, run.seed)
@@ -66,56 +61,67 @@ def predict(
     processor: Processor,
     items: Sequence[Item],
     run: Run,
+    plan: Plan,
     path: Path,
     batch_size: int = 1,
     ranks: Ranks = ALONE,
 ) -> list[store.Row]:
-    """Answer all questions that the file at `path` has no answer to; returns all its rows.
+    """Answer the questions that have no answer in the file `path` yet; return all rows of the file.
 
-    Each answer is what it would be alone, so neither the batches nor the processes, nor where an
-    earlier run was cut off, make a difference. Rank 0 must hold the folder's lock. ValueError,
-    the same one in every process, names the question that failed; what was answered is kept.
+    Each answer is the same as if the question were asked alone. So the batch size, the number of
+    processes and earlier interruptions make no difference. Rank 0 must hold the folder's lock.
+    Raises ValueError, the same in every process, with the question that failed; earlier answers
+    stay in the file.
     """
-    done = set(ranks.first(lambda: sorted(_answered(path, items))))
+    done = set(ranks.run_in_first(lambda: sorted(_answered(path, items))))
     groups = list(_groups(len(items), done, batch_size))[ranks.rank :: ranks.size]
-    file = path if ranks.size == 1 else store.part_of(path, ranks.rank)
+    file = path if ranks.size == 1 else store.part_path(path, ranks.rank)
 
     def work() -> list[store.Row]:
         rows = []
         with file.open("ab") as out, _bar(run.plan, groups, ranks) as bar:
             for i, group in enumerate(groups):
-                new = _answer(model, processor, [items[n] for n in group], group[0], run)
+                new = _answer(model, processor, [items[n] for n in group], group[0], run, plan)
                 for row in new:
                     row["metadata"]["warm"] = i >= WARM_UP
-                store.append(out, new)
+                store.append_rows(out, new)
                 rows += new
                 bar.update(len(group))
         return rows
 
-    found = [row for rows in ranks.together(work) for row in rows]
-    return ranks.first(lambda: list(store.take_in(path, found if ranks.size > 1 else ()).values()))
+    found = [row for rows in ranks.gather(work) for row in rows]
+    return ranks.run_in_first(
+        lambda: list(store.merge_parts(path, found if ranks.size > 1 else ()).values())
+    )
 
 
 def _answered(path: Path, items: Sequence[Item]) -> set[int]:
-    """Numbers of the questions that have an answer. ValueError: the file is of other questions."""
-    rows = store.take_in(path)
+    """The indices of the questions that have an answer.
+
+    Raises ValueError if the file answers other questions.
+    """
+    rows = store.merge_parts(path)
     for number, row in rows.items():
         if number >= len(items):
             raise ValueError(
-                f"{path} has answers to {len(rows)} questions, {len(items)} are asked; raise "
+                f"{path} has answers to {len(rows)} questions, but {len(items)} are asked; raise "
                 "--limit, or give another --out"
             )
         if str(row["question_id"]) != str(items[number].question_id):
             raise ValueError(
-                f"{path}: answer {number} is to question {row['question_id']}, and that is now "
-                f"{items[number].question_id}; the data has changed: give another --out"
+                f"{path}: answer {number} belongs to question {row['question_id']}, but question "
+                f"{number} is now {items[number].question_id}: the data has changed; give another "
+                "--out"
             )
     return set(rows)
 
 
 def _groups(n: int, done: set[int], size: int) -> Iterator[list[int]]:
-    """Numbers without an answer, in runs of consecutive ones: sample b of a batch draws with the
-    batch's seed + b, so that each question has a seed of its own."""
+    """The indices without an answer, in groups of at most `size` consecutive ones.
+
+    They must be consecutive because sample b of a batch uses the batch's seed + b, so that each
+    question has its own seed.
+    """
     group: list[int] = []
     for number in range(n):
         if number in done:
@@ -134,35 +140,38 @@ def _bar(title: str, groups: Sequence[Sequence[int]], ranks: Ranks) -> tqdm:
 
 
 def batch_of(processor: Processor, items: Sequence[Item], run: Run) -> Batch:
-    """Questions as the protocol asks them. ValueError names the one that cannot be asked."""
-    prompts, pictures = [], []
+    """A batch of questions in the form of the protocol.
+
+    Raises ValueError with the question that cannot be asked.
+    """
+    prompts, images = [], []
     for item in items:
         try:
-            pictures.append([picture.open() for picture in item.images])
+            images.append([image.open() for image in item.images])
         except ValueError as error:
             raise ValueError(f"question {item.question_id}: {error}") from None
         prompts.append(conversation(run.template, item.text, (), len(item.images)))
     try:
-        return processor(prompts, pictures, run.aspect, run.tokens, run.focus)
+        return processor(prompts, images, run.aspect, run.tokens, run.focus)
     except ValueError as error:
-        raise ValueError(f"{_names(items)}: {error}") from None
+        raise ValueError(f"{_describe(items)}: {error}") from None
 
 
 def _answer(
-    model: LLaVA, processor: Processor, items: Sequence[Item], number: int, run: Run
+    model: LLaVA, processor: Processor, items: Sequence[Item], number: int, run: Run, plan: Plan
 ) -> list[store.Row]:
     batch, clock = batch_of(processor, items, run), cost.Clock()
     try:
         result = generate(
             model,
             batch,
-            cost.timed(plan_of(run.plan), model, clock),
+            cost.with_timed_choices(plan, model, clock),
             max_new_tokens=run.max_new_tokens,
             seed=run.seed + number,
             use_cache=run.use_cache,
         )
     except ValueError as error:
-        raise ValueError(f"{_names(items)}: {error}") from None
+        raise ValueError(f"{_describe(items)}: {error}") from None
     return [
         {
             "question_id": item.question_id,
@@ -173,7 +182,7 @@ def _answer(
             "metadata": {
                 "number": number + b,
                 "plan": run.plan,
-                **_what_happened(model, result, b),
+                **_measurements(model, result, b),
                 "choosing": clock.seconds,
                 "batch": len(items),
             },
@@ -182,8 +191,8 @@ def _answer(
     ]
 
 
-def _what_happened(model: LLaVA, result: Result, b: int) -> store.Row:
-    """Of one sample; times are those of its batch."""
+def _measurements(model: LLaVA, result: Result, b: int) -> store.Row:
+    """The counts, times and bytes of one sample. Times are those of its whole batch."""
     report, itemsize = result.report, model.dtype.itemsize
     cached = [layer[b] for layer in report.cache_lengths]
     return {
@@ -202,10 +211,11 @@ def _what_happened(model: LLaVA, result: Result, b: int) -> store.Row:
 
 
 def _answer_id(run: Run, number: int) -> str:
-    """The same for the same question asked in the same way."""
-    return hashlib.sha256(f"{run}\n{number}".encode()).hexdigest()[:22]
+    """An id that is the same if the same question is asked with the same settings."""
+    how = f"{run}{run.method_files or ''}"
+    return hashlib.sha256(f"{how}\n{number}".encode()).hexdigest()[:22]
 
 
-def _names(items: Sequence[Item]) -> str:
+def _describe(items: Sequence[Item]) -> str:
     ids = ", ".join(str(item.question_id) for item in items)
     return f"question {ids}" if len(items) == 1 else f"one of the questions {ids}"

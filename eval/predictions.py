@@ -1,8 +1,8 @@
-"""Predictions on disk: ours, and those that others publish, in the shapes they come in.
+"""Files of predictions: those of eval.run, and the formats that others publish.
 
-Ours is LLaVA's: one JSON object a line with question_id, prompt, text, answer_id, model_id and
-metadata. Answers are matched to questions by id (where ids repeat, by id and question), never by
-order.
+eval.run writes LLaVA's format: on each line one JSON object with question_id, prompt, text,
+answer_id, model_id and metadata. Answers are matched to questions by id, or by id and question
+where ids repeat, never by order.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from .tasks.base import Answer, Item, key
+from .tasks.base import Answer, Item, question_key
 from .tasks.files import read_json, read_jsonl, read_table, read_text, tab_rows
 
 IDS = ("question_id", "questionId", "id", "image_id", "index")
@@ -24,65 +24,69 @@ QUESTIONS = ("prompt", "question")
 
 @dataclass(frozen=True)
 class Prediction:
-    """One answer. keys: names of the question it answers, the most exact first."""
+    """One answer. keys: names of the question that it answers, the most exact one first."""
 
     keys: tuple[str, ...]
     text: str
-    where: str  # file and line
+    where: str  # file and line, for messages
 
 
 @dataclass(frozen=True)
 class Matched:
-    """Every question with its answer, and what did not fit."""
+    """Every question with its answer, and counts of what did not match."""
 
     answers: list[Answer]
     missing: int  # questions without an answer
-    unknown: tuple[str, ...]  # predictions for no question: where they stand
-    duplicates: int  # further predictions for a question; the last one counts
+    unknown: tuple[str, ...]  # where predictions stand that match no question
+    duplicates: int  # further predictions for the same question; the last one counts
 
 
 def read(path: Path) -> list[Prediction]:
-    """The predictions of a file or folder. Known are:
+    """Read the predictions of a file or folder. The known formats are:
 
-    - JSONL and json lists of objects with an id (IDS) and a text (TEXTS): LLaVA's answer files,
-      submissions to the VQA server, caption results, MMMU's output.json
-    - a json object id -> text, by itself or under "outputs" (LLaVA's ScienceQA results), and one
-      with such a list under "rows", "data", "annotations" or "results", or with one under each of
-      "correct" and "incorrect" (what LLaVA's eval_science_qa.py makes of answers)
-    - csv and tsv with the columns index and prediction (MMBench)
-    - MME's CATEGORY.txt (picture, question, truth, answer), and a folder of them
-    - a folder of json or jsonl files, each as above (also one level down: SUBJECT/output.json)
+    - JSONL, and JSON lists, of objects with an id (IDS) and a text (TEXTS): LLaVA's answer files,
+      submissions to the VQA server, results of captions, MMMU's output.json
+    - a JSON object id -> text, by itself or under "outputs" (LLaVA's ScienceQA results)
+    - a JSON object with such a list under "rows", "data", "annotations" or "results", or with a
+      list under each of "correct" and "incorrect" (written by LLaVA's eval_science_qa.py)
+    - CSV and TSV files with the columns index and prediction (MMBench)
+    - MME's CATEGORY.txt (image, question, right answer, prediction), and a folder of them
+    - a folder of JSON or JSONL files as above, also one level down (SUBJECT/output.json)
 
-    Raises ValueError, one line with file and line, for what is empty, malformed or none of these.
+    Raises ValueError, one line with file and line, for an empty, malformed or unknown file.
     """
     if path.is_dir():
         return _folder(path)
     if not path.is_file():
-        raise ValueError(f"there is no file {path}; give predictions that eval.run has written")
+        raise ValueError(
+            f"there is no file {path}; give a file of predictions, for example from eval.run"
+        )
     if path.suffix == ".txt":
         return _mme(path)
     if path.suffix in (".tsv", ".csv"):
         rows = read_table(path)
         return [_prediction(row, f"{path}, row {i}") for i, row in enumerate(rows, 1)]
     if path.suffix == ".xlsx":
-        raise ValueError(f"{path} is a spreadsheet; save it as csv or tsv")
+        raise ValueError(f"{path} is a spreadsheet; save it as CSV or TSV")
     text = read_text(path)
     if not text.strip():
-        raise ValueError(f"{path} is empty; fetch or make it again")
+        raise ValueError(f"{path} is empty; download or create it again")
     if text.lstrip()[0] == "[" or (path.suffix != ".jsonl" and _is_one_value(text)):
         return _json(path, read_json(path))
-    return lines(path)
+    return read_lines(path)
 
 
-def lines(path: Path) -> list[Prediction]:
-    """Those of a JSONL file."""
+def read_lines(path: Path) -> list[Prediction]:
+    """The predictions of a JSONL file."""
     return [_prediction(row, f"{path}, answer {i}") for i, row in enumerate(read_jsonl(path), 1)]
 
 
 def match(items: Sequence[Item], predictions: Sequence[Prediction]) -> Matched:
-    """Put predictions to questions. ValueError where two questions cannot be told apart, and where
-    no prediction fits any question."""
-    index = names(items)
+    """Match predictions to questions.
+
+    Raises ValueError if two questions cannot be told apart, or if no prediction matches a question.
+    """
+    index = index_names(items)
     found: dict[int, str] = {}
     unknown, duplicates = [], 0
     for prediction in predictions:
@@ -96,7 +100,7 @@ def match(items: Sequence[Item], predictions: Sequence[Prediction]) -> Matched:
         raise ValueError(
             f"none of the {len(predictions)} predictions answers any of the {len(items)} "
             f"questions: {predictions[0].where} has id {predictions[0].keys[-1]!r}, the first "
-            f"question {str(items[0].question_id)!r}; give the files that belong together"
+            f"question {str(items[0].question_id)!r}; give files that belong together"
             if items
             else "there are no questions; give a file that has some"
         )
@@ -104,9 +108,12 @@ def match(items: Sequence[Item], predictions: Sequence[Prediction]) -> Matched:
     return Matched(answers, len(items) - len(found), tuple(unknown), duplicates)
 
 
-def names(items: Sequence[Item]) -> dict[str, int]:
-    """Every unambiguous name of a question -> its number."""
-    every = [{str(i.question_id), key(i.question_id, i.text), *i.keys} for i in items]
+def index_names(items: Sequence[Item]) -> dict[str, int]:
+    """Every unambiguous name of a question -> the index of the question.
+
+    Raises ValueError if a question has no such name.
+    """
+    every = [{str(i.question_id), question_key(i.question_id, i.text), *i.keys} for i in items]
     count = Counter(name for own in every for name in own)
     index = {name: n for n, own in enumerate(every) for name in own if count[name] == 1}
     reached = set(index.values())
@@ -122,7 +129,7 @@ def names(items: Sequence[Item]) -> dict[str, int]:
 
 
 def _is_one_value(text: str) -> bool:
-    """A json file, rather than JSON lines under its name (as POPE's are)."""
+    """Whether the text is one JSON value, not JSON lines in a .json file as POPE's are."""
     first = text.lstrip()
     if first[0] != "{":
         return True
@@ -152,7 +159,7 @@ def _json(path: Path, values: Any) -> list[Prediction]:
             return [_pair(k, v, path) for k, v in inner.items()]
         values = inner
     if not isinstance(values, list) or not values:
-        raise ValueError(f"{path} holds no list of answers and no object of them; see eval/README")
+        raise ValueError(f"{path} has neither a list nor an object of answers; see eval/README.md")
     found = []
     for i, row in enumerate(values, 1):
         if not isinstance(row, dict):
@@ -171,13 +178,13 @@ def _pair(question_id: str, value: Any, path: Path) -> Prediction:
 def _prediction(row: Mapping[str, Any], where: str) -> Prediction:
     ids = [str(row[name]) for name in IDS if row.get(name) is not None]
     if not ids:
-        raise ValueError(f"{where} has no id ({', '.join(IDS)}); is it a file of predictions?")
-    # a row of MMMU's own has "answer", the gold, beside "response"
+        raise ValueError(f"{where} has no id ({', '.join(IDS)}); give a file of predictions")
+    # MMMU's rows have the right answer as "answer", beside "response"
     name = next((n for n in ("response", *TEXTS) if n in row), None)
     if name is None:
-        raise ValueError(f"{where} has no text ({', '.join(TEXTS)}); is it a file of predictions?")
+        raise ValueError(f"{where} has no text ({', '.join(TEXTS)}); give a file of predictions")
     question = next((row[n] for n in QUESTIONS if isinstance(row.get(n), str)), None)
-    exact = [] if question is None else [key(i, question) for i in ids]
+    exact = [] if question is None else [question_key(i, question) for i in ids]
     return Prediction((*exact, *ids), _text(row[name], where), where)
 
 
@@ -193,7 +200,7 @@ def _text(value: Any, where: str) -> str:
 
 def _mme(path: Path) -> list[Prediction]:
     return [
-        Prediction((key(f"{path.stem}/{image}", question),), said, f"{path}, line {i}")
+        Prediction((question_key(f"{path.stem}/{image}", question),), said, f"{path}, line {i}")
         for i, (image, question, _, said) in enumerate(tab_rows(path, (4,)), 1)
     ]
 

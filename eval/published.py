@@ -1,14 +1,14 @@
 """Published figures of LLaVA-1.5 with and without pruning, each with its source and protocol.
 
     python -m eval.published                      every figure, source by source
-    python -m eval.published --task gqa           of one task
-    python -m eval.published --method fastv       of one method, beside its sources' unpruned rows
-    python -m eval.published --json               the same as JSON, one object a figure
+    python -m eval.published --task gqa           the figures of one task
+    python -m eval.published --method fastv       of one method, with its sources' unpruned rows
+    python -m eval.published --json               the same as JSON, one object for each figure
 
-published.json holds them as the sources print them: a row is a method at a budget, a column a task
-with its split, metric and protocol. `beside` puts measured figures next to them. A measured figure
-stands beside a published one only if task, split, metric, model, convention and weights are the
-same, and every source brings its own unpruned row.
+published.json has them as the sources print them: a row is a method at a budget, a column is a task
+with its split, metric and protocol. `beside` compares measured figures with them. A measured figure
+is compared with a published one only if task, split, metric, model, convention and weights are the
+same, and every source has its own unpruned row.
 """
 
 from __future__ import annotations
@@ -24,8 +24,10 @@ from pathlib import Path
 from typing import Any
 
 from minillava import parse_plan
-from minillava.app.command import Parser, command
+from minillava.app.command import CommandParser, run_command
 from minillava.pruning import Method
+
+from .plans import files_of
 
 FILE = Path(__file__).with_name("published.json")
 TASKS = (
@@ -54,10 +56,12 @@ UNQUANTISED = "unquantised"
 
 @dataclass(frozen=True)
 class Protocol:
-    """How a figure came about; None: the source does not say. Unstated weights are taken for
-    unquantised ones, the released scripts' default."""
+    """How a figure was measured. None means that the source does not say.
 
-    convention: str  # of prompts and scoring: LLaVA's scripts, lmms-eval, the source's own
+    Unstated weights count as unquantised, the default of the released scripts.
+    """
+
+    convention: str  # for prompts and scoring: llava, lmms, own or unknown
     weights: str | None = None
     image: str | None = None  # pad or crop
     prompt: str | None = None
@@ -67,18 +71,18 @@ class Protocol:
 
     @property
     def key(self) -> tuple[str, str]:
-        """What must be equal for two figures to stand side by side."""
+        """The convention and weights, which must be equal for two figures to be compared."""
         return self.convention, self.weights or UNQUANTISED
 
 
 @dataclass(frozen=True)
 class Source:
-    """A table of figures that belong together. budget: what its numbers of tokens mean."""
+    """A published table. budget: the meaning of its numbers of tokens."""
 
     id: str
     title: str
     reference: str
-    read: str  # from where its figures were taken
+    read: str  # the copy from which its figures were read
     budget: str | None
     recalled: bool
     note: str | None
@@ -88,7 +92,7 @@ class Source:
 
 @dataclass(frozen=True)
 class Figure:
-    """One published figure. low and high differ where reprints of a table do."""
+    """One published figure. low and high differ if reprints of the table differ."""
 
     source: Source
     task: str
@@ -96,9 +100,9 @@ class Figure:
     metric: str
     model: str
     method: str
-    plan: str | None  # in our grammar; None: it cannot be stated
-    plan_stated: bool  # False: our nearest, the source does not give its settings
-    tokens: int | None  # as the source labels it
+    plan: str | None  # as text for parse_plan; None: no plan expresses it
+    plan_stated: bool  # False: the source does not state its settings, this is the nearest plan
+    tokens: int | None  # as the source states them
     low: float
     high: float
     protocol: Protocol
@@ -113,7 +117,7 @@ class Figure:
 
 @dataclass(frozen=True)
 class Group:
-    """Figures of one group may be compared, others not."""
+    """Figures may be compared only within one group."""
 
     task: str
     split: str
@@ -131,7 +135,7 @@ class Group:
 
 @dataclass(frozen=True)
 class Measured:
-    """A figure of our own, in the words of `Figure`; plan "none" is the unpruned model."""
+    """A measured figure, with the fields of `Figure`; plan "none" is the unpruned model."""
 
     task: str
     split: str
@@ -149,25 +153,27 @@ class Measured:
 
 @dataclass(frozen=True)
 class Table:
-    """Measured figures of a group beside published ones, a column for each source."""
+    """The measured figures of a group with the published ones, a column for each source."""
 
     group: Group
     sources: tuple[Source, ...]
-    rows: tuple[tuple[str, float | None, tuple[Figure | None, ...]], ...]  # plan, ours, theirs
+    rows: tuple[
+        tuple[str, float | None, tuple[Figure | None, ...]], ...
+    ]  # plan, measured, published
 
 
 # ---------------------------------------------------------------- the file
 
 
 def load(path: Path = FILE) -> tuple[Figure, ...]:
-    """All figures, checked. Raises ValueError, one line, for what is wrong in the file."""
+    """All figures, checked. Raises ValueError, one line, for a mistake in the file."""
     try:
         data = json.loads(path.read_text("utf-8"))
         figures = tuple(_figures(data))
     except (OSError, json.JSONDecodeError) as error:
         raise ValueError(f"{path} cannot be read: {error}") from None
     except (KeyError, TypeError) as error:
-        raise ValueError(f"{path}: a field is missing or of a wrong kind: {error}") from None
+        raise ValueError(f"{path}: a field is missing or of the wrong type: {error}") from None
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from None
     for figure in figures:
@@ -183,8 +189,8 @@ def _figures(data: dict[str, Any]) -> Iterable[Figure]:
     sources = {}
     for name, entry in data["sources"].items():
         texts = {k: entry.get(k) for k in ("budget", "note", "unpruned_note", "no_unpruned")}
-        told = {k: _told(name, k, entry[k]) for k in ("title", "reference", "read")}
-        sources[name] = Source(id=name, recalled=entry.get("recalled", False), **told, **texts)
+        required = {k: _required(name, k, entry[k]) for k in ("title", "reference", "read")}
+        sources[name] = Source(id=name, recalled=entry.get("recalled", False), **required, **texts)
     for row in data["rows"]:
         entry, source = data["sources"][row["source"]], sources[row["source"]]
         _check_row(row)
@@ -192,7 +198,9 @@ def _figures(data: dict[str, Any]) -> Iterable[Figure]:
             column = entry["columns"][name]
             low, high = value if isinstance(value, list) else (value, value)
             if column["task"] not in TASKS or not 0 <= low <= high:
-                raise ValueError(f"{source.id}: {column['task']} {value} is no figure of a task")
+                raise ValueError(
+                    f"{source.id}: {column['task']} {value} is no figure of a known task"
+                )
             protocol = Protocol(**column.get("protocol", entry["protocol"]))
             if protocol.convention not in CONVENTIONS:
                 raise ValueError(f"{source.id}: convention {protocol.convention!r}")
@@ -224,12 +232,12 @@ def _check_row(row: dict[str, Any]) -> None:
     if row["plan"] is not None:
         _methods(row["plan"], row["model"])
     if (row["method"] == UNPRUNED) != (row["plan"] == "none"):
-        raise ValueError(f"{what}: the unpruned row, and no other, has the plan none")
+        raise ValueError(f"{what}: the unpruned row and only this row must have the plan none")
     if not row["values"]:
         raise ValueError(f"{what}: no values")
 
 
-def _told(source: str, field: str, text: str) -> str:
+def _required(source: str, field: str, text: str) -> str:
     if not text.strip():
         raise ValueError(f"{source}: {field} is empty")
     return text
@@ -246,22 +254,25 @@ def find(
     plan: str | None = None,
     convention: str | None = None,
 ) -> tuple[Figure, ...]:
-    """Figures of a task, method (its name, or a plan's), model, plan and convention.
+    """The figures of a task, method, model, plan and convention; None admits all.
 
-    ValueError for a task that does not exist and a method without any figure.
+    method: the name in the source, or of a method in the plan. Raises ValueError for an unknown
+    task and for a method without any figure.
     """
     if task is not None and task not in TASKS:
         raise ValueError(f"there is no task {task!r}; there are: {', '.join(TASKS)}")
-    if method is not None and not any(_is(figure, method) for figure in figures):
+    if method is not None and not any(_has_method(figure, method) for figure in figures):
         known = sorted({figure.method for figure in figures}, key=str.lower)
-        raise ValueError(f"nothing is published here for {method!r}; there are: {', '.join(known)}")
+        raise ValueError(
+            f"there is no published figure of {method!r}; there are: {', '.join(known)}"
+        )
     return tuple(
         figure
         for figure in figures
         if task in (None, figure.task)
         and model in (None, figure.model)
         and convention in (None, figure.protocol.convention)
-        and (method is None or _is(figure, method))
+        and (method is None or _has_method(figure, method))
         and (plan is None or same_plan(plan, figure.plan, figure.model))
     )
 
@@ -279,8 +290,12 @@ def unpruned(figures: Iterable[Figure], figure: Figure) -> Figure | None:
 
 
 def same_plan(ours: str, theirs: str | None, model: str) -> bool:
-    """Whether two plans do the same on a model, averages solved; released=1 makes no difference."""
-    if theirs is None:
+    """Whether two plans do the same on a model.
+
+    average= is resolved for the model, and released=1 makes no difference. A plan with a method in
+    a user's own file equals no published plan; the file is not run.
+    """
+    if theirs is None or files_of(ours):
         return False
     return _methods(ours, model) == _methods(theirs, model)
 
@@ -292,7 +307,7 @@ def _methods(plan: str, model: str) -> tuple[Method, ...]:
     return tuple(dataclasses.replace(m, **plain) if hasattr(m, "released") else m for m in solved)
 
 
-def _is(figure: Figure, method: str) -> bool:
+def _has_method(figure: Figure, method: str) -> bool:
     names = [figure.method.lower()]
     if figure.plan is not None:
         names += [m.name for m in parse_plan(figure.plan).methods]
@@ -303,10 +318,10 @@ def _is(figure: Figure, method: str) -> bool:
 
 
 def beside(measured: Sequence[Measured], figures: Sequence[Figure]) -> tuple[Table, ...]:
-    """A table for each group of measured figures: those of the same group beside them.
+    """A table for each group of measured figures, with the published figures of the same group.
 
-    A source has a column if it has one of the measured plans; its unpruned figure stands in the
-    first row, "none". ValueError if a plan was measured twice in a group.
+    A source has a column if it has one of the measured plans. Its unpruned figure is in the first
+    row, "none". Raises ValueError if a plan was measured twice in a group.
     """
     tables = []
     for group in dict.fromkeys(m.group for m in measured):
@@ -336,8 +351,8 @@ def _cell(plan: str, own: Sequence[Figure], model: str) -> Figure | None:
 
 
 def text_of(table: Table) -> str:
-    """A table as text: ~ before a figure whose source does not state its settings, ! where it is
-    contested, ? where it is recalled."""
+    """A table as text. Marks before a figure: ~ if the source does not state its settings, ! if the
+    figure is contested, ? if it is recalled and not read."""
     heads = ["plan", "measured", *(source.id for source in table.sources)]
     lines = [heads]
     for plan, ours, theirs in table.rows:
@@ -367,8 +382,10 @@ def _aligned(lines: Sequence[Sequence[str]]) -> list[str]:
 
 
 def listing(figures: Sequence[Figure], every: Sequence[Figure]) -> str:
-    """Figures source by source, a block for each of its groups, under the source's unpruned row
-    (looked up in `every`)."""
+    """The figures source by source, a block for each group, below the source's unpruned row.
+
+    every: all figures, in which the unpruned row is looked up.
+    """
     blocks = []
     for source in dict.fromkeys(figure.source for figure in figures):
         mine = [figure for figure in figures if figure.source == source]
@@ -383,7 +400,7 @@ def listing(figures: Sequence[Figure], every: Sequence[Figure]) -> str:
             own = [figure for figure in mine if figure.group == group]
             lines += _block(group, own, unpruned(every, own[0]))
         blocks.append("\n".join(lines))
-    legend = "~ our nearest plan, the source does not state its settings; ! contested; ? recalled"
+    legend = "~ nearest plan: the source does not state its settings; ! contested; ? recalled"
     return "\n\n".join([*blocks, legend])
 
 
@@ -409,7 +426,7 @@ def _row(figure: Figure) -> list[str]:
 
 
 def as_json(figures: Sequence[Figure], every: Sequence[Figure]) -> str:
-    """One object a figure, with its source and that source's unpruned figure."""
+    """A JSON list with an object for each figure, its source and the unpruned figure of this."""
     objects = []
     for figure in figures:
         base = unpruned(every, figure)
@@ -424,16 +441,14 @@ def as_json(figures: Sequence[Figure], every: Sequence[Figure]) -> str:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; returns its exit code: 0, or 2 after an error."""
-    parser = Parser(
+    parser = CommandParser(
         prog="python -m eval.published",
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
     parser.add_argument("--task", metavar="T", help=", ".join(TASKS))
-    parser.add_argument(
-        "--method", metavar="M", help="as a source or a plan names it: FastV, fastv"
-    )
+    parser.add_argument("--method", metavar="M", help="as in a source or a plan: FastV, fastv")
     parser.add_argument("--json", action="store_true")
 
     def run() -> None:
@@ -442,10 +457,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         found = find(every, args.task, args.method)
         if not found:
             asked = f"--task {args.task}" + (f" --method {args.method}" if args.method else "")
-            raise ValueError(f"nothing is published here for {asked}; leave one out to see more")
+            raise ValueError(f"there is no published figure for {asked}; leave one out to see more")
         print(as_json(found, every) if args.json else listing(found, every))
 
-    return command(run)
+    return run_command(run)
 
 
 if __name__ == "__main__":

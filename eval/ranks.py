@@ -1,4 +1,4 @@
-"""Several processes on one piece of work, started by torchrun; without it there is one."""
+"""Work that is shared by the processes of torchrun; without torchrun there is one process."""
 
 from __future__ import annotations
 
@@ -15,17 +15,17 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class Ranks:
-    """This process among all, and on its machine."""
+    """The rank of this process, the number of processes, and the rank on this machine."""
 
     rank: int = 0
     size: int = 1
     local: int = 0
 
-    def together(self, act: Callable[[], T]) -> list[T]:
-        """What `act` gives in each process, in the order of ranks, for all of them.
+    def gather(self, act: Callable[[], T]) -> list[T]:
+        """Call `act` in every process; return the results of all, in the order of ranks.
 
-        If it fails in one, all raise ValueError with the words of the first that failed, so that
-        none waits for another in vain.
+        If it fails in one process, all raise ValueError with the message of the first that failed,
+        so that no process waits for another forever.
         """
         value, error = None, ""
         try:
@@ -43,12 +43,12 @@ class Ranks:
                 raise ValueError(error)
         return [value for value, _ in outcomes]
 
-    def first(self, act: Callable[[], T]) -> T:
-        """What `act` gives in the first process, where alone it runs."""
-        return self.together(lambda: act() if self.rank == 0 else None)[0]  # type: ignore[return-value]
+    def run_in_first(self, act: Callable[[], T]) -> T:
+        """Call `act` in the first process only; return its result in all."""
+        return self.gather(lambda: act() if self.rank == 0 else None)[0]  # type: ignore[return-value]
 
     def device(self, name: str) -> str:
-        """cuda without a number: each process has its own card."""
+        """The device of this process: "cuda" becomes "cuda:N", a GPU for each process."""
         return f"cuda:{self.local}" if name == "cuda" and self.size > 1 else name
 
 
@@ -56,9 +56,12 @@ ALONE = Ranks()
 
 
 @contextmanager
-def ranks() -> Iterator[Ranks]:
-    """The process group that torchrun has prepared. Only words pass through it, never tensors, so
-    it is gloo on every device; who is ready waits for the slowest, however long that takes."""
+def process_group() -> Iterator[Ranks]:
+    """Join the process group of torchrun, and leave it at the end.
+
+    The backend is gloo on every device, because only small Python objects are exchanged, never
+    tensors. The timeout is long because a process that is ready waits for the slowest one.
+    """
     if not dist.is_torchelastic_launched():
         yield ALONE
         return

@@ -1,12 +1,12 @@
-"""What a user would run instead, at the shape of LLaVA-1.5-7B: `python -m eval.rivals`.
+"""The times of other implementations at the shape of LLaVA-1.5-7B: `python -m eval.rivals`.
 
     python -m eval.rivals                                          transformers in bfloat16
     python -m eval.rivals --llama-bench BIN --gguf FILE            llama.cpp as well
 
-transformers (of the test extra) runs its LLaVA with random weights, SDPA attention, one picture and
-620 tokens. So that it fits into any memory it has two decoder layers, and the decoder's time is
-taken times 16; the vision tower is whole. llama-bench measures the prefill of 620 tokens and single
-tokens of a GGUF file, without any vision. Beside it stand our own: `python -m eval.latency`.
+transformers (of the extra `test`) runs its LLaVA with random weights, SDPA attention, one image and
+620 tokens. So that it fits in any memory, it has two decoder layers, and the decoder's time is
+multiplied by 16; the vision tower is complete. llama-bench measures the prefill of 620 tokens and
+single tokens of a GGUF file, without any vision. Compare with `python -m eval.latency`.
 """
 
 from __future__ import annotations
@@ -24,16 +24,16 @@ from typing import Any
 
 import torch
 
-from minillava.app.command import Parser, command, positive
+from minillava.app.command import CommandParser, parse_positive_int, run_command
 
 from . import cost
 
-LAYERS, WHOLE = 2, 32
+LAYERS, ALL_LAYERS = 2, 32
 _CPU = torch.device("cpu")
 
 
-def transformers_times(dtype: torch.dtype, tokens: int, repeats: int) -> dict[str, float]:
-    """Seconds of the vision tower with projector, of a prefill of all 32 layers, and of a token."""
+def _random_transformers_model(dtype: torch.dtype) -> Any:
+    """LLaVA-1.5-7B of transformers with random weights and LAYERS decoder layers."""
     from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig
     from transformers import LlavaForConditionalGeneration as Llava
 
@@ -59,7 +59,12 @@ def transformers_times(dtype: torch.dtype, tokens: int, repeats: int) -> dict[st
     )
     config._attn_implementation = "sdpa"
     make: Any = Llava._from_config
-    model = make(config, dtype=dtype).eval()
+    return make(config, dtype=dtype).eval()
+
+
+def transformers_times(dtype: torch.dtype, tokens: int, repeats: int) -> dict[str, float]:
+    """Seconds of vision tower with projector, of the prefill of all 32 layers, and of a token."""
+    model = _random_transformers_model(dtype)
     pixels = torch.randn(1, 3, 336, 336, dtype=dtype)
     ids = torch.randint(3, 31000, (1, tokens))
     language, head = model.model.language_model, model.lm_head
@@ -69,17 +74,19 @@ def transformers_times(dtype: torch.dtype, tokens: int, repeats: int) -> dict[st
         return head(out.last_hidden_state[:, -1:]), out.past_key_values
 
     with torch.inference_mode():
-        vision = cost.seconds(lambda: model.get_image_features(pixel_values=pixels), _CPU, repeats)
-        prefilling = cost.seconds(prefill, _CPU, repeats)
+        vision = cost.best_seconds(
+            lambda: model.get_image_features(pixel_values=pixels), _CPU, repeats
+        )
+        prefilling = cost.best_seconds(prefill, _CPU, repeats)
         _, cache = prefill()
 
         def step() -> None:
             language(input_ids=ids[:, :1], past_key_values=cache, use_cache=True)
 
-        one = cost.seconds(step, _CPU, 3 * repeats)
+        one = cost.best_seconds(step, _CPU, 3 * repeats)
         row = torch.randn(1, 1, 4096, dtype=dtype)
-        last = cost.seconds(lambda: head(row), _CPU, 3 * repeats)
-    times = WHOLE // LAYERS
+        last = cost.best_seconds(lambda: head(row), _CPU, 3 * repeats)
+    times = ALL_LAYERS // LAYERS
     return {
         "vision": vision,
         "prefill": prefilling * times,
@@ -89,7 +96,7 @@ def transformers_times(dtype: torch.dtype, tokens: int, repeats: int) -> dict[st
 
 
 def llama_cpp_times(bench: str, gguf: str, tokens: int, threads: int) -> dict[str, float]:
-    """Seconds of a prefill and of a token, by llama-bench."""
+    """Seconds of a prefill and of a token, measured by llama-bench (ValueError if it fails)."""
     command = [bench, "-m", gguf, "-p", str(tokens), "-n", "8", "-t", str(threads), "-o", "json"]
     try:
         done = subprocess.run(command, capture_output=True, text=True, check=True)
@@ -111,18 +118,18 @@ def llama_cpp_times(bench: str, gguf: str, tokens: int, threads: int) -> dict[st
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; returns its exit code: 0, 2 after an error, 130 after Ctrl-C."""
-    parser = Parser(
+    parser = CommandParser(
         prog="python -m eval.rivals",
         description=(__doc__ or "").partition("\n")[0],
         allow_abbrev=False,
     )
     add = parser.add_argument
     add("--dtype", choices=("bfloat16", "float16", "float32"), default="bfloat16")
-    add("--tokens", type=positive, default=620, help="of the prompt, default 620")
-    add("--repeats", type=positive, default=2, help="that count, default 2")
+    add("--tokens", type=parse_positive_int, default=620, help="tokens of the prompt, default 620")
+    add("--repeats", type=parse_positive_int, default=2, help="measured runs, default 2")
     add("--llama-bench", metavar="BIN")
-    add("--gguf", metavar="FILE", help="a 7B for llama-bench, random or real")
-    return command(lambda: _run(parser.parse_args(argv)))
+    add("--gguf", metavar="FILE", help="a 7B model for llama-bench, random or real")
+    return run_command(lambda: _run(parser.parse_args(argv)))
 
 
 def _run(args: argparse.Namespace) -> None:
@@ -139,11 +146,13 @@ def _run(args: argparse.Namespace) -> None:
 
 
 def _check(args: argparse.Namespace) -> None:
-    """What can be refused before minutes of work."""
+    """Refuse wrong options before minutes of work (ValueError)."""
     if bool(args.llama_bench) != bool(args.gguf):
         raise ValueError("--llama-bench and --gguf belong together; give both or neither")
     if args.llama_bench and shutil.which(args.llama_bench) is None:
-        raise ValueError(f"--llama-bench {args.llama_bench} is no program; give llama.cpp's")
+        raise ValueError(
+            f"--llama-bench {args.llama_bench} is no program; give llama.cpp's llama-bench"
+        )
     if args.gguf and not Path(args.gguf).is_file():
         raise ValueError(f"there is no file --gguf {args.gguf}; give the GGUF file of a 7B")
     if importlib.util.find_spec("transformers") is None:

@@ -1,13 +1,14 @@
-"""Ask a model the questions of a benchmark under one plan or several, score, and compare.
+"""Ask a model the questions of a benchmark under one or more plans, score and compare them.
 
     python -m eval.run --task demo --limit 100 --prune none fastv:k=3,r=0.5 --out results/demo
     python -m eval.run --task scienceqa --data DIR --model llava-hf/llava-1.5-7b-hf \\
         --prune none simignore-7b --out results/scienceqa
     torchrun --nproc-per-node 2 -m eval.run --task gqa --data DIR --model M --out DIR
 
-For each plan, --out gets PLAN.jsonl, a line for each answer as soon as it is there, in the shape of
-LLaVA's answer files; and PLAN.json with the settings, the score and the costs. The same command
-again goes on where an interruption has cut it off. summary.md has the table that is printed.
+For each plan, --out receives PLAN.jsonl with one line for each answer, in the format of LLaVA's
+answer files, and PLAN.json with the settings, the score and the costs. Each answer is written at
+once, and the same command continues after an interruption. summary.md holds the printed table,
+with the plans of earlier calls that answered the same questions under the same settings.
 """
 
 from __future__ import annotations
@@ -15,50 +16,46 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 
 import torch
 
-from minillava.app import command as console
-from minillava.app.command import Parser
+from minillava.app.command import CommandParser, run_command
 
-from . import cost, predict, published, store
-from .bench import Bench, Done, add_options
-from .predict import NONE
-from .ranks import Ranks, ranks
+from . import cost, published, results, store
+from .bench import Bench, add_options
+from .plans import NONE, read_plans
+from .ranks import Ranks, process_group
+from .results import PlanResult
 
 
-def run(args: argparse.Namespace, among: Ranks) -> list[Done]:
-    """All plans of --prune in their order; in the first process also the table in --out."""
-    plans = list(dict.fromkeys(args.prune))
-    for plan in plans:
-        predict.plan_of(plan)  # before anything is loaded
-    bench = Bench.open(args, among)
-    among.together(lambda: bench.check(plans))
-    done = [bench.ask(plan) for plan in plans]
-    among.first(lambda: store.write_whole(args.out / "summary.md", text_of(done, among) + "\n"))
-    return done
+def run(args: argparse.Namespace, ranks: Ranks) -> list[PlanResult]:
+    """Ask and score all plans of --prune, in their order."""
+    plans = list(read_plans(args.prune).values())  # before anything is loaded
+    bench = Bench.open(args, ranks)
+    ranks.gather(lambda: bench.check(plans))
+    return [bench.ask(plan) for plan in plans]
 
 
 # ---------------------------------------------------------------- output
 
 
-def table(done: Sequence[Done]) -> str:
-    """Markdown, one line a plan."""
-    score = done[0].scored.score
+def table(found: Sequence[PlanResult]) -> str:
+    """The results as a Markdown table, a line for each plan."""
+    score = found[0].scored.score
     head = """plan | {metric} | questions | unparsed | image tokens a layer | FastV's FLOPs |
         SparseVLM's FLOPs | GFLOPs | vision s | prefill s | first token s | per token ms |
         choosing | cache MB | peak GB"""
     names = [" ".join(name.split()) for name in head.format(metric=score.metric).split("|")]
     lines = ["| " + " | ".join(names) + " |", "|---" + "|---:" * (len(names) - 1) + "|"]
-    for d in done:
-        c = d.costs
+    for result in found:
+        c, score = result.costs, result.scored.score
         cells = [
-            f"`{d.run.plan}`",
-            f"{d.scored.score.value:.2f}",
-            str(d.scored.score.n),
-            str(d.scored.score.unparsed),
+            f"`{result.run.plan}`",
+            f"{score.value:.2f}",
+            str(score.n),
+            str(score.unparsed),
             f"{c.image_tokens:.1f}",
             f"{100 * c.fastv_share:.1f} %",
             f"{100 * c.sparsevlm_share:.1f} %",
@@ -76,62 +73,71 @@ def table(done: Sequence[Done]) -> str:
 
 
 def _time(spread: cost.Spread | None, unit: float = 1.0) -> str:
-    """Median and quartiles."""
+    """A median with its quartiles."""
     if spread is None:
         return "-"
     return f"{spread.median * unit:.4g} ({spread.low * unit:.4g}-{spread.high * unit:.4g})"
 
 
-def text_of(done: Sequence[Done], among: Ranks) -> str:
-    """What was asked and how, the table, and published figures that may stand beside it."""
-    first, c = done[0], done[0].costs
-    run = first.run
+def summary_text(found: Sequence[PlanResult], left_out: Mapping[str, str]) -> str:
+    """What was asked and how, the table, its notes, and published figures for comparison.
+
+    left_out: plan -> why the folder's result of this plan is not in the table.
+    """
+    run, c = found[0].run, found[0].costs
+    processes = found[0].processes
     head = (
-        f"{first.scored.title}, {first.scored.split}: {c.questions} questions, {run.protocol} "
-        f"protocol ({run.template}, {run.aspect}, {run.max_new_tokens} new tokens); {run.model}, "
-        f"{run.quantize or run.dtype or 'default dtype'} on {run.device}, seed {run.seed}; "
-        f"{among.size} process{'es' * (among.size > 1)}, batches of {c.batch}, "
+        f"{found[0].scored.title}, {found[0].scored.split}: {c.questions} questions, "
+        f"{run.protocol} protocol ({run.template}, {run.aspect}, {run.max_new_tokens} new tokens); "
+        f"{run.model}, {run.quantize or run.dtype or 'default dtype'} on {run.device}, "
+        f"seed {run.seed}; {processes} process{'es' * (processes > 1)}, batches of {c.batch}, "
         f"{torch.get_num_threads()} threads; times: median (quartiles) of a batch"
     )
-    parts = [head, table(done)]
-    parts += [d.scored.text() for d in done]
-    parts += published_of(done)
+    notes = [f"`{plan}` is not in this table: {reason}" for plan, reason in left_out.items()]
+    notes += [
+        f"`{result.run.plan}`: {file} with sha256 {sha256[:12]}"
+        for result in found
+        for file, sha256 in (result.run.method_files or {}).items()
+    ]
+    parts = [head, table(found), *notes]
+    parts += [result.scored.text() for result in found]
+    parts += published_tables(found)
     return "\n\n".join(parts)
 
 
-def published_of(done: Sequence[Done]) -> list[str]:
-    """Tables of published figures, if the model is one that has them."""
-    name = done[0].run.model.lower().replace("v1.5", "1.5")
+def published_tables(found: Sequence[PlanResult]) -> list[str]:
+    """The measured figures beside published ones, if there are any for this model."""
+    name = found[0].run.model.lower().replace("v1.5", "1.5")
     model = next((m for m in published.LAYERS if m in name), None)
     if model is None:
         return []
     measured = [
         published.Measured(
-            d.scored.task,
-            d.scored.split,
-            d.scored.score.metric,
+            result.scored.task,
+            result.scored.split,
+            result.scored.score.metric,
             model,
-            d.run.plan,
-            d.scored.protocol,
-            d.run.quantize or published.UNQUANTISED,
-            d.scored.score.value,
+            result.run.plan,
+            result.scored.protocol,
+            result.run.quantize or published.UNQUANTISED,
+            result.scored.score.value,
         )
-        for d in done
+        for result in found
     ]
     tables = published.beside(measured, published.load())
     return [published.text_of(t) for t in tables if t.sources]
 
 
-def warnings(done: Sequence[Done]) -> list[str]:
-    """Plans whose prefill took no less time than the unpruned one's."""
-    whole = next((d.costs.prefill for d in done if d.run.plan == NONE), None)
-    if whole is None:
+def warnings(found: Sequence[PlanResult]) -> list[str]:
+    """A warning for each plan whose prefill is not faster than the unpruned one."""
+    unpruned = next((r.costs.prefill for r in found if r.run.plan == NONE), None)
+    if unpruned is None:
         return []
     return [
-        f"{d.run.plan} does not pay here: its prefill takes "
-        f"{d.costs.prefill.median / whole.median:.2f} times as long as the unpruned one"
-        for d in done
-        if d.run.plan != NONE and d.costs.prefill and d.costs.prefill.median >= whole.median
+        f"{r.run.plan} does not pay off here: its prefill takes "
+        f"{r.costs.prefill.median / unpruned.median:.2f} times as long as the unpruned one"
+        for r in found
+        if r.run.plan != NONE and r.costs.prefill and r.costs.prefill.median >= unpruned.median
     ]
 
 
@@ -140,7 +146,7 @@ def warnings(done: Sequence[Done]) -> list[str]:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; returns its exit code: 0, 2 after an error, 130 after Ctrl-C."""
-    parser = Parser(
+    parser = CommandParser(
         prog="python -m eval.run",
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
@@ -148,45 +154,54 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     add_options(parser)
     parser.add_argument(
-        "--prune", nargs="+", default=[NONE], metavar="PLAN", help=f"{NONE}: unpruned"
+        "--prune",
+        nargs="+",
+        default=[NONE],
+        metavar="PLAN",
+        help=f"plans to compare; {NONE} is the unpruned model",
     )
-    parser.add_argument("--json", action="store_true", help="a list with every number")
+    parser.add_argument("--json", action="store_true", help="print a JSON list with every number")
 
-    def act(args: argparse.Namespace, among: Ranks) -> None:
-        done = run(args, among)
-        if among.rank:
-            return
-        print(
-            json.dumps([d.json() for d in done]) if args.json else text_of(done, among), flush=True
-        )
-        for line in warnings(done):
-            print(f"warning: {line}", file=sys.stderr)
-
-    return command(parser, argv, act)
+    return run_locked(parser, argv, _run_and_report)
 
 
-def command(
-    parser: Parser, argv: Sequence[str] | None, act: Callable[[argparse.Namespace, Ranks], None]
+def _run_and_report(args: argparse.Namespace, ranks: Ranks) -> None:
+    asked = run(args, ranks)
+    if ranks.rank:
+        return
+    text = summary_text(*results.add_earlier(args.out, asked))
+    store.write_atomically(args.out / "summary.md", text + "\n")
+    print(json.dumps([result.json() for result in asked]) if args.json else text, flush=True)
+    for line in warnings(asked):
+        print(f"warning: {line}", file=sys.stderr)
+
+
+def run_locked(
+    parser: CommandParser,
+    argv: Sequence[str] | None,
+    act: Callable[[argparse.Namespace, Ranks], None],
 ) -> int:
-    """Parse, and act alone in --out; returns the exit code of console.command. Of several processes
-    the first speaks for all."""
+    """Parse, then act with --out locked; returns the exit code of run_command.
 
-    def run() -> None:
+    Of several processes only the first holds the lock and prints an error.
+    """
+
+    def parse_and_act() -> None:
         args = parser.parse_args(argv)
-        with ranks() as among:
+        with process_group() as ranks:
             try:
-                with store.locked(args.out) if among.rank == 0 else nullcontext():
-                    act(args, among)
+                with store.locked(args.out) if ranks.rank == 0 else nullcontext():
+                    act(args, ranks)
             except KeyboardInterrupt:
-                if among.rank == 0:
-                    print("stopped; the same command goes on from here", file=sys.stderr)
+                if ranks.rank == 0:
+                    print("stopped; the same command continues from here", file=sys.stderr)
                 raise
             except (ValueError, OSError):
-                if among.rank:
+                if ranks.rank:
                     sys.exit(2)
                 raise
 
-    return console.command(run)
+    return run_command(parse_and_act)
 
 
 if __name__ == "__main__":

@@ -1,13 +1,13 @@
-"""Score a file of predictions, ours or anybody's: `python -m eval.score`.
+"""Score a file of predictions, from eval.run or another program: `python -m eval.score`.
 
     python -m eval.score --task scienceqa --questions llava_test_CQM-A_image.json \\
         --predictions answers.jsonl
     python -m eval.score --task pope --questions FOLDER --predictions answers.jsonl --protocol lmms
 
---questions is a file with the answers that are right, as the benchmark distributes it, or the
-folder that eval.run takes as --data. Predictions are matched by id, never by their order. An answer
-in none of the forms that are looked for is counted as unparsed, a question without prediction as
-missing; both are wrong, and neither is guessed.
+--questions is a question file with the right answers, as the benchmark distributes it, or the
+folder that eval.run takes as --data. Predictions are matched to questions by id, never by order.
+An answer that has none of the expected forms counts as unparsed, and a question without a
+prediction as missing. Both are wrong, and neither is guessed.
 """
 
 from __future__ import annotations
@@ -16,12 +16,12 @@ import argparse
 import json
 import math
 import sys
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
-from minillava.app.command import Parser, command, positive
+from minillava.app.command import CommandParser, parse_positive_int, run_command
 
 from . import predictions, published, store
 from .tasks import TASKS
@@ -30,7 +30,7 @@ from .tasks.base import Item, Score, Task
 
 @dataclass(frozen=True)
 class Scored:
-    """A score with what it is of."""
+    """A score with the task, split and protocol that it belongs to."""
 
     task: str
     title: str
@@ -38,21 +38,30 @@ class Scored:
     protocol: str
     score: Score
     missing: int = 0
-    unknown: tuple[str, ...] = ()  # predictions that belong to no question
+    unknown: tuple[str, ...] = ()  # where predictions stand that belong to no question
     duplicates: int = 0
 
     def json(self) -> dict[str, Any]:
-        """One flat object; value as it is, figure with two decimals."""
+        """A flat object: `value` as a number, `figure` as text with two decimals."""
         rest = asdict(self)
         score = rest.pop("score")
         rest["unknown"] = len(self.unknown)
         del score["split"]
-        if math.isnan(self.score.value):  # which JSON does not know
+        if math.isnan(self.score.value):  # JSON has no NaN
             score["value"] = None
         return {"figure": f"{self.score.value:.2f}", **score, **rest}
 
+    @classmethod
+    def from_json(cls, found: Mapping[str, Any]) -> Scored:
+        """The inverse of json(), except for `unknown`, of which JSON has only the number."""
+        entries = {k: v for k, v in found.items() if k not in ("figure", "unknown")}
+        entries["value"] = math.nan if entries["value"] is None else entries["value"]
+        names = {field.name for field in fields(Score)} - {"split"}
+        score = Score(**{name: entries.pop(name) for name in names})
+        return cls(score=score, **entries)
+
     def text(self) -> str:
-        """The figure with what stands behind it, then further figures and notes, a line each."""
+        """The figure with its counts, then further figures and notes, one on each line."""
         s = self.score
         counts = f"{s.right:g} of {s.n}" if s.right is not None else f"{s.n} questions"
         lines = [
@@ -61,10 +70,12 @@ class Scored:
         ]
         lines += [f"  {name}: {_figure(value)}" for name, value in s.more.items()]
         if self.duplicates:
-            lines.append(f"  {self.duplicates} questions were answered again: the last one counts")
+            lines.append(
+                f"  {self.duplicates} questions have several predictions: the last one counts"
+            )
         if self.unknown:
             lines.append(
-                f"  {len(self.unknown)} predictions belong to no question and do not count, the "
+                f"  {len(self.unknown)} predictions belong to no question and do not count; the "
                 f"first is {self.unknown[0]}"
             )
         return "\n".join([*lines, *(f"  note: {note}" for note in s.notes)])
@@ -73,7 +84,9 @@ class Scored:
 def score(
     task: Task, items: Sequence[Item], found: Sequence[predictions.Prediction], protocol: str
 ) -> Scored:
-    """ValueError where predictions do not belong to the questions, or these have no answers."""
+    """Score predictions. Raises ValueError if none belongs to a question, or if the questions come
+    without right answers.
+    """
     matched = predictions.match(items, found)
     result = task.score(matched.answers, protocol)
     return Scored(
@@ -88,8 +101,11 @@ def score(
     )
 
 
-def task_named(name: str, protocol: str | None) -> tuple[Task, str]:
-    """A task, and the protocol, without one its first. ValueError: there is none of that name."""
+def find_task(name: str, protocol: str | None) -> tuple[Task, str]:
+    """A task by its name, with the protocol or, without one, its first.
+
+    Raises ValueError if there is no such task or protocol.
+    """
     if name not in TASKS:
         raise ValueError(f"--task {name}: there is no such task; there are: {', '.join(TASKS)}")
     task = TASKS[name]
@@ -100,26 +116,27 @@ def task_named(name: str, protocol: str | None) -> tuple[Task, str]:
     return task, protocol
 
 
-def questions(
+def read_questions(
     task: Task, source: Path | None, protocol: str, limit: int | None = None
 ) -> list[Item]:
-    """Task.items, for files that anybody may have written: a value of a wrong kind deep in one is
-    an error of the file's, too (ValueError)."""
+    """Task.items, but a value of the wrong type anywhere in a file is a ValueError, too."""
     try:
         items = task.items(source, protocol, limit)
         if strange := [item for item in items if not isinstance(item.text, str)]:
-            raise TypeError(f"the question {strange[0].question_id} is no text")
+            raise TypeError(f"the question {strange[0].question_id} is not text")
         return items
     except (TypeError, AttributeError, KeyError, IndexError) as error:
         raise ValueError(
-            f"{source} is not as {task.name} is distributed ({type(error).__name__}: {error}); "
+            f"{source} does not have the format of {task.name} ({type(error).__name__}: {error}); "
             f"give {'; or '.join(task.needs)}"
         ) from error
 
 
-def beside_published(scored: Scored, model: str, plan: str, weights: str) -> str:
-    """Published figures of the same task, split, metric, model, protocol and weights as text; empty
-    where there are none."""
+def published_text(scored: Scored, model: str, plan: str, weights: str) -> str:
+    """Published figures of the same task, split, metric, model, protocol and weights as text.
+
+    The text is empty if there are none.
+    """
     measured = published.Measured(
         scored.task,
         scored.split,
@@ -139,8 +156,8 @@ def _submit(
 ) -> None:
     rows = task.submission(predictions.match(items, found).answers)
     if rows is None:
-        raise ValueError(f"--submission: {task.name} has no server that takes one")
-    store.write_whole(path, store.as_json(rows))
+        raise ValueError(f"--submission: there is no server for {task.name}; leave it out")
+    store.write_atomically(path, store.as_json(rows))
 
 
 def _figure(value: object) -> str:
@@ -149,7 +166,7 @@ def _figure(value: object) -> str:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; returns its exit code: 0, or 2 after an error."""
-    parser = Parser(
+    parser = CommandParser(
         prog="python -m eval.score",
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
@@ -157,30 +174,35 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     add = parser.add_argument
     add("--task", required=True, metavar="T", help=", ".join(TASKS))
-    add("--questions", type=Path, metavar="FILE", help="not for demo, which draws its own")
+    add("--questions", type=Path, metavar="FILE", help="required but for demo")
     add("--predictions", type=Path, required=True, metavar="FILE")
     add("--protocol", metavar="P", help="llava (default) or lmms; a few tasks have others")
-    add("--limit", type=positive, metavar="N", help="only the first N questions were asked")
-    add("--model", choices=published.LAYERS, help="show its published figures beside")
-    add("--prune", default="none", metavar="PLAN", help="with --model: what was measured")
-    add("--weights", default=published.UNQUANTISED, metavar="W", help="with --model: or nf4, …")
-    add("--submission", type=Path, metavar="FILE", help="write what the server takes (VQAv2)")
-    add("--json", action="store_true", help="one object with every number")
+    add("--limit", type=parse_positive_int, metavar="N", help="score only the first N questions")
+    add("--model", choices=published.LAYERS, help="also print its published figures")
+    add("--prune", default="none", metavar="PLAN", help="with --model: the plan that was measured")
+    add(
+        "--weights",
+        default=published.UNQUANTISED,
+        metavar="W",
+        help="with --model: unquantised (default), nf4, …",
+    )
+    add("--submission", type=Path, metavar="FILE", help="write a file for the server (VQAv2)")
+    add("--json", action="store_true", help="print one JSON object with every number")
 
     def act() -> None:
         args = parser.parse_args(argv)
-        task, protocol = task_named(args.task, args.protocol)
-        items = questions(task, args.questions, protocol, args.limit)
+        task, protocol = find_task(args.task, args.protocol)
+        items = read_questions(task, args.questions, protocol, args.limit)
         found = predictions.read(args.predictions)
         scored = score(task, items, found, protocol)
         if args.submission:
             _submit(task, items, found, args.submission)
         print(json.dumps(scored.json()) if args.json else scored.text(), flush=True)
         if args.model and not args.json:
-            beside = beside_published(scored, args.model, args.prune, args.weights)
-            print(beside or "nothing is published here that may stand beside it", flush=True)
+            text = published_text(scored, args.model, args.prune, args.weights)
+            print(text or "there is no published figure to compare it with", flush=True)
 
-    return command(act)
+    return run_command(act)
 
 
 if __name__ == "__main__":

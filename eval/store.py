@@ -1,8 +1,9 @@
-"""A file of predictions that grows line by line and survives whatever happens to the process.
+"""A file of predictions that grows line by line and survives a killed process.
 
-Every line is written whole and flushed at once. What a kill leaves behind is at most half of a last
-line, which the next run cuts off. Where several processes work, each has a file of its own beside
-it, NAME.part-RANK, until all are done; the next run of any number of processes takes them in.
+Each line is written in one piece and flushed at once. A killed process leaves at most one
+incomplete last line, which the next run removes. With several processes, each writes its own file
+NAME.part-RANK until all are done. The next run merges these parts, whatever its number of
+processes.
 """
 
 from __future__ import annotations
@@ -17,11 +18,11 @@ from typing import Any
 
 from filelock import FileLock, Timeout
 
-Row = dict[str, Any]  # of LLaVA's answer files; metadata.number: which question of the task
+Row = dict[str, Any]  # a row of LLaVA's answer files; metadata.number is the index of the question
 
 
-def write_whole(path: Path, text: str) -> None:
-    """All of it under its name, or nothing."""
+def write_atomically(path: Path, text: str) -> None:
+    """Write a file completely or not at all: first under another name, then renamed."""
     part = path.with_name(f"{path.name}.writing")
     with part.open("w", encoding="utf-8") as file:
         file.write(text)
@@ -36,7 +37,7 @@ def as_json(value: object) -> str:
 
 @contextmanager
 def locked(folder: Path) -> Iterator[None]:
-    """Alone in a folder, which is made. ValueError where another process is at work in it."""
+    """Create a folder and lock it. Raises ValueError if another process holds the lock."""
     folder.mkdir(parents=True, exist_ok=True)
     try:
         with FileLock(folder / ".lock", blocking=False):
@@ -47,26 +48,28 @@ def locked(folder: Path) -> Iterator[None]:
         ) from None
 
 
-def append(file: Any, rows: Iterable[Row]) -> None:
-    """Write rows to a file that is open for appending bytes, and leave nothing in a buffer."""
+def append_rows(file: Any, rows: Iterable[Row]) -> None:
+    """Append rows to a file that is open in mode "ab", and flush it."""
     file.write("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows).encode())
     file.flush()
 
 
-def part_of(path: Path, rank: int) -> Path:
+def part_path(path: Path, rank: int) -> Path:
     return path.with_name(f"{path.name}.part-{rank}")
 
 
-def take_in(path: Path, more: Iterable[Row] = ()) -> dict[int, Row]:
-    """The rows of a file, of all parts beside it and `more`, by number. Afterwards they are all in
-    the file, in the order of their numbers, and there are no parts."""
+def merge_parts(path: Path, more: Iterable[Row] = ()) -> dict[int, Row]:
+    """Merge a file, its parts and the rows `more`; returns the rows by index of the question.
+
+    Afterwards all rows are in the file in the order of their indices, and the parts are deleted.
+    """
     parts = sorted(Path(p) for p in glob.glob(f"{glob.escape(str(path))}.part-*"))
-    rows = {number_of(row): row for file in (path, *parts) for row in _read_back(file)}
+    rows = {number_of(row): row for file in (path, *parts) for row in _read_rows(file)}
     found = {number_of(row): row for row in more}
     if parts or found:
         rows = dict(sorted({**rows, **found}.items()))
         lines = (json.dumps(row, ensure_ascii=False) + "\n" for row in rows.values())
-        write_whole(path, "".join(lines))
+        write_atomically(path, "".join(lines))
         for part in parts:
             part.unlink()
     return rows
@@ -76,25 +79,25 @@ def number_of(row: Mapping[str, Any]) -> int:
     return int(row["metadata"]["number"])
 
 
-def _read_back(path: Path) -> list[Row]:
-    """The whole lines of a file, none if there is no such file; half of a last one is cut off it.
+def _read_rows(path: Path) -> list[Row]:
+    """The rows of a file, or none if it does not exist. An incomplete last line is removed from it.
 
-    Raises ValueError for a whole line that is no row of ours.
+    Raises ValueError for a complete line that is not a row of eval.run.
     """
     if not path.exists():
         return []
     content = path.read_bytes()
-    whole = content.rfind(b"\n") + 1
-    if whole < len(content):
+    complete = content.rfind(b"\n") + 1
+    if complete < len(content):
         with path.open("rb+") as file:
-            file.truncate(whole)
+            file.truncate(complete)
     rows = []
-    for i, line in enumerate(content[:whole].split(b"\n")[:-1], 1):
+    for i, line in enumerate(content[:complete].split(b"\n")[:-1], 1):
         try:
             rows.append(json.loads(line))
             number_of(rows[-1])
         except (ValueError, KeyError, TypeError):
             raise ValueError(
-                f"{path}, line {i} is no prediction of eval.run; give another --out"
+                f"{path}, line {i} is not a prediction of eval.run; give another --out"
             ) from None
     return rows

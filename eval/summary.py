@@ -1,4 +1,4 @@
-"""What the answers of one run have cost: tokens, FLOPs, bytes and times, over its questions."""
+"""The costs of one run over all its questions: tokens, FLOPs, bytes and times."""
 
 from __future__ import annotations
 
@@ -15,62 +15,64 @@ TIMES = ("vision", "prefill", "first_token", "per_token")
 
 @dataclass(frozen=True)
 class Costs:
-    """Means over questions, and times with their quartiles over batches. Shares are of what the
-    same prompts cost unpruned; None: nothing was measured."""
+    """Means over questions, and the medians and quartiles of times over batches.
+
+    A share is relative to the same prompts without pruning. None means that nothing was measured.
+    """
 
     questions: int
-    batch: int  # largest batch; times are those of whole batches
+    batch: int  # size of the largest batch; times are those of whole batches
     prompt_tokens: float
-    image_tokens: float  # entering a layer, mean over layers; mask mode: visible ones
+    image_tokens: float  # entering a layer, mean over layers; in mask mode the visible ones
     tokens_entering: list[float]  # [layer] all rows
     new_tokens: float
-    fastv_share: float  # of FLOPs by FastV's formula
+    fastv_share: float  # share of FLOPs by FastV's formula
     sparsevlm_share: float
-    flops: float  # exact, of a prefill
+    flops: float  # exact FLOPs of a prefill
     flops_share: float
     cache_bytes: float
     vision: cost.Spread | None
     prefill: cost.Spread | None
     first_token: cost.Spread | None
     per_token: cost.Spread | None
-    choosing_share: float | None  # of the prefill's time, spent in the plan's choices
-    peak_bytes: int | None  # of a CUDA device; else the process's, where it was measured
+    choosing_share: float | None  # share of the prefill's time spent in the plan's choices
+    peak_bytes: int | None  # of the CUDA device, otherwise of the process if it was measured
 
 
-def summary(rows: Sequence[Row], config: TextConfig, peak_bytes: int | None = None) -> Costs:
-    """Costs of the answers that predict has written. ValueError for no answer."""
+def summarise(rows: Sequence[Row], config: TextConfig, peak_bytes: int | None = None) -> Costs:
+    """The costs of answers that `predict` has written. Raises ValueError if there are none."""
     if not rows:
-        raise ValueError("there is no answer to sum up; ask at least one question")
-    told = [row["metadata"] for row in rows]
-    n, layers = len(told), config.num_hidden_layers
-    fastv = sparse = exact = whole_fastv = whole_sparse = whole = 0
-    for t in told:
-        entering, unpruned = t["tokens_entering"], [t["prompt_tokens"]] * layers
+        raise ValueError("there are no answers to summarise; ask at least one question")
+    measured = [row["metadata"] for row in rows]
+    n, layers = len(measured), config.num_hidden_layers
+    fastv = sparse = exact = unpruned_fastv = unpruned_sparse = unpruned_exact = 0
+    for t in measured:
+        entering, full = t["tokens_entering"], [t["prompt_tokens"]] * layers
         fastv += sum(cost.fastv_flops(rows, config) for rows in entering)
-        whole_fastv += sum(cost.fastv_flops(rows, config) for rows in unpruned)
+        unpruned_fastv += sum(cost.fastv_flops(rows, config) for rows in full)
         sparse += sum(cost.sparsevlm_flops(rows, config) for rows in entering)
-        whole_sparse += sum(cost.sparsevlm_flops(rows, config) for rows in unpruned)
+        unpruned_sparse += sum(cost.sparsevlm_flops(rows, config) for rows in full)
         exact += cost.decoder_flops(entering, config)
-        whole += cost.decoder_flops(unpruned, config)
-    # one row for each batch, the first few of each process apart unless there are no others
-    batches = list({(t["prefill"], t["vision"], t["first_token"]): t for t in told}.values())
+        unpruned_exact += cost.decoder_flops(full, config)
+    # one row for each batch; the warm-up batches count only if there are no others
+    batches = list({(t["prefill"], t["vision"], t["first_token"]): t for t in measured}.values())
     batches = [t for t in batches if t["warm"]] or batches
     spent = sum(t["prefill"] for t in batches)
-    peaks = [t["peak_bytes"] for t in told if t["peak_bytes"] is not None]
+    peaks = [t["peak_bytes"] for t in measured if t["peak_bytes"] is not None]
     return Costs(
         questions=n,
-        batch=max(t["batch"] for t in told),
-        prompt_tokens=_mean([t["prompt_tokens"] for t in told]),
-        image_tokens=_mean([_mean(t["image_tokens_entering"]) for t in told]),
+        batch=max(t["batch"] for t in measured),
+        prompt_tokens=_mean([t["prompt_tokens"] for t in measured]),
+        image_tokens=_mean([_mean(t["image_tokens_entering"]) for t in measured]),
         tokens_entering=[
-            _mean(column) for column in zip(*(t["tokens_entering"] for t in told), strict=True)
+            _mean(column) for column in zip(*(t["tokens_entering"] for t in measured), strict=True)
         ],
-        new_tokens=_mean([t["new_tokens"] for t in told]),
-        fastv_share=fastv / whole_fastv,
-        sparsevlm_share=sparse / whole_sparse,
+        new_tokens=_mean([t["new_tokens"] for t in measured]),
+        fastv_share=fastv / unpruned_fastv,
+        sparsevlm_share=sparse / unpruned_sparse,
         flops=exact / n,
-        flops_share=exact / whole,
-        cache_bytes=_mean([t["cache_bytes"] for t in told]),
+        flops_share=exact / unpruned_exact,
+        cache_bytes=_mean([t["cache_bytes"] for t in measured]),
         vision=_spread([t["vision"] for t in batches]),
         prefill=_spread([t["prefill"] for t in batches]),
         first_token=_spread([t["first_token"] for t in batches]),

@@ -10,8 +10,8 @@ print(processor.decode(result.tokens[0]))
 """
 
 from .app.overlay import overlay
-from .llava import Batch
 from .loading.checkpoint import load
 from .pruning import parse_plan
+from .sample import Batch
 
 __all__ = ["Batch", "load", "overlay", "parse_plan"]

@@ -1,7 +1,12 @@
-"""CLIP's vision transformer: pictures -> hidden states of the layers that are asked for.
+"""CLIP's vision transformer: pixels -> the hidden states of the layers that are asked for.
 
-Follows openai/CLIP and Hugging Face's CLIPVisionModel: patch convolution without bias, class token
-first, pre-LN blocks, quick-GELU. LLaVA-1.5 reads the patches of hidden state -2.
+An image of 336 x 336 pixels is cut into 24 x 24 patches of 14 x 14 pixels. Each becomes a vector of
+width C, and a class token is put before them: a sequence of 1 + 576 = 577 rows, which all attend
+to each other. Hidden state 0 enters block 0, hidden state i leaves block i - 1.
+
+LLaVA-1.5 reads the 576 patch rows of hidden state -2, that is 23 of 24, so the last block need not
+run. Same as openai/CLIP and Hugging Face's CLIPVisionModel: patch convolution without bias, pre-LN
+blocks, quick-GELU.
 """
 
 from __future__ import annotations
@@ -17,6 +22,8 @@ from .config import VisionConfig
 
 
 class Attention(nn.Module):
+    """Self-attention without a mask: every patch sees the whole image."""
+
     def __init__(self, config: VisionConfig) -> None:
         super().__init__()
         self.n_heads = config.num_attention_heads
@@ -43,7 +50,7 @@ class MLP(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.fc1(x)
-        return self.fc2(x * torch.sigmoid(1.702 * x))  # quick-GELU
+        return self.fc2(x * torch.sigmoid(1.702 * x))  # quick-GELU, CLIP's approximation of GELU
 
 
 class Block(nn.Module):
@@ -60,7 +67,7 @@ class Block(nn.Module):
 
 
 class CLIPVision(nn.Module):
-    """The vision tower. `norm_post` and the last block serve only methods that ask for them."""
+    """The vision tower. Only pruning methods that ask for them use the last block and norm_post."""
 
     def __init__(self, config: VisionConfig) -> None:
         super().__init__()
@@ -70,21 +77,23 @@ class CLIPVision(nn.Module):
         self.patch_embedding = nn.Conv2d(
             3, C, config.patch_size, stride=config.patch_size, bias=False
         )
-        self.position_embedding = nn.Embedding(config.num_patches + 1, C)
+        # One learned vector per place: the class token, then the grid row by row. Unlike RoPE in
+        # the decoder, it fixes the grid, so every image must have the size CLIP was trained on.
+        self.position_embedding = nn.Embedding(1 + config.num_patches, C)
         self.norm_pre = nn.LayerNorm(C, config.layer_norm_eps)
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.num_hidden_layers))
         self.norm_post = nn.LayerNorm(C, config.layer_norm_eps)
 
     def forward(self, pixels: Tensor, layers: Collection[int]) -> dict[int, Tensor]:
-        """Hidden states by number: 0 after the embeddings, i after block i-1 (and before block i).
+        """Normalised pixels (B, 3, S, S) -> {i: hidden state i (B, 1 + N, C)} for i in `layers`.
 
-        pixels (B, 3, S, S), normalised; each hidden state (B, 1 + N, C), class token first.
-        No block beyond the highest number asked for is run.
+        Row 0 is the class token. No block beyond the highest number asked for is run.
         """
-        patches = self.patch_embedding(pixels).flatten(2).transpose(1, 2)  # (B, N, C)
-        first = self.class_embedding.expand(len(pixels), 1, -1)  # (B, 1, C)
-        x = torch.cat((first, patches), dim=1) + self.position_embedding.weight
-        x = self.norm_pre(x)  # (B, 1 + N, C)
+        grid = self.patch_embedding(pixels)  # (B, C, 24, 24)
+        patches = grid.flatten(2).transpose(1, 2)  # (B, N, C), row by row
+        class_token = self.class_embedding.expand(len(pixels), 1, -1)  # (B, 1, C)
+        x = torch.cat((class_token, patches), dim=1)  # (B, 1 + N, C)
+        x = self.norm_pre(x + self.position_embedding.weight)
 
         states = {0: x} if 0 in layers else {}
         for i in range(max(layers, default=0)):
@@ -94,7 +103,10 @@ class CLIPVision(nn.Module):
         return states
 
     def heads(self, block: int, hidden: Tensor) -> tuple[Tensor, Tensor]:
-        """Queries and keys of one block from the hidden state entering it: each (B, T, H, Dh)."""
+        """Queries and keys of one block, from the hidden state (B, T, C) that enters it.
+
+        Each (B, T, H, Dh). Pruning methods compute attention weights and similarities from them.
+        """
         layer = cast(Block, self.blocks[block])
         B, T, _ = hidden.shape
         x = layer.norm1(hidden)

@@ -1,4 +1,4 @@
-"""From logits to a token."""
+"""Choose the next token from its logits."""
 
 from __future__ import annotations
 
@@ -9,16 +9,17 @@ from torch import Tensor
 def sample(
     logits: Tensor, temperature: float, top_p: float, generator: torch.Generator | None
 ) -> Tensor:
-    """One token () from logits (V,): the largest at temperature 0, otherwise drawn.
+    """Logits (V,) -> one token id (): the most likely at temperature 0, otherwise a random draw.
 
-    top_p: only the most likely tokens whose probabilities sum up to at least top_p (the most
-    likely one always) take part (Holtzman et al. 2020, arXiv 1904.09751).
+    top_p: draw only among the most likely tokens, as few as have a total probability of at least
+    top_p (nucleus sampling, Holtzman et al. 2020, arXiv 1904.09751). The most likely one always
+    takes part.
     """
     if temperature == 0:
         return logits.argmax()
-    below = logits.double() - logits.max()  # a tiny temperature makes it -inf, never inf
-    probabilities = (below / temperature).softmax(-1)  # (V,)
-    ordered, tokens = probabilities.sort(descending=True, stable=True)
-    before = ordered.cumsum(0) - ordered
+    shifted = logits.double() - logits.max()  # at most 0: a tiny temperature gives -inf, not inf
+    probabilities = (shifted / temperature).softmax(-1)  # (V,)
+    ordered, tokens = probabilities.sort(descending=True, stable=True)  # (V,), (V,)
+    before = ordered.cumsum(0) - ordered  # (V,) total probability of the more likely tokens
     ordered = ordered.masked_fill((before >= top_p) & (before > 0), 0.0)
     return tokens[torch.multinomial(ordered, 1, generator=generator)[0]]

@@ -1,10 +1,11 @@
-"""One thread, no network; the small models that several files share."""
+"""Options and fixtures that several test files share. Tests run on one thread without network."""
 
 from __future__ import annotations
 
 from pathlib import Path
 from typing import Any
 
+import golden_cases
 import pytest
 import tiny
 import torch
@@ -26,12 +27,14 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         action="append",
         default=[],
         metavar="FILE.py:Class",
-        help="a method of one's own: the property tests run on it as on those of the registry",
+        help="your own method: the property tests run on it as on the methods of the registry",
     )
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    config.addinivalue_line("markers", "goldens(pattern): run with every case that matches")
+    config.addinivalue_line(
+        "markers", "goldens(pattern, complete=False): run once for each case of golden_cases.py"
+    )
     for spec in config.getoption("--method"):
         from minillava.pruning import METHODS, load_file_method
 
@@ -40,20 +43,26 @@ def pytest_configure(config: pytest.Config) -> None:
         except ValueError as error:
             raise pytest.UsageError(f"--method: {error}") from None
         if method.name in METHODS:
-            raise pytest.UsageError(f"--method: {method.name!r} is here already; name it otherwise")
+            raise pytest.UsageError(f"--method: {method.name!r} exists; choose another name")
         METHODS[method.name] = method
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     if marker := metafunc.definition.get_closest_marker("goldens"):
-        root = metafunc.config.getoption("--goldens").resolve()
-        paths = sorted(root.glob(f"{marker.args[0]}.safetensors"))
-        metafunc.parametrize("golden", [tiny.Golden(path, root) for path in paths], ids=str)
+        root = metafunc.config.getoption("--goldens")
+        found = golden_cases.cases(root, *marker.args, **marker.kwargs)
+        metafunc.parametrize("golden", found, ids=str)
+
+
+@pytest.fixture(scope="session")
+def goldens(request: pytest.FixtureRequest) -> Path:
+    """Folder with the reference data."""
+    return request.config.getoption("--goldens")
 
 
 @pytest.fixture(scope="session")
 def model(tmp_path_factory: pytest.TempPathFactory) -> Any:
-    """Four decoder layers, grouped heads, 16 tokens a picture."""
+    """A random model with four decoder layers, grouped-query attention and 16 tokens per image."""
     import minillava
 
     folder = tmp_path_factory.mktemp("tiny")

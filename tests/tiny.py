@@ -1,6 +1,7 @@
-"""Small random models written by transformers and read by our load, and batches for them.
+"""Small random models, written by transformers and read by our load, and batches for them.
 
-A prompt is written as a string: `t` is a text token, `I` a picture: "ttIItt" has two adjacent ones.
+A prompt is written as a string in which `t` is a text token and `I` an image. For example "ttIItt"
+is two text tokens, two adjacent images and two text tokens.
 """
 
 from __future__ import annotations
@@ -9,27 +10,26 @@ import atexit
 import dataclasses
 import json
 import math
-import re
 import shutil
 import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
-from functools import cache, cached_property
+from functools import cache
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import save_file
 from torch import Tensor
 
-from minillava import Batch, load, parse_plan
+from minillava import Batch, parse_plan
 from minillava.pruning import METHODS
-from minillava.pruning.base import Plan
+from minillava.pruning.base import Context, Keep, Plan
 
 SMALL_FILES = Path(__file__).parent / "goldens" / "checkpoints" / "tiny-a" / "hub-sharded"
 IMAGE, PAD, VOCABULARY = 318, 319, 320
-NEVER = (2, IMAGE, PAD)  # their logits are 0, so greedy decoding never meets its end by chance
+NEVER = (2, IMAGE, PAD)  # their logits are 0, so greedy decoding never ends by chance
 
 
 def write_hf(
@@ -46,7 +46,7 @@ def write_hf(
     positions: int = 2048,
     seed: int = 0,
 ) -> Any:
-    """A random LLaVA saved by transformers, with the small files of tiny-a; returns its module."""
+    """Save a random LLaVA with transformers, add the small files of tiny-a, return its module."""
     from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig
     from transformers import LlavaForConditionalGeneration as Llava
 
@@ -77,7 +77,7 @@ def write_hf(
     )
     model = Llava(config).eval().requires_grad_(False)
     generator = torch.Generator().manual_seed(seed)
-    for name, p in model.named_parameters():  # decisive, and no bias or norm that says nothing
+    for name, p in model.named_parameters():  # decisive logits, no trivial biases and norms
         noise = torch.randn(p.shape, generator=generator)
         if p.ndim == 1:
             p.copy_(noise * 0.15 + ("norm" in name and name.endswith("weight")))
@@ -109,11 +109,45 @@ def rewrite_config(folder: Path, change: Any, name: str = "config.json") -> None
     (folder / name).write_text(json.dumps(values))
 
 
+def write_clip(folder: Path, width: int = 24) -> Path:
+    """Save a random CLIP model in a folder in open_clip's layout, and return the folder."""
+    import open_clip
+
+    shape = {
+        "embed_dim": 12,
+        "vision_cfg": {
+            "image_size": 56,
+            "patch_size": 14,
+            "width": width,
+            "head_width": 8,
+            "layers": 1,
+        },
+        "text_cfg": {
+            "context_length": 77,
+            "vocab_size": 49408,
+            "width": 16,
+            "heads": 2,
+            "layers": 2,
+        },
+    }
+    torch.manual_seed(width)
+    clip = open_clip.CLIP(**shape)
+    for p in clip.parameters():  # biases and norms are not trivial
+        if p.ndim == 1:
+            p.data += 0.3 * torch.randn(p.shape)
+    (folder / "open_clip_config.json").write_text(json.dumps({"model_cfg": shape}))
+    save_file(
+        {name: tensor.contiguous() for name, tensor in clip.state_dict().items()},
+        folder / "open_clip_model.safetensors",
+    )
+    return folder
+
+
 # ---------------------------------------------------------------- batches
 
 
 def make_batch(model: Any, *prompts: str, seed: int = 0, focus: Any = None) -> Batch:
-    """A left-padded batch of random text and pictures for prompts such as "ttItt"."""
+    """A left-padded batch of random text and images for prompts such as "ttItt"."""
     N, S = model.config.vision.num_patches, model.config.vision.image_size
     generator = torch.Generator().manual_seed(seed)
     rows, pictures = [], 0
@@ -138,7 +172,7 @@ def pad_left(
 
 
 def alone(model: Any, batch: Batch, b: int) -> Batch:
-    """Sample b of a batch as a batch of its own, without padding."""
+    """Sample b as a batch of size 1 without padding."""
     N = model.config.vision.num_patches
     samples = [ids[mask] for ids, mask in zip(batch.ids, batch.mask, strict=True)]
     pictures = [int((ids == model.config.image_token_id).sum()) // N for ids in samples]
@@ -151,8 +185,8 @@ def alone(model: Any, batch: Batch, b: int) -> Batch:
 
 # ---------------------------------------------------------------- plans
 
-# Options that make a method act on a model of four layers and 16 tokens a picture, by name; those
-# that it needs are given, and those whose default is made for a large model.
+# Values for options that a method requires or whose defaults are meant for a large model, by name.
+# With them a method acts on a model of four layers and 16 tokens per image.
 VALUES = {
     "keep": "5",
     "dominant": "6",
@@ -165,7 +199,7 @@ SEVERAL = {"keep": "8/5/3", "delete": "4/0/5/0"}
 
 
 def example(name: str, *more: str) -> Plan:
-    """The method at work on the small model, with further options."""
+    """A plan of this method that prunes the small model; `more` are further options."""
     options = {}
     for field in dataclasses.fields(METHODS[name]):
         if "tuple" in str(field.type) and field.name in SEVERAL:
@@ -175,27 +209,25 @@ def example(name: str, *more: str) -> Plan:
         elif field.name == "clip":
             options[field.name] = clip_folder()
         elif field.default is dataclasses.MISSING:
-            raise KeyError(f"{name} needs {field.name}: say in VALUES what the tests give it")
+            raise KeyError(f"{name} needs {field.name}: add a value for the tests to VALUES")
     spelled = [f"{option}={value}" for option, value in options.items()]
     return parse_plan(f"{name}:{','.join([*spelled, *more])}")
 
 
 @cache
 def clip_folder() -> str:
-    """A random CLIP for the methods that read text with one."""
-    from test_methods_clip_text import write_clip
-
+    """Folder of a random CLIP model for the methods that encode text with it."""
     folder = Path(tempfile.mkdtemp())
     atexit.register(shutil.rmtree, folder)
     return str(write_clip(folder))
 
 
-# ---------------------------------------------------------------- looking on
+# ---------------------------------------------------------------- recording
 
 
 @contextmanager
 def watching(*modules: torch.nn.Module) -> Iterator[list[list[Tensor]]]:
-    """Outputs of the modules, a list for each, call by call (copies, if they are tensors)."""
+    """One list per module, which receives the output of each call (a copy if it is a tensor)."""
     seen: list[list[Tensor]] = [[] for _ in modules]
 
     def note(outputs: list[Tensor]) -> Any:
@@ -214,8 +246,40 @@ def watching(*modules: torch.nn.Module) -> Iterator[list[list[Tensor]]]:
             hook.remove()
 
 
+@contextmanager
+def watching_inputs(module: torch.nn.Module) -> Iterator[list[Tensor]]:
+    """A list that receives the first argument of each call of the module."""
+    seen: list[Tensor] = []
+    hook = module.register_forward_pre_hook(lambda _, args: seen.append(args[0]))
+    yield seen
+    hook.remove()
+
+
+def choices(monkeypatch: pytest.MonkeyPatch, method: Any) -> list[tuple[Context, Keep]]:
+    """A list that receives the context and the result of each call of `method.choose`."""
+    seen: list[tuple[Context, Keep]] = []
+    choose = method.choose
+
+    def noting(self: Any, c: Context) -> Keep:
+        seen.append((c, choose(self, c)))
+        return seen[-1][1]
+
+    monkeypatch.setattr(method, "choose", noting)
+    return seen
+
+
+def refusal(capsys: pytest.CaptureFixture[str]) -> str:
+    """The error that a program printed: exactly one line on stderr, and nothing on stdout."""
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert err.startswith("error: ")
+    assert err.endswith("\n")
+    assert err.count("\n") == 1, err
+    return err
+
+
 def assert_close(ours: Tensor, expected: Tensor, tolerance: float = 1e-4) -> None:
-    """Largest difference at most `tolerance` times the root mean square of what is expected."""
+    """The largest difference is at most `tolerance` times the root mean square of `expected`."""
     assert ours.shape == expected.shape, f"{tuple(ours.shape)} against {tuple(expected.shape)}"
     expected = expected.double()
     if expected.numel():
@@ -224,66 +288,5 @@ def assert_close(ours: Tensor, expected: Tensor, tolerance: float = 1e-4) -> Non
 
 
 def assert_same_weights(ours: Tensor, expected: Tensor) -> None:
-    """Weights of a softmax: noise of the large ones is measured by 1, not by the mean of all."""
+    """For weights of a softmax: the tolerance is relative to 1, not to the mean of all weights."""
     torch.testing.assert_close(ours, expected, atol=1e-5, rtol=1e-4)
-
-
-# ---------------------------------------------------------------- reference data
-
-MEAN = torch.tensor((0.48145466, 0.4578275, 0.40821073)).view(3, 1, 1)
-STD = torch.tensor((0.26862954, 0.26130258, 0.27577711)).view(3, 1, 1)
-
-
-@dataclass(frozen=True)
-class Golden:
-    """One case of the reference data: its tensors, what its meta.json says, and its model."""
-
-    path: Path
-    root: Path
-
-    def __str__(self) -> str:
-        return str(self.path.relative_to(self.root).with_suffix(""))
-
-    @cached_property
-    def tensors(self) -> dict[str, Tensor]:
-        """Integer tensors as int64; they are stored as int32."""
-        tensors = load_file(self.path)
-        return {k: v.long() if v.dtype == torch.int32 else v for k, v in tensors.items()}
-
-    @cached_property
-    def meta(self) -> Any:
-        return json.loads(self.path.with_suffix(".meta.json").read_text())
-
-    def __getitem__(self, name: str) -> Tensor:
-        return self.tensors[name]
-
-    def __contains__(self, name: str) -> bool:
-        return name in self.tensors
-
-    def beside(self, name: str) -> Golden:
-        """Another case in the same folder."""
-        return Golden(self.path.with_name(f"{name}.safetensors"), self.root)
-
-    @property
-    def model(self) -> Any:
-        return golden_model(self.root, self.meta["model"])
-
-    def assert_close(self, ours: Tensor, name: str, *index: Any) -> None:
-        """Within what meta.json calls fair, and within DESIGN 6.9."""
-        expected = self[name][index]
-        stated = dict(re.findall(r"\b(atol|rtol) ([\d.e-]+)", self.meta["tolerance"]))
-        rtol, atol = float(stated.get("rtol", 0)), float(stated["atol"])
-        torch.testing.assert_close(ours, expected, rtol=rtol, atol=atol)
-        assert_close(ours, expected)
-
-
-@cache
-def golden_model(root: Path, name: str) -> Any:
-    """One of the models that the reference data was made with."""
-    folders = [root / "checkpoints" / name / layout for layout in ("hub-sharded", "hub")]
-    return load(next(folder for folder in folders if folder.is_dir()))[0]
-
-
-def normalised(pixel_u8: Tensor) -> Tensor:
-    """Pictures as bytes (n, 3, S, S) -> what the vision tower takes."""
-    return (pixel_u8.float() / 255 - MEAN) / STD

@@ -30,13 +30,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from minillava.app.command import Parser, command
-from minillava.loading.checkpoint import empty_model, match
-from minillava.loading.config_file import config_of, read_config
+from minillava.app.command import CommandParser, run_command
+from minillava.loading.checkpoint import empty_model
+from minillava.loading.checkpoint import match_tensors as match
+from minillava.loading.config_file import parse_config as config_of
+from minillava.loading.config_file import read_config
 from minillava.loading.json_entries import Entries, read_json
 from minillava.loading.keys import our_name, published_name
 from minillava.loading.processor_files import read_processor
-from minillava.loading.tensor_files import Stored
+from minillava.loading.tensor_files import StoredTensor as Stored
 
 from . import original
 from .files import SHARD_BYTES, Planned, check_folder, refuse_inside, write_checkpoint
@@ -71,7 +73,7 @@ class Conversion:
 
 def main(argv: list[str] | None = None) -> int:
     """Returns the exit code: 0, 2 after an error, 130 after Ctrl-C."""
-    parser = Parser(
+    parser = CommandParser(
         prog="python -m weights.convert",
         description=(__doc__ or "").partition("\n")[0],
         allow_abbrev=False,
@@ -90,7 +92,7 @@ def main(argv: list[str] | None = None) -> int:
         convert(args.src, args.dst, args.vision_tower, args.base)
         print(f"{args.dst} is complete: python -m minillava.generate --model {args.dst}")
 
-    return command(run)
+    return run_command(run)
 
 
 def convert(

@@ -11,8 +11,9 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
-from minillava.app.command import Parser, command
-from minillava.loading.hub import fetch, snapshot
+from minillava.app.command import CommandParser, run_command
+from minillava.loading.hub import download_checkpoint as fetch
+from minillava.loading.hub import download_files as snapshot
 from minillava.loading.json_entries import read_json
 
 _SMALL_FILES = ["*.json", "tokenizer.model"]
@@ -20,7 +21,9 @@ _SMALL_FILES = ["*.json", "tokenizer.model"]
 
 def main(argv: list[str] | None = None) -> int:
     """Print the checkpoint's folder; returns 0, 2 after an error, or 130 after Ctrl-C."""
-    parser = Parser(prog="python -m weights.download", description=__doc__, allow_abbrev=False)
+    parser = CommandParser(
+        prog="python -m weights.download", description=__doc__, allow_abbrev=False
+    )
     parser.add_argument("hub_id", nargs="?", default="llava-hf/llava-1.5-7b-hf")
     parser.add_argument("--revision", help="branch, tag or commit (default: main)")
     parser.add_argument("--to", metavar="DIR", help="download to this folder, not the hub's cache")
@@ -32,7 +35,7 @@ def main(argv: list[str] | None = None) -> int:
         if "mm_vision_tower" in read_json(folder / "config.json"):
             print(f"next: python -m weights.convert {folder} DST", file=sys.stderr)
 
-    return command(run)
+    return run_command(run)
 
 
 def fetch_any(hub_id: str, revision: str | None = None, to: str | None = None) -> Path:

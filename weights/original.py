@@ -15,10 +15,10 @@ from typing import Any
 import sentencepiece
 import torch
 
-from minillava.image import ImageConfig
 from minillava.loading.json_entries import HARMLESS, Entries
 from minillava.loading.processor_files import read_tokenizer
-from minillava.prompt import IMAGE
+from minillava.processing.image import ImageConfig
+from minillava.processing.templates import IMAGE
 
 from .files import to_json
 

@@ -20,15 +20,21 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from minillava.app.command import Parser, command
-from minillava.loading.assemble import integers, quantised_layers
-from minillava.loading.checkpoint import empty_model, match
+from minillava.app.command import CommandParser, run_command
+from minillava.loading.assemble import quantise_tensor as integers
+from minillava.loading.assemble import quantised_layers
+from minillava.loading.checkpoint import empty_model
+from minillava.loading.checkpoint import match_tensors as match
 from minillava.loading.config_file import read_config
-from minillava.loading.hub import find
+from minillava.loading.hub import find_checkpoint as find
 from minillava.loading.json_entries import read_json
 from minillava.loading.processor_files import read_processor
-from minillava.loading.tensor_files import FLOATS, Stored, stored_tensors
-from minillava.quant.quantise import GROUP, ROTATED, stored_parts
+from minillava.loading.tensor_files import FLOATS
+from minillava.loading.tensor_files import StoredTensor as Stored
+from minillava.loading.tensor_files import read_headers as stored_tensors
+from minillava.quant.quantise import GROUP_COLUMNS as GROUP
+from minillava.quant.quantise import ROTATED_COLUMNS as ROTATED
+from minillava.quant.quantise import stored_parts
 
 from .files import SHARD_BYTES, Planned, check_folder, refuse_inside, to_json, write_checkpoint
 from .sources import small_files, verify
@@ -39,7 +45,7 @@ _DTYPES = FLOATS | {"I8": torch.int8, "U8": torch.uint8}
 
 def main(argv: list[str] | None = None) -> int:
     """Returns the exit code: 0, 2 after an error, 130 after Ctrl-C."""
-    parser = Parser(
+    parser = CommandParser(
         prog="python -m weights.quantise",
         description=(__doc__ or "").partition("\n")[0],
         allow_abbrev=False,
@@ -53,7 +59,7 @@ def main(argv: list[str] | None = None) -> int:
         quantise(find(args.src), args.dst, args.bits)
         print(f"{args.dst} is complete: python -m minillava.generate --model {args.dst}")
 
-    return command(run)
+    return run_command(run)
 
 
 def quantise(src: Path, dst: Path, bits: int, shard_bytes: int = SHARD_BYTES) -> None:

@@ -17,7 +17,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from minillava.loading.tensor_files import INDEX, SINGLE, Stored, listed_files, tensors_of
+from minillava.loading.tensor_files import INDEX, SINGLE
+from minillava.loading.tensor_files import StoredTensor as Stored
+from minillava.loading.tensor_files import read_header as tensors_of
+from minillava.loading.tensor_files import read_index as listed_files
 
 from .files import progress_bar, sha256_of
 

@@ -14,9 +14,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from minillava.image import ImageConfig
 from minillava.loading.json_entries import Entries, read_json
 from minillava.loading.processor_files import read_image_config
+from minillava.processing.image import ImageConfig
 
 from .download import fetch_tower
 from .sources import ENDINGS, Weight, shards_in, weights_of

@@ -36,7 +36,13 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
-from minillava.app.command import Parser, command, natural, positive, real
+from minillava.app.command import (
+    CommandParser,
+    parse_float,
+    parse_non_negative_int,
+    parse_positive_int,
+    run_command,
+)
 
 from .demo_data import CONFIG, RUNS, Batch, Mix, make_batch, tokenizer, write_whole
 from .demo_model import Demo, Muon, answer_loss, patch_loss, symbols
@@ -330,19 +336,25 @@ def accuracy(model: Demo, batch: Batch) -> dict[str, float]:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Returns the exit code: 0, 2 after an error, 130 after Ctrl-C."""
-    parser = Parser(
+    parser = CommandParser(
         prog="python -m weights.train_demo",
         description=(__doc__ or "").partition("\n")[0],
         allow_abbrev=False,
     )
     parser.add_argument("--stage", choices=STAGES, help="only this one")
-    parser.add_argument("--seed", type=natural, default=1)
-    parser.add_argument("--workers", type=positive, default=2, help="processes of one thread each")
-    parser.add_argument("--save-every", type=real, default=120.0, metavar="SECONDS")
+    parser.add_argument("--seed", type=parse_non_negative_int, default=1)
+    parser.add_argument(
+        "--workers", type=parse_positive_int, default=2, help="processes of one thread each"
+    )
+    parser.add_argument("--save-every", type=parse_float, default=120.0, metavar="SECONDS")
     parser.add_argument("--export", choices=STAGES, help="write weights/demo from this stage")
-    parser.add_argument("--evaluate", type=natural, metavar="SEED", help="measure weights/demo")
-    parser.add_argument("--n", type=positive, default=1800, help="questions of --evaluate")
-    return command(lambda: _run(parser.parse_args(argv)))
+    parser.add_argument(
+        "--evaluate", type=parse_non_negative_int, metavar="SEED", help="measure weights/demo"
+    )
+    parser.add_argument(
+        "--n", type=parse_positive_int, default=1800, help="questions of --evaluate"
+    )
+    return run_command(lambda: _run(parser.parse_args(argv)))
 
 
 def _run(args: argparse.Namespace) -> None:

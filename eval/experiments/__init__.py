@@ -1,1 +1,1 @@
-"""The experiments of the pruning papers, each one command that writes a table and a picture."""
+"""The experiments of the pruning papers, each a command that writes tables and plots."""

@@ -1,12 +1,16 @@
-"""Accuracy over the layer K from which tokens are pruned and the share R of them that is.
+"""Accuracy by the layer K from which image tokens are pruned, and by the pruned share R.
 
     python -m eval.experiments.ablation --method fastv --limit 200 --out DIR
     python -m eval.experiments.ablation --method simignore --layers 2 4 6 --out DIR
+    python -m eval.experiments.ablation --method ./mine.py:Mine --out DIR
 
-fastv: `fastv:k=K,r=R` (arXiv 2403.06764, figure 7). simignore: tokens unlike the text are ignored
-from layer 0 to K-1, and FastV takes the share R from layer K on, as the released pipeline composes
-them (arXiv 2412.09817). Tokens are masked, as in both papers, so these
-tables are of accuracy: nothing becomes faster. FLOPs are those of the same plan dropped.
+fastv: `fastv:k=K,r=R` (arXiv 2403.06764, figure 7). simignore: image tokens unlike the text are
+ignored in layers 0 to K-1, and FastV prunes the share R from layer K on, as in the released
+pipeline (arXiv 2412.09817). Both mask tokens, as the papers do. So the tables show accuracy, and
+nothing becomes faster; the FLOPs are those of the same plan if it dropped the tokens.
+
+Any other method with the options layer and keep can be given, also one in a file of your own. It
+runs as `METHOD:layer=K,keep=1-R` in its own mode, and the FLOPs are those of the run.
 """
 
 from __future__ import annotations
@@ -16,37 +20,44 @@ import sys
 import time
 from collections.abc import Sequence
 
+from minillava.app.command import parse_positive_int
+
 from .. import cost, plots
-from ..bench import Bench, positive
-from ..predict import NONE
-from ..run import published_of
+from ..bench import Bench
+from ..plans import NONE, read_plan, read_plans
+from ..results import PlanResult
+from ..run import published_tables
 from . import base
 
-IGNORED = 0.785  # share that Simignore's released 7B setting leaves, 452 of 576
+MASKED = ("fastv", "simignore")
+LEFT = 0.785  # share of tokens that Simignore's released 7B setting keeps, 452 of 576
 
 
 def plan(method: str, layer: int, r: float) -> str:
+    """The text of the plan with K = layer and R = r."""
     fastv = f"fastv:k={layer},r={r:g},mode=mask"
     if method == "fastv":
         return fastv
-    return f"simignore:keep={IGNORED},mode=mask,until={layer}+{fastv}"
+    if method != "simignore":
+        return base.with_options(method, f"layer={layer},keep={float(round(1 - r, 4))}")
+    return f"simignore:keep={LEFT},mode=mask,until={layer}+{fastv}"
 
 
 def run(args: argparse.Namespace) -> str:
-    began, bench = time.perf_counter(), base.bench(args)
+    _check_method(args.method)  # before anything is loaded
+    began, bench = time.perf_counter(), base.open_bench(args)
     layers = args.layers or _layers(bench)
     plans = {(k, r): plan(args.method, k, r) for k in layers for r in args.r}
-    done = base.ask_all(bench, [NONE, *plans.values()])
-    whole = done[NONE].scored.score
-    prompt = round(done[NONE].costs.prompt_tokens)
+    done = base.ask_all(bench, read_plans([NONE, *plans.values()]))
+    unpruned = done[NONE].scored.score
     values = {at: done[text].scored.score.value for at, text in plans.items()}
     rows = [
         {
             "K": k,
             "R, %": round(100 * r),
-            whole.metric: values[k, r],
-            "of unpruned, %": 100 * values[k, r] / whole.value if whole.value else None,
-            "FLOPs if dropped, %": 100 * _share(bench, args.method, k, r, prompt),
+            unpruned.metric: values[k, r],
+            "of unpruned, %": 100 * values[k, r] / unpruned.value if unpruned.value else None,
+            **_flops(bench, args.method, k, r, done[text]),
             "visible image tokens a layer": done[text].costs.image_tokens,
             "plan": f"`{text}`",
         }
@@ -58,47 +69,66 @@ def run(args: argparse.Namespace) -> str:
         [[values[k, r] for r in args.r] for k in layers],
         [str(k) for k in layers],
         [f"{100 * r:g} %" for r in args.r],
-        f"{title}; unpruned {whole.value:.1f}",
-        ("R, share of the image tokens pruned", "K, first pruned layer", whole.metric),
+        f"{title}; unpruned {unpruned.value:.1f}",
+        ("R, share of the image tokens pruned", "K, first pruned layer", unpruned.metric),
     )
     plots.curves(
         args.out / "curves.png",
         {f"K={k}": [(100 * r, values[k, r]) for r in args.r] for k in layers},
         title,
-        ("R, % of the image tokens pruned", whole.metric),
-        ("unpruned", whole.value),
+        ("R, % of the image tokens pruned", unpruned.metric),
+        ("unpruned", unpruned.value),
     )
-    return base.report(
+    return base.write_report(
         args.out,
         args,
         title,
-        {f"unpruned: {whole.metric} {whole.value:.2f}": rows},
+        {f"unpruned: {unpruned.metric} {unpruned.value:.2f}": rows},
         ["heat_map.png", "curves.png"],
         began,
-        published=published_of(list(done.values())),
+        published=published_tables(list(done.values())),
     )
 
 
 def _layers(bench: Bench) -> list[int]:
-    """1, 2, 3, 5, then every fifth; for a shallow decoder every layer but the first."""
+    """Layers 1, 2, 3, 5 and then every fifth; all but the first if there are at most 8 layers."""
     n = bench.model.config.text.num_hidden_layers
     return list(range(1, n)) if n <= 8 else [k for k in (1, 2, 3, *range(5, n, 5)) if k < n]
 
 
-def _share(bench: Bench, method: str, layer: int, r: float, prompt: int) -> float:
-    """FastV's formula for what the same plan would cost if its tokens were dropped."""
+def _check_method(method: str) -> None:
+    try:
+        read_plan(plan(method, 1, 0.5))
+    except ValueError as error:
+        raise ValueError(f"--method {method}: {error}") from None
+
+
+def _flops(bench: Bench, method: str, layer: int, r: float, result: PlanResult) -> dict[str, float]:
+    """The name of the column of FLOPs, and the share in percent by FastV's formula.
+
+    fastv and simignore mask tokens here. Their share is that of the same plan if it dropped them.
+    """
+    if method not in MASKED:
+        return {"FastV's FLOPs, %": 100 * result.costs.fastv_share}
     config, N = bench.model.config, bench.model.config.vision.num_patches
-    before = round(N * IGNORED) if method == "simignore" else N
+    prompt = round(result.costs.prompt_tokens)
+    before = round(N * LEFT) if method == "simignore" else N
     after = min(before, max(1, round(N * (1 - r))))
     later = config.text.num_hidden_layers - layer
     entering = [prompt - N + before] * layer + [prompt - N + after] * later
-    return cost.fastv_share(entering, prompt, config.text)
+    return {"FLOPs if dropped, %": 100 * cost.fastv_share(entering, prompt, config.text)}
 
 
-def options(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--method", choices=("fastv", "simignore"), default="fastv")
-    parser.add_argument("--layers", type=positive, nargs="+", metavar="K")
-    parser.add_argument("--r", type=share, nargs="+", default=[0.25, 0.5, 0.75, 0.9], metavar="R")
+def add_ablation_options(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument
+    add(
+        "--method",
+        default="fastv",
+        metavar="M",
+        help="fastv (default), simignore, or METHOD with the options layer and keep",
+    )
+    add("--layers", type=parse_positive_int, nargs="+", metavar="K")
+    add("--r", type=share, nargs="+", default=[0.25, 0.5, 0.75, 0.9], metavar="R")
 
 
 def share(text: str) -> float:
@@ -113,7 +143,7 @@ def share(text: str) -> float:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; returns its exit code."""
-    return base.experiment(__doc__ or "", argv, "ablation", run, options)
+    return base.experiment(__doc__ or "", argv, "ablation", run, add_ablation_options)
 
 
 if __name__ == "__main__":

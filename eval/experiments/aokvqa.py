@@ -1,14 +1,15 @@
-"""Score, time to the first token and memory under FastV, with 16-bit and with 4-bit weights.
+"""Score, time to the first token and memory of FastV, with 16-bit and with 4-bit weights.
 
     python -m eval.experiments.aokvqa --limit 200 --out DIR
     python -m eval.experiments.aokvqa --task aokvqa --data DIR --model HUB_ID --out DIR
 
-The table of FastV's README (arXiv 2403.06764): K=2, R = 25, 50 and 75 %, one question at a time.
-There, memory is that of a GPU and 4-bit is bitsandbytes nf4; here 4-bit is our int4, and memory is
-that of the first question's prompt and first token, given twice. Computed: weights as they are
-held, cache, and the largest moment of the activations. Measured, on a CPU: the peak of resident
-memory of a process of its own, less what it held before the model was loaded, with whatever the
-library takes for its own work (memory.py). The column for CUDA is empty unless measured.
+This is the table of FastV's README (arXiv 2403.06764): K=2, R = 25, 50 and 75 %, one question at a
+time. There, memory is that of a GPU and 4-bit means bitsandbytes nf4. Here, 4-bit means our int4,
+and memory is that of the first question's prompt and first token, in two columns. The computed
+memory is the sum of the weights as they are held, the cache and the peak of the activations. The
+measured memory, on a CPU, is the peak of resident memory of a separate process minus what it held
+before the model was loaded; it includes the library's own memory (memory.py). The column for CUDA
+is empty unless it was measured. --prune adds further plans.
 """
 
 from __future__ import annotations
@@ -16,17 +17,17 @@ from __future__ import annotations
 import argparse
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from .. import plots
-from ..bench import Done
-from ..predict import NONE
-from ..run import published_of
+from ..plans import NONE, read_plans
+from ..results import PlanResult
+from ..run import published_tables
 from . import base
-from .memory import Memory, memory, peaks
+from .memory import Memory, measure_peaks, memory_of
 
-FORMS = {
+FORMATS = {
     "16-bit": {"dtype": "float16", "quantize": None},
     "4-bit": {"dtype": None, "quantize": "int4"},
 }
@@ -35,48 +36,56 @@ PLANS = {NONE: None, **{f"fastv:k=2,r={r / 100:g}": r for r in (25, 50, 75)}}  #
 
 def run(args: argparse.Namespace) -> str:
     began, rows, published = time.perf_counter(), [], []
-    for form, settings in FORMS.items():
-        own = base.with_form(args, **settings)
-        measured = peaks(own, list(PLANS))  # before this process holds a model, too
-        bench = base.bench(own)
-        done = base.ask_all(bench, list(PLANS))
+    plans = read_plans([*PLANS, *args.prune])
+    for form, settings in FORMATS.items():
+        own = base.with_format(args, **settings)
+        measured = measure_peaks(own, list(plans))  # before this process holds a model
+        bench = base.open_bench(own)
+        done = base.ask_all(bench, plans)
         rows += [
-            _row(form, done[plan], memory(bench, plan, peak))
-            for plan, peak in zip(PLANS, measured, strict=True)
+            _row(form, done[text], memory_of(bench, plan, peak))
+            for (text, plan), peak in zip(plans.items(), measured, strict=True)
         ]
-        published += published_of(list(done.values()))
+        published += published_tables(list(done.values()))
         metric = done[NONE].scored.score.metric
         first = next(name for name in rows[0] if name.startswith("first token"))
         del bench, done
     title = f"FastV at K=2 on {args.task}"
-    names = [f"{row['weights']}\n{row['R, %'] or 'unpruned'}" for row in rows]
+    names = [f"{row['weights']}\n{_bar_label(row)}" for row in rows]
     shown = {"score": [metric], "first_token": [first], "memory": [f"{m}, MB" for m in MEMORIES]}
-    for picture, columns in shown.items():
+    for plot, columns in shown.items():
         there = [c for c in columns if all(row[c] is not None for row in rows)]
         heights = {n: {c: row[c] for c in there} for n, row in zip(names, rows, strict=True)}
-        label = "MB" if picture == "memory" else columns[0]
-        plots.bars(args.out / f"{picture}.png", heights, f"{title}; below: R in %", label)
+        label = "MB" if plot == "memory" else columns[0]
+        plots.bars(args.out / f"{plot}.png", heights, f"{title}; below: R in %", label)
     tables = {"One question at a time": rows}
-    pictures = [f"{picture}.png" for picture in shown]
-    return base.report(args.out, args, title, tables, pictures, began, published=published)
+    plot_files = [f"{plot}.png" for plot in shown]
+    return base.write_report(args.out, args, title, tables, plot_files, began, published=published)
 
 
 MEMORIES = ("memory computed", "memory measured")
 
 
-def _row(form: str, done: Done, memory: Memory) -> dict[str, Any]:
+def _row(form: str, result: PlanResult, memory: Memory) -> dict[str, Any]:
     return {
         "weights": form,
-        "R, %": PLANS[done.run.plan],
-        **base.unparsed(done),
-        **base.costs(done),
+        "R, %": PLANS.get(result.run.plan),
+        **base.score_columns(result),
+        **base.cost_columns(result),
         "weights, MB": memory.weights / 1e6,
         "cache, MB": memory.cache / 1e6,
         "activations, MB": memory.activations / 1e6,
         "memory computed, MB": memory.computed / 1e6,
         "memory measured, MB": _mb(memory.measured),
         "CUDA memory, MB": _mb(memory.cuda),
+        "plan": f"`{result.run.plan}`",
     }
+
+
+def _bar_label(row: Mapping[str, Any]) -> str:
+    """The label of a bar: R in percent, "unpruned", or the plan if it has no R."""
+    plan = row["plan"].strip("`")
+    return "unpruned" if plan == NONE else str(row["R, %"] or plan)
 
 
 def _mb(value: int | None) -> float | None:
@@ -85,7 +94,7 @@ def _mb(value: int | None) -> float | None:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; returns its exit code."""
-    return base.experiment(__doc__ or "", argv, "aokvqa", run, batch=1)
+    return base.experiment(__doc__ or "", argv, "aokvqa", run, base.add_prune, batch=1)
 
 
 if __name__ == "__main__":

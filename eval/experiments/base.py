@@ -1,8 +1,8 @@
-"""What the experiments have in common: their command line, and how they leave their results.
+"""The parts that experiments share: their command line, and how they write their results.
 
-Each asks a benchmark's questions under several plans, as eval.run does, with the digit scenes of
-the demo as the default: an experiment runs anywhere in minutes, and with --task, --data and --model
-on the real thing. Answers are kept in --out/answers and an interrupted command goes on from there.
+Each experiment asks the questions of a benchmark under several plans, as eval.run does. The default
+is the digit scenes of the demo, which takes minutes on any machine; --task, --data and --model
+select a real benchmark. Answers are kept in --out/answers, and an interrupted command continues.
 """
 
 from __future__ import annotations
@@ -16,13 +16,15 @@ from typing import Any
 
 import torch
 
-from minillava.app.command import Parser
+from minillava.app.command import CommandParser
 
 from .. import plots, store
-from ..bench import Bench, Done, add_options
+from ..bench import Bench, add_options
+from ..plans import TypedPlan
 from ..ranks import Ranks
-from ..run import command
-from ..score import task_named
+from ..results import PlanResult
+from ..run import run_locked
+from ..score import find_task
 
 Row = Mapping[str, Any]
 
@@ -35,8 +37,11 @@ def experiment(
     more: Callable[[argparse.ArgumentParser], object] = lambda parser: None,
     batch: int = 32,
 ) -> int:
-    """A command: `act` does the work and returns the text to print. more: options of its own."""
-    parser = Parser(
+    """Run the command of an experiment; returns its exit code.
+
+    act: does the work and returns the text to print. more: adds further options.
+    """
+    parser = CommandParser(
         prog=f"python -m eval.experiments.{name}",
         description=doc,
         formatter_class=argparse.RawDescriptionHelpFormatter,
@@ -45,75 +50,95 @@ def experiment(
     add_options(parser, batch)
     more(parser)
 
-    def run(args: argparse.Namespace, among: Ranks) -> None:
-        if among.size > 1:
-            raise ValueError("an experiment runs in one process; torchrun is for eval.run")
-        plots.needed()
+    def run(args: argparse.Namespace, ranks: Ranks) -> None:
+        if ranks.size > 1:
+            raise ValueError("an experiment runs in one process; use torchrun with eval.run only")
+        plots.require_matplotlib()
         print(act(args), flush=True)
 
-    return command(parser, argv, run)
+    return run_locked(parser, argv, run)
 
 
-def bench(args: argparse.Namespace) -> Bench:
-    """The benchmark, with its answers in --out/answers."""
-    changed = {**vars(args), "out": answers(args.out)}
+def open_bench(args: argparse.Namespace) -> Bench:
+    """Open the benchmark, with its answers in --out/answers."""
+    changed = {**vars(args), "out": answers_folder(args.out)}
     return Bench.open(argparse.Namespace(**changed))
 
 
-def answers(out: Path) -> Path:
+def answers_folder(out: Path) -> Path:
+    """Create the folder of the answers."""
     folder = out / "answers"
     folder.mkdir(parents=True, exist_ok=True)
     return folder
 
 
-def with_form(args: argparse.Namespace, **form: str | None) -> argparse.Namespace:
-    """The same command with another dtype or quantize, answers apart."""
+def with_format(args: argparse.Namespace, **form: str | None) -> argparse.Namespace:
+    """The same arguments with another dtype or quantize, and a separate folder for the answers."""
     folder = args.out / "_".join(v for v in form.values() if v)
     return argparse.Namespace(**{**vars(args), **form, "out": folder})
 
 
-def ask_all(bench: Bench, plans: Sequence[str]) -> dict[str, Done]:
-    """Every plan, once all of them are known to be able to run."""
-    plans = list(dict.fromkeys(plans))
-    bench.check(plans)
-    return {plan: bench.ask(plan) for plan in plans}
+def ask_all(bench: Bench, plans: Mapping[str, TypedPlan]) -> dict[str, PlanResult]:
+    """The results of plans, by text. All are checked before the first is asked (ValueError)."""
+    bench.check(list(plans.values()))
+    return {text: bench.ask(plan) for text, plan in plans.items()}
 
 
-def report(
+def add_prune(parser: argparse.ArgumentParser) -> None:
+    """Add --prune, for plans in addition to those of the experiment."""
+    more = "further plans, also of a method in a file: ./mine.py:Mine:keep=16"
+    parser.add_argument("--prune", nargs="+", default=[], metavar="PLAN", help=more)
+
+
+def with_options(method: str, options: str) -> str:
+    """Append options to a method, which may have some already.
+
+    "./mine.py:Mine", "keep=9" -> "./mine.py:Mine:keep=9"
+    """
+    given = method.rpartition(".py:")[2]
+    return f"{method}{',' if ':' in given else ':'}{options}"
+
+
+def write_report(
     out: Path,
     args: argparse.Namespace,
     title: str,
     tables: Mapping[str, Sequence[Row]],
-    pictures: Sequence[str],
+    plot_files: Sequence[str],
     began: float,
     notes: Sequence[str] = (),
     published: Sequence[str] = (),
 ) -> str:
-    """Write results.json and results.md, and return the latter's text. tables: title -> rows, all
-    of a table with the same columns; published: figures that may stand beside ours, as text."""
-    name, (_, protocol) = Path(args.model).name, task_named(args.task, args.protocol)
+    """Write results.json and results.md, and return the text of results.md.
+
+    tables: title -> rows, which have the same columns. published: tables of comparable published
+    figures, as text.
+    """
+    name, (_, protocol) = Path(args.model).name, find_task(args.task, args.protocol)
     threads = torch.get_num_threads()
     setting = (
         f"{args.task}, {protocol} protocol, {name}, seed {args.seed}, "
         f"{threads} thread{'s' * (threads > 1)}, torch {torch.__version__.partition('+')[0]}; "
-        f"{time.perf_counter() - began:.0f} s for what was not there from an earlier run"
+        f"{time.perf_counter() - began:.0f} s for what earlier runs had not done"
     )
     parts = [f"# {title}", setting, *notes]
     for heading, rows in tables.items():
         parts += [f"## {heading}", markdown(rows)]
     if published:
         parts += ["## Beside published figures", *(f"```\n{t}\n```" for t in published)]
-    parts += [f"![{Path(p).stem}]({p})" for p in pictures]
+    parts += [f"![{Path(p).stem}]({p})" for p in plot_files]
     text = "\n\n".join(parts) + "\n"
     found = {"title": title, "setting": setting, "notes": list(notes), "tables": tables}
     found |= {"published": list(published)} if published else {}
-    store.write_whole(out / "results.json", json.dumps(found, indent=1, ensure_ascii=False) + "\n")
-    store.write_whole(out / "results.md", text)
+    store.write_atomically(
+        out / "results.json", json.dumps(found, indent=1, ensure_ascii=False) + "\n"
+    )
+    store.write_atomically(out / "results.md", text)
     return text
 
 
 def markdown(rows: Sequence[Row]) -> str:
-    """Rows of the same columns as a table; numbers with two decimals, small with three digits."""
+    """Rows as a Markdown table. Numbers have two decimals; below 1 they have three digits."""
     names = list(rows[0])
     lines = ["| " + " | ".join(names) + " |", "|---" + "|---:" * (len(names) - 1) + "|"]
     lines += ["| " + " | ".join(_cell(row[name]) for name in names) + " |" for row in rows]
@@ -128,9 +153,9 @@ def _cell(value: object) -> str:
     return str(value)
 
 
-def costs(done: Done) -> dict[str, Any]:
-    """The columns that every table has beside its scores."""
-    c = done.costs
+def cost_columns(result: PlanResult) -> dict[str, Any]:
+    """The columns of costs that every table has."""
+    c = result.costs
     many = f" of {c.batch}" if c.batch > 1 else ""
     return {
         "image tokens a layer": c.image_tokens,
@@ -140,6 +165,7 @@ def costs(done: Done) -> dict[str, Any]:
     }
 
 
-def unparsed(done: Done) -> dict[str, Any]:
-    score = done.scored.score
+def score_columns(result: PlanResult) -> dict[str, Any]:
+    """The columns of the score that every table has."""
+    score = result.scored.score
     return {score.metric: score.value, "unparsed": score.unparsed, "questions": score.n}

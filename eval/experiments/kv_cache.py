@@ -1,12 +1,12 @@
-"""What a KV cache is worth, and what pruning adds to it: 300 tokens, with and without.
+"""The gain of a KV cache, and of pruning in addition: 300 tokens with and without.
 
     python -m eval.experiments.kv_cache --out DIR
     python -m eval.experiments.kv_cache --times 1 --new-tokens 30 --model HUB_ID --out DIR
 
-One question is answered with exactly so many tokens (min_new_tokens): without a cache, where the
-whole sequence is run again for each token; with one; and with one and a plan that drops tokens. The
-picture stands once, or --times times, in the prompt. A prompt beyond the model's positions gets
-more of them: what is measured is time and bytes, not the answer.
+One question is answered with exactly --new-tokens tokens (min_new_tokens): without a cache, so that
+the whole sequence runs again for each token; with a cache; and with a cache and a plan that drops
+tokens. The prompt contains the image --times times. If it is longer than the model's positions, the
+model gets more of them, because time and bytes are measured, not the answer.
 """
 
 from __future__ import annotations
@@ -18,46 +18,52 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
+from minillava.app.command import parse_positive_int
 from minillava.generate import generate
 
 from .. import cost, plots, predict
-from ..bench import Bench, positive
-from ..predict import NONE
+from ..bench import Bench
+from ..plans import NONE, TypedPlan, read_plan
 from . import base
 
 
 def run(args: argparse.Namespace) -> str:
     began = time.perf_counter()
-    bench = base.bench(argparse.Namespace(**{**vars(args), "limit": 1}))
-    ways = {
-        "no cache": (NONE, False),
-        "cache": (NONE, True),
-        f"cache, {args.prune}": (args.prune, True),
+    unpruned, pruned = read_plan(NONE), read_plan(args.prune)
+    bench = base.open_bench(argparse.Namespace(**{**vars(args), "limit": 1}))
+    variants = {
+        "no cache": (unpruned, False),
+        "cache": (unpruned, True),
+        f"cache, {args.prune}": (pruned, True),
     }
     rows = []
     for times in args.times:
-        found: dict[str, list[dict[str, Any]]] = {name: [] for name in ways}
+        found: dict[str, list[dict[str, Any]]] = {name: [] for name in variants}
         for _ in range(args.repeats):
-            for name, (plan, cached) in ways.items():
+            for name, (plan, cached) in variants.items():
                 found[name].append(_answer(bench, plan, cached, times, args.new_tokens))
         for name, runs in found.items():
             runs.sort(key=lambda row: row["seconds"])
             rows.append({"picture": f"x {times}", "": name, **runs[len(runs) // 2]})
     title = f"{args.new_tokens} new tokens with and without a KV cache"
-    for picture, column in (("seconds", "seconds"), ("cache", "cache, MB")):
+    for plot, column in (("seconds", "seconds"), ("cache", "cache, MB")):
         heights: dict[str, dict[str, float]] = {}
         for row in rows:
             heights.setdefault(f"picture {row['picture']}", {})[row[""]] = row[column]
         if column == "cache, MB":
             heights = {g: {n: v for n, v in bars.items() if v} for g, bars in heights.items()}
-        plots.bars(args.out / f"{picture}.png", heights, title, column, log=column == "seconds")
-    note = f"Medians of {args.repeats}, the ways taking turns. Cache: keys and values of all rows "
-    note += "at the end, in the bytes of the arithmetic's dtype."
+        plots.bars(args.out / f"{plot}.png", heights, title, column, log=column == "seconds")
+    note = f"Medians of {args.repeats} runs, in turns. Cache: keys and values of all rows "
+    note += "at the end, in bytes of the arithmetic's dtype."
     tables = {"One question": rows}
-    return base.report(args.out, args, title, tables, ["seconds.png", "cache.png"], began, [note])
+    return base.write_report(
+        args.out, args, title, tables, ["seconds.png", "cache.png"], began, [note]
+    )
 
 
-def _answer(bench: Bench, plan: str, cached: bool, times: int, new_tokens: int) -> dict[str, Any]:
+def _answer(
+    bench: Bench, plan: TypedPlan, cached: bool, times: int, new_tokens: int
+) -> dict[str, Any]:
     item = replace(bench.items[0], images=bench.items[0].images * times)
     model, run = bench.model, bench.run(plan)
     batch = predict.batch_of(bench.processor, [item], run)
@@ -69,7 +75,7 @@ def _answer(bench: Bench, plan: str, cached: bool, times: int, new_tokens: int) 
     result = generate(
         model,
         batch,
-        predict.plan_of(plan),
+        plan.plan,
         max_new_tokens=new_tokens,
         min_new_tokens=new_tokens,
         seed=run.seed,
@@ -88,17 +94,24 @@ def _answer(bench: Bench, plan: str, cached: bool, times: int, new_tokens: int) 
     }
 
 
-def options(parser: argparse.ArgumentParser) -> None:
+def add_cache_options(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
-    add("--new-tokens", type=positive, default=300, metavar="N")
-    add("--times", type=positive, nargs="+", default=[1, 10], metavar="X", help="default 1 and 10")
+    add("--new-tokens", type=parse_positive_int, default=300, metavar="N")
+    add(
+        "--times",
+        type=parse_positive_int,
+        nargs="+",
+        default=[1, 10],
+        metavar="X",
+        help="images in the prompt, default 1 and 10",
+    )
     add("--prune", default="fastv:k=2,r=0.5", metavar="PLAN")
-    add("--repeats", type=positive, default=3)
+    add("--repeats", type=parse_positive_int, default=3)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; returns its exit code."""
-    return base.experiment(__doc__ or "", argv, "kv_cache", run, options, batch=1)
+    return base.experiment(__doc__ or "", argv, "kv_cache", run, add_cache_options, batch=1)
 
 
 if __name__ == "__main__":

@@ -1,9 +1,9 @@
-"""Memory that one answer takes: computed from its parts, and measured in a process of its own.
+"""The memory of one answer: computed from its parts, and measured in a separate process.
 
-Resident memory of a process is more than a model's: the libraries' code, loaded page by page as it
-is first used, and what earlier models have left behind. So the measurement begins in a new process
-with answers by the demo, in the same number format and under the same plans; what the process holds
-after these is subtracted from the peak of answering one question, with the model's weights in it.
+The resident memory of a process is more than its model's: it contains the libraries' code, which is
+loaded page by page as it is first used, and the remains of earlier models. So a new process first
+answers with the demo, in the same number format and under the same plans. What it holds then is
+subtracted from the peak while it loads the model and answers one question.
 """
 
 from __future__ import annotations
@@ -15,22 +15,24 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
 
-from minillava.generate import Report, generate
+from minillava.generate import generate
 from minillava.quant.linear import weight_bytes
+from minillava.report import Report
 
 from .. import cost, predict
 from ..bench import DEMO, Bench
-from ..score import questions, task_named
+from ..plans import TypedPlan, read_plans
+from ..score import find_task, read_questions
 
 
 @dataclass(frozen=True)
 class Memory:
-    """Of one prompt and its first token, in bytes. Measured: None where that cannot be."""
+    """The memory of one prompt and its first token in bytes; None if it cannot be measured."""
 
     weights: int  # as they are held
     cache: int
-    activations: int  # at their largest moment
-    measured: int | None  # of a CPU
+    activations: int  # their peak
+    measured: int | None  # on a CPU
     cuda: int | None
 
     @property
@@ -38,12 +40,12 @@ class Memory:
         return self.weights + self.cache + self.activations
 
 
-def memory(bench: Bench, plan: str, measured: int | None) -> Memory:
-    """Of the first question under a plan; `measured` by peaks()."""
+def memory_of(bench: Bench, plan: TypedPlan, measured: int | None) -> Memory:
+    """The memory of the first question under a plan. measured: from measure_peaks()."""
     model, report = bench.model, _first_token(bench, plan)
     entering = [n for (n,) in report.tokens_entering]
     config = model.config
-    resolved = predict.plan_of(plan).resolve(len(entering), config.vision.num_patches)
+    resolved = plan.plan.resolve(len(entering), config.vision.num_patches)
     return Memory(
         weights=weight_bytes(model),
         cache=report.cache_bytes,
@@ -53,17 +55,20 @@ def memory(bench: Bench, plan: str, measured: int | None) -> Memory:
     )
 
 
-def peaks(args: argparse.Namespace, plans: Sequence[str]) -> list[int] | list[None]:
-    """Bytes that the first question takes under each plan, weights included, measured in a process
-    of its own. None on a GPU, and where the system cannot start a new peak of memory."""
-    if args.device != "cpu" or not cost.peaks_begin_anew():
+def measure_peaks(args: argparse.Namespace, plans: Sequence[str]) -> list[int] | list[None]:
+    """Measure the bytes of the first question under each plan in a separate process.
+
+    The weights are included. The results are None on a GPU, and if the system cannot reset its peak
+    of memory. Raises ValueError if the process fails.
+    """
+    if args.device != "cpu" or not cost.can_reset_peak():
         return [None] * len(plans)
-    task, protocol = task_named(args.task, args.protocol)
-    questions(task, args.data, protocol, 1)  # what is missing is said before a process is started
+    task, protocol = find_task(args.task, args.protocol)
+    read_questions(task, args.data, protocol, 1)  # refuse missing files before a process is started
     context = multiprocessing.get_context("spawn")
     receive, send = context.Pipe(duplex=False)
     process = context.Process(target=_measure, args=(send, args, list(plans)), daemon=True)
-    before = signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's business
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)  # only the parent handles Ctrl-C
     try:
         process.start()
     finally:
@@ -73,8 +78,8 @@ def peaks(args: argparse.Namespace, plans: Sequence[str]) -> list[int] | list[No
         found: list[int] | ValueError | OSError = receive.recv()
     except EOFError:
         raise ValueError(
-            "the process that measures memory has ended without a result; is there enough memory "
-            f"for {args.model}?"
+            "the process that measures memory ended without a result; it may lack memory for "
+            f"{args.model}: give a smaller --model"
         ) from None
     except BaseException:
         process.kill()
@@ -94,16 +99,16 @@ def _measure(send: Connection, args: argparse.Namespace, plans: Sequence[str]) -
 
 
 def _peaks(args: argparse.Namespace, plans: Sequence[str]) -> list[int]:
-    one = argparse.Namespace(**{**vars(args), "limit": 1})
+    typed, one = read_plans(plans).values(), argparse.Namespace(**{**vars(args), "limit": 1})
     demo = {"task": "demo", "data": None, "protocol": None, "model": str(DEMO), "revision": None}
     bench = Bench.open(argparse.Namespace(**{**vars(one), **demo}))
-    for plan in plans:
+    for plan in typed:
         _first_token(bench, plan)
     del bench
     cost.give_back()
     before, found = cost.resident_bytes(), []
     bench = Bench.open(one)
-    for plan in plans:
+    for plan in typed:
         cost.give_back()
         with cost.peak_memory() as peak:
             _first_token(bench, plan)
@@ -111,7 +116,6 @@ def _peaks(args: argparse.Namespace, plans: Sequence[str]) -> list[int]:
     return found
 
 
-def _first_token(bench: Bench, plan: str) -> Report:
+def _first_token(bench: Bench, plan: TypedPlan) -> Report:
     batch = predict.batch_of(bench.processor, [bench.items[0]], bench.run(plan))
-    parsed, seed = predict.plan_of(plan), bench.args.seed
-    return generate(bench.model, batch, parsed, max_new_tokens=1, seed=seed).report
+    return generate(bench.model, batch, plan.plan, max_new_tokens=1, seed=bench.args.seed).report

@@ -4,8 +4,8 @@
     python -m eval.experiments.nine --data ROOT --model HUB_ID --out DIR      the real ones
 
 ROOT has a folder for each task: nocaps, flickr30k, coco2014, coco2017, mmmu, mme, gqa, seed_bench
-(mme gives two columns). Those that are not there are left out, and named with what to download. All
-are asked and scored as lmms-eval does it; published figures stand below, source by source.
+(mme gives two columns). Missing ones are left out, and the result says what to download. All are
+asked and scored as by lmms-eval. Published figures follow below, source by source.
 """
 
 from __future__ import annotations
@@ -13,15 +13,16 @@ from __future__ import annotations
 import argparse
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
 from .. import plots
-from ..bench import Bench, Done
-from ..predict import NONE
-from ..run import published_of
-from ..score import questions, task_named
+from ..bench import Bench
+from ..plans import NONE, TypedPlan, read_plans
+from ..results import PlanResult
+from ..run import published_tables
+from ..score import find_task, read_questions
 from . import base
 
 TASKS = ("nocaps", "flickr30k", "coco2014", "coco2017", "mmmu", "gqa", "mme", "seed_bench")
@@ -29,22 +30,22 @@ TASKS = ("nocaps", "flickr30k", "coco2014", "coco2017", "mmmu", "gqa", "mme", "s
 
 def run(args: argparse.Namespace) -> str:
     began = time.perf_counter()
-    plans = list(dict.fromkeys([NONE, *args.prune]))
+    plans = read_plans([NONE, *args.prune])  # before anything is loaded
     if args.data is None:
-        bench = base.bench(args)
+        bench = base.open_bench(args)
         done = base.ask_all(bench, plans)
         scores = {plan: _kinds(d) for plan, d in done.items()}
-        costs = {plan: base.costs(d) for plan, d in done.items()}
+        costs = {plan: base.cost_columns(d) for plan, d in done.items()}
         notes: list[str] = []
         published: list[str] = []
     else:
-        scores, costs, notes, published = _real(args, plans)
+        scores, costs, notes, published = _ask_benchmarks(args, plans)
     columns = list(scores[NONE])
     heights = {name: {plan: scores[plan][name] for plan in plans} for name in columns}
     if args.data is None:
         title, label = f"{len(columns)} kinds of question", "score"
         means = {plan: {"mean": sum(scores[plan].values()) / len(columns)} for plan in plans}
-    else:  # scales of their own: no mean, and bars of what is left
+    else:  # the scales differ: no mean, and bars relative to no pruning
         title, label = f"{len(columns)} benchmarks", "% of unpruned"
         means = {plan: {} for plan in plans}
         heights = {
@@ -54,23 +55,26 @@ def run(args: argparse.Namespace) -> str:
     rows = [{"plan": f"`{plan}`", **scores[plan], **means[plan], **costs[plan]} for plan in plans]
     plots.bars(args.out / "nine.png", heights, title, label)
     tables = {"Scores": rows}
-    return base.report(args.out, args, title, tables, ["nine.png"], began, notes, published)
+    return base.write_report(args.out, args, title, tables, ["nine.png"], began, notes, published)
 
 
-def _kinds(done: Done) -> dict[str, float]:
+def _kinds(done: PlanResult) -> dict[str, float]:
     return {name: v for name, v in done.scored.score.more.items() if isinstance(v, float)}
 
 
-def _real(
-    args: argparse.Namespace, plans: Sequence[str]
+def _ask_benchmarks(
+    args: argparse.Namespace, plans: Mapping[str, TypedPlan]
 ) -> tuple[dict[str, dict[str, float]], dict[str, dict[str, Any]], list[str], list[str]]:
-    """Scores by plan and column, costs of the first benchmark, what is missing, what is
-    published."""
+    """Ask the real benchmarks.
+
+    Returns scores by plan and column, costs of the first benchmark by plan, notes on missing
+    benchmarks, and published figures as text. Raises ValueError if all benchmarks are missing.
+    """
     there, notes = {}, []
     for name in TASKS:
         try:
-            task, _ = task_named(name, "lmms")
-            there[name] = questions(task, args.data / name, "lmms", args.limit)
+            task, _ = find_task(name, "lmms")
+            there[name] = read_questions(task, args.data / name, "lmms", args.limit)
         except ValueError as error:
             notes.append(f"left out: {name}: {error}")
     if not there:
@@ -81,40 +85,40 @@ def _real(
     costs: dict[str, dict[str, Any]] = {}
     for name, items in there.items():
         changed = {**vars(args), "task": name, "protocol": "lmms", "data": args.data / name}
-        own = argparse.Namespace(**{**changed, "out": base.answers(args.out) / name})
+        own = argparse.Namespace(**{**changed, "out": base.answers_folder(args.out) / name})
         own.out.mkdir(parents=True, exist_ok=True)
         opened = (
             Bench.open(own)
             if opened is None
-            else replace(opened, args=own, task=task_named(name, "lmms")[0], items=items)
+            else replace(opened, args=own, task=find_task(name, "lmms")[0], items=items)
         )
         done = base.ask_all(opened, plans)
         for plan, d in done.items():
             scores[plan][f"{name} {d.scored.score.metric}"] = d.scored.score.value
             if name == "mme":
                 scores[plan]["mme cognition"] = d.scored.score.more["cognition"]
-            costs.setdefault(plan, base.costs(d))
-        published += published_of(list(done.values()))
+            costs.setdefault(plan, base.cost_columns(d))
+        published += published_tables(list(done.values()))
         if name == "mme":
-            published += published_of([_cognition(d) for d in done.values()])
+            published += published_tables([_cognition(d) for d in done.values()])
     return scores, costs, notes, published
 
 
-def _cognition(done: Done) -> Done:
-    """MME's other figure, as one to be compared."""
+def _cognition(done: PlanResult) -> PlanResult:
+    """A result of MME with cognition in place of perception as its value."""
     score = done.scored.score
     other = replace(score, metric="cognition", value=score.more["cognition"])
     return replace(done, scored=replace(done.scored, score=other))
 
 
-def options(parser: argparse.ArgumentParser) -> None:
+def add_plans(parser: argparse.ArgumentParser) -> None:
     plans = ["fastv:k=3,r=0.5", "fastv:k=2,r=0.5", "random:keep=0.5"]
     parser.add_argument("--prune", nargs="+", default=plans, metavar="PLAN")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; returns its exit code."""
-    return base.experiment(__doc__ or "", argv, "nine", run, options)
+    return base.experiment(__doc__ or "", argv, "nine", run, add_plans)
 
 
 if __name__ == "__main__":

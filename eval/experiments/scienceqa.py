@@ -1,11 +1,12 @@
-"""ScienceQA with Simignore as it was released, its score and its time to the first token.
+"""ScienceQA with Simignore as released: score and time to the first token.
 
     python -m eval.experiments.scienceqa --limit 200 --out DIR
     python -m eval.experiments.scienceqa --task scienceqa --data DIR --model HUB_ID --out DIR
 
-Table 1 of arXiv 2412.09817: the unpruned model, and the preset for its size (simignore-7b or
-simignore-13b: Simignore's mask, then FastV); beside them the parts by themselves, and as many
-tokens at random. A model of another shape, as the demo's, gets the 7B setting in proportion.
+Table 1 of arXiv 2412.09817 has the unpruned model and the preset for its size: simignore-7b or
+simignore-13b, which are Simignore's mask and then FastV. This table also has each part alone, and
+the same number of tokens at random. A model of another shape, such as the demo, uses the 7B setting
+in proportion. --prune adds further plans.
 """
 
 from __future__ import annotations
@@ -17,15 +18,15 @@ from collections.abc import Sequence
 
 from .. import cost, plots
 from ..bench import Bench
-from ..predict import NONE
-from ..run import published_of
+from ..plans import NONE, read_plans
+from ..run import published_tables
 from . import base
 
 PRESETS = {32: "simignore-7b", 40: "simignore-13b"}  # by decoder layers
 
 
 def plans(bench: Bench) -> dict[str, str]:
-    """Name of the row -> plan."""
+    """The name of each row -> its plan."""
     config = bench.model.config
     N, n_layers = config.vision.num_patches, config.text.num_hidden_layers
     left, after = round(N * 452 / 576), round(N * 144 / 576)
@@ -43,14 +44,16 @@ def plans(bench: Bench) -> dict[str, str]:
 
 
 def run(args: argparse.Namespace) -> str:
-    began, bench = time.perf_counter(), base.bench(args)
-    named = plans(bench)
-    done = base.ask_all(bench, list(named.values()))
+    further = read_plans(args.prune)  # before anything is loaded
+    began, bench = time.perf_counter(), base.open_bench(args)
+    own = plans(bench)
+    named = {**own, **dict(zip(further, further, strict=True))}
+    done = base.ask_all(bench, {**read_plans(own.values()), **further})
     rows = [
         {
             "": name,
-            **base.unparsed(done[text]),
-            **base.costs(done[text]),
+            **base.score_columns(done[text]),
+            **base.cost_columns(done[text]),
             "prefill, s": _median(done[text].costs.prefill),
             "plan": f"`{text}`",
         }
@@ -59,12 +62,12 @@ def run(args: argparse.Namespace) -> str:
     metric = done[NONE].scored.score.metric
     first = next(name for name in rows[0] if name.startswith("first token"))
     title = f"Simignore on {args.task}"
-    for picture, column in (("score", metric), ("first_token", first)):
+    for plot, column in (("score", metric), ("first_token", first)):
         heights = {row[""]: {column: row[column]} for row in rows}
-        plots.bars(args.out / f"{picture}.png", heights, title, column)
-    tables, pictures = {"One question at a time": rows}, ["score.png", "first_token.png"]
-    published = published_of(list(done.values()))
-    return base.report(args.out, args, title, tables, pictures, began, published=published)
+        plots.bars(args.out / f"{plot}.png", heights, title, column)
+    tables, plot_files = {"One question at a time": rows}, ["score.png", "first_token.png"]
+    published = published_tables(list(done.values()))
+    return base.write_report(args.out, args, title, tables, plot_files, began, published=published)
 
 
 def _median(spread: cost.Spread | None) -> float | None:
@@ -73,7 +76,7 @@ def _median(spread: cost.Spread | None) -> float | None:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; returns its exit code."""
-    return base.experiment(__doc__ or "", argv, "scienceqa", run, batch=1)
+    return base.experiment(__doc__ or "", argv, "scienceqa", run, base.add_prune, batch=1)
 
 
 if __name__ == "__main__":

@@ -1,2 +1,4 @@
-"""Metrics of the benchmarks: pure functions on texts, a module a family, equal to the official
-scripts on every input that these accept."""
+"""The metrics of the benchmarks: pure functions on texts, in a module for each benchmark.
+
+They equal the official scripts on every input that these accept.
+"""

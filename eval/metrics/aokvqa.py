@@ -1,8 +1,8 @@
-"""A-OKVQA, multiple choice, as FastV's inference_aokvqa.py counts it."""
+"""A-OKVQA, multiple choice, as in FastV's inference_aokvqa.py."""
 
 from __future__ import annotations
 
 
 def correct(text: str, letter: str) -> bool:
-    """The letter occurs anywhere: "Cat" is right for C. Meant for answers of one token."""
+    """Whether the letter occurs anywhere: "Cat" is right for C. Answers should be one token."""
     return letter in text

@@ -14,7 +14,7 @@ _Ngram = tuple[str, ...]
 
 @dataclass(frozen=True)
 class _Vector:
-    """A caption: weights of its 1- to 4-grams with their norms; length: its number of bigrams."""
+    """A caption: the weights of its 1- to 4-grams with their norms, and its number of bigrams."""
 
     weights: tuple[Mapping[_Ngram, float], ...]
     norms: tuple[float, ...]
@@ -24,11 +24,11 @@ class _Vector:
 def cider_d(
     candidates: Mapping[str, str], references: Mapping[str, Sequence[str]]
 ) -> tuple[float, dict[str, float]]:
-    """Mean and each image's score, 0..10 (tables print 100 times that).
+    """The mean and the score of each image, 0..10 (papers print 100 times that).
 
-    Rareness is counted in these references alone: scores of a subset are not comparable with those
-    of the whole, and a single image scores 0. ValueError: images that are not the same on both
-    sides, an image without reference, no image at all.
+    Document frequencies are counted over these references only. So scores of a subset are not
+    comparable with those of the complete set, and a single image scores 0. Raises ValueError if the
+    images of candidates and references differ, if an image has no reference, and without images.
     """
     if not candidates:
         raise ValueError("CIDEr needs at least one caption")
@@ -68,7 +68,7 @@ def _ngrams(text: str) -> Counter[_Ngram]:
 
 
 def _similarity(said: _Vector, gold: _Vector) -> float:
-    """Mean over n of the clipped cosine, lessened where lengths differ."""
+    """The mean over n of the clipped cosine, reduced if the lengths differ."""
     total = 0.0
     for a, b, norm_a, norm_b in zip(
         said.weights, gold.weights, said.norms, gold.norms, strict=True

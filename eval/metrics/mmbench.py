@@ -1,7 +1,7 @@
-"""MMBench without a judge model: the choice an answer names, and groups of rotated choices.
+"""MMBench without a judge model: the choice that an answer names, and groups of rotations.
 
-Sources: lmms-eval's tasks/mmbench/mmbench_evals.py (can_infer, eval_result), and for answers that
-the first cannot infer _task_utils/mcq_extract.py, its offline judge ("static").
+Sources: lmms-eval's tasks/mmbench/mmbench_evals.py (can_infer, eval_result), and its offline judge
+("static") _task_utils/mcq_extract.py, for answers from which can_infer reads no letter.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
-_LETTERS = "ABCDE"  # E also where there are four choices: a judge says E for "none of these"
+_LETTERS = "ABCDE"  # E even if there are four choices: a judge answers E for "none of these"
 _FORMS = (
     "{}.",
     "{},",
@@ -30,7 +30,7 @@ _ROTATION = 1_000_000
 
 @dataclass(frozen=True)
 class Row:
-    """One question with its choices in one order. inferred None: no choice was found."""
+    """One question with one rotation of its choices. inferred is None if no choice was found."""
 
     index: int
     gold: str
@@ -38,8 +38,11 @@ class Row:
 
 
 def infer(text: str, choices: Mapping[str, str]) -> str | None:
-    """The letter of a choice: from one letter that stands alone, else one with the same mark, else
-    the one choice whose text is in the answer. None where none or several are."""
+    """The letter of the choice that an answer names, or None.
+
+    It is the only letter that is a word by itself, otherwise the only letter with a mark such as
+    "A.", otherwise the only choice whose text is in the answer.
+    """
     return _letter(text) or _text(text, choices)
 
 
@@ -63,7 +66,7 @@ def _text(text: str, choices: Mapping[str, str]) -> str | None:
     return found[0] if len(found) == 1 else None
 
 
-# (what makes a letter a candidate, how much that counts); "space" is of words such as "vitamin A "
+# (form that makes a letter a candidate, its weight); "{} " also matches words: "vitamin A "
 _CANDIDATES = (("({})", 6), ("{}.", 5), ("{}:", 4), ("{})", 3), ("{} ", 2))
 _PHRASES = (
     *(
@@ -78,10 +81,11 @@ _PHRASES = (
 
 
 def extract(text: str, letters: Sequence[str]) -> str | None:
-    """The letter that lmms-eval's offline judge reads out of an answer that cannot be inferred.
+    """The letter that lmms-eval's offline judge reads in an answer that `infer` cannot read.
 
-    Of all letters in one of the forms the one in the surest form counts, of several the last; where
-    none is, any capital of these letters does: "Cat" is a C. None: there is none.
+    Of the letters in one of the forms, the one with the largest weight counts; of several with that
+    weight, the last. Without any form, the last capital of these letters counts: "Cat" is a C. None
+    if there is no such letter.
     """
     text = text.strip()
     for mark in ",.!?;:'\"":
@@ -109,7 +113,7 @@ def extract(text: str, letters: Sequence[str]) -> str | None:
 
 
 def circular(rows: Iterable[Row]) -> tuple[int, int]:
-    """Number of questions that are right in every rotation of their choices, number of questions.
+    """The number of questions that are right in every rotation, and the number of questions.
 
     The rotations of question i have the indices i, i + 1,000,000, i + 2,000,000 ...
     """

@@ -1,7 +1,7 @@
-"""MME: two yes/no questions a picture, scored apart and together.
+"""MME: two yes/no questions about each image, scored singly and as a pair.
 
-Source: MME's calculation.py as lmms-eval carries it (tasks/mme/utils.py). The original knows no
-"y" and "n" alone, and drops neither periods nor spaces first.
+Source: MME's calculation.py as lmms-eval carries it (tasks/mme/utils.py). The original does
+not accept "y" and "n" alone, and does not remove periods and spaces first.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ COGNITION = (
 
 @dataclass(frozen=True)
 class Row:
-    """One question. said: the model's text."""
+    """One question. said: the text of the model."""
 
     image: str
     category: str
@@ -41,7 +41,7 @@ class Row:
 
 
 def parse(text: str) -> str:
-    """ "yes", "no" or "other". Only the first four letters are looked at: "know" is a no."""
+    """ "yes", "no" or "other". Only the first four characters count: "know" is a no."""
     text = _plain(text)
     if len(text) == 1:
         return {"y": "yes", "n": "no"}.get(text, "other")
@@ -49,22 +49,23 @@ def parse(text: str) -> str:
 
 
 def scores(rows: Sequence[Row]) -> dict[str, float]:
-    """Category -> 0..200: 100 * share of right answers + 100 * share of pictures with both right.
+    """Category -> 0..200: 100 * share of right answers + 100 * share of images with both right.
 
-    ValueError: a picture that has not exactly two rows in its category, a gold answer that is
-    neither yes nor no.
+    Raises ValueError for an image without exactly two rows in its category, and for a gold answer
+    that is neither yes nor no.
     """
     right: dict[str, dict[str, list[bool]]] = defaultdict(lambda: defaultdict(list))
     for row in rows:
         gold = _plain(row.gold)
         if gold not in ("yes", "no"):
-            raise ValueError(f"{row.image} has the answer {row.gold!r}; MME's are Yes and No")
+            raise ValueError(f"{row.image} has the answer {row.gold!r}; it must be Yes or No")
         right[row.category][row.image].append(parse(row.said) == gold)
     for category, images in right.items():
         for image, pair in images.items():
             if len(pair) != 2:
                 raise ValueError(
-                    f"{image} of {category} has {len(pair)} rows; MME asks two questions a picture"
+                    f"{image} of {category} has {len(pair)} rows; MME asks two questions "
+                    "about each image"
                 )
     return {
         category: sum(50.0 * sum(pair) + 100.0 * all(pair) for pair in images.values())

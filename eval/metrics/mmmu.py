@@ -1,8 +1,8 @@
-"""MMMU: letters of multiple-choice answers, candidates of open ones.
+"""MMMU: the letters of multiple-choice answers, and the candidates in open ones.
 
 Sources: the benchmark's eval_utils.py ("official") and lmms-eval's _task_utils/mmmu_mcq_utils.py
-and tasks/mmmu/utils.py. Both guess at random where they find no letter. Here that is None, counted
-and wrong; `guesses` replays the official figure.
+and tasks/mmmu/utils.py. Both guess at random if they find no letter. Here the result is None,
+which is counted and wrong; `guesses` gives the guesses of the official figure.
 """
 
 from __future__ import annotations
@@ -26,13 +26,13 @@ def letters(options: Sequence[str]) -> list[str]:
 
 
 def choice(response: str, options: Sequence[str], official: bool = False) -> str | None:
-    """The letter a response chooses; None: unparsed.
+    """The letter that a response chooses, or None if it is unparsed.
 
-    "(A)" goes before "A " and, for lmms-eval only, "A."; the text of an option counts in answers
-    of more than five words. Of several the last one in the response wins. The official parser
-    wants a space also before the letter.
+    The forms are tried in this order: "(A)", "A " and, for lmms-eval only, "A."; then, in responses
+    of more than five words, the text of an option. Of several letters the last in the response
+    counts. The official parser also needs a space before the letter in "A ".
     """
-    for mark in _TRIMMED:  # one after the other: "A.," keeps its period, "A,." loses both
+    for mark in _TRIMMED:  # one mark after the other: "A.," keeps its period, "A,." loses both
         response = response.strip(mark)
     response = f" {response} "
     options_of = dict(zip(letters(options), options, strict=True))
@@ -40,7 +40,7 @@ def choice(response: str, options: Sequence[str], official: bool = False) -> str
     def last(form: str) -> Callable[[str], int]:
         return lambda letter: response.rfind(form.format(letter))
 
-    # (what makes a letter a candidate, what decides between several)
+    # (form that makes a letter a candidate, form whose last place decides between several)
     forms = [("({})", "({})"), (" {} ", " {} ")]
     if not official:
         forms = [("({})", "({})"), ("{} ", " {} "), ("{}.", " {} ")]
@@ -57,20 +57,26 @@ def choice(response: str, options: Sequence[str], official: bool = False) -> str
 
 
 def guesses(seed: int = 42) -> Callable[[Sequence[str]], str]:
-    """A guesser: options -> letter. With 42, and called for each None of `choice` in the order of
-    the official files, it gives the official script's random letters."""
+    """A function options -> random letter.
+
+    With seed 42, and called for each None of `choice` in the order of the official files, it
+    returns the letters of the official script.
+    """
     generator = random.Random(seed)
     return lambda options: generator.choice(letters(options))
 
 
 def numbers(text: str) -> list[str]:
-    """Numbers as written: with thousands' commas, then with exponents, then plain ones."""
+    """The numbers as written: with commas for thousands, then with exponents, then plain ones."""
     return [number for pattern in _NUMBERS for number in pattern.findall(text)]
 
 
 def normalise(gold: str | Sequence[str]) -> list[str | float]:
-    """Numbers to two decimals, other texts in lower case; a single letter becomes two, with a space
-    on either side, so that it is not found inside words."""
+    """Numbers rounded to two decimals, other texts in lower case.
+
+    A single letter becomes two texts, with a space before and after it, so that it is not found
+    inside words.
+    """
     texts = [gold] if isinstance(gold, str) else gold
     return [form for text in texts for form in _forms(text.strip())]
 
@@ -84,8 +90,11 @@ def _forms(text: str) -> list[str | float]:
 
 
 def candidates(response: str) -> list[str | float]:
-    """What an open response may mean: per line the shortest tail after a word like "is" (in the
-    last line also "="), the whole response if there is none, and the numbers in these."""
+    """The possible answers in an open response.
+
+    They are, for each line, the shortest text after a word such as "is" (in the last line also
+    "="), or the complete response if there is none; and the numbers in these texts.
+    """
     response = response.strip().strip(".").lower()
     lines = response.split("\n")
     tails = [_tail(line, last=i == len(lines) - 1) for i, line in enumerate(lines)]
@@ -94,7 +103,7 @@ def candidates(response: str) -> list[str | float]:
 
 
 def _tail(line: str, last: bool) -> str:
-    """The shortest text after the last of an indicator; "" where there is none."""
+    """The shortest text after the last occurrence of an indicator, or "" without any."""
     shortest = ""
     for indicator in (*_INDICATORS, "=") if last else _INDICATORS:
         if indicator in line:
@@ -105,7 +114,7 @@ def _tail(line: str, last: bool) -> str:
 
 
 def open_correct(response: str, gold: str | Sequence[str]) -> bool:
-    """Right if a gold text is inside a candidate text, or a gold number equals a candidate."""
+    """Whether a candidate text contains a gold text, or a candidate number equals a gold one."""
     golds = normalise(gold)
     texts = [form for form in golds if isinstance(form, str)]
     return any(

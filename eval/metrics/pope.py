@@ -1,4 +1,4 @@
-"""POPE: is there such a thing in the picture, yes or no.
+"""POPE: is an object in the image, yes or no.
 
 Sources: LLaVA's eval_pope.py and lmms-eval's tasks/pope/utils.py.
 """
@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Scores:
-    """Counts with yes as the positive, and shares of 1; None: a division by zero."""
+    """Counts with yes as the positive class, and shares 0..1; None for a division by zero."""
 
     tp: int
     fp: int
@@ -25,20 +25,24 @@ class Scores:
 
 
 def parse(text: str) -> str:
-    """ "no" where the first sentence has the word No, no or not, else "yes": so also for "NO", for
-    no answer at all, and for a word that a new line ends."""
+    """ "no" if the first sentence has the word No, no or not, otherwise "yes".
+
+    So "NO", an empty answer and a "no" before a line break are a "yes".
+    """
     words = text.split(".")[0].replace(",", "").split(" ")
     return "no" if {"No", "no", "not"}.intersection(words) else "yes"
 
 
 def lmms_parse(text: str) -> str:
-    """What lmms-eval compares with the label: all of the text, in lower case."""
+    """The text that lmms-eval compares with the label: all of it, in lower case."""
     return text.lower().strip()
 
 
 def llava_scores(labels: Sequence[str], texts: Sequence[str]) -> Scores:
-    """LLaVA's script. yes_ratio: of the predictions. ValueError: a label other than yes or no,
-    labels and texts of different number."""
+    """The scores of LLaVA's script. yes_ratio is that of the predictions.
+
+    Raises ValueError for a label other than yes or no, and for unequal numbers of labels and texts.
+    """
     pairs = _pairs(labels, [parse(text) for text in texts])
     tp, fp, tn, fn = _counts(pairs)
     precision, recall = _ratio(tp, tp + fp), _ratio(tp, tp + fn)
@@ -59,8 +63,10 @@ def llava_scores(labels: Sequence[str], texts: Sequence[str]) -> Scores:
 
 
 def lmms_scores(labels: Sequence[str], texts: Sequence[str]) -> Scores:
-    """lmms-eval: an answer counts only if it is yes or no and nothing else, what is undefined is 0,
-    and yes_ratio is of the *labels*. ValueError as above."""
+    """The scores of lmms-eval, where an answer counts only if it is yes or no and nothing else.
+
+    Undefined scores are 0, and yes_ratio is that of the *labels*. ValueError as for llava_scores.
+    """
     pairs = _pairs(labels, [lmms_parse(text) for text in texts])
     tp, fp, tn, fn = _counts(pairs)
     precision, recall = _ratio(tp, tp + fp) or 0.0, _ratio(tp, tp + fn) or 0.0
@@ -79,11 +85,13 @@ def lmms_scores(labels: Sequence[str], texts: Sequence[str]) -> Scores:
 
 def _pairs(labels: Sequence[str], said: Sequence[str]) -> list[tuple[str, str]]:
     if len(labels) != len(said):
-        raise ValueError(f"POPE has {len(labels)} labels but {len(said)} answers")
+        raise ValueError(
+            f"POPE has {len(labels)} labels but {len(said)} answers; give one for each"
+        )
     clean = [label.lower().strip() for label in labels]
     for label, given in zip(clean, labels, strict=True):
         if label not in ("yes", "no"):
-            raise ValueError(f"{given!r} is no label of POPE; give yes or no")
+            raise ValueError(f"{given!r} is not a label of POPE; give yes or no")
     return list(zip(clean, said, strict=True))
 
 
@@ -96,5 +104,5 @@ def _counts(pairs: Sequence[tuple[str, str]]) -> tuple[int, int, int, int]:
     )
 
 
-def _ratio(part: float, whole: float) -> float | None:
-    return part / whole if whole else None
+def _ratio(part: float, total: float) -> float | None:
+    return part / total if total else None

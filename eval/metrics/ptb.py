@@ -1,8 +1,8 @@
-"""Captions to tokens, as pycocoevalcap does it before CIDEr and ROUGE-L.
+"""Tokenise captions, as pycocoevalcap does before CIDEr and ROUGE-L.
 
-That is Stanford CoreNLP 3.4.1's PTBTokenizer, a Java program, in lower case and without some
-punctuation marks. Published figures come from it. Where Java or pycocoevalcap is missing our own
-tokeniser takes its place, and `tokenise` says which one ran.
+pycocoevalcap uses the PTBTokenizer of Stanford CoreNLP 3.4.1, a Java program, in lower case and
+without some punctuation marks. Published figures come from it. If Java or pycocoevalcap is missing,
+our own tokeniser is used instead, and `tokenise` returns which one ran.
 """
 
 from __future__ import annotations
@@ -18,22 +18,22 @@ JAVA = "pycocoevalcap PTBTokenizer (Java)"
 OWN = "own tokeniser"
 
 _JAR = "stanford-corenlp-3.4.1.jar"
-# pycocoevalcap's list. The brackets in capitals are never met: the text is in lower case, so that
+# pycocoevalcap's list. Its brackets in capitals never occur, because the text is in lower case: so
 # "-lrb-" stays.
 _MARKS = "'' ' `` ` -LRB- -RRB- -LCB- -RCB- . ? ! , : - -- ... ;"
 _DROPPED = frozenset(_MARKS.split())
-# What ends a line for the Java program; one inside a caption would shift all captions behind it.
+# Line ends of the Java program. One inside a caption would shift all captions after it.
 _LINE_ENDS = re.compile("\r\n|[\n\r\x0b\x0c\x85\u2028\u2029]")
 
 
-# Behind the last caption of several lists in one file: a word that ends no sentence before it.
+# A word after the last caption of each list, before which no sentence ends.
 _NEUTRAL = "x"
 
 
 def tokenise_apart(
     lists: Sequence[Sequence[str]], use: str | None = None
 ) -> tuple[list[list[str]], str]:
-    """`tokenise` of several lists, as if each stood in a file of its own."""
+    """`tokenise` several lists in one call, as if each were in its own file."""
     tokens, which = tokenise([text for texts in lists for text in (*texts, _NEUTRAL)], use)
     rest = iter(tokens)
     apart = [[next(rest) for _ in (*texts, _NEUTRAL)][:-1] for texts in lists]
@@ -41,12 +41,12 @@ def tokenise_apart(
 
 
 def tokenise(captions: Sequence[str], use: str | None = None) -> tuple[list[str], str]:
-    """Each caption's tokens, joined with spaces, and what made them: JAVA or OWN.
+    """The tokens of each caption, joined with spaces, and the tokeniser: JAVA or OWN.
 
-    They are lines of one file, as in pycocoevalcap: a last word "D." loses its period where the
-    next caption begins with "The". use: one of the two; None takes JAVA where it is there. An empty
-    caption has no tokens; a new line inside one is a space. ValueError: JAVA is asked for and not
-    there, or it fails.
+    The captions are lines of one file, as in pycocoevalcap: a last word "D." loses its period if
+    the next caption begins with "The". An empty caption has no tokens, and a line break inside a
+    caption counts as a space. use: JAVA or OWN; None uses JAVA if it is installed. Raises
+    ValueError if JAVA is asked for and missing, or if it fails.
     """
     if use not in (None, JAVA, OWN):
         raise ValueError(f"there is no tokeniser {use!r}; give {JAVA!r} or {OWN!r}")
@@ -70,7 +70,7 @@ def _kept(tokens: Sequence[str]) -> str:
 
 
 def _jar() -> Path | None:
-    """pycocoevalcap's copy of CoreNLP. The package is looked for, not imported: it needs more."""
+    """pycocoevalcap's copy of CoreNLP. The package is not imported: that needs more packages."""
     found = importlib.util.find_spec("pycocoevalcap")
     for folder in (found.submodule_search_locations or ()) if found else ():
         jar = Path(folder, "tokenizer", _JAR)
@@ -80,7 +80,7 @@ def _jar() -> Path | None:
 
 
 def _java(lines: Sequence[str], jar: Path) -> list[str]:
-    """One line of tokens for each line. The text goes in by stdin, nothing is written to disk."""
+    """One line of tokens for each line. The text is passed by stdin, and no file is written."""
     if not lines:
         return []
     command = ["java", "-cp", str(jar), "edu.stanford.nlp.process.PTBTokenizer"]
@@ -100,7 +100,7 @@ def _java(lines: Sequence[str], jar: Path) -> list[str]:
     return out
 
 
-# Our own tokeniser. It follows what the Java program does to captions, found by asking it.
+# Our own tokeniser. Its rules were found by comparing it with the Java program on captions.
 
 _ABBREVIATIONS = (
     "adj adm adv al ala apr ariz assn assoc asst atty attys aug ave bancorp bhd bldg blvd "
@@ -112,7 +112,7 @@ _ABBREVIATIONS = (
     "tenn thu thurs tue tues univ va vs vt wed wis wisc wm wyo"
 )
 _CAPITAL_ABBREVIATIONS = "ark az del ill la mass miss ore pa tex wash"
-# Words that begin a sentence, so that a single letter before them has ended one.
+# Words that begin a sentence: a single letter before them ends one.
 _STARTS = (
     "The A An In At He She It They We You This That These There But So If When While Some Many One "
     "Here What After As Her Their Our"
@@ -197,10 +197,10 @@ _SYMBOLS = {
 
 
 def own_tokens(caption: str, behind: str = "") -> str:
-    """Our tokens of one caption, joined with spaces. behind: the next caption of the file.
+    """The tokens of one caption by our own rules, joined with spaces. behind: the next caption.
 
-    Equal to the Java program's on all 461 known cases, on 2,122 human captions (COCO, ABSTRACT-50S)
-    and on 6,000 sentences of schoolbooks (ScienceQA). What it does not follow: formulas.
+    They equal the Java program's on all 461 known cases, on 2,122 human captions (COCO,
+    ABSTRACT-50S) and on 6,000 sentences of schoolbooks (ScienceQA), but not on formulas.
     """
     caption = _plain(caption)
     tokens = []
@@ -208,7 +208,7 @@ def own_tokens(caption: str, behind: str = "") -> str:
         if match.start() >= len(caption):
             break
         token = match[0].lower()
-        if match.lastgroup in ("tag", "fraction"):  # a no-break space keeps them one token
+        if match.lastgroup in ("tag", "fraction"):  # a no-break space keeps it one token
             token = token.replace(" ", "\u00a0")
         elif match.lastgroup in ("phone", "smiley"):
             token = token.replace("(", "-lrb-").replace(")", "-rrb-").replace(" ", "\u00a0")
@@ -223,7 +223,7 @@ def own_tokens(caption: str, behind: str = "") -> str:
 
 
 def _plain(caption: str) -> str:
-    """Entities and typographic marks as ASCII, no emoji: the Java program passes over them."""
+    """Replace entities and typographic marks by ASCII; drop emoji, as the Java program does."""
     for entity, mark in _ENTITIES.items():
         caption = caption.replace(entity, mark)
     return _ASTRAL.sub("", caption.translate(_FORMS))

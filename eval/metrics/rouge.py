@@ -1,4 +1,4 @@
-"""ROUGE-L, and how FastV cleans OCR-VQA's answers before it.
+"""ROUGE-L, and FastV's normalisation of OCR-VQA's answers before it.
 
 Sources: FastV's inference_ocrvqa.py, pycocoevalcap's rouge.py.
 """
@@ -13,14 +13,15 @@ _BETA = 1.2
 
 
 def clean(text: str) -> str:
-    """VQAv2's normaliser, where only a single comma between digits makes a number."""
+    """VQAv2's normaliser, but only a single comma between digits makes a number."""
     return vqa.normalise(text, r"\d,\d")
 
 
 def rouge_l(candidate: str, references: Sequence[str]) -> float:
-    """0..1, of texts whose tokens single spaces part; so an empty text has one empty token.
+    """ROUGE-L, 0..1, of texts that are split at single spaces: an empty text has one empty token.
 
-    Precision and recall are the best of any reference, each for itself. ValueError: no reference.
+    Precision is the best over all references, and so is recall, independently of it. Raises
+    ValueError without references.
     """
     if not references:
         raise ValueError("ROUGE-L needs at least one reference")
@@ -35,7 +36,7 @@ def rouge_l(candidate: str, references: Sequence[str]) -> float:
 
 
 def _common(a: Sequence[str], b: Sequence[str]) -> int:
-    """Length of the longest common subsequence."""
+    """The length of the longest common subsequence."""
     row = [0] * (len(b) + 1)
     for x in a:
         corner = 0

@@ -1,8 +1,8 @@
 """ScienceQA: the letter of an answer.
 
 Sources: LLaVA's eval_science_qa.py, Simignore's eval_scienceqa.py, lmms-eval's
-tasks/scienceqa/utils.py. Whether the letter belongs to one of the choices is for the caller: one
-that does not is wrong.
+tasks/scienceqa/utils.py. The caller must check that the letter is one of the question's
+choices; otherwise the answer is wrong.
 """
 
 from __future__ import annotations
@@ -11,15 +11,17 @@ import re
 
 RULES = ("llava", "simignore")
 _OPTIONS = tuple("ABCDE")
-_SENTENCE = re.compile(r"The answer is ([A-Z]).")  # the period is any character, as there
+_SENTENCE = re.compile(
+    r"The answer is ([A-Z])."
+)  # the period matches any character, as in the scripts
 _BRACKETED = re.compile(r"\(([A-E])\)")
 
 
 def parse(text: str, rule: str) -> str | None:
-    """The letter, None where the scripts say FAILED. ValueError: unknown rule.
+    """The letter, or None if the scripts say FAILED. Raises ValueError for an unknown rule.
 
-    "llava": the letter alone, "A. ..." or exactly one "The answer is A." with any character at its
-    end. "simignore" also reads "(A)...", "A)...", "The correct answer is (A", exactly one
+    "llava" reads the letter alone, "A. ..." or exactly one "The answer is A." with any character
+    at its end. "simignore" also reads "(A)...", "A)...", "The correct answer is (A", exactly one
     bracketed letter anywhere, and the first "The correct answer is (A)".
     """
     if rule not in RULES:
@@ -47,7 +49,7 @@ def parse(text: str, rule: str) -> str | None:
 
 
 def lmms_correct(text: str, gold_letter: str) -> bool:
-    """lmms-eval's rule: the letter in either case, or a capital with a period behind it."""
+    """lmms-eval's rule: the letter in either case, or as a capital with a period after it."""
     gold, text = gold_letter.strip().lower(), text.strip()
     if text.lower() == gold:
         return True

@@ -8,10 +8,10 @@ from __future__ import annotations
 
 
 def llava_correct(text: str, letter: str) -> bool:
-    """The letter and nothing else."""
+    """Whether the text is the letter and nothing else."""
     return text.strip() == letter
 
 
 def lmms_correct(text: str, letter: str) -> bool:
-    """The first character decides, in either case: "Answer: B" is an A."""
+    """Whether the first character is the letter, in either case: "Answer: B" is an A."""
     return text.strip()[:1].lower().strip() == letter.lower().strip()

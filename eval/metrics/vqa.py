@@ -1,7 +1,7 @@
-"""Answers of VQAv2 and TextVQA: two normalisers and the soft accuracy over ten people's answers.
+"""VQAv2 and TextVQA: two normalisers of answers, and the soft accuracy over ten human answers.
 
-Sources: the VQA evaluation tools (vqaEval.py), Pythia's EvalAI answer processor as LLaVA's
-m4c_evaluator.py and lmms-eval carry it. Their slips are part of the metric and are kept.
+Sources: the VQA evaluation tools (vqaEval.py), Pythia's EvalAI answer processor in
+LLaVA's m4c_evaluator.py and in lmms-eval. Their mistakes are part of the metric and are kept.
 """
 
 from __future__ import annotations
@@ -12,14 +12,14 @@ from collections.abc import Sequence
 
 RULES = ("textvqa", "vqav2", "vqav2-original")
 
-# In the order of the official list: marks may meet when one between them has gone.
+# In the order of the official list: two marks may become adjacent when one between them is removed.
 _MARKS = ';/[]"{}()=+\\_-><@`,?!'
 _ARTICLES = frozenset({"a", "an", "the"})
 _NUMBER_WORDS = "zero one two three four five six seven eight nine ten"
 _NUMBERS = {word: str(n) for n, word in enumerate(_NUMBER_WORDS.split())} | {"none": "0"}
 
-# The official table lists each of these with one of its apostrophes left out. Its entries with a
-# capital are not here: words are lower-case when they are looked up.
+# The official table has each of these with one apostrophe missing. Its entries with a capital are
+# left out, because words are in lower case when they are looked up.
 _RIGHT = (
     "ain't aren't can't could've couldn't couldn't've didn't doesn't don't hadn't hadn't've "
     "hasn't haven't he'd he'd've he's how'd how'll how's isn't it'd it'd've it'll ma'am "
@@ -38,25 +38,25 @@ _CONTRACTIONS = {
     if letter == "'"
 } | {"somebody'd": "somebodyd"}
 
-# "(?!<=" was meant as a look-behind and looks ahead instead; re.UNICODE was meant as a flag and is
-# the count, 32.
+# In the official code "(?!<=" was meant as a look-behind but looks ahead, and re.UNICODE was meant
+# as a flag but is passed as the count, 32.
 _PERIOD = re.compile(r"(?!<=\d)\.(?!\d)")
 _MOST_PERIODS = int(re.UNICODE)
 
 
 def vqa_normalise(text: str) -> str:
-    """As VQAv2's evaluation compares answers, in lmms-eval's reading."""
+    """The normaliser of VQAv2's evaluation, as in lmms-eval."""
     return normalise(text, r"\d,+\d")
 
 
 def evalai_normalise(text: str) -> str:
-    """As TextVQA's evaluation compares answers; LLaVA also submits VQAv2's this way."""
+    """The normaliser of TextVQA's evaluation. LLaVA also submits VQAv2's answers in this form."""
     text = text.lower().replace(",", "").replace("?", "").replace("'s", " 's").strip()
     return vqa_normalise(text)
 
 
 def normalise(text: str, thousands: str) -> str:
-    """The steps that all variants share. thousands: the pattern of a number's inner comma."""
+    """The steps of all variants. thousands: the pattern of a comma inside a number."""
     text = text.replace("\n", " ").replace("\t", " ").strip()
     drop_all = re.search(thousands, text) is not None
     bare = text
@@ -69,17 +69,17 @@ def normalise(text: str, thousands: str) -> str:
 
 
 def soft_accuracy(prediction: str, answers: Sequence[str], rule: str) -> float:
-    """Mean over the answers of min(1, matches among the others / 3), 0..1.
+    """The mean over the human answers of min(1, matches among the others / 3), 0..1.
 
-    rule: "textvqa" (EvalAI's normaliser), "vqav2" (lmms-eval: VQA's) or "vqav2-original" (VQA's,
-    but texts as they are where all answers are equal, so that "Yes" is then wrong for "yes").
-    The data has ten answers. Any other count goes by the same formula, as in lmms-eval: three or
-    fewer answers then cannot give 1. ValueError: no answer, unknown rule.
+    rule: "textvqa" uses EvalAI's normaliser, "vqav2" VQA's as in lmms-eval. "vqav2-original" uses
+    VQA's, but no normaliser if all human answers are equal: then "Yes" is wrong for "yes". The data
+    has ten answers; any other number uses the same formula, as in lmms-eval, so that three or fewer
+    cannot give 1. Raises ValueError without answers and for an unknown rule.
     """
     if rule not in RULES:
         raise ValueError(f"there is no rule {rule!r} of soft accuracy; give one of {RULES}")
     if not answers:
-        raise ValueError("a question without answers has no soft accuracy; drop it")
+        raise ValueError("a question without answers has no soft accuracy; leave it out")
     if rule == "textvqa":
         said, golds = evalai_normalise(prediction), [evalai_normalise(a) for a in answers]
     elif rule == "vqav2":

@@ -1,4 +1,4 @@
-"""A-OKVQA, multiple choice, as FastV's script asks and scores it: one token, the letter in it."""
+"""A-OKVQA, multiple choice, asked and scored as by FastV's script: the letter in one token."""
 
 from __future__ import annotations
 
@@ -6,12 +6,12 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from ..metrics import aokvqa as metric
-from .base import Answer, Item, Picture, Score, Setup, Task, accuracy, gold_of, lettered
-from .files import field, find_table, first_there, image_folder, json_rows
+from .base import Answer, ImageSource, Item, Score, Setup, Task, accuracy, gold_of, letter_options
+from .files import field, find_table, first_existing, image_folder, json_rows
 
 
 class AOKVQA(Task):
-    """Right is an answer with the letter anywhere in it, so nothing is ever unparsed."""
+    """An answer is right if it contains the letter anywhere, so no answer is unparsed."""
 
     name = "aokvqa"
     title = "A-OKVQA, multiple choice"
@@ -28,31 +28,31 @@ class AOKVQA(Task):
             raise self.missing(source)
         if source.is_dir() and (table := find_table(source, "validation", "val")) is not None:
             rows = table.rows
-            pictures: list[tuple[Picture, ...]] = [(table.image(i),) for i in range(len(rows))]
+            images: list[tuple[ImageSource, ...]] = [(table.image(i),) for i in range(len(rows))]
             path = table.path
         else:
-            file = source if source.is_file() else first_there(source, "aokvqa_v1p0_val.json")
+            file = source if source.is_file() else first_existing(source, "aokvqa_v1p0_val.json")
             if file is None:
                 raise self.missing(source)
             path, rows = file, json_rows(file)
             folder = image_folder(file.parent, "val2017", "images")
-            pictures = [
-                (Picture.file(folder / f"{int(row['image_id']):012d}.jpg"),)
+            images = [
+                (ImageSource.from_file(folder / f"{int(row['image_id']):012d}.jpg"),)
                 if "image_id" in row
                 else ()
                 for row in rows
             ]
         items = []
-        for i, (row, picture) in enumerate(zip(rows, pictures, strict=True)):
-            options = lettered(field(row, "choices", path, f"row {i}"), "({}) {}", " ")
-            text = (  # a line break more than the one behind the picture, as in the script
+        for i, (row, image) in enumerate(zip(rows, images, strict=True)):
+            options = letter_options(field(row, "choices", path, f"row {i}"), "({}) {}", " ")
+            text = (  # with a second line break after the image, as in the script
                 "\nAnalyse the image and choose the best answer for the following question:\n"
                 f"{field(row, 'question', path, f'row {i}')}\nOptions: {options}\n"
                 "Just output the letter of the correct answer."
             )
             correct = row.get("correct_choice_idx")
             gold = {"answer": None if correct is None else "ABCD"[int(correct)]}
-            items.append(Item(row.get("question_id", i), text, picture, gold))
+            items.append(Item(row.get("question_id", i), text, image, gold))
         return items[:limit]
 
     def score(self, answers: Sequence[Answer], protocol: str) -> Score:

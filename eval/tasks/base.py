@@ -1,4 +1,4 @@
-"""What a benchmark is here: questions with pictures, how they are asked, and how answers count."""
+"""The interface of a benchmark: its questions with images, how they are asked, how it scores."""
 
 from __future__ import annotations
 
@@ -22,64 +22,70 @@ LETTER = "\nAnswer with the option's letter from the given choices directly."
 
 
 @dataclass(frozen=True)
-class Picture:
-    """A picture that is opened when its turn comes. path: its file, None for one inside a table."""
+class ImageSource:
+    """An image that is opened only when it is needed. path: its file, None inside a table."""
 
     name: str
     read: Callable[[], Image.Image]
     path: Path | None = None
 
     @classmethod
-    def file(cls, path: Path) -> Picture:
+    def from_file(cls, path: Path) -> ImageSource:
         return cls(str(path), lambda: Image.open(path), path)
 
     @classmethod
-    def of(cls, name: str, image: Image.Image) -> Picture:
-        """One that is already there."""
+    def in_memory(cls, name: str, image: Image.Image) -> ImageSource:
+        """An image that is already in memory."""
         return cls(name, lambda: image)
 
     @classmethod
-    def base64(cls, name: str, text: str) -> Picture:
+    def from_base64(cls, name: str, text: str) -> ImageSource:
         return cls(name, lambda: Image.open(io.BytesIO(base64.b64decode(text))))
 
     def open(self) -> Image.Image:
-        """RGB and not turned by EXIF, as both protocols' code does. ValueError: cannot be read."""
+        """The image in RGB, not rotated by EXIF, as in both protocols' code.
+
+        Raises ValueError if it cannot be read.
+        """
         try:
             return self.read().convert("RGB")
         except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
             why = " ".join(str(error).split())
-            raise ValueError(f"the picture {self.name} cannot be read ({why})") from None
+            raise ValueError(f"the image {self.name} cannot be read ({why})") from None
 
 
 @dataclass(frozen=True)
 class Item:
-    """One question. text: without any template or <image>; gold: what the task's score reads."""
+    """One question. text: without template and <image>; gold: the right answers, for scoring."""
 
     question_id: str | int
     text: str
-    images: tuple[Picture, ...] = ()
+    images: tuple[ImageSource, ...] = ()
     gold: Mapping[str, Any] = field(default_factory=dict)
-    keys: tuple[str, ...] = ()  # further names under which a predictions file may answer it
+    keys: tuple[str, ...] = ()  # other names of the question in files of predictions
 
 
 @dataclass(frozen=True)
 class Answer:
-    """A question with the text that was given to it; None: no prediction."""
+    """A question with the text of its prediction; None if there is none."""
 
     item: Item
     text: str | None
 
     @property
     def said(self) -> str:
-        """The text, empty for a missing one."""
+        """The text, "" if it is missing."""
         return self.text or ""
 
 
 @dataclass(frozen=True)
 class Score:
-    """value: the task's figure, in percent unless `metric` says otherwise; right: questions, or
-    their credits, out of n; unparsed: answers that are in none of the forms looked for, counted
-    and never guessed; more: further figures by name."""
+    """The score of a task.
+
+    value: the figure, in percent unless `metric` says otherwise. right: the number of right answers
+    or the sum of their credits, out of n. unparsed: the number of answers that have none of the
+    expected forms; they are never guessed. more: further figures by name.
+    """
 
     metric: str
     value: float
@@ -88,12 +94,15 @@ class Score:
     unparsed: int = 0
     more: Mapping[str, Any] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
-    split: str | None = None  # where the questions decide it; else the task's
+    split: str | None = None  # if it depends on the questions; otherwise the task's
 
 
 @dataclass(frozen=True)
 class Setup:
-    """How a protocol asks. template (of minillava/prompt.py) and aspect: None, the checkpoint's."""
+    """How a protocol asks. template is a name of minillava/prompt.py.
+
+    If template or aspect is None, the checkpoint's is used.
+    """
 
     max_new_tokens: int
     template: str | None = "vicuna_v1"
@@ -102,69 +111,78 @@ class Setup:
 
 
 class Task(ABC):
-    """A benchmark. needs: what to download, and where in --data it is looked for; setups: how each
-    protocol asks, the first by default. split and metrics are in published.json's words."""
+    """A benchmark.
+
+    needs: what to download, and its place in --data. setups: how each protocol asks; the first is
+    the default. split and metrics are named as in published.json.
+    """
 
     name: ClassVar[str]
     title: ClassVar[str]
     split: ClassVar[str]
     needs: ClassVar[tuple[str, ...]]
     setups: ClassVar[Mapping[str, Setup]]
-    image_in_prompt: ClassVar[bool] = False  # LLaVA's script writes <image> into predictions
+    image_in_prompt: ClassVar[bool] = (
+        False  # whether LLaVA's script writes <image> into the prompt of its predictions
+    )
 
     @abstractmethod
     def items(self, source: Path | None, protocol: str, limit: int | None = None) -> list[Item]:
-        """The questions of a folder, or of one question file, in their order; at most `limit`.
+        """The questions of a folder or of one question file, in their order, at most `limit`.
 
-        ValueError, one line, names the path that is missing, or the line that is wrong.
+        Raises ValueError, one line with the missing path or the malformed line.
         """
 
     @abstractmethod
     def score(self, answers: Sequence[Answer], protocol: str) -> Score:
-        """All questions with their answers; a missing one is wrong. ValueError: no gold."""
+        """Score all questions; a missing answer is wrong. ValueError without gold answers."""
 
     def missing(self, path: Path | None) -> ValueError:
         where = f"there is nothing to read in {path}" if path else f"{self.name} needs data"
         return ValueError(f"{where}; give {'; or '.join(self.needs)}")
 
     def submission(self, answers: Sequence[Answer]) -> list[dict[str, Any]] | None:
-        """What the benchmark's server takes; None: it has none, or scores nothing we cannot."""
+        """The rows to submit to the benchmark's server; None if there is no need for one."""
         return None
 
 
 def percent(right: Sequence[bool | float]) -> float | None:
-    """Mean in percent; None of nothing."""
+    """The mean in percent; None for an empty sequence."""
     return 100 * sum(right) / len(right) if right else None
 
 
 def accuracy(right: Sequence[bool | float], unparsed: int = 0, **more: Any) -> Score:
-    """The share of right answers (or of credits). more: further fields of the Score. ValueError for
-    no question at all."""
+    """A Score of the share of right answers or the mean credit. more: further fields of the Score.
+
+    Raises ValueError if there are no questions.
+    """
     value = percent(right)
     if value is None:
-        raise ValueError("there is no question to score; give a file that has some")
+        raise ValueError("there are no questions to score; give a file that has some")
     return Score("accuracy", value, len(right), float(sum(right)), unparsed, **more)
 
 
-def unparsed_among(answers: Sequence[Answer], parse: Callable[[str], object]) -> int:
-    """Answers that are there and that `parse` makes nothing of."""
+def count_unparsed(answers: Sequence[Answer], parse: Callable[[str], object]) -> int:
+    """The number of answers for which `parse` returns None; missing answers do not count."""
     return sum(a.text is not None and parse(a.text) is None for a in answers)
 
 
 def gold_of(answer: Answer, name: str = "answer") -> str:
-    """An item's gold by name. ValueError where the questions came without answers, or with
-    something else in their place."""
+    """The text of a gold answer by its name.
+
+    Raises ValueError if the question came without it, or if it is not text.
+    """
     gold = _gold(answer, name)
     if not isinstance(gold, str):
-        raise _no_gold(answer, f"the {name} {repr(gold)[:60]}, which is no text")
+        raise _no_gold(answer, f"the {name} {repr(gold)[:60]}, which is not text")
     return gold
 
 
 def golds_of(answer: Answer, name: str) -> list[str]:
-    """One of several; ValueError as above, and where there is none."""
+    """A list of gold answers by its name (ValueError as above, also if it is empty)."""
     golds = _gold(answer, name)
     if not isinstance(golds, list) or not golds or not all(isinstance(g, str) for g in golds):
-        raise _no_gold(answer, f"the {name} {repr(golds)[:60]}, which is no list of texts")
+        raise _no_gold(answer, f"the {name} {repr(golds)[:60]}, which is not a list of texts")
     return golds
 
 
@@ -177,31 +195,34 @@ def _gold(answer: Answer, name: str) -> object:
 
 def _no_gold(answer: Answer, what: str) -> ValueError:
     number = answer.item.question_id
-    return ValueError(f"question {number} has {what}; give the official file that has the answers")
+    return ValueError(f"question {number} has {what}; give the official file with the answers")
 
 
-def credit(answer: Answer, rule: str) -> float:
-    """VQA's soft accuracy. A missing answer has none, though a gold answer may normalise to ""."""
+def vqa_credit(answer: Answer, rule: str) -> float:
+    """VQA's soft accuracy, 0..1. A missing answer has 0, even if a gold one normalises to ""."""
     golds = golds_of(answer, "answers")
     return 0.0 if answer.text is None else soft_accuracy(answer.text, golds, rule)
 
 
-def lettered(options: Sequence[str], form: str = "{}. {}", between: str = "\n") -> str:
-    """Options with A, B, C in front."""
+def letter_options(options: Sequence[str], form: str = "{}. {}", between: str = "\n") -> str:
+    """Options with letters in front, for example "A. cat\\nB. dog"."""
     return between.join(form.format("ABCDEFGHIJ"[i], text) for i, text in enumerate(options))
 
 
 _YES_NO = re.compile(r"\s*please answer yes or no\.?", re.IGNORECASE)
 
 
-def asked(text: str) -> str:
-    """What a question is recognised by: its first line, without <image> and instructions, in lower
-    case. LLaVA's files repeat ids where one picture has several questions (TextVQA, MME)."""
+def question_line(text: str) -> str:
+    """The first line of a question in lower case, without <image> and instructions.
+
+    It identifies the question where LLaVA's files repeat ids, because one image has several
+    questions (TextVQA, MME).
+    """
     lines = [line.strip() for line in text.replace("<image>", "").split("\n")]
     first = next((line for line in lines if line), "")
     return " ".join(_YES_NO.sub("", first).lower().split())
 
 
-def key(question_id: object, text: str) -> str:
-    """An id together with the question, for files whose ids repeat."""
-    return f"{question_id}\n{asked(text)}"
+def question_key(question_id: object, text: str) -> str:
+    """An id together with the question's first line, for files whose ids repeat."""
+    return f"{question_id}\n{question_line(text)}"

@@ -1,4 +1,4 @@
-"""One sentence about a picture, scored by CIDEr-D: NoCaps, COCO 2014 and 2017, Flickr30k."""
+"""Captions of one sentence, scored by CIDEr-D: NoCaps, COCO 2014 and 2017, Flickr30k."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ from typing import Any
 
 from ..metrics import ptb
 from ..metrics.cider import cider_d
-from .base import Answer, Item, Picture, Score, Setup, Task, golds_of
+from .base import Answer, ImageSource, Item, Score, Setup, Task, golds_of
 from .files import (
     Row,
     Table,
     field,
     find_table,
-    first_there,
+    first_existing,
     image_folder,
     read_json,
     read_table,
@@ -30,8 +30,11 @@ PROMPT = "Provide a one-sentence caption for the provided image."
 
 @dataclass(frozen=True)
 class Captions(Task):
-    """file: COCO's annotation format, or Flickr30k's csv or token file; images: the folders where
-    the pictures may be; tables: names of a datasets split; published: the split's name there."""
+    """A benchmark of captions.
+
+    files: names of the annotations, in COCO's format or Flickr30k's CSV or token file. images:
+    folders that may contain the images. tables: names of the split in a datasets repository.
+    """
 
     name: str  # type: ignore[misc]
     title: str  # type: ignore[misc]
@@ -55,7 +58,7 @@ class Captions(Task):
             raise self.missing(source)
         if source.is_dir() and (table := find_table(source, *self.tables)) is not None:
             return self._table(table)[:limit]
-        path = source if source.is_file() else first_there(source, *self.files)
+        path = source if source.is_file() else first_existing(source, *self.files)
         if path is None:
             raise self.missing(source)
         home = path.parent.parent if path.parent.name == "annotations" else path.parent
@@ -74,7 +77,7 @@ class Captions(Task):
                 if not digits.isdecimal():
                     raise ValueError(
                         f"{table.path}: row {i} has no image_id, img_id or question_id with a "
-                        "number; is it the right file?"
+                        "number; give the official file"
                     )
                 number = int(digits)
             captions = next(
@@ -84,10 +87,10 @@ class Captions(Task):
         return items
 
     def score(self, answers: Sequence[Answer], protocol: str) -> Score:
-        """CIDEr-D times 100, as tables print it."""
+        """CIDEr-D times 100, as papers print it."""
         golds = [golds_of(a, "captions") for a in answers]
         if not golds:
-            raise ValueError("there is no picture to score; give a file that has some")
+            raise ValueError("there are no images to score; give a file that has some")
         texts = [[a.said for a in answers], [text for captions in golds for text in captions]]
         (said, gold_tokens), which = ptb.tokenise_apart(texts)
         rest = iter(gold_tokens)
@@ -96,18 +99,20 @@ class Captions(Task):
         value, _ = cider_d(dict(zip(names, said, strict=True)), references)
         notes = [f"tokenised by {which}"]
         if len(answers) == 1:
-            notes.append("with one picture CIDEr is 0: document frequencies are of these pictures")
+            notes.append(
+                "CIDEr of one image is 0: document frequencies are counted over these images"
+            )
         notes.append(
-            f"document frequencies are of these {len(answers)} pictures: part of a benchmark is "
-            "not comparable with the whole"
+            f"document frequencies are counted over these {len(answers)} images: part of a "
+            "benchmark is not comparable with all of it"
         )
         return Score("CIDEr", 100 * value, len(answers), notes=tuple(notes))
 
 
-def _item(number: object, picture: Picture, captions: Any, name: str) -> Item:
+def _item(number: object, image: ImageSource, captions: Any, name: str) -> Item:
     stem = name.rpartition(".")[0] or name
     keys = tuple(k for k in (name, stem) if k)
-    return Item(str(number), PROMPT, (picture,), {"captions": captions}, keys)
+    return Item(str(number), PROMPT, (image,), {"captions": captions}, keys)
 
 
 def _coco(path: Path, folder: Path) -> list[Item]:
@@ -120,12 +125,12 @@ def _coco(path: Path, folder: Path) -> list[Item]:
     for i, row in enumerate(section(values, "images", path)):
         number, name = field(row, "id", path, f"image {i}"), str(row.get("file_name") or "")
         gold = captions.get(number)
-        items.append(_item(number, Picture.file(folder / name), gold, name))
+        items.append(_item(number, ImageSource.from_file(folder / name), gold, name))
     return items
 
 
 def _flickr(path: Path, folder: Path) -> list[Item]:
-    """The csv (raw: a json list), or the token file (NAME#i and a caption between tabs)."""
+    """Read the CSV file (its column raw is a JSON list) or the token file (NAME#i, tab, text)."""
     captions: dict[str, list[str]] = {}
     if path.suffix == ".csv":
         for i, row in enumerate(read_table(path)):
@@ -135,12 +140,12 @@ def _flickr(path: Path, folder: Path) -> list[Item]:
         for i, line in enumerate(filter(str.strip, read_text(path).split("\n")), 1):
             name, tab, caption = line.partition("\t")
             if not tab:
-                raise ValueError(f"{path}, line {i}: no tab between picture and caption")
+                raise ValueError(f"{path}, line {i}: no tab between image and caption")
             captions.setdefault(name.partition("#")[0], []).append(caption)
     if not captions:
-        raise ValueError(f"{path} is empty; fetch or make it again")
+        raise ValueError(f"{path} is empty; download or create it again")
     return [
-        _item(Path(name).stem, Picture.file(folder / name), texts, name)
+        _item(Path(name).stem, ImageSource.from_file(folder / name), texts, name)
         for name, texts in captions.items()
     ]
 
@@ -149,7 +154,9 @@ def _listed(row: Row, path: Path, i: int) -> list[str]:
     try:
         found = json.loads(field(row, "raw", path, f"row {i}"))
     except json.JSONDecodeError:
-        raise ValueError(f"{path}: the captions of row {i} are no json list") from None
+        raise ValueError(
+            f"{path}: the captions of row {i} are not a JSON list; give the official file"
+        ) from None
     return [str(text) for text in found]
 
 

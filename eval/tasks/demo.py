@@ -1,4 +1,4 @@
-"""Digit scenes: the demo checkpoint's own benchmark, drawn here, with held-out handwriting."""
+"""Digit scenes: the benchmark of the demo checkpoint. Its handwriting is held out."""
 
 from __future__ import annotations
 
@@ -8,14 +8,14 @@ from pathlib import Path
 
 from weights import scenes
 
-from .base import Answer, Item, Picture, Score, Setup, Task, percent
+from .base import Answer, ImageSource, Item, Score, Setup, Task, percent
 
 N = 900
 
 
 @dataclass(frozen=True)
 class Demo(Task):
-    """seed and kinds as of weights/scenes.py's held_out; a right answer is the text exactly."""
+    """seed and kinds are those of scenes.held_out. A right answer equals the expected text."""
 
     seed: int = 2026
     kinds: tuple[str, ...] = ()
@@ -31,26 +31,26 @@ class Demo(Task):
 
     def items(self, source: Path | None, protocol: str, limit: int | None = None) -> list[Item]:
         if source is not None:
-            raise ValueError(f"the task demo draws its scenes; leave {source} out")
+            raise ValueError(f"the task demo draws its scenes; leave --data {source} out")
         found = scenes.held_out(self.seed, N if limit is None else limit, self.kinds or None)
         return [
             Item(
                 i,
                 example.question,
-                (Picture.of(f"scene {i}", scene.image),),
+                (ImageSource.in_memory(f"scene {i}", scene.image),),
                 {"answer": example.answer, "kind": example.kind},
             )
             for i, (scene, example) in enumerate(found)
         ]
 
     def score(self, answers: Sequence[Answer], protocol: str) -> Score:
-        """Captions are not in the figure, but by themselves in `more`."""
+        """The accuracy of all kinds but captions, whose accuracy is in `more`."""
         right: dict[str, list[bool]] = {}
         for a in answers:
             kind = right.setdefault(a.item.gold["kind"], [])
             kind.append(a.said.strip() == a.item.gold["answer"])
         counted = [x for kind, xs in right.items() if kind != "caption" for x in xs]
         kinds = {kind: percent(right[kind]) for kind in scenes.KINDS if kind in right}
-        notes = ("captions are not in the figure; their own is of whole sentences",)
+        notes = ("captions are not in the figure; a caption is right if the whole sentence is",)
         value = percent(counted) or 0.0
         return Score("accuracy", value, len(counted), sum(counted), more=kinds, notes=notes)

@@ -1,4 +1,4 @@
-"""GQA: questions about the relations of things in a picture, one word."""
+"""GQA: questions about relations between objects in an image, answered by one word."""
 
 from __future__ import annotations
 
@@ -6,8 +6,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from ..metrics import gqa as metric
-from .base import SHORT, Answer, Item, Picture, Score, Setup, Task, accuracy, gold_of
-from .files import field, find_table, first_there, image_folder, read_json
+from .base import SHORT, Answer, ImageSource, Item, Score, Setup, Task, accuracy, gold_of
+from .files import field, find_table, first_existing, image_folder, read_json
 
 FILE = "testdev_balanced_questions.json"
 
@@ -36,25 +36,27 @@ class GQA(Task):
                     Item(
                         str(row["id"]),
                         row["question"] + SHORT,
-                        (field(place, str(row["imageId"]), seen.path, "the pictures' table"),),
+                        (field(place, str(row["imageId"]), seen.path, "the table of images"),),
                         {"answer": row["answer"]},
                     )
                     for row in asked.rows[:limit]
                 ]
         path = (
-            source if source.is_file() else first_there(source, "testdev_balanced_questions.json")
+            source
+            if source.is_file()
+            else first_existing(source, "testdev_balanced_questions.json")
         )
         if path is None:
             raise self.missing(source)
         values = read_json(path)
         if not isinstance(values, dict):
-            raise ValueError(f"{path} is no object id -> question; give the official file")
+            raise ValueError(f"{path} is not an object id -> question; give the official file")
         folder = image_folder(path.parent, "images", "data/images")
         return [
             Item(
                 i,
                 field(row, "question", path, i) + SHORT,
-                (Picture.file(folder / f"{field(row, 'imageId', path, i)}.jpg"),),
+                (ImageSource.from_file(folder / f"{field(row, 'imageId', path, i)}.jpg"),),
                 {"answer": row.get("answer")},
             )
             for i, row in list(values.items())[:limit]

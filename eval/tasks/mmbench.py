@@ -1,4 +1,4 @@
-"""MMBench dev: multiple choice in every rotation of its options, judged here without a model."""
+"""MMBench dev: multiple choice, asked once for every rotation of the options, without a judge."""
 
 from __future__ import annotations
 
@@ -9,17 +9,17 @@ from ..metrics import mmbench as metric
 from .base import (
     LETTER,
     Answer,
+    ImageSource,
     Item,
-    Picture,
     Score,
     Setup,
     Task,
     accuracy,
     gold_of,
-    lettered,
+    letter_options,
     percent,
 )
-from .files import Row, field, find_table, first_there, read_table
+from .files import Row, field, find_table, first_existing, read_table
 
 FILE = "mmbench_dev_20230712.tsv"
 
@@ -29,7 +29,7 @@ class MMBench(Task):
     title = "MMBench"
     split = "dev"
     needs = (
-        f"a folder with {FILE} (opencompass; pictures are inside)",
+        f"a folder with {FILE} (opencompass; it contains the images)",
         "a folder of the datasets repository lmms-lab-encoder/MMBench, config en (dev*.parquet)",
     )
     setups = {"llava": Setup(1024), "lmms": Setup(1024)}  # noqa: RUF012
@@ -42,19 +42,22 @@ class MMBench(Task):
                 _item(row, table.path, i, (table.image(i),), protocol)
                 for i, row in enumerate(table.rows[:limit])
             ]
-        path = source if source.is_file() else first_there(source, FILE)
+        path = source if source.is_file() else first_existing(source, FILE)
         if path is None:
             raise self.missing(source)
         items = []
         for i, row in enumerate(read_table(path)[:limit]):
             data = row.get("image")
-            pictures = (Picture.base64(f"{path}, row {i}", data),) if data else ()
-            items.append(_item(row, path, i, pictures, protocol))
+            images = (ImageSource.from_base64(f"{path}, row {i}", data),) if data else ()
+            items.append(_item(row, path, i, images, protocol))
         return items
 
     def score(self, answers: Sequence[Answer], protocol: str) -> Score:
-        """lmms: what lmms-eval's task mmbench_en_dev_static gives, whose offline judge reads what
-        cannot be inferred; llava: without a judge."""
+        """The share of questions that are right in every rotation.
+
+        lmms scores as lmms-eval's task mmbench_en_dev_static, whose offline judge reads the answers
+        from which no letter can be inferred. llava scores without a judge.
+        """
         inferred = [metric.infer(a.said, _choices(a)) for a in answers]
         read = inferred
         if protocol == "lmms":
@@ -72,13 +75,13 @@ class MMBench(Task):
         unparsed = sum(read[i] is None for i in given)
         more = {"without rotation": percent(alone), "rows": len(rows)}
         note = (
-            "unparsed answers go to a GPT judge in the official evaluation, and LLaVA's figures "
-            "come from its server; here they are wrong"
+            "in the official evaluation a GPT judge reads unparsed answers, and LLaVA's figures "
+            "come from its server; here unparsed answers are wrong"
         )
         if protocol == "lmms":
             judged = sum(inferred[i] is None and read[i] is not None for i in given)
             more["judged"] = judged
-            note = f"{judged} answers were read by lmms-eval's offline judge, which is a loose one"
+            note = f"{judged} answers were read by lmms-eval's offline judge, which is lenient"
         if not questions:
             return accuracy([])
         value = 100 * right / questions
@@ -86,22 +89,22 @@ class MMBench(Task):
 
 
 def _choices(answer: Answer) -> dict[str, str]:
-    """What is looked for: never E, though some rows have one."""
+    """The options that are looked for in answers. E is not, although some rows have it."""
     return {x: text for x, text in answer.item.gold["options"].items() if x in "ABCD"}
 
 
-def _item(row: Row, path: Path, i: int, pictures: tuple[Picture, ...], protocol: str) -> Item:
+def _item(row: Row, path: Path, i: int, images: tuple[ImageSource, ...], protocol: str) -> Item:
     number = field(row, "index", path, f"row {i}")
     question = field(row, "question", path, f"question {number}")
     options: dict[str, str] = {}
     for letter in "ABCDE":
-        if not _there(row.get(letter), protocol):
+        if not _has_value(row.get(letter), protocol):
             if protocol == "llava":
-                break  # the script stops at the first that is missing
+                break  # the script stops at the first missing option
             continue
         options[letter] = str(row[letter])
-    hint = row.get("hint") if _there(row.get("hint"), protocol) else None
-    listed = lettered(list(options.values()))
+    hint = row.get("hint") if _has_value(row.get("hint"), protocol) else None
+    listed = letter_options(list(options.values()))
     if protocol == "llava":
         text = f"{hint}\n{question}\n{listed}" if hint else f"{question}\n{listed}"
         text += LETTER
@@ -110,10 +113,10 @@ def _item(row: Row, path: Path, i: int, pictures: tuple[Picture, ...], protocol:
         head = f"{hint} {question}" if hint else question
         text = f"{head} There are several options:\n{lines}\n{LETTER}"
     gold = {"answer": row.get("answer") or None, "options": options}
-    return Item(int(number), text, pictures, gold)
+    return Item(int(number), text, images, gold)
 
 
-def _there(value: object, protocol: str) -> bool:
-    """Cells without a value are empty or say nan; for LLaVA's script also none."""
+def _has_value(value: object, protocol: str) -> bool:
+    """Whether a cell has a value. Empty cells say "" or nan; for LLaVA's script also none."""
     empty = ("", "nan") if protocol == "lmms" else ("", "nan", "none")
     return value is not None and value == value and str(value).lower() not in empty

@@ -1,4 +1,4 @@
-"""MME: two yes/no questions a picture in fourteen categories."""
+"""MME: two yes/no questions about each image, in fourteen categories."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 from ..metrics import mme as metric
-from .base import SHORT, Answer, Item, Picture, Score, Setup, Task, gold_of, unparsed_among
+from .base import SHORT, Answer, ImageSource, Item, Score, Setup, Task, count_unparsed, gold_of
 from .files import find_table, image_folder, tab_rows
 
 _INSTRUCTION = " Please answer yes or no."
@@ -14,16 +14,18 @@ CATEGORIES = (*metric.PERCEPTION, *metric.COGNITION)
 
 
 class MME(Task):
-    """The value is perception (of 2,000); cognition (of 800) is beside it."""
+    """The value is perception (at most 2,000); cognition (at most 800) is in `more`."""
 
     name = "mme"
     title = "MME"
     split = "test"
     needs = (
         "the folder MME_Benchmark_release_version of the official release (asked for at "
-        "github.com/BradyFU/Awesome-Multimodal-Large-Language-Models), with a folder a category",
+        "github.com/BradyFU/Awesome-Multimodal-Large-Language-Models), with a folder for each "
+        "category",
         "a folder of the datasets repository lmms-lab-encoder/MME (test*.parquet)",
-        "to score: a folder of CATEGORY.txt with picture, question and truth between tabs",
+        "to score: a folder of CATEGORY.txt with image, question and right answer, separated by "
+        "tabs",
     )
     setups = {"llava": Setup(128), "lmms": Setup(16)}  # noqa: RUF012
 
@@ -33,7 +35,7 @@ class MME(Task):
         found = list(self._all(source))
         if not found:
             raise self.missing(source)
-        return found[: limit and limit + limit % 2]  # two a picture
+        return found[: limit and limit + limit % 2]  # two questions for each image
 
     def _all(self, source: Path) -> Iterator[Item]:
         if source.is_dir() and (table := find_table(source, "test")) is not None:
@@ -58,7 +60,7 @@ class MME(Task):
             for a in answers
         ]
         if not rows:
-            raise ValueError("there is no question to score; give a file that has some")
+            raise ValueError("there are no questions to score; give a file that has some")
         scores = metric.scores(rows)
         parts = {
             "perception": sum(scores.get(c, 0.0) for c in metric.PERCEPTION),
@@ -70,38 +72,38 @@ class MME(Task):
             **scores,
         }
         missing = [c for c in CATEGORIES if c not in scores]
-        notes = (f"without {', '.join(missing)}: no figure of MME",) if missing else ()
+        notes = (f"without {', '.join(missing)}: not a figure of the whole MME",) if missing else ()
         right = sum(metric.parse(row.said) == row.gold.strip().lower() for row in rows)
-        unparsed = unparsed_among(answers, lambda t: {"other": None}.get(metric.parse(t), t))
+        unparsed = count_unparsed(answers, lambda t: {"other": None}.get(metric.parse(t), t))
         return Score("perception", parts["perception"], len(rows), right, unparsed, more, notes)
 
 
 def _item(
-    name: str, question: str, pictures: tuple[Picture, ...], gold: Mapping[str, object]
+    name: str, question: str, sources: tuple[ImageSource, ...], gold: Mapping[str, object]
 ) -> Item:
-    return Item(name, question.strip().replace(_INSTRUCTION, "") + SHORT, pictures, gold)
+    return Item(name, question.strip().replace(_INSTRUCTION, "") + SHORT, sources, gold)
 
 
 def _category(folder: Path) -> Iterator[Item]:
-    """Pictures with a text of two lines each, in one folder or in two."""
+    """Images, each with a text file of two questions, in one folder or in two."""
     images = image_folder(folder, "images") if (folder / "images").is_dir() else folder
     texts = image_folder(folder, "questions_answers_YN")
     texts = texts if texts.is_dir() else folder
-    pictures = {
-        p.stem: p for p in images.iterdir() if p.suffix.lower() in (".jpg", ".png", ".jpeg")
-    }
+    found = {p.stem: p for p in images.iterdir() if p.suffix.lower() in (".jpg", ".png", ".jpeg")}
     for path in sorted(texts.glob("*.txt")):
-        if path.stem not in pictures:
-            raise ValueError(f"{path} has no picture in {images}; is the release whole?")
-        picture = pictures[path.stem]
+        if path.stem not in found:
+            raise ValueError(f"{path} has no image in {images}; download the release again")
+        image = found[path.stem]
         for question, answer in tab_rows(path, (2,)):
             gold = {"answer": answer, "category": folder.name}
-            name = f"{folder.name}/{picture.name}"
-            yield _item(name, question, (Picture.file(picture),), gold)
+            name = f"{folder.name}/{image.name}"
+            yield _item(name, question, (ImageSource.from_file(image),), gold)
 
 
 def _lines(path: Path) -> Iterator[Item]:
-    """LLaVA's and the official form of answers, with the truth in the third place."""
+    """A file of answers in LLaVA's or the official format; the third field is the right answer."""
     for image, question, truth, *_ in tab_rows(path, (3, 4)):
         gold = {"answer": truth, "category": path.stem}
-        yield _item(f"{path.stem}/{image}", question, (Picture.file(path.parent / image),), gold)
+        yield _item(
+            f"{path.stem}/{image}", question, (ImageSource.from_file(path.parent / image),), gold
+        )

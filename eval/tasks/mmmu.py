@@ -1,4 +1,4 @@
-"""MMMU val: college questions, most of them multiple choice, with up to seven pictures."""
+"""MMMU val: questions of college level, most of them multiple choice, with up to seven images."""
 
 from __future__ import annotations
 
@@ -21,19 +21,22 @@ from .base import (
     Task,
     accuracy,
     golds_of,
-    lettered,
+    letter_options,
     percent,
 )
 from .files import Row, Table, field, find_table, json_rows, read_json
 
-SEED = 42  # of the official script's guesses
+SEED = 42  # seed of the official script's guesses
 _NAMES = ("validation", "val")
-_PICTURE = re.compile(r"<image (\d+)>")
+_IMAGE = re.compile(r"<image (\d+)>")
 
 
 class MMMU(Task):
-    """Both official scripts guess where they find no letter. The value is the official one, with
-    these guesses replayed; beside it stand the number of guesses and the figure without them."""
+    """Both official scripts guess if they find no letter in an answer.
+
+    The value is the official figure, with the same guesses. `more` has the number of guesses and
+    the figure without them.
+    """
 
     name = "mmmu"
     title = "MMMU"
@@ -52,8 +55,8 @@ class MMMU(Task):
         if source.is_file():
             return _file(source, protocol)[:limit]
         subjects = sorted(f for f in source.iterdir() if f.is_dir())
-        whole = find_table(source, *_NAMES)
-        tables = [whole] if whole else [t for f in subjects if (t := find_table(f, *_NAMES))]
+        single = find_table(source, *_NAMES)
+        tables = [single] if single else [t for f in subjects if (t := find_table(f, *_NAMES))]
         found = [item for table in tables for item in _table(table, protocol)]
         if not tables:
             files = sorted(source.glob("*/output.json"))
@@ -73,7 +76,7 @@ class MMMU(Task):
                 correct = False
             elif options is None:
                 correct = metric.open_correct(a.said, golds)
-            elif not options:  # read before, by whoever wrote the file
+            elif not options:  # the answers are letters already
                 unparsed += re.fullmatch("[A-Z]", a.said) is None
                 correct = a.said in golds
             else:
@@ -95,13 +98,13 @@ class MMMU(Task):
             **{subject: percent(rs) for subject, rs in sorted(subjects.items())},
         }
         notes = [
-            f"as the official script: {guessed} unparsed answers guessed at random with seed "
-            f"{SEED}; without guesses {more['without_fallback']:.2f}"
+            f"as in the official script, {guessed} unparsed answers are guessed at random with "
+            f"seed {SEED}; without guesses {more['without_fallback']:.2f}"
         ]
         if bare:
             notes.append(
-                f"{bare} multiple-choice questions come without options, so that only answers that "
-                "are a letter already count, as in main_eval_only.py"
+                f"{bare} multiple-choice questions have no options: only answers that are a letter "
+                "already count, as in main_eval_only.py"
             )
         return accuracy(right, guessed + unparsed, more=more, notes=tuple(notes))
 
@@ -110,11 +113,11 @@ def _table(table: Table, protocol: str) -> list[Item]:
     items = []
     for i, row in enumerate(table.rows):
         item = _item(row, str(row["id"]), _options(row), protocol)
-        # llava: the first; lmms: those that the question or an option speaks of
-        named = sorted(set(_PICTURE.findall(item.text))) if protocol == "lmms" else ["1"]
+        # llava: the first image; lmms: those that the question or an option mentions
+        named = sorted(set(_IMAGE.findall(item.text))) if protocol == "lmms" else ["1"]
         columns = [f"image_{j}" for j in named]
-        if absent := [c for c in columns if not table.images_in(i, c)]:
-            raise ValueError(f"{table.path}: {row['id']} has no {absent[0]}; fetch it again")
+        if absent := [c for c in columns if not table.count_images(i, c)]:
+            raise ValueError(f"{table.path}: {row['id']} has no {absent[0]}; download it again")
         items.append(replace(item, images=tuple(table.image(i, c) for c in columns)))
     return items
 
@@ -134,27 +137,27 @@ def _file(path: Path, protocol: str) -> list[Item]:
         field(row, "question_type", path, number)
         items.append(_item(row, number, _options(row), protocol))
     if not items:
-        raise ValueError(f"{path} has no questions of MMMU; see --help")
+        raise ValueError(f"{path} has no questions of MMMU; give a file as eval/README.md lists it")
     return items
 
 
 def _item(row: Row, number: str, options: list[str], protocol: str) -> Item:
-    """The options of open questions are None, those that nobody knows []."""
+    """A question. Its options are None for an open question, and [] if the file has none."""
     multiple = row.get("question_type") == "multiple-choice"
     question, gold = row.get("question") or "", row.get("answer", row.get("ground_truth"))
     golds = gold if isinstance(gold, list) or gold is None else [str(gold)]
     if protocol == "lmms":
-        how = f"{lettered(options)}\n\n{LETTER.strip()}" if multiple else f"\n{SHORT.strip()}"
+        how = f"{letter_options(options)}\n\n{LETTER.strip()}" if multiple else f"\n{SHORT.strip()}"
     else:
-        how = f"{lettered(options, '({}) {}')}\n{LETTER}" if multiple else SHORT.strip()
+        how = f"{letter_options(options, '({}) {}')}\n{LETTER}" if multiple else SHORT.strip()
         golds = golds if multiple or isinstance(gold, list) else _listed(gold)
     given = {"answer": golds, "options": options if multiple else None}
     return Item(number, f"{question}\n{how}", (), given)
 
 
 def _options(row: Row) -> list[str]:
-    """A list, the text of a Python list as the data set has it, or letter -> text as the official
-    outputs do."""
+    """The options: a list, the text of a Python list (in the data set), or an object letter -> text
+    (in the official outputs)."""
     value = row.get("options")
     if value is None and isinstance(row.get("index2ans"), dict):
         value = [text for _, text in sorted(row["index2ans"].items())]
@@ -162,12 +165,12 @@ def _options(row: Row) -> list[str]:
         try:
             value = ast.literal_eval(value)
         except (ValueError, SyntaxError):
-            raise ValueError(f"options {value[:60]!r} are no list; is it MMMU's file?") from None
+            raise ValueError(f"options {value[:60]!r} are not a list; give MMMU's file") from None
     return [str(option) for option in value or ()]
 
 
 def _listed(value: Any) -> list[str] | None:
-    """Open answers, which stand as the text of a Python list; lmms-eval takes that for one."""
+    """Open answers, stored as the text of a Python list. (lmms-eval takes it for one answer.)"""
     if isinstance(value, str) and value.startswith("[") and value.endswith("]"):
         with suppress(ValueError, SyntaxError):
             return [str(answer) for answer in ast.literal_eval(value)]

@@ -1,4 +1,4 @@
-"""OCR-VQA as FastV's script asks and scores it: questions about book covers, ROUGE-L."""
+"""OCR-VQA, asked and scored as by FastV's script: questions about book covers, ROUGE-L."""
 
 from __future__ import annotations
 
@@ -6,10 +6,10 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from ..metrics.rouge import clean, rouge_l
-from .base import Answer, Item, Picture, Score, Setup, Task, gold_of, percent
-from .files import field, find_table, first_there, image_folder, read_json
+from .base import Answer, ImageSource, Item, Score, Setup, Task, gold_of, percent
+from .files import field, find_table, first_existing, image_folder, read_json
 
-PICTURES = 500  # of the test split, as the script takes them
+IMAGES = 500  # of the test split, as in the script
 
 
 class OCRVQA(Task):
@@ -26,34 +26,37 @@ class OCRVQA(Task):
     def items(self, source: Path | None, protocol: str, limit: int | None = None) -> list[Item]:
         if source is None or not source.exists():
             raise self.missing(source)
-        covers: list[tuple[str, dict[str, object], tuple[Picture, ...]]] = []
+        covers: list[tuple[str, dict[str, object], tuple[ImageSource, ...]]] = []
         if source.is_dir() and (table := find_table(source, "test")) is not None:
             path = table.path
-            for number, row in enumerate(table.rows[:PICTURES]):
+            for number, row in enumerate(table.rows[:IMAGES]):
                 name = str(row.get("image_id", number))
                 covers.append((name, row, (table.image(number),)))
         else:
-            file = source if source.is_file() else first_there(source, "dataset.json")
+            file = source if source.is_file() else first_existing(source, "dataset.json")
             if file is None:
                 raise self.missing(source)
             path, values = file, read_json(file)
             if not isinstance(values, dict):
-                raise ValueError(f"{path} is no object id -> cover; give OCR-VQA's dataset.json")
+                raise ValueError(
+                    f"{path} is not an object id -> cover; give OCR-VQA's dataset.json"
+                )
             folder = image_folder(path.parent, "images")
             for i, row in values.items():
                 field(row, "questions", path, i)
             test = [(i, row) for i, row in values.items() if row.get("split", 3) == 3]  # 3: test
-            for i, row in test[:PICTURES]:
-                covers.append((i, row, (Picture.file(folder / f"{i}.jpg"),)))
+            for i, row in test[:IMAGES]:
+                covers.append((i, row, (ImageSource.from_file(folder / f"{i}.jpg"),)))
         items = []
-        for i, row, pictures in covers:
+        for i, row, images in covers:
             questions, answers = field(row, "questions", path, i), field(row, "answers", path, i)
             if len(questions) != len(answers):
                 raise ValueError(
-                    f"{path}: {i} has {len(questions)} questions and {len(answers)} answers"
+                    f"{path}: {i} has {len(questions)} questions and {len(answers)} answers; give "
+                    "OCR-VQA's dataset.json"
                 )
             for j, (question, answer) in enumerate(zip(questions, answers, strict=True)):
-                items.append(Item(f"{i}_{j}", question, pictures, {"answer": answer}))
+                items.append(Item(f"{i}_{j}", question, images, {"answer": answer}))
         return items[:limit]
 
     def score(self, answers: Sequence[Answer], protocol: str) -> Score:
@@ -63,5 +66,5 @@ class OCRVQA(Task):
         ]
         value = percent(credits)
         if value is None:
-            raise ValueError("there is no question to score; give a file that has some")
+            raise ValueError("there are no questions to score; give a file that has some")
         return Score("ROUGE-L", value, len(answers), sum(credits))

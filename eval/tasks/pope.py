@@ -1,4 +1,4 @@
-"""POPE: is there such a thing in the picture? Three splits of how the absent ones were chosen."""
+"""POPE: is an object in the image? Three splits differ in how absent objects were chosen."""
 
 from __future__ import annotations
 
@@ -7,8 +7,8 @@ from dataclasses import asdict
 from pathlib import Path
 
 from ..metrics import pope as metric
-from .base import SHORT, Answer, Item, Picture, Score, Setup, Task, gold_of
-from .files import field, find_table, first_there, image_folder, json_rows
+from .base import SHORT, Answer, ImageSource, Item, Score, Setup, Task, gold_of
+from .files import field, find_table, first_existing, image_folder, json_rows
 
 SPLITS = ("random", "popular", "adversarial")
 
@@ -21,7 +21,7 @@ class POPE(Task):
     split = "random, popular and adversarial"
     needs = (
         "a folder with coco_pope_random.json, coco_pope_popular.json, coco_pope_adversarial.json "
-        "(github.com/AoiDragon/POPE, output/coco; also in coco/), perhaps LLaVA's "
+        "(github.com/AoiDragon/POPE, output/coco; also in coco/), optionally LLaVA's "
         "llava_pope_test.jsonl, and COCO's val2014/",
         "a folder of the datasets repository lmms-lab-encoder/POPE (test*.parquet)",
     )
@@ -44,12 +44,12 @@ class POPE(Task):
             yield from self._split(source, _split_of(source), {})
             return
         files = {
-            split: first_there(source, f"coco_pope_{split}.json", f"coco/coco_pope_{split}.json")
+            split: first_existing(source, f"coco_pope_{split}.json", f"coco/coco_pope_{split}.json")
             for split in SPLITS
         }
         if not any(files.values()):
             raise self.missing(source)
-        asked = first_there(source, "llava_pope_test.jsonl")
+        asked = first_existing(source, "llava_pope_test.jsonl")
         numbers: dict[str, list[object]] = {}
         for row in json_rows(asked) if asked else ():
             own = numbers.setdefault(str(field(row, "category", asked, "a question")), [])
@@ -59,7 +59,7 @@ class POPE(Task):
                 yield from self._split(path, split, numbers)
 
     def _split(self, path: Path, split: str, numbers: dict[str, list[object]]) -> Iterator[Item]:
-        """LLaVA numbers the questions of all splits through; the answers stand in their order."""
+        """The questions of a split. LLaVA numbers those of all splits consecutively, in order."""
         rows = json_rows(path)
         own = numbers.get(split)
         if own is not None and len(own) != len(rows):
@@ -73,11 +73,11 @@ class POPE(Task):
             name = field(row, "image", path, f"row {i}")
             text = field(row, "text", path, f"row {i}").strip() + SHORT
             gold = {"answer": row.get("label"), "split": split}
-            pictures = (Picture.file(folder / name),)
+            images = (ImageSource.from_file(folder / name),)
             if own is not None:
-                yield Item(str(own[i]), text, pictures, gold, (f"{split}/{number}",))
+                yield Item(str(own[i]), text, images, gold, (f"{split}/{number}",))
             else:
-                yield Item(f"{split}/{number}", text, pictures, gold, (str(number),))
+                yield Item(f"{split}/{number}", text, images, gold, (str(number),))
 
     def score(self, answers: Sequence[Answer], protocol: str) -> Score:
         scores = metric.lmms_scores if protocol == "lmms" else metric.llava_scores
@@ -85,23 +85,23 @@ class POPE(Task):
         for a in answers:
             groups.setdefault(a.item.gold.get("split") or "all", []).append(a)
         if not groups:
-            raise ValueError("there is no question to score; give a file that has some")
+            raise ValueError("there are no questions to score; give a file that has some")
         more: dict[str, object] = {}
         f1s = []
         for split, group in groups.items():
             found = scores([gold_of(a) for a in group], [_said(a) for a in group])
             f1s.append(found.f1)
             for name, value in asdict(found).items():
-                whole = isinstance(value, int) or value is None
-                more[f"{split} {name}"] = value if whole else 100 * value
+                is_count = isinstance(value, int) or value is None
+                more[f"{split} {name}"] = value if is_count else 100 * value
         defined = [f1 for f1 in f1s if f1 is not None]
         notes = []
         if len(defined) < len(f1s):
-            notes.append("F1 is undefined in a split without any yes; it is left out of the mean")
+            notes.append("F1 is undefined in a split without any yes; the mean leaves it out")
         if protocol == "lmms":
-            notes.append("yes_ratio is that of the labels, as lmms-eval computes it")
+            notes.append("yes_ratio is that of the labels, as in lmms-eval")
         else:
-            notes.append("whatever is no No counts as a yes, so nothing is unparsed")
+            notes.append("every answer that is not a No counts as a yes, so nothing is unparsed")
         strange = sum(
             a.text is not None and metric.lmms_parse(a.text) not in ("yes", "no") for a in answers
         )
@@ -117,7 +117,7 @@ class POPE(Task):
 
 
 def _said(answer: Answer) -> str:
-    """The text; for a missing one the wrong word, as LLaVA's rule would read a yes in nothing."""
+    """The text; for a missing answer the wrong word, because LLaVA's rule reads "" as a yes."""
     if answer.text is not None:
         return answer.text
     return "no" if gold_of(answer).strip().lower() == "yes" else "yes"

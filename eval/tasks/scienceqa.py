@@ -1,4 +1,4 @@
-"""ScienceQA: multiple choice from schoolbooks; papers report the questions with a picture."""
+"""ScienceQA: multiple choice from schoolbooks. Papers report the questions with an image."""
 
 from __future__ import annotations
 
@@ -11,17 +11,17 @@ from ..metrics import scienceqa as metric
 from .base import (
     LETTER,
     Answer,
+    ImageSource,
     Item,
-    Picture,
     Score,
     Setup,
     Task,
     accuracy,
     gold_of,
-    lettered,
+    letter_options,
     percent,
 )
-from .files import Row, field, find_table, first_there, read_json
+from .files import Row, field, find_table, first_existing, read_json
 
 _PARTS = re.compile(r"Context: (.*)\nQuestion: (.*)\nOptions: (.*)", re.DOTALL)
 _OPTION = re.compile(r"(?:^| )\(([A-Z])\) ")
@@ -32,14 +32,14 @@ LETTERS = "ABCDEFGH"
 
 
 class ScienceQA(Task):
-    """llava and simignore: the scripts of the two repositories; they parse differently."""
+    """llava and simignore follow the scripts of the two repositories, which parse differently."""
 
     name = "scienceqa"
     title = "ScienceQA"
     split = "test with image"
     needs = (
         "a folder with llava_test_CQM-A.json (LLaVA's eval.zip) or problems.json and "
-        "pid_splits.json (github.com/lupantech/ScienceQA), and the pictures as "
+        "pid_splits.json (github.com/lupantech/ScienceQA), and the images as "
         "images/test/ID/image.png",
         "a folder of the datasets repository lmms-lab-encoder/ScienceQA, config ScienceQA-IMG",
     )
@@ -51,7 +51,7 @@ class ScienceQA(Task):
     image_in_prompt = True
 
     def items(self, source: Path | None, protocol: str, limit: int | None = None) -> list[Item]:
-        """Of a folder those with a picture, of a file all."""
+        """The questions with an image for a folder, all questions for a file."""
         if source is None or not source.exists():
             raise self.missing(source)
         if source.is_file():
@@ -69,7 +69,7 @@ class ScienceQA(Task):
             ]
         else:
             names = ("llava_test_CQM-A_image.json", "llava_test_CQM-A.json", "problems.json")
-            path = first_there(source, *names)
+            path = first_existing(source, *names)
             if path is None:
                 raise self.missing(source)
             found = [item for item in self._file(path, protocol) if item.images]
@@ -77,12 +77,14 @@ class ScienceQA(Task):
 
     def _file(self, path: Path, protocol: str) -> list[Item]:
         values = read_json(path)
-        folder = first_there(path.parent, "images/test", "test", "images") or path.parent / "images"
+        folder = (
+            first_existing(path.parent, "images/test", "test", "images") or path.parent / "images"
+        )
         if isinstance(values, dict):
             return self._problems(path, values, folder, protocol)
         if not isinstance(values, list) or not all(isinstance(row, dict) for row in values):
             raise ValueError(
-                f"{path} is no list of questions and no problems.json; see {self.name}"
+                f"{path} is neither a list of questions nor problems.json; see {self.name}"
             )
         return [self._conversation(path, row, folder, protocol) for row in values]
 
@@ -102,8 +104,8 @@ class ScienceQA(Task):
                 field(p, "question", path, i),
                 field(p, "choices", path, i),
             )
-            pictures = (Picture.file(images / i / p["image"]),) if p.get("image") else ()
-            items.append(self._item(i, parts, field(p, "answer", path, i), pictures, protocol))
+            sources = (ImageSource.from_file(images / i / p["image"]),) if p.get("image") else ()
+            items.append(self._item(i, parts, field(p, "answer", path, i), sources, protocol))
         return items
 
     def _conversation(self, path: Path, row: Row, images: Path, protocol: str) -> Item:
@@ -116,60 +118,62 @@ class ScienceQA(Task):
             raise ValueError(f"{path}: question {i} is not of the form Context, Question, Options")
         choices = _OPTION.split(parts[3])[2::2]
         gold = ord(answer[1]) - ord("A") if answer else None
-        pictures = (Picture.file(images / row["image"]),) if row.get("image") else ()
+        sources = (ImageSource.from_file(images / row["image"]),) if row.get("image") else ()
         hint = "" if parts[1] == "N/A" else parts[1]
-        return self._item(i, (hint, parts[2], choices), gold, pictures, protocol, text + LETTER)
+        return self._item(i, (hint, parts[2], choices), gold, sources, protocol, text + LETTER)
 
     def _item(
         self,
         number: object,
         parts: tuple[str, str, Sequence[str]],
         answer: int | None,
-        pictures: tuple[Picture, ...],
+        sources: tuple[ImageSource, ...],
         protocol: str,
         text: str | None = None,
     ) -> Item:
         hint, question, choices = parts
         if protocol == "lmms":
             context = f"Context: {hint}\n" if hint else ""
-            text = f"{context}{question}\n{lettered(choices)}{LETTER}"
+            text = f"{context}{question}\n{letter_options(choices)}{LETTER}"
         elif text is None:
-            options = lettered(choices, "({}) {}", " ")
+            options = letter_options(choices, "({}) {}", " ")
             text = f"Context: {hint or 'N/A'}\nQuestion: {question}\nOptions: {options}{LETTER}"
         gold = {"answer": None if answer is None else LETTERS[answer], "choices": len(choices)}
-        return Item(str(number), text, pictures, gold)
+        return Item(str(number), text, sources, gold)
 
     def score(self, answers: Sequence[Answer], protocol: str) -> Score:
-        """Papers ask the questions with a picture alone: if no other has an answer, these are left
-        out."""
+        """The accuracy. If no question without an image has an answer, these are left out.
+
+        Papers ask only the questions with an image.
+        """
         asked = [a for a in answers if a.item.images]
         notes: tuple[str, ...] = ()
         if asked and all(a.text is None for a in answers if not a.item.images):
             if left := len(answers) - len(asked):
-                notes = (f"none of the {left} questions without a picture is answered: left out",)
+                notes = (f"none of the {left} questions without an image is answered: left out",)
             answers = asked
         golds = [gold_of(a) for a in answers]
         letters = [_letter(a, protocol) for a in answers]
         right = [letter == gold for letter, gold in zip(letters, golds, strict=True)]
         given = [letter for a, letter in zip(answers, letters, strict=True) if a.text is not None]
 
-        pictured = [bool(a.item.images) for a in answers]
+        has_image = [bool(a.item.images) for a in answers]
         more: dict[str, Any] = {}
-        if not all(pictured):
-            seen = [r for r, has in zip(right, pictured, strict=True) if has]
-            blind = [r for r, has in zip(right, pictured, strict=True) if not has]
+        if not all(has_image):
+            seen = [r for r, has in zip(right, has_image, strict=True) if has]
+            blind = [r for r, has in zip(right, has_image, strict=True) if not has]
             more = {
                 "with image": percent(seen),
                 "with image, questions": len(seen),
                 "without image": percent(blind),
                 "without image, questions": len(blind),
             }
-        split = self.split if all(pictured) else "test"
+        split = self.split if all(has_image) else "test"
         return accuracy(right, given.count(None), more=more, notes=notes, split=split)
 
 
 def _letter(answer: Answer, protocol: str) -> str | None:
-    """The letter of an answer, if it is one of the question's."""
+    """The letter of an answer, or None if it is not a letter of the question."""
     possible = LETTERS[: answer.item.gold["choices"]]
     if protocol == "lmms":
         return next((x for x in possible if metric.lmms_correct(answer.said, x)), None)

@@ -1,4 +1,4 @@
-"""SEED-Bench: multiple choice about pictures, and about clips."""
+"""SEED-Bench: multiple choice about images and about video clips."""
 
 from __future__ import annotations
 
@@ -9,22 +9,22 @@ from ..metrics import seed_bench as metric
 from .base import (
     LETTER,
     Answer,
+    ImageSource,
     Item,
-    Picture,
     Score,
     Setup,
     Task,
     accuracy,
+    count_unparsed,
     gold_of,
-    lettered,
+    letter_options,
     percent,
-    unparsed_among,
 )
-from .files import Row, field, find_table, first_there, image_folder, read_json, section
+from .files import Row, field, find_table, first_existing, image_folder, read_json, section
 
 
 class SEEDBench(Task):
-    """A folder asks about pictures alone: clips have none until somebody cuts frames."""
+    """A folder gives the questions about images only: frames of clips are not extracted."""
 
     name = "seed_bench"
     title = "SEED-Bench"
@@ -42,20 +42,20 @@ class SEEDBench(Task):
         if source.is_dir() and (table := find_table(source, "test")) is not None:
             found = []
             for i, row in enumerate(table.rows):
-                many = table.images_in(i)
-                pictures = tuple(table.image(i, number=j) for j in range(many))
-                found.append(_item(row, table.path, i, pictures))
+                many = table.count_images(i)
+                images = tuple(table.image(i, number=j) for j in range(many))
+                found.append(_item(row, table.path, i, images))
             return found[:limit]
-        path = source if source.is_file() else first_there(source, "SEED-Bench.json")
+        path = source if source.is_file() else first_existing(source, "SEED-Bench.json")
         if path is None:
             raise self.missing(source)
         folder = image_folder(path.parent, "SEED-Bench-image", "images")
         found = []
         for i, row in enumerate(section(read_json(path), "questions", path)):
             is_image = row.get("data_type", "image") == "image"
-            pictures = (Picture.file(folder / str(row.get("data_id"))),) if is_image else ()
+            images = (ImageSource.from_file(folder / str(row.get("data_id"))),) if is_image else ()
             if is_image or source.is_file():
-                found.append(_item(row, path, i, pictures))
+                found.append(_item(row, path, i, images))
         return found[:limit]
 
     def score(self, answers: Sequence[Answer], protocol: str) -> Score:
@@ -69,21 +69,23 @@ class SEEDBench(Task):
         notes = []
         if "video" in more:
             notes.append(
-                "figures called SEED are of pictures and clips together in some papers and tables, "
-                "also under the name Image-acc (60.5), and of pictures alone in others"
+                "figures called SEED are of images and clips together in some papers and tables, "
+                "also under the name Image-acc (60.5), and of images alone in others"
             )
         split = {("image",): "image", ("video",): "video"}.get(tuple(more), "image and video")
 
         def parse(text: str) -> object:
             return next((x for x in "ABCD" if correct(text, x)), None)
 
-        unparsed = unparsed_among(answers, parse)
+        unparsed = count_unparsed(answers, parse)
         return accuracy(right, unparsed, more=more, notes=tuple(notes), split=split)
 
 
-def _item(row: Row, path: Path, i: int, pictures: tuple[Picture, ...]) -> Item:
+def _item(row: Row, path: Path, i: int, images: tuple[ImageSource, ...]) -> Item:
     number = field(row, "question_id", path, f"row {i}")
     choices = [str(field(row, f"choice_{x}", path, f"question {number}")) for x in "abcd"]
-    text = f"{field(row, 'question', path, f'question {number}')}\n{lettered(choices)}{LETTER}"
+    text = (
+        f"{field(row, 'question', path, f'question {number}')}\n{letter_options(choices)}{LETTER}"
+    )
     gold = {"answer": row.get("answer"), "data_type": str(row.get("data_type", "image"))}
-    return Item(str(number), text, pictures, gold)
+    return Item(str(number), text, images, gold)

@@ -1,19 +1,30 @@
-"""TextVQA: questions whose answer is written in the picture."""
+"""TextVQA: questions whose answer is written in the image."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
 
-from .base import SHORT, Answer, Item, Picture, Score, Setup, Task, accuracy, credit, key
-from .files import field, find_table, first_there, image_folder, json_rows, read_json, section
+from .base import (
+    SHORT,
+    Answer,
+    ImageSource,
+    Item,
+    Score,
+    Setup,
+    Task,
+    accuracy,
+    question_key,
+    vqa_credit,
+)
+from .files import field, find_table, first_existing, image_folder, json_rows, read_json, section
 
 FILE, ASKED = "TextVQA_0.5.1_val.json", "llava_textvqa_val_v051_ocr.jsonl"
 
 
 class TextVQA(Task):
-    """llava: with the tokens that an OCR engine has read, from LLaVA's question file; lmms:
-    without, and the question put through str.capitalize."""
+    """llava asks with the tokens that an OCR engine has read, from LLaVA's question file. lmms asks
+    without them, and with str.capitalize applied to the question."""
 
     name = "textvqa"
     title = "TextVQA"
@@ -41,7 +52,7 @@ class TextVQA(Task):
                     )
                     for i, row in enumerate(table.rows[:limit])
                 ]
-        path = source if source.is_file() else first_there(source, FILE)
+        path = source if source.is_file() else first_existing(source, FILE)
         if path is None:
             raise self.missing(source)
         asked = self._asked(source, protocol)
@@ -53,14 +64,16 @@ class TextVQA(Task):
             question = field(row, "question", path, f"row {i}")
             text = question.capitalize() + SHORT if protocol == "lmms" else question + SHORT
             if asked is not None:
-                text = field(asked, key(image, question), source / ASKED, f"question {number}")
-            pictures = (Picture.file(folder / f"{image}.jpg"),)
+                text = field(
+                    asked, question_key(image, question), source / ASKED, f"question {number}"
+                )
+            images = (ImageSource.from_file(folder / f"{image}.jpg"),)
             gold = {"answers": row.get("answers")}
-            items.append(Item(number, text, pictures, gold, (image, key(image, question))))
+            items.append(Item(number, text, images, gold, (image, question_key(image, question))))
         return items
 
     def _asked(self, source: Path, protocol: str) -> dict[str, str] | None:
-        """LLaVA's questions by picture and first line; None where they are not needed."""
+        """LLaVA's questions by image and first line; None if they are not needed."""
         if protocol == "lmms" or source.is_file():
             return None
         path = source / ASKED
@@ -70,10 +83,10 @@ class TextVQA(Task):
         for i, row in enumerate(json_rows(path)):
             number = field(row, "question_id", path, f"row {i}")
             text = field(row, "text", path, f"row {i}")
-            found[key(number, text)] = text
+            found[question_key(number, text)] = text
         return found
 
     def score(self, answers: Sequence[Answer], protocol: str) -> Score:
-        credits = [credit(a, "textvqa") for a in answers]
+        credits = [vqa_credit(a, "textvqa") for a in answers]
         split = "val with OCR tokens" if protocol == "llava" else self.split
         return accuracy(credits, split=split)

@@ -1,4 +1,4 @@
-"""VQAv2: open questions about COCO pictures, ten answers each."""
+"""VQAv2: open questions about COCO images, with ten answers each."""
 
 from __future__ import annotations
 
@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from ..metrics.vqa import evalai_normalise
-from .base import SHORT, Answer, Item, Picture, Score, Setup, Task, accuracy, credit
-from .files import Row, field, find_table, first_there, image_folder, read_json, section
+from .base import SHORT, Answer, ImageSource, Item, Score, Setup, Task, accuracy, vqa_credit
+from .files import Row, field, find_table, first_existing, image_folder, read_json, section
 
 QUESTIONS = (
     "v2_OpenEnded_mscoco_val2014_questions.json",
@@ -17,7 +17,7 @@ QUESTIONS = (
 
 
 class VQAv2(Task):
-    """val is scored here; test-dev, which papers report, only by the server."""
+    """val is scored here. test-dev, which papers report, is scored only by the server."""
 
     name = "vqav2"
     title = "VQAv2"
@@ -38,11 +38,13 @@ class VQAv2(Task):
                 _item(row, (table.image(i),), _texts(row.get("answers")))
                 for i, row in enumerate(table.rows[:limit])
             ]
-        path = source if source.is_file() else first_there(source, *QUESTIONS)
+        path = source if source.is_file() else first_existing(source, *QUESTIONS)
         if path is None:
             raise self.missing(source)
         values = read_json(path)
-        if isinstance(values, dict) and "annotations" in values:  # enough to score, not to ask
+        if (
+            isinstance(values, dict) and "annotations" in values
+        ):  # enough for scoring, not for asking
             rows = section(values, "annotations", path)
             return [
                 _item(
@@ -63,28 +65,28 @@ class VQAv2(Task):
             number = field(row, "question_id", path, f"row {i}")
             field(row, "question", path, f"question {number}")
             image = int(field(row, "image_id", path, f"question {number}"))
-            pictures = (Picture.file(folder / f"COCO_{year}_{image:012d}.jpg"),)
-            items.append(_item(row, pictures, answers.get(number)))
+            images = (ImageSource.from_file(folder / f"COCO_{year}_{image:012d}.jpg"),)
+            items.append(_item(row, images, answers.get(number)))
         return items
 
     def score(self, answers: Sequence[Answer], protocol: str) -> Score:
         if answers and all(a.item.gold["answers"] is None for a in answers):
-            note = "these questions come without answers; eval.score --submission writes the file "
+            note = "these questions have no answers; eval.score --submission writes the file "
             note += "that the server at eval.ai scores"
             nothing = float("nan")
             return Score("accuracy", nothing, len(answers), notes=(note,), split="test-dev")
         rule = "vqav2" if protocol == "lmms" else "vqav2-original"
-        return accuracy([credit(a, rule) for a in answers])
+        return accuracy([vqa_credit(a, rule) for a in answers])
 
     def submission(self, answers: Sequence[Answer]) -> list[dict[str, Any]]:
-        """All questions; "" for those without an answer."""
+        """The rows of all questions; "" for those without an answer."""
         return [
             {"question_id": a.item.question_id, "answer": evalai_normalise(a.said)} for a in answers
         ]
 
 
-def _item(row: Row, pictures: tuple[Picture, ...], answers: list[str] | None) -> Item:
-    return Item(row["question_id"], row["question"] + SHORT, pictures, {"answers": answers})
+def _item(row: Row, images: tuple[ImageSource, ...], answers: list[str] | None) -> Item:
+    return Item(row["question_id"], row["question"] + SHORT, images, {"answers": answers})
 
 
 def _texts(answers: Any) -> list[str] | None:
@@ -92,7 +94,7 @@ def _texts(answers: Any) -> list[str] | None:
 
 
 def _annotations(questions: Path) -> dict[object, list[str]]:
-    """Question -> answers, of the file that belongs to a question file; none beside test's."""
+    """Question -> answers, of the annotations beside a question file; {} for the test split."""
     name = questions.name.replace("OpenEnded_", "").replace("questions", "annotations")
     path = questions.parent / name
     if not path.is_file():

@@ -1,1 +1,1 @@
-"""The command line: flags, chat, opening images, drawing overlays, listing methods."""
+"""The command line: its flags, answers and chat, image files, overlays and the list of methods."""

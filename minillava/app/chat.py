@@ -1,88 +1,98 @@
-"""Answers on a terminal: one, or a conversation about the same pictures."""
+"""Answer questions about images on a terminal: one, or a conversation about the same images."""
 
 from __future__ import annotations
 
+import argparse
 import dataclasses
 import json
 import sys
-from collections.abc import Generator, Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from PIL import Image
 
-from ..generate import Result, Settings, encode_images, stream
-from ..llava import Batch, Encoded, LLaVA
-from ..processor import Processor
+from ..generate import Result, encode_images, stream
+from ..llava import Encoded, LLaVA
+from ..processing.processor import Processor
 from ..pruning import Plan
 from ..pruning.average import entering, leaving
-from .command import complain
+from ..request import Settings
+from ..sample import Batch
+from .command import print_error
 from .overlay import overlay
 
 
 @dataclass(frozen=True)
-class Session:
-    """What stays the same from question to question."""
+class Chat:
+    """Everything that stays the same from question to question."""
 
+    args: argparse.Namespace  # the command line, see cli.py
     model: LLaVA
     processor: Processor
     images: list[Image.Image]
     plan: Plan
     settings: Settings
-    name: str  # the model's, as given
-    tokens: str
-    focus: str | None
-    aspect: str | None
-    use_cache: bool
-    as_json: bool
-    drawing: Path | None
+    name: str  # the checkpoint, as given
     load_seconds: float
 
-    def ask(self, prompt: str) -> None:
-        """Answer a whole prompt."""
-        self._answer(self._batch(prompt), None)
+    @property
+    def tokens(self) -> str:
+        return self.plan.tokens or "hf"
 
-    def chat(self, first: str | None) -> None:
-        """Question after question. Each turn prefills the whole conversation anew with the pictures
-        as they were encoded once, so that a plan that reads the question chooses for each."""
+    @property
+    def focus(self) -> str | None:
+        return self.plan.focus if self.args.focus is None else self.args.focus
+
+    def answer_prompt(self, prompt: str) -> None:
+        """Answer one complete prompt."""
+        self._answer(self._make_batch(prompt), None)
+
+    def answer_questions(self, first: str | None) -> None:
+        """Answer `first` and then the lines of stdin, as one conversation.
+
+        The images are encoded once. Each turn prefills the whole conversation again, so that a plan
+        that reads the question chooses anew for each one.
+        """
         turns: list[tuple[str, str]] = []
         encoded = None
-        for question in _questions(first):
+        for question in _read_questions(first):
             try:
                 prompt = self.processor.prompt(question, len(self.images), turns)
-                batch = self._batch(prompt)
+                batch = self._make_batch(prompt)
                 encoded = encoded or encode_images(self.model, batch, self.plan)
                 turns.append((question, self._answer(batch, encoded)))
             except ValueError as error:
-                if not _terminal():
+                if not _is_terminal():
                     raise
-                complain(error)  # somebody sits there and can ask something else
+                print_error(error)  # a person at the terminal can ask something else
 
-    def _batch(self, prompt: str) -> Batch:
-        return self.processor([prompt], [self.images], self.aspect, self.tokens, self.focus)
+    def _make_batch(self, prompt: str) -> Batch:
+        aspect = self.args.image_aspect
+        return self.processor([prompt], [self.images], aspect, self.tokens, self.focus)
 
     def _answer(self, batch: Batch, encoded: Encoded | None) -> str:
-        """Print the answer as it comes, or all about it at the end; draw what was kept."""
+        """Print the answer while it is generated, or a JSON record at the end; draw the overlay."""
         pieces = stream(
             self.model,
             self.processor,
             batch,
             self.plan,
             **dataclasses.asdict(self.settings),
-            use_cache=self.use_cache,
             encoded=encoded,
         )
-        text, result = _say(pieces, aloud=not self.as_json)
-        if self.as_json:
-            print(json.dumps(self._record(text, result)), flush=True)
-        if self.drawing:
-            aspect, config = self.aspect or self.processor.aspect, self.processor.image
-            picture = overlay(result, self.images, text=text, aspect=aspect, config=config)
-            _save(picture, self.drawing)
+        text, result = _collect(pieces, printing=not self.args.json), pieces.result
+        if self.args.json:
+            print(json.dumps(self._make_record(text, result)), flush=True)
+        if self.args.overlay:
+            aspect = self.args.image_aspect or self.processor.aspect
+            config = self.processor.image
+            drawing = overlay(result, self.images, text=text, aspect=aspect, config=config)
+            _save_png(drawing, self.args.overlay)
         return text
 
-    def _record(self, text: str, result: Result) -> dict[str, Any]:
+    def _make_record(self, text: str, result: Result) -> dict[str, Any]:
         counts = result.report.image_tokens_entering
         return {
             "text": text,
@@ -100,30 +110,26 @@ class Session:
         }
 
 
-def _say(pieces: Generator[str, None, Result], aloud: bool) -> tuple[str, Result]:
+def _collect(pieces: Iterable[str], printing: bool) -> str:
+    """Join the pieces of an answer, printing each as it comes."""
     text = ""
-    while True:
-        try:
-            piece = next(pieces)
-        except StopIteration as end:
-            if aloud:
-                print(flush=True)
-            return text, end.value
-        except ValueError:
-            if aloud and text:  # the error gets a line of its own
-                print(flush=True)
-            raise
-        text += piece
-        if aloud:
-            print(piece, end="", flush=True)
+    try:
+        for piece in pieces:
+            text += piece
+            if printing:
+                print(piece, end="", flush=True)
+    finally:
+        if printing and text:  # an error, too, goes on a new line
+            print(flush=True)
+    return text
 
 
-def _questions(first: str | None) -> Iterator[str]:
-    """The first, then stdin line by line, empty ones left out."""
+def _read_questions(first: str | None) -> Iterator[str]:
+    """The first question, then the lines of stdin that are not blank."""
     if first is not None:
         yield first
     while True:
-        if _terminal():
+        if _is_terminal():
             print("> ", end="", file=sys.stderr, flush=True)
         line = sys.stdin.readline() if sys.stdin else ""
         if not line:
@@ -132,15 +138,15 @@ def _questions(first: str | None) -> Iterator[str]:
             yield line.strip()
 
 
-def _terminal() -> bool:
+def _is_terminal() -> bool:
     return bool(sys.stdin and sys.stdin.isatty())
 
 
-def _save(picture: Image.Image, path: Path) -> None:
-    """Whole or not at all."""
+def _save_png(image: Image.Image, path: Path) -> None:
+    """Save completely or not at all: an existing file is only replaced by a finished one."""
     part = path.with_name(f"{path.name}.part")
     try:
-        picture.save(part, "PNG")
+        image.save(part, "PNG")
         part.replace(path)
     finally:
         part.unlink(missing_ok=True)

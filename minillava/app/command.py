@@ -1,10 +1,9 @@
-"""What a command line says beside its answer: one line for an error, nothing from libraries."""
+"""What all command-line programs share: exit codes, one-line errors and number options."""
 
 from __future__ import annotations
 
 import argparse
 import contextlib
-import ctypes
 import io
 import logging
 import os
@@ -16,88 +15,86 @@ from typing import NoReturn
 
 import torch
 
-TRIM_THRESHOLD, MMAP_THRESHOLD = -1, -3  # glibc's numbers, malloc.h
-KEPT = 2**30  # bytes; more than any layer needs
-_MEMORY = re.compile("can't allocate memory|not enough memory|out of memory")
+from ..loading.memory import keep_freed_memory
+from ..pruning.user_methods import user_errors
+
+_OUT_OF_MEMORY = re.compile("can't allocate memory|not enough memory|out of memory")
 
 
-class Parser(argparse.ArgumentParser):
-    """Its errors go the way of all others: ValueError with one line."""
+class CommandParser(argparse.ArgumentParser):
+    """An ArgumentParser that raises ValueError for a bad command line, so that run_command prints
+    it as one line like every other error."""
 
     def error(self, message: str) -> NoReturn:
         raise ValueError(f"{message.removeprefix('argument ')}; --help explains the options")
 
     def exit(self, status: int = 0, message: str | None = None) -> NoReturn:
-        _flush()  # the text of --help
+        _flush_stdout()  # the text of --help
         super().exit(status, message)
 
 
-def command(act: Callable[[], object]) -> int:
-    """Parse and act; returns the exit code: 0, 2 after one line for an error, 130 after Ctrl-C."""
+def run_command(action: Callable[[], object]) -> int:
+    """Run a program, the parsing of its command line included, and return its exit code.
+
+    0 if it succeeds, 2 after an error (one line on stderr), 130 after Ctrl-C, 141 if the reader of
+    its output has closed the pipe. Errors in the program itself are raised.
+    """
     keep_freed_memory()
     try:
-        with one_voice():
-            act()
+        with quiet_libraries(), user_errors():
+            action()
         return 0
     except KeyboardInterrupt:
         return 130
-    except BrokenPipeError:  # whoever reads us has enough, as `head` does
+    except BrokenPipeError:  # the reader has enough, like `head`
         return 141
     except (ValueError, OSError, MemoryError, RuntimeError) as error:
-        complain(error)
+        print_error(error)
         return 2
 
 
-def keep_freed_memory() -> None:
-    """Have glibc keep large blocks that were freed: what one layer takes is what the next needs.
-
-    It would return them to the system and fetch them anew, a page at a time, which can add a fifth
-    to a prefill. A setting of the whole process, so the program's business and not the model's.
-    """
-    if sys.platform == "linux" and (mallopt := getattr(ctypes.CDLL(None), "mallopt", None)):
-        mallopt(TRIM_THRESHOLD, KEPT)
-        mallopt(MMAP_THRESHOLD, KEPT)
+# ---------------------------------------------------------------- types of options
 
 
-# ---------------------------------------------------------------- values of options
-
-
-def whole(text: str) -> int:
+def parse_int(text: str) -> int:
     try:
         return int(text)
     except ValueError:
         raise argparse.ArgumentTypeError(f"{text!r} is not a whole number") from None
 
 
-def positive(text: str) -> int:
-    """What counts something."""
+def parse_positive_int(text: str) -> int:
+    """For counts."""
     n = int(text) if text.isdecimal() else 0
     if not n:
-        raise argparse.ArgumentTypeError(f"{text!r} must be a whole number from 1 on")
+        raise argparse.ArgumentTypeError(f"{text!r} must be a whole number, 1 or more")
     return n
 
 
-def natural(text: str) -> int:
-    """A seed, for instance."""
+def parse_non_negative_int(text: str) -> int:
+    """For seeds and layer numbers."""
     if not text.isdecimal():
-        raise argparse.ArgumentTypeError(f"{text!r} must be a whole number from 0 on")
+        raise argparse.ArgumentTypeError(f"{text!r} must be a whole number, 0 or more")
     return int(text)
 
 
-def real(text: str) -> float:
+def parse_float(text: str) -> float:
     try:
         return float(text)
     except ValueError:
         raise argparse.ArgumentTypeError(f"{text!r} is not a number") from None
 
 
-# ---------------------------------------------------------------- what is said
+# ---------------------------------------------------------------- output
 
 
 @contextlib.contextmanager
-def one_voice() -> Iterator[None]:
-    """No warnings of libraries between our own lines; letters that a terminal lacks are escaped."""
-    before = logging.root.manager.disable
+def quiet_libraries() -> Iterator[None]:
+    """Suppress warnings and log messages of libraries, and flush stdout at the end.
+
+    Characters that the terminal's encoding lacks are written as escapes.
+    """
+    level_before = logging.root.manager.disable
     logging.disable(logging.WARNING)
     for out in (sys.stdout, sys.stderr):
         if isinstance(out, io.TextIOWrapper):
@@ -106,17 +103,20 @@ def one_voice() -> Iterator[None]:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             yield
-        _flush()
+        _flush_stdout()
     except BrokenPipeError:
-        _flush()
+        _flush_stdout()
         raise
     finally:
-        logging.disable(before)
+        logging.disable(level_before)
 
 
-def _flush() -> None:
-    """Raises BrokenPipeError if nobody reads any more; what is left is then thrown away, or Python
-    would try again at its end and complain of it."""
+def _flush_stdout() -> None:
+    """Flush stdout. Raises BrokenPipeError if its reader has closed the pipe.
+
+    The rest of the output is then discarded, since Python would otherwise try to write it again at
+    exit and print the error.
+    """
     try:
         sys.stdout.flush()
     except BrokenPipeError:
@@ -125,11 +125,14 @@ def _flush() -> None:
         raise
 
 
-def complain(error: Exception) -> None:
-    """Say what cannot be done, in one line. A RuntimeError that is no lack of memory is raised
-    again: a fault of the program, not of its input."""
-    if isinstance(error, MemoryError | torch.OutOfMemoryError) or _MEMORY.search(str(error)):
-        text = "out of memory; try --dtype float16, fewer pictures, or --prune before the decoder"
+def print_error(error: Exception) -> None:
+    """Print an error as one line on stderr.
+
+    A RuntimeError is raised again, since it is a fault of the program and not of its input, unless
+    it says that memory ran out.
+    """
+    if isinstance(error, MemoryError | torch.OutOfMemoryError) or _OUT_OF_MEMORY.search(str(error)):
+        text = "out of memory; try --dtype float16, fewer images, or --prune before the decoder"
     elif isinstance(error, RuntimeError):
         raise error
     else:

@@ -1,1 +1,1 @@
-"""Reading checkpoints, from disk or the hub: configuration, tokenizer, image processor, weights."""
+"""Read a checkpoint from a folder or the hub: config, tokenizer, image settings and weights."""

@@ -1,7 +1,8 @@
-"""A checkpoint's folder or hub id -> model and processor.
+"""Load a checkpoint: folder or hub id -> model and processor.
 
-The model is built without memory, the headers of the files are compared with it as a whole, and
-then each tensor is put in its place, one at a time (fill.py): the peak is the weights plus one.
+The model is first built on the meta device, without memory. All its weights are then looked up in
+the headers of the files, and only then read and assigned one at a time (assemble.py), so that the
+peak of memory is the weights plus one tensor.
 """
 
 from __future__ import annotations
@@ -17,14 +18,15 @@ from torch.overrides import TorchFunctionMode
 
 from ..config import Config
 from ..llava import LLaVA
-from ..processor import Processor
+from ..processing.processor import Processor
+from ..processing.tokenizer import Tokenizer
 from ..quant.quantise import stored_parts
-from .assemble import TIED, fill, forms_of, linear_layers
+from .assemble import TIED, choose_forms, linear_layers, load_weights
 from .config_file import read_config
-from .hub import find
+from .hub import find_checkpoint
 from .keys import our_name, published_name
 from .processor_files import read_processor
-from .tensor_files import FLOATS, Stored, stored_tensors
+from .tensor_files import FLOATS, StoredTensor, read_headers
 
 DTYPES = {
     "float32": torch.float32,
@@ -39,7 +41,7 @@ DTYPES = {
 QUANTIZE = ("int8", "int8-dynamic", "int4")
 
 _CPU = torch.device("cpu")
-_LISTED = 10  # names of each kind in an error
+_LISTED = 10  # names that an error lists before it says how many more there are
 
 
 def load(
@@ -52,53 +54,57 @@ def load(
 ) -> tuple[LLaVA, Processor]:
     """Read a LLaVA-1.5 checkpoint in the llava-hf layout.
 
-    path_or_hub_id: a folder, or org/name on the Hugging Face hub, there at `revision`. device: cpu,
-    cuda or cuda:N. dtype: float32, float16 or bfloat16, torch's or by name; None is float32 on a
-    CPU and the files' own on CUDA. On a CPU it is that of storage only, arithmetic stays float32.
-    quantize: int8, int8-dynamic (faster, less accurate, CPU only) or int4 for the weights of the
-    decoder's blocks; the others are then held in the files' own dtype, if dtype does not say
-    otherwise. A checkpoint that is stored quantised is loaded as it is. progress: a bar on stderr,
-    if that is a terminal.
-    Every failure is a ValueError of one line with the value, what was allowed and what to do.
+    path_or_hub_id: a folder, or a repository org/name on the Hugging Face hub. revision: a branch,
+    tag or commit of that repository. device: cpu, cuda or cuda:N. dtype: float32, float16 or
+    bfloat16, as a torch.dtype or by name; None means float32 on a CPU and the dtype of the files on
+    CUDA. On a CPU it only affects how weights are stored; arithmetic is always float32. quantize:
+    int8, int8-dynamic (faster and less accurate, CPU only) or int4 for the weights of the decoder's
+    blocks; the other weights are then stored in the dtype of the files unless `dtype` is given. A
+    checkpoint that is already quantised needs no `quantize`. progress: show a bar on stderr if that
+    is a terminal.
+
+    Raises ValueError for every failure, in one line with the value, what is allowed and what to do.
     """
-    place, storage = find_device(device), _dtype(dtype)
+    target, storage = find_device(device), _parse_dtype(dtype)
     if quantize not in (None, *QUANTIZE):
         raise ValueError(f"quantize={quantize!r}, but must be {', '.join(QUANTIZE)}; choose one")
-    if quantize == "int8-dynamic" and place != _CPU:
-        raise ValueError("quantize='int8-dynamic' is arithmetic for CPUs; on CUDA use 'int8'")
-    folder = find(path_or_hub_id, revision)
+    if quantize == "int8-dynamic" and target != _CPU:
+        raise ValueError("quantize='int8-dynamic' is for CPUs only; on CUDA use 'int8'")
+    folder = find_checkpoint(path_or_hub_id, revision)
     config = read_config(folder / "config.json")
     processor = read_processor(folder, config)
-    stored = stored_tensors(folder)
-    model = empty_model(config)
-    found = match(model, stored, folder)
-    forms = forms_of(model, found, quantize, folder)
+    stored = read_headers(folder)
+    model = empty_model(config, processor.tokenizer)
+    found = match_tensors(model, stored, folder)
+    forms = choose_forms(model, found, quantize, folder)
     if storage is None:
-        # the scales of integer weights are float32 whatever the checkpoint is
-        own = [t for name, t in found.items() if not name.endswith(("_scale", "_low"))]
-        storage = torch.float32 if place == _CPU and not forms else widest(own)
-    fill(model, found, place, storage, forms, progress)
-    model.decode_text = processor.decode
+        # Scales of integer weights are always float32 and say nothing about the checkpoint.
+        weights = [t for name, t in found.items() if not name.endswith(("_scale", "_low"))]
+        storage = torch.float32 if target == _CPU and not forms else widest_dtype(weights)
+    load_weights(model, found, target, storage, forms, progress)
     return model, processor
 
 
-def empty_model(config: Config) -> LLaVA:
-    """Shapes without memory."""
+def empty_model(config: Config, tokenizer: Tokenizer | None = None) -> LLaVA:
+    """A model on the meta device: shapes without memory."""
     with torch.device("meta"), _NoInitialValues():
-        return LLaVA(config)
+        return LLaVA(config, tokenizer=tokenizer)
 
 
-def match(model: LLaVA, stored: Iterable[Stored], folder: Path) -> dict[str, Stored]:
-    """Which stored tensor belongs to which parameter: our name -> tensor, for all of them.
+def match_tensors(
+    model: LLaVA, stored: Iterable[StoredTensor], folder: Path
+) -> dict[str, StoredTensor]:
+    """Find the stored tensor of every parameter: our name -> tensor.
 
-    The weight of a linear layer may be there as integers (see quantise.py): int8 with NAME_scale
-    beside it, or two 4-bit codes in a byte with NAME_scale and NAME_low.
-    Raises one ValueError that lists every tensor that is missing, unknown or of another shape.
+    The weight NAME of a linear layer may be stored as integers (see quant/quantise.py): as int8
+    with NAME_scale beside it, or as two 4-bit codes per byte with NAME_scale and NAME_low.
+
+    Raises ValueError if tensors are missing, unknown, or of another shape or dtype; it lists them.
     """
     shapes = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
     kinds: dict[str, Collection[str]] = dict.fromkeys(shapes, FLOATS)
     weights = {f"{name}.weight" for name in linear_layers(model)}
-    found: dict[str, Stored] = {}
+    found: dict[str, StoredTensor] = {}
     unknown, unfit = [], []
     for tensor in stored:
         try:
@@ -122,27 +128,27 @@ def match(model: LLaVA, stored: Iterable[Stored], folder: Path) -> dict[str, Sto
             unfit.append(f"{tensor.name} {tensor.shape} for {shapes[name]}")
         elif tensor.kind not in kinds[name]:
             unfit.append(f"{tensor.name} {tensor.kind} for {' or '.join(kinds[name])}")
-    twins = set(TIED) if model.config.text.tie_word_embeddings else set()
-    enough = twins if twins & found.keys() else set()  # one of the two will do
-    missing = [published_name(n) for n in shapes if n not in found and n not in enough]
+    tied = set(TIED) if model.config.text.tie_word_embeddings else set()
+    optional = tied if tied & found.keys() else set()  # one of the two is enough
+    missing = [published_name(n) for n in shapes if n not in found and n not in optional]
     if missing or unknown or unfit:
         lists = {"missing": missing, "unknown": unknown, "of another shape or type": unfit}
-        wrong = "; ".join(f"{len(n)} {kind}: {_some(n)}" for kind, n in lists.items() if n)
+        wrong = "; ".join(f"{len(n)} {kind}: {_shorten_list(n)}" for kind, n in lists.items() if n)
         raise ValueError(
             f"the tensors in {folder} are not those that its config.json describes ({wrong}); "
-            "fetch the checkpoint again, or correct config.json"
+            "download the checkpoint again, or correct config.json"
         )
     return found
 
 
-def widest(stored: Iterable[Stored]) -> torch.dtype:
-    """The dtype that holds all floats among them without loss."""
+def widest_dtype(stored: Iterable[StoredTensor]) -> torch.dtype:
+    """The dtype that represents all floating-point tensors among them without loss."""
     floats = (FLOATS[tensor.kind] for tensor in stored if tensor.kind in FLOATS)
     return functools.reduce(torch.promote_types, floats)
 
 
 class _NoInitialValues(TorchFunctionMode):
-    """Passes over torch.nn.init, which on the meta device costs seconds and changes nothing."""
+    """Skips torch.nn.init, which on the meta device takes seconds and changes nothing."""
 
     def __torch_function__(
         self,
@@ -156,27 +162,27 @@ class _NoInitialValues(TorchFunctionMode):
         return func(*args, **(kwargs or {}))
 
 
-def _some(names: list[str]) -> str:
+def _shorten_list(names: list[str]) -> str:
     more = f", and {len(names) - _LISTED} more" if len(names) > _LISTED else ""
     return ", ".join(names[:_LISTED]) + more
 
 
 def find_device(device: str | torch.device) -> torch.device:
-    """cpu, cuda or cuda:N, if it is there (ValueError)."""
+    """Parse cpu, cuda or cuda:N. Raises ValueError for other devices and for missing ones."""
     name = str(device)
     if not re.fullmatch(r"cpu|cuda(:\d+)?", name):
         raise ValueError(f"device={name!r}, but must be cpu, cuda or cuda:N; choose one of them")
-    place = torch.device(name)
-    if place.type == "cuda" and (place.index or 0) >= torch.cuda.device_count():
+    found = torch.device(name)
+    if found.type == "cuda" and (found.index or 0) >= torch.cuda.device_count():
         n = torch.cuda.device_count()
         raise ValueError(f"device={name!r}, but torch sees {n} CUDA devices; use device='cpu'")
-    return place
+    return found
 
 
-def _dtype(dtype: str | torch.dtype | None) -> torch.dtype | None:
+def _parse_dtype(dtype: str | torch.dtype | None) -> torch.dtype | None:
     if dtype is None:
         return None
-    known = DTYPES | {str(value): value for value in DTYPES.values()}  # 'torch.float16' as well
+    known = DTYPES | {str(value): value for value in DTYPES.values()}  # also 'torch.float16'
     if str(dtype) not in known:
         raise ValueError(
             f"dtype={str(dtype)!r}, but must be {', '.join(DTYPES)} or None; choose one"

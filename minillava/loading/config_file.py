@@ -1,8 +1,8 @@
 """config.json -> Config.
 
-What an entry is taken to be when a file leaves it out is what transformers takes it to be, which is
-not always the default of the dataclass. An entry that asks for something this code does not compute
-is refused, never ignored.
+Missing entries get transformers' defaults (for example rms_norm_eps 1e-6), which are not always the
+dataclass defaults (1e-5, those of the 7B). An entry that asks for something this code does not
+compute is refused, never ignored.
 """
 
 from __future__ import annotations
@@ -18,21 +18,21 @@ from .json_entries import Entries, read_json
 def read_config(path: str | Path) -> Config:
     """Read a config.json and the generation_config.json beside it, if there is one.
 
-    Raises ValueError, naming file, entry, value, what is allowed and what to do, for a file
-    that cannot be read and for a model that this code does not compute.
+    Raises ValueError for an unreadable file and for a model that this code does not compute. It
+    names the file, the entry, its value, what is allowed and what to do.
     """
     generation = Path(path).with_name("generation_config.json")
-    return config_of(
+    return parse_config(
         read_json(path), read_json(generation) if generation.is_file() else {}, str(path)
     )
 
 
-def config_of(
+def parse_config(
     config: Mapping[str, Any],
     generation: Mapping[str, Any] | None = None,
     source: str = "config.json",
 ) -> Config:
-    """The same from the files' contents; `source` is what errors call the file."""
+    """Parse the contents of the two files. `source` is the name of config.json in errors."""
     top = Entries(source, "", config)
     _refuse_original_layout(top)
     if top.only("model_type", ("llava",), None) is None:
@@ -40,20 +40,21 @@ def config_of(
     top.only("projector_hidden_act", ("gelu",), "gelu")
     top.only("multimodal_projector_bias", (True,), True)
     top.only("vision_feature_select_strategy", ("default",), "default")
-    _quantised(top)
-    # An absent vision_config means CLIP ViT-L/14-336, one without an entry means CLIP's own.
-    vision = _vision(top.section("vision_config", _VIT_L_14_336))
-    text = _text(top.section("text_config", {}), tied=top.flag("tie_word_embeddings", False))
+    _check_quantization(top)
+    # Without a vision_config the tower is CLIP ViT-L/14-336; an entry missing from one that is
+    # there gets the default of transformers' CLIPVisionConfig, which is a smaller model.
+    vision = _parse_vision(top.section("vision_config", _VIT_L_14_336))
+    text = _parse_text(top.section("text_config", {}), tied=top.flag("tie_word_embeddings", False))
 
     result = Config(
         vision=vision,
         text=text,
-        image_token_id=_image_token(top, text.vocab_size),
-        vision_feature_layer=_feature_layer(top, vision.num_hidden_layers),
-        eos_token_ids=_eos(
+        image_token_id=_parse_image_token(top, text.vocab_size),
+        vision_feature_layer=_parse_feature_layer(top, vision.num_hidden_layers),
+        eos_token_ids=_parse_eos(
             top, Entries("generation_config.json", "", generation or {}), text.vocab_size
         ),
-        image_aspect=_aspect(top),
+        image_aspect=_parse_aspect(top),
     )
     top.refuse_strangers()
     return result
@@ -81,8 +82,8 @@ def _refuse_original_layout(top: Entries) -> None:
         )
 
 
-def _quantised(top: Entries) -> None:
-    """The loader finds weights that are integers by itself; other people's forms are refused."""
+def _check_quantization(top: Entries) -> None:
+    """Accept our own quantised checkpoints, whose weights load() recognises, and no others."""
     e = top.section("quantization_config", {})
     if e.values and (e.values.get("quant_method"), e.values.get("version")) != ("minillava", 1):
         allowed = "absent, or as weights.quantise writes it (quant_method 'minillava', version 1)"
@@ -90,7 +91,7 @@ def _quantised(top: Entries) -> None:
         raise top.error("quantization_config", dict(e.values), allowed, todo)
 
 
-def _vision(e: Entries) -> VisionConfig:
+def _parse_vision(e: Entries) -> VisionConfig:
     e.only("model_type", ("clip_vision_model",), "clip_vision_model")
     e.only("hidden_act", ("quick_gelu",), "quick_gelu")
     e.only("num_channels", (3,), 3)
@@ -110,7 +111,7 @@ def _vision(e: Entries) -> VisionConfig:
     return config
 
 
-def _text(e: Entries, tied: bool) -> TextConfig:
+def _parse_text(e: Entries, tied: bool) -> TextConfig:
     e.only("model_type", ("llama",), "llama")
     e.only("hidden_act", ("silu",), "silu")
     e.only("attention_bias", (False,), False)
@@ -124,8 +125,8 @@ def _text(e: Entries, tied: bool) -> TextConfig:
     e.multiple("num_attention_heads", heads, "num_key_value_heads", kv_heads)
     head_dim = e.integer("head_dim", hidden_size // heads)
     if head_dim % 2:
-        raise e.error("head_dim", head_dim, "an even number (rotary embedding turns pairs)")
-    theta, factor = _rope(e)
+        raise e.error("head_dim", head_dim, "an even number (rotary embedding rotates pairs)")
+    theta, factor = _parse_rope(e)
     config = TextConfig(
         hidden_size=hidden_size,
         intermediate_size=e.integer("intermediate_size", 11008),
@@ -138,17 +139,17 @@ def _text(e: Entries, tied: bool) -> TextConfig:
         rope_theta=theta,
         rope_factor=factor,
         max_position_embeddings=e.integer("max_position_embeddings", 2048),
-        # either entry ties, as in transformers: files differ in which of the two they set
+        # Either of two entries ties them, as in transformers; files differ in which one they set.
         tie_word_embeddings=e.flag("tie_word_embeddings", False) or tied,
     )
     e.refuse_strangers()
     return config
 
 
-def _rope(e: Entries) -> tuple[float, float]:
+def _parse_rope(e: Entries) -> tuple[float, float]:
     """Base and linear factor, from rope_theta and rope_scaling or from rope_parameters.
 
-    Where a file has both forms, rope_scaling and the base inside win, as in transformers.
+    If a file has both, rope_scaling wins, and a rope_theta inside it, as in transformers.
     """
     theta = e.number("rope_theta", 10000.0)
     name = "rope_scaling" if e.values.get("rope_scaling") else "rope_parameters"
@@ -167,7 +168,7 @@ def _rope(e: Entries) -> tuple[float, float]:
     return theta, factor
 
 
-def _image_token(top: Entries, vocab_size: int) -> int:
+def _parse_image_token(top: Entries, vocab_size: int) -> int:
     index = top.integer("image_token_index", 32000, minimum=0)
     token = top.integer("image_token_id", index, minimum=0)
     if top.values.get("image_token_index") not in (None, token):
@@ -178,8 +179,8 @@ def _image_token(top: Entries, vocab_size: int) -> int:
     return token
 
 
-def _feature_layer(top: Entries, n_layers: int) -> int:
-    """Hidden state 0 is what enters the first block, i what block i-1 returns."""
+def _parse_feature_layer(top: Entries, n_layers: int) -> int:
+    """Hidden state 0 enters the first block; hidden state i leaves block i - 1."""
     layer = top.integer("vision_feature_layer", -2, minimum=-n_layers - 1)
     if layer > n_layers:
         allowed = f"one whole number from {-n_layers - 1} to {n_layers}"
@@ -187,22 +188,22 @@ def _feature_layer(top: Entries, n_layers: int) -> int:
     return layer
 
 
-def _eos(top: Entries, generation: Entries, vocab_size: int) -> tuple[int, ...]:
-    """generation_config.json, else the top of config.json, else text_config, else transformers' 2.
+def _parse_eos(top: Entries, generation: Entries, vocab_size: int) -> tuple[int, ...]:
+    """From generation_config.json, else config.json, else text_config, else transformers' 2.
 
-    A text_config whose eos_token_id is null has no end token: such a model stops at the limit only.
+    A text_config with eos_token_id null has no end token: generation stops at the limit only.
     """
     text = top.section("text_config", {})
-    place = next((p for p in (generation, top) if p.values.get("eos_token_id") is not None), text)
-    ids = place.values.get("eos_token_id", 2)
+    source = next((s for s in (generation, top) if s.values.get("eos_token_id") is not None), text)
+    ids = source.values.get("eos_token_id", 2)
     ids = [] if ids is None else ids if isinstance(ids, list) else [ids]
     if not all(type(i) is int and 0 <= i < vocab_size for i in ids):
         allowed = f"a token id or a list of token ids from 0 to {vocab_size - 1}"
-        raise place.error("eos_token_id", ids, allowed)
+        raise source.error("eos_token_id", ids, allowed)
     return tuple(ids)
 
 
-def _aspect(top: Entries) -> str:
-    """Checkpoints converted from the original layout keep its image_aspect_ratio."""
+def _parse_aspect(top: Entries) -> str:
+    """From image_aspect_ratio, which checkpoints converted from the original layout keep."""
     aspect = top.only("image_aspect_ratio", (None, "square", "crop", "pad"), None)
     return "pad" if aspect == "pad" else "crop"

@@ -1,4 +1,4 @@
-"""Where a checkpoint is: a local folder, or a repository of the Hugging Face hub."""
+"""Find a checkpoint: a local folder, or a repository on the Hugging Face hub to download."""
 
 from __future__ import annotations
 
@@ -11,43 +11,49 @@ from .config_file import read_config
 _HUB_ID = re.compile(r"\w[\w.-]*/\w[\w.-]*")  # org/name
 
 
-def find(path_or_hub_id: str | Path, revision: str | None = None) -> Path:
-    """The folder of a checkpoint, fetched first if it is not a local one.
+def find_checkpoint(path_or_hub_id: str | Path, revision: str | None = None) -> Path:
+    """The folder of a checkpoint, downloaded first if it is not a local one.
 
-    Raises ValueError where there is neither a folder nor a repository of that name.
+    Raises ValueError if there is neither a folder nor a repository of that name.
     """
     name = str(path_or_hub_id)
     folder = Path(os.path.expanduser(name))
-    if os.path.isdir(folder):  # not Path's, which raises for a name that is too long
+    if os.path.isdir(folder):  # Path.is_dir would raise for a name that is too long
         if revision is not None:
             raise ValueError(
                 f"revision={revision!r}, but {name} is a local folder, which has none; leave it out"
             )
         return folder
     if os.path.exists(folder):
-        raise ValueError(f"{name} is a file, not a checkpoint; give the folder that holds it")
+        raise ValueError(f"{name} is a file, not a checkpoint; give the folder that contains it")
     if not _HUB_ID.fullmatch(name):
         raise ValueError(
             f"there is no folder {name!r}, and a hub id has the form org/name; "
             "give a checkpoint's folder or an id such as llava-hf/llava-1.5-7b-hf"
         )
-    return fetch(name, revision)
+    return download_checkpoint(name, revision)
 
 
-def fetch(hub_id: str, revision: str | None = None, to: str | Path | None = None) -> Path:
-    """Download what this package reads of a repository; returns its folder.
+def download_checkpoint(
+    hub_id: str, revision: str | None = None, to: str | Path | None = None
+) -> Path:
+    """Download the files of a repository that this package reads; returns their folder.
 
-    Cache, progress bar, resumed downloads and HF_HUB_OFFLINE are huggingface_hub's. The small files
-    come first, so that a model which is not supported costs no gigabytes. `to` is a folder of your
-    own instead of the cache. Raises ValueError if the hub, the network or the config refuses.
+    `to` is a folder to write instead of the hub's cache. huggingface_hub handles the cache, the
+    progress bar, resumed downloads and HF_HUB_OFFLINE. The small files come first, so that an
+    unsupported model is refused before gigabytes of weights are downloaded. Raises ValueError if
+    the hub, the network or the config refuses.
     """
-    folder = snapshot(hub_id, revision, to, ["*.json", "tokenizer.model"])
+    folder = download_files(hub_id, revision, to, ["*.json", "tokenizer.model"])
     read_config(folder / "config.json")
-    return snapshot(hub_id, revision, to, ["*.json", "tokenizer.model", "*.safetensors"])
+    return download_files(hub_id, revision, to, ["*.json", "tokenizer.model", "*.safetensors"])
 
 
-def snapshot(hub_id: str, revision: str | None, to: str | Path | None, patterns: list[str]) -> Path:
-    # a third of a second, and a local checkpoint needs none of it
+def download_files(
+    hub_id: str, revision: str | None, to: str | Path | None, patterns: list[str]
+) -> Path:
+    """Download the files at the top of a repository that match one of the patterns."""
+    # Importing it takes a third of a second, which a local checkpoint need not pay.
     from huggingface_hub import snapshot_download
 
     try:
@@ -57,14 +63,14 @@ def snapshot(hub_id: str, revision: str | None, to: str | Path | None, patterns:
                 revision=revision,
                 local_dir=to,
                 allow_patterns=patterns,
-                ignore_patterns=["*/*"],  # folders inside hold other things than the model
+                ignore_patterns=["*/*"],  # subfolders hold other things than the model
             )
         )
-    except Exception as error:  # its own kinds, httpx's and the system's: no base class in common
+    except Exception as error:  # of huggingface_hub, httpx or the system: they share no base class
         at = "" if revision is None else f" at revision {revision!r}"
         reason = " ".join(str(error).split())[:300] or type(error).__name__
         raise ValueError(
-            f"there is no folder {hub_id!r}, and the hub's {hub_id!r}{at} could not be fetched "
-            f"({reason}); check the id, the revision and the network (HF_HUB_OFFLINE=1 reads the "
-            "cache only; private and gated ones need `hf auth login`), or give a local folder"
+            f"there is no folder {hub_id!r}, and the hub's {hub_id!r}{at} could not be downloaded "
+            f"({reason}); check the id, the revision and the network (HF_HUB_OFFLINE=1 reads only "
+            "the cache; private and gated ones need `hf auth login`), or give a local folder"
         ) from error

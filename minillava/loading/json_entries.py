@@ -1,4 +1,4 @@
-"""Reading a checkpoint's json files entry by entry, with errors that name the entry."""
+"""Read a checkpoint's json files entry by entry, with errors that name the entry."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
-# Written by transformers or by training code, and without influence on what a forward computes.
+# Written by transformers or by training code; none changes what the model computes.
 HARMLESS = frozenset(
     """
     architectures attention_dropout bad_words_ids begin_suppress_tokens bos_token_id
@@ -23,13 +23,16 @@ HARMLESS = frozenset(
     tf_legacy_loss tokenizer_class tokenizer_model_max_length tokenizer_padding_side top_k top_p
     torch_dtype torchscript transformers_version typical_p use_bfloat16 use_cache
     """.split()  # noqa: SIM905
-) | {"tie_word_embeddings", "vocab_size"}  # stale copies of them stand in other sections
+) | {"tie_word_embeddings", "vocab_size"}  # other sections contain stale copies of these
 
-MOST = 10**7  # of anything a checkpoint counts
+MAX_INTEGER = 10**7  # larger than any size in a checkpoint
 
 
 class Entries:
-    """One object of a json file: typed reads with defaults, and what has been read (`seen`)."""
+    """One object of a json file, whose entries are read by type and checked.
+
+    An entry that is null counts as absent and gets the default. `seen` collects the keys read.
+    """
 
     def __init__(self, source: str, section: str, values: Mapping[str, Any]) -> None:
         self.source = source
@@ -38,7 +41,7 @@ class Entries:
         self.seen: set[str] = set()
 
     def where(self, key: str) -> str:
-        """file: section.key, as errors call an entry."""
+        """The place of an entry as errors show it: "config.json: text_config.hidden_size"."""
         return f"{self.source}: {self.name}{key}"
 
     def error(self, key: str, value: object, allowed: str, todo: str = "") -> ValueError:
@@ -46,7 +49,7 @@ class Entries:
         return ValueError(f"{self.where(key)} is {value!r}, but must be {allowed}; {todo}")
 
     def section(self, key: str, default: Mapping[str, Any]) -> Entries:
-        """The object under `key`; null counts as absent."""
+        """The object under `key`."""
         self.seen.add(key)
         value = self.values.get(key)
         if not isinstance(value, Mapping | None):
@@ -54,12 +57,12 @@ class Entries:
         return Entries(self.source, f"{self.name}{key}.", default if value is None else value)
 
     def only(self, key: str, allowed: tuple[Any, ...], default: Any, todo: str = "") -> Any:
-        """An entry of which only some values are supported."""
+        """An entry that may only have one of the values in `allowed`."""
         self.seen.add(key)
         value = self.values.get(key)
         if value is None:
             return default
-        # by type as well: in Python True equals 1
+        # Types must agree too, since True == 1 in Python.
         if not any(value == a and type(value) in (type(a), float) for a in allowed):
             known = " or ".join("absent" if a is None else repr(a) for a in allowed)
             raise self.error(key, value, known, todo)
@@ -73,12 +76,13 @@ class Entries:
         value = self.values.get(key)
         if value is None:
             return default
-        if type(value) is not int or not minimum <= value <= MOST:
-            raise self.error(key, value, f"one whole number of at least {minimum}, at most {MOST}")
+        if type(value) is not int or not minimum <= value <= MAX_INTEGER:
+            allowed = f"one whole number of at least {minimum}, at most {MAX_INTEGER}"
+            raise self.error(key, value, allowed)
         return value
 
     def number(self, key: str, default: float | None, minimum: float = 0.0) -> float:
-        """A finite number above 0 and not below `minimum`; a default of None demands the entry."""
+        """A finite number above 0 and at least `minimum`. With the default None it is required."""
         self.seen.add(key)
         value = self.values.get(key)
         value = default if value is None else value
@@ -97,21 +101,21 @@ class Entries:
             raise self.error(key, value, f"a multiple of {of}={divisor}", "correct the file")
 
     def refuse_strangers(self, harmless: Collection[str] = HARMLESS) -> None:
-        """Entries nobody has read may be switched off, private or known to be harmless."""
+        """Raises ValueError for an unread entry, unless it is switched off or harmless."""
         for key, value in self.values.items():
             if key in self.seen or key in harmless or key.startswith("_"):
                 continue
             if value in (None, False, "", [], {}):  # switched off
                 continue
             raise ValueError(
-                f"{self.where(key)} is {value!r}, an entry that minillava does not know, so it may "
-                "change what is computed; known are those that transformers writes for LLaVA-1.5; "
-                "if it is of no consequence, remove it from the file"
+                f"{self.where(key)} is {value!r}, an entry that minillava does not know and that "
+                "may change what the model computes; the entries that transformers writes for "
+                "LLaVA-1.5 are known; if this one changes nothing, remove it from the file"
             )
 
 
 def read_json(path: str | Path) -> dict[str, Any]:
-    """A json file that holds an object. Raises ValueError for any other."""
+    """Read a json file that contains an object. Raises ValueError if it does not."""
     try:
         content = json.loads(Path(path).read_text(encoding="utf-8"))
     except OSError as error:
@@ -119,7 +123,9 @@ def read_json(path: str | Path) -> dict[str, Any]:
             f"cannot read {path} ({error.strerror}); give a checkpoint that has it"
         ) from error
     except (ValueError, RecursionError) as error:
-        raise ValueError(f"{path} is no valid json ({error}); fetch the file again") from error
+        raise ValueError(f"{path} is not valid json ({error}); download the file again") from error
     if not isinstance(content, dict):
-        raise ValueError(f"{path} holds {type(content).__name__}, not an object; fetch it again")
+        raise ValueError(
+            f"{path} contains {type(content).__name__}, but must be an object; download it again"
+        )
     return content

@@ -1,4 +1,4 @@
-"""What published checkpoints call their tensors, and what we call them: one table."""
+"""The names of tensors in published checkpoints and in our model, as one table (KEYS)."""
 
 from __future__ import annotations
 
@@ -6,8 +6,8 @@ import functools
 import re
 from collections.abc import Iterable
 
-# Published name -> ours, in the words of the llava-hf repositories on the hub. {} is a layer's
-# number, * the rest of the name, None is left out on purpose; first match wins.
+# Name in the llava-hf repositories on the hub -> name in our model. {} stands for a layer's number
+# and * for the rest of a name. None: left out on purpose. The first match wins.
 KEYS: dict[str, str | None] = {
     "vision_tower.vision_model.embeddings.position_ids": None,  # 0, 1, 2, ...
     "vision_tower.vision_model.embeddings.class_embedding": "vision.class_embedding",
@@ -31,12 +31,12 @@ KEYS: dict[str, str | None] = {
     "language_model.lm_head.*": "llama.lm_head.*",
 }
 
-# What others write -> the hub's words above; first match wins.
+# Spellings that other versions write -> the spelling of the keys above. The first match wins.
 SPELLINGS: dict[str, str] = {
     "vision_tower.vision_model.*": "vision_tower.vision_model.*",
-    "vision_tower.*": "vision_tower.vision_model.*",  # files of transformers 5
+    "vision_tower.*": "vision_tower.vision_model.*",  # written by transformers 5
     "model.vision_tower.vision_model.*": "vision_tower.vision_model.*",
-    "model.vision_tower.*": "vision_tower.vision_model.*",  # modules of transformers 5
+    "model.vision_tower.*": "vision_tower.vision_model.*",  # modules in transformers 5
     "model.multi_modal_projector.*": "multi_modal_projector.*",
     "model.language_model.*": "language_model.model.*",
     "lm_head.*": "language_model.lm_head.*",
@@ -45,13 +45,13 @@ SPELLINGS: dict[str, str] = {
 
 
 def our_name(published: str) -> str | None:
-    """A published name in our words; None: left out on purpose. KeyError: KEYS has no such."""
+    """Translate a published name into ours; None if it is left out. Raises KeyError if unknown."""
     name = _translate(published, SPELLINGS.items())
     return None if name is None else _translate(name, KEYS.items())
 
 
 def published_name(ours: str) -> str:
-    """Our name in the words of the llava-hf repositories on the hub."""
+    """Translate our name into that of the llava-hf repositories on the hub."""
     rows = [(to, name) for name, to in KEYS.items() if to is not None]
     return str(_translate(ours, rows))
 

@@ -1,7 +1,8 @@
-"""The small files of a checkpoint's folder -> Processor: tokenizer.model with the json files beside
-it, and preprocessor_config.json.
+"""The small files of a checkpoint -> Processor: tokenizer.model with the json files beside it, and
+preprocessor_config.json.
 
-Absent entries are what transformers takes them to be; what this code does not compute is refused.
+Missing entries get transformers' defaults. An entry that asks for something this code does not
+compute is refused, never ignored.
 """
 
 from __future__ import annotations
@@ -13,16 +14,20 @@ from typing import Any
 from PIL import Image
 
 from ..config import Config
-from ..image import ImageConfig
-from ..processor import Processor
-from ..prompt import IMAGE
-from ..tokenizer import Tokenizer
+from ..processing.image import ImageConfig
+from ..processing.processor import Processor
+from ..processing.templates import IMAGE
+from ..processing.tokenizer import Tokenizer
 from .json_entries import Entries, read_json
 
 
 def read_processor(folder: str | Path, config: Config) -> Processor:
-    """Of a checkpoint. One made for padded pictures was converted from the original layout,
-    and speaks vicuna_v1. Raises ValueError for files that do not fit each other."""
+    """Read the processor of a checkpoint.
+
+    image_aspect_ratio "pad" in config.json means that the checkpoint was converted from the
+    original LLaVA layout, so it gets that code's vicuna_v1 template. Raises ValueError if the files
+    do not fit each other.
+    """
     tokenizer = read_tokenizer(folder, config.image_token_id)
     if tokenizer.image_id != config.image_token_id:
         raise ValueError(
@@ -43,14 +48,14 @@ def read_processor(folder: str | Path, config: Config) -> Processor:
     )
 
 
-# ---------------------------------------------------------------- ids
+# ---------------------------------------------------------------- tokenizer
 
 
 def read_tokenizer(folder: str | Path, image_id: int) -> Tokenizer:
     """Read a checkpoint's tokenizer.model and the json files beside it.
 
-    image_id: of <image>, where no file names it. Raises ValueError for files that are missing
-    or ask for something this code does not do.
+    image_id: the id of <image> if no file gives one. Raises ValueError for missing files and for
+    settings that this code does not support.
     """
     folder = Path(folder)
     model = folder / "tokenizer.model"
@@ -70,69 +75,78 @@ def read_tokenizer(folder: str | Path, image_id: int) -> Tokenizer:
 
 
 def _added_tokens(folder: Path, config: Entries) -> dict[str, int]:
-    """From the first of the three places where transformers writes them that has any."""
-    return dict(_listed(folder / "tokenizer.json", "added_tokens")) or (
-        dict(_numbered(config)) or dict(_named(folder / "added_tokens.json"))
+    """From the first of the three files that has any: transformers versions use different ones."""
+    return dict(_read_tokenizer_json(folder / "tokenizer.json")) or (
+        dict(_read_tokens_decoder(config)) or dict(_read_added_tokens(folder / "added_tokens.json"))
     )
 
 
-def _listed(path: Path, key: str) -> Iterator[tuple[str, int]]:
+def _read_tokenizer_json(path: Path) -> Iterator[tuple[str, int]]:
     if path.is_file():
-        for token in read_json(path).get(key) or ():
-            yield _plain(path, token, token.get("id"))
+        for token in read_json(path).get("added_tokens") or ():
+            yield _check_token(path, token, token.get("id"))
 
 
-def _numbered(config: Entries) -> Iterator[tuple[str, int]]:
+def _read_tokens_decoder(config: Entries) -> Iterator[tuple[str, int]]:
     for number, token in config.section("added_tokens_decoder", {}).values.items():
-        yield _plain(Path(config.source), token, int(number) if number.isdecimal() else number)
+        yield _check_token(
+            Path(config.source), token, int(number) if number.isdecimal() else number
+        )
 
 
-def _named(path: Path) -> Iterator[tuple[str, int]]:
+def _read_added_tokens(path: Path) -> Iterator[tuple[str, int]]:
     if path.is_file():
         for content, number in read_json(path).items():
-            yield _plain(path, {"content": content}, number)
+            yield _check_token(path, {"content": content}, number)
 
 
-def _plain(path: Path, token: Mapping[str, Any], number: object) -> tuple[str, int]:
+def _check_token(path: Path, token: Mapping[str, Any], number: object) -> tuple[str, int]:
     content = token.get("content")
-    odd = [flag for flag in ("lstrip", "rstrip", "single_word") if token.get(flag)]
-    if odd or not isinstance(content, str) or not content or type(number) is not int:
+    flags = [flag for flag in ("lstrip", "rstrip", "single_word") if token.get(flag)]
+    if flags or not isinstance(content, str) or not content or type(number) is not int:
         raise ValueError(
-            f"{path}: the added token {content!r} with id {number!r} {' and '.join(odd)} is not "
+            f"{path}: the added token {content!r} with id {number!r} {' and '.join(flags)} is not "
             "supported, only plain tokens with an id are; use the files of llava-hf/llava-1.5-7b-hf"
         )
     return content, number
 
 
-# ---------------------------------------------------------------- pictures
+# ---------------------------------------------------------------- images
 
 
 def read_image_config(folder: str | Path, image_size: int) -> ImageConfig:
-    """Read preprocessor_config.json, else processor_config.json, else take the vision tower's
-    `image_size` and CLIP's numbers.
+    """Read preprocessor_config.json, or else the image_processor of processor_config.json.
 
-    Raises ValueError, naming file, entry, value, what is allowed and what to do, for settings
-    that this code does not compute.
+    Without either, CLIP's settings at the vision tower's `image_size` are used. Raises ValueError
+    for settings that this code does not compute; it names the file, the entry, its value, what is
+    allowed and what to do.
     """
-    own, shared = (Path(folder) / f"{n}_config.json" for n in ("preprocessor", "processor"))
+    own, nested = (Path(folder) / f"{n}_config.json" for n in ("preprocessor", "processor"))
     if own.is_file():
         entries = Entries(str(own), "", read_json(own))
-    elif shared.is_file():
-        entries = Entries(str(shared), "", read_json(shared)).section("image_processor", {})
+    elif nested.is_file():
+        entries = Entries(str(nested), "", read_json(nested)).section("image_processor", {})
     else:
         return ImageConfig(image_size, image_size)
-    return _image(entries, image_size) if entries.values else ImageConfig(image_size, image_size)
+    return (
+        _parse_image_config(entries, image_size)
+        if entries.values
+        else ImageConfig(image_size, image_size)
+    )
 
 
-def _image(e: Entries, image_size: int) -> ImageConfig:
-    """Absent entries are what CLIPImageProcessor takes them to be."""
+def _parse_image_config(e: Entries, image_size: int) -> ImageConfig:
+    """Missing entries get the defaults of transformers' CLIPImageProcessor."""
     for key in ("do_resize", "do_center_crop", "do_rescale", "do_normalize", "do_convert_rgb"):
         e.only(key, (True,), True)
     e.only("do_pad", (False,), False, "leave it out and ask for image_aspect='pad'")
     kinds = ("CLIPImageProcessor", "CLIPImageProcessorFast", "CLIPImageProcessorPil")
     e.only("image_processor_type", kinds, kinds[0])
     e.only("feature_extractor_type", ("CLIPFeatureExtractor", *kinds), kinds[0])
-    crop, size = _side(e, "crop_size", ("height", "width")), _side(e, "size", ("shortest_edge",))
+    crop, size = (
+        _parse_side(e, "crop_size", ("height", "width")),
+        _parse_side(e, "size", ("shortest_edge",)),
+    )
     if crop != image_size:
         raise e.error("crop_size", crop, f"{image_size} like vision_config.image_size")
     if size < crop:
@@ -142,19 +156,19 @@ def _image(e: Entries, image_size: int) -> ImageConfig:
         size=size,
         crop=crop,
         resample=e.only("resample", filters, Image.Resampling.BICUBIC.value),
-        mean=_colour(e, "image_mean", ImageConfig.mean),
-        std=_colour(e, "image_std", ImageConfig.std),
+        mean=_parse_colour(e, "image_mean", ImageConfig.mean),
+        std=_parse_colour(e, "image_std", ImageConfig.std),
         rescale=e.number("rescale_factor", 1 / 255),
     )
-    # of the loading code, or without influence on pixels
+    # Read by transformers' loading code, or without influence on the pixels.
     e.seen.update(("processor_class", "data_format", "input_data_format", "return_tensors"))
     e.seen.update(("default_to_square", "device", "disable_grouping", "image_seq_length"))
     e.refuse_strangers()
     return config
 
 
-def _side(e: Entries, key: str, names: tuple[str, ...]) -> int:
-    """A length that stands there as a number (old files) or once under each of `names`."""
+def _parse_side(e: Entries, key: str, names: tuple[str, ...]) -> int:
+    """A length given as one number (old files) or as the same number under each of `names`."""
     e.seen.add(key)
     value = e.values.get(key, 224)
     side = value[names[0]] if isinstance(value, dict) and names[0] in value else value
@@ -164,7 +178,7 @@ def _side(e: Entries, key: str, names: tuple[str, ...]) -> int:
     return side
 
 
-def _colour(e: Entries, key: str, default: tuple[float, ...]) -> tuple[float, ...]:
+def _parse_colour(e: Entries, key: str, default: tuple[float, ...]) -> tuple[float, ...]:
     e.seen.add(key)
     value = e.values.get(key, default)
     numbers = isinstance(value, list | tuple) and all(type(v) in (int, float) for v in value)

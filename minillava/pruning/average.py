@@ -1,50 +1,84 @@
 """Budgets as papers state them: image tokens ENTERING a layer, averaged over the layers.
 
-`average=192` is no setting of a method that acts inside the decoder, it is a result: with 32 layers
-and 576 tokens FastV at layer 2 reaches it by keeping 166. Such methods are `Budgeted` (base.py),
-and solve it before anything runs. What came of it can be counted from a report's
-`image_tokens_entering`, here in two ways: as above, and as SparseVLM's released counter does, which
-counts a layer whose output is pruned as if its input had been.
+`average=192` is no option of a method but a result of its options: with 32 layers and 576 image
+tokens, FastV at layer 2 reaches 191.6 by keeping 166. A plan of one method with average= is solved
+against the model before anything runs: of the method's variants(), the one whose average is nearest
+is taken. Any method works whose left() says how many tokens stay, also a user's.
+
+What a run really did can be counted from its report's image_tokens_entering, with entering() as
+above, or with leaving() as SparseVLM's released counter does, which counts a layer whose output is
+pruned as if its input had been.
 """
 
 from __future__ import annotations
 
-import itertools
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from .base import Method, Plan
+
+SLACK = 0.5  # tokens by which average= may lie out of reach, since people type it rounded
+
+
+@dataclass(frozen=True)
+class AveragePlan(Plan):
+    """A plan of one method whose average is given: AveragePlan((FastV(layer=2),), average=192)."""
+
+    average: float = 0.0
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if len(self.methods) != 1:
+            raise ValueError(
+                f"average={self.average} is solved for one method alone, this plan has "
+                f"{len(self.methods)}; give the options that say how many tokens stay"
+            )
+        if self.methods[0].scope == "all":
+            name = self.methods[0].name
+            raise ValueError(f"{name}: average={self.average} counts one image; give keep=")
+
+    def resolve(self, n_layers: int, n_tokens: int) -> Plan:
+        """The plan with the variant of its method whose average is nearest on this model."""
+        method = nearest_variant(self.methods[0], self.average, n_layers, n_tokens)
+        return Plan((method,), self.tokens, self.focus, self.text)
+
+
+def nearest_variant(method: Method, average: float, n_layers: int, n_tokens: int) -> Method:
+    """Of a method's variants, the one whose average is nearest; of equally near ones the first."""
+    found = [
+        (average_entering(variant, n_layers, n_tokens), variant)
+        for variant in method.variants(n_layers, n_tokens)
+    ]
+    if not found:
+        raise ValueError(f"{method.name}: average={average} cannot be solved for these options")
+    reached, nearest = min(found, key=lambda pair: abs(pair[0] - average))
+    averages = [reached for reached, _ in found]
+    if not min(averages) <= average <= max(averages) and abs(reached - average) > SLACK:
+        value = getattr(nearest, method.strength)
+        values = value if isinstance(value, tuple) else (value,)
+        said = "/".join(f"{v:.4f}" if isinstance(v, float) else str(v) for v in values)
+        raise ValueError(
+            f"{method.name}: average={average} is out of reach with {n_layers} layers and "
+            f"{n_tokens} image tokens; the nearest is average={reached:.1f} "
+            f"({method.strength}={said})"
+        )
+    return nearest
+
+
+def average_entering(method: Method, n_layers: int, n_tokens: int) -> float:
+    """Image tokens of one image that enter a decoder layer, averaged over the layers."""
+    total, now, since = 0, n_tokens, 0
+    for (_, layer), left in zip(method.stages(), method.left(n_tokens), strict=True):
+        total += now * (layer - since)
+        now, since = left, layer
+    return (total + now * (n_layers - since)) / n_layers
 
 
 def entering(layers: Sequence[Sequence[int]]) -> list[float]:
-    """Average over layers of the image tokens entering them: counts [layer][b] -> [b]."""
+    """Average over layers of the image tokens that enter them: counts [layer][b] -> [b]."""
     return [sum(counts) / len(counts) for counts in zip(*layers, strict=True)]
 
 
 def leaving(layers: Sequence[Sequence[int]]) -> list[float]:
     """The same for the tokens that leave a layer for the next: SparseVLM's own counter."""
     return entering([*layers[1:], layers[-1]])
-
-
-def between(jumps: Iterable[float]) -> Iterator[float]:
-    """A number between any two neighbours: every value of what only changes at these jumps."""
-    return ((a + b) / 2 for a, b in itertools.pairwise(sorted(set(jumps))))
-
-
-def check_ascending(name: str, layers: Sequence[int]) -> None:
-    if list(layers) != sorted(set(layers)):
-        raise ValueError(f"{name}: layers={'/'.join(map(str, layers))} must ascend")
-
-
-def check_stages(name: str, layers: Sequence[int], values: Sequence[float], option: str) -> None:
-    """Refuse lists that are not one value for each of some ascending layers."""
-    said = "/".join(map(str, layers))
-    if len(layers) != len(values):
-        raise ValueError(
-            f"{name}: layers={said} are {len(layers)}, but {option}="
-            f"{'/'.join(map(str, values))} are {len(values)}; give one for each layer"
-        )
-    check_ascending(name, layers)
-
-
-def check_after_first(name: str, layer: int) -> None:
-    """Refuse layer 0 to a method that reads the layer before."""
-    if layer == 0:
-        raise ValueError(f"{name}: layer 0 has no layer before it to rank by; give one from 1 on")

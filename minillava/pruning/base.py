@@ -1,389 +1,497 @@
-"""What a pruning method is, what it sees, and how its choice shortens a sequence.
+"""What a pruning method is, what it sees, and how several of them make a plan.
 
-A method is a frozen dataclass: its fields are its options, its class variables what it declares,
-and `choose` maps the Context of one image of one sample to a Keep. Everything else (batches,
-several images, cache, positions, masks, report) is done once, for all methods, in llava.py.
+A method is a frozen dataclass: its fields are its options, its class variables are what it
+declares, and `choose` maps a Context (the candidates of one image of one sample) to a Keep (those
+that stay). Batches, several images, KV cache, positions, masks and the report are done once, for
+all methods, in engine.py.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field, replace
+from collections.abc import Iterator, Mapping
+from dataclasses import MISSING, dataclass, field, fields, replace
 from functools import cached_property
-from typing import TYPE_CHECKING, ClassVar, Literal, TypeVar
+from inspect import get_annotations
+from typing import Any, ClassVar, Literal, cast
 
 import torch
 from torch import Tensor
 
-if TYPE_CHECKING:
-    from ..clip import CLIPVision
+from ..attention import attention_received
+from ..llama import rotate
+from ..llava import LLaVA
+from ..rows import Keep as Keep
+from ..sample import LastAttention, Sample, pad_visible
 
 Stage = Literal["vision", "embed", "decoder"]
+Stages = tuple[tuple[Stage, int], ...]
 STAGES: tuple[Stage, ...] = ("vision", "embed", "decoder")  # in the order in which they run
-M = TypeVar("M", bound="Budgeted")
-ROWS_AT_ONCE = 256  # attention weights are held for at most so many (row, head) pairs
-SLACK = 0.5  # tokens by which a budget may lie outside, since people type what they read rounded
 
 
-# ---------------------------------------------------------------- what a method says
+# ---------------------------------------------------------------- options
 
 
-@dataclass(frozen=True)
-class Keep:
-    """The choice among n candidates.
+def option(
+    default: Any = MISSING,
+    *,
+    help: str = "",
+    low: float | None = None,
+    high: float | None = None,
+    choices: tuple[str, ...] = (),
+    alias: str | None = None,
+    instead_of: tuple[str, ...] = (),
+    amount: bool = False,
+) -> Any:
+    """An option of a method: a dataclass field with what its values may be.
 
-    index (K,): candidates that stay, counted 0..n-1; the engine sorts them unless `ordered`.
-    rows (K, C|D): what stands in their place afterwards (merging), in the order of `index`.
-    extra (M, C|D): further rows without a patch, behind the kept ones, or before if `extra_first`.
+    low, high: bounds, both included, of a number or of each number of a list. choices: the values
+    of a text. alias: a second spelling. instead_of: options of which only one may be given. amount:
+    a number of tokens (int), or a share of them (float from 0 to 1). No default: it must be given.
     """
+    return field(default=default, metadata={k: v for k, v in locals().items() if k != "default"})
 
-    index: Tensor
-    rows: Tensor | None = None
-    extra: Tensor | None = None
-    extra_first: bool = False
-    ordered: bool = False
+
+def amount(default: Any = MISSING, help: str = "number or share kept", **rule: Any) -> Any:
+    """An option that says how many tokens; count() makes a number of it."""
+    return option(default, help=help, amount=True, **rule)
+
+
+def check_option(name: str, value: Any, rule: Mapping[str, Any]) -> None:
+    """Raise ValueError if the value of an option breaks what option() declared."""
+    said, allowed = "/".join(map(str, value)) if isinstance(value, tuple) else value, ""
+    low, high, choices = rule["low"], rule["high"], rule["choices"]
+    for v in value if isinstance(value, tuple) else (value,):
+        if choices and v is not None and v not in choices:
+            allowed = f"one of {', '.join(choices)}"
+        if v is None or isinstance(v, str):
+            continue
+        if rule["amount"] and not (v >= 0 if isinstance(v, int) else 0 <= v <= 1):
+            allowed = "a whole number of tokens, or a share from 0.0 to 1.0"
+        if (low is not None and not v >= low) or (high is not None and not v <= high):
+            allowed = f"{low} or more" if high is None else f"from {low} to {high}"
+            allowed += f" ({rule['help']})"
+    if allowed:
+        raise ValueError(f"{name}={said} must be {allowed}")
+
+
+def count(keep: float, n_tokens: int) -> int:
+    """An amount as a number of tokens: an int as it is, a float as share of n_tokens, at least 1
+    unless it is 0. Shares are rounded half to even, as Python's round does: count(0.5, 5) is 2."""
+    n = keep if isinstance(keep, int) else round(n_tokens * keep)
+    return n if keep == 0 else max(1, n)
+
+
+def top(scores: Tensor, k: int, where: str) -> Tensor:
+    """Indices (k,) of the k highest of scores (n,), highest first, equal ones by lower index.
+    NaN raises ValueError, which says `where` it was found (Context.where)."""
+    if scores.isnan().any():
+        raise ValueError(f"NaN among the scores of {where}: the weights or the input are broken")
+    return torch.sort(scores, descending=True, stable=True).indices[:k]
+
+
+# ---------------------------------------------------------------- methods
 
 
 @dataclass(frozen=True, kw_only=True)
 class Method:
-    """Base of all methods. The fields here are options that every method takes."""
+    """Base class of all methods. The fields here are options that every method takes."""
 
-    mode: str = field(default="drop", metadata={"choices": ("drop", "mask")})
-    positions: str | None = field(default=None, metadata={"choices": ("original", "compact")})
-    scope: str = field(default="image", metadata={"choices": ("image", "all")})
-    until: int | None = None  # mask mode: the mask ends where this layer begins
+    mode: str = option("drop", choices=("drop", "mask"), help="drop rows or hide them")
+    positions: str | None = option(
+        None, choices=("original", "compact"), help="whether rows keep their positions after a drop"
+    )
+    scope: str = option("image", choices=("image", "all"), help="one budget per image or for all")
+    until: int | None = option(None, help="mode=mask: the mask ends where this layer begins")
 
-    name: ClassVar[str]
-    paper: ClassVar[str] = ""
-    source: ClassVar[str] = ""  # the released file it was checked against
-    acts: ClassVar[str] = ""  # where, in words
-    checked: ClassVar[str] = ""  # against what, in words
-    identity: ClassVar[str | None] = None  # options that keep everything
-    drops_only: ClassVar[bool] = True  # no new or merged rows
+    file: ClassVar[str] = ""  # the user's file that the class was read from
+    name: ClassVar[str]  # without one of its own, a class is called by its name in lower case
+    identity: ClassVar[str | None] = None  # options that keep everything, if there are any
+    drops_only: ClassVar[bool] = True  # Keep has neither merged or extra rows nor another order
     newest_row: ClassVar[bool] = False  # the score reads the newest row
-    numbering: ClassVar[str] = "original"  # positions, unless the option says otherwise
-    file: ClassVar[str] = ""  # a user's own, that the method was read from
-    aliases: ClassVar[Mapping[str, str]] = {}  # other spellings of options
-    either: ClassVar[tuple[frozenset[str], ...]] = ()  # options of which only one may be given
+    choice_stands: ClassVar[bool] = False  # ... but mode=mask does not choose again for new tokens
+    numbering: ClassVar[str] = "original"  # default of `positions`
+    strength: ClassVar[str] = "keep"  # the option that average= sets (average.py)
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        if "name" not in vars(cls):
+            cls.name = cls.__name__.lower()
+
+    def __new__(cls, *args: Any, **kwargs: Any) -> Method:
+        """Refuse a class whose options are no dataclass fields, before Python's own error does."""
+        if get_annotations(cls) and "__dataclass_fields__" not in vars(cls):
+            raise ValueError(f"put @dataclass(frozen=True) above class {cls.__name__}")
+        return super().__new__(cls)
 
     def __post_init__(self) -> None:
-        if self.mode == "mask" and not self.drops_only:
-            raise ValueError(
-                f"{self.name}: mode=mask needs a method that only drops; use mode=drop"
-            )
-        if self.mode == "mask" and self.positions == "compact":
-            raise ValueError(f"{self.name}: mode=mask renumbers nothing; use positions=original")
-        if self.mode == "drop" and self.until is not None:
-            raise ValueError(f"{self.name}: until={self.until} ends a mask; it needs mode=mask")
-        if self.scope == "all" and not self.drops_only:
-            raise ValueError(f"{self.name}: scope=all needs a method that only drops")
+        for name, value, rule in self.options():
+            check_option(f"{self.name}: {name}", value, rule)
+        masks, compact = self.mode == "mask", self.positions == "compact"
+        only_drops = "needs a method that only drops"
+        for refused, why in (
+            (masks and not self.drops_only, f"mode=mask {only_drops}; use mode=drop"),
+            (masks and compact, "mode=mask renumbers nothing; use positions=original"),
+            (self.until and not masks, f"until={self.until} ends a mask; it needs mode=mask"),
+            (self.scope == "all" and not self.drops_only, f"scope=all {only_drops}"),
+        ):
+            if refused:
+                raise ValueError(f"{self.name}: {why}")
 
-    def stages(self) -> tuple[tuple[Stage, int], ...]:
-        """Where it acts: stage and layer; layer is 0 before the decoder."""
+    def options(self) -> Iterator[tuple[str, Any, Mapping[str, Any]]]:
+        """Name, value and rule of each option; a plain field called `keep` is an amount too."""
+        for f in fields(self):
+            rule = amount().metadata if f.name == "keep" and not f.metadata else f.metadata
+            if rule:
+                yield f.name, getattr(self, f.name), rule
+
+    def stages(self) -> Stages:
+        """Where it acts: ("vision", 0) before the projector, ("embed", 0) after it, ("decoder", K)
+        on what enters decoder layer K. `choose` is called once for each."""
         raise NotImplementedError
 
     def choose(self, c: Context) -> Keep:
         """Choose among the candidates of one image (scope=all: of all images) of one sample."""
         raise NotImplementedError
 
+    def left(self, n_tokens: int) -> tuple[int, ...]:
+        """Image rows left after each stage, out of n_tokens; at most so many, if it depends."""
+        return tuple(n_tokens for _ in self.stages())
+
+    def variants(self, n_layers: int, n_tokens: int) -> Iterator[Method]:
+        """What average= chooses among: the method with every value of keep, unless overridden."""
+        if any(f.name == "keep" for f in fields(self)):
+            for k in range(1, n_tokens + 1):
+                yield replace(cast(Any, self), keep=k)
+
     def check(self, n_layers: int, n_tokens: int, starts: tuple[int, ...]) -> None:
-        """Refuse what cannot be run on this model and sample, before any forward (ValueError).
+        """Raise ValueError, before any forward, for what cannot run on this model and sample.
 
-        n_tokens: image tokens in one scope before pruning; starts: place of each of the sample's
-        images (at least one) in its prompt.
+        n_tokens: image tokens in one scope before pruning (576, or all images' with scope=all);
+        starts: index of each image's first token in the prompt, at least one.
         """
-        for _, layer in self.stages():
-            check_layer(self.name, layer, n_layers)
-        if self.until is not None and not self.stages()[0][1] < self.until <= n_layers:
+        layers = [layer for _, layer in self.stages()]
+        for layer in layers:
+            if not 0 <= layer < n_layers:
+                raise ValueError(
+                    f"{self.name}: layer={layer}, but the decoder has layers 0 to {n_layers - 1}; "
+                    "give one of these (what enters it is pruned)"
+                )
+        if self.until is not None and not layers[0] < self.until <= n_layers:
             raise ValueError(
-                f"{self.name}: until={self.until} must be a layer after {self.stages()[0][1]}, "
-                f"at most {n_layers}"
+                f"{self.name}: until={self.until} must be a layer after {layers[0]}, at most "
+                f"{n_layers}"
             )
-        keep = getattr(self, "keep", None)
-        if isinstance(keep, int | float):
-            check_amount(self.name, keep)
-            check_keep(self.name, keep, n_tokens)
-
-    def resolve(self, n_layers: int, n_tokens: int) -> Method:
-        """The method with options that depend on the model made definite (ValueError: cannot be).
-
-        n_tokens: image tokens of one image before pruning.
-        """
-        return self
-
-    def most(self, n_tokens: int) -> int:
-        """Rows an image can have left after it; n_tokens unless the method knows better."""
-        return n_tokens
+        for name, value, rule in self.options():
+            for v in value if isinstance(value, tuple) else (value,):
+                if rule["amount"] and isinstance(v, int) and v > n_tokens:
+                    raise ValueError(
+                        f"{self.name}: {name}={v}, but there are {n_tokens} image tokens; give at "
+                        f"most so many, or a share such as {name}=0.5"
+                    )
 
     def vision_layers(self, n_layers: int) -> tuple[int, ...]:
-        """Hidden states of the vision tower it reads, besides LLaVA's feature layer."""
+        """Numbers of the vision tower's hidden states that `choose` reads, besides LLaVA's own;
+        state i is what enters block i, n_layers is the number of blocks (24)."""
         return ()
 
     def own_features(self, n_tokens: int) -> bool:
-        """Whether it makes every row itself, of states in `vision_layers` (ToMe): alone in a plan,
-        it spares the vision tower its own way to LLaVA's feature layer."""
+        """True if the method recomputes all image features itself (ToMe does, from hidden state 0).
+        If it is the plan's only method, the tower need not run up to LLaVA's feature layer."""
         return False
 
     @property
     def shift(self) -> int:
-        """Rows by which its window begins behind the image's first patch (FastV as released: 1)."""
+        """Rows by which the window is moved towards the end (FastV as released: 1)."""
         return 0
 
     @property
     def compact(self) -> bool:
-        """Whether it renumbers the rows that are left."""
+        """Whether the rows that are left get positions 0, 1, 2, ..."""
         return self.mode == "drop" and (self.positions or self.numbering) == "compact"
 
 
-@dataclass(frozen=True, kw_only=True)
-class Budgeted(Method):
-    """A method of the decoder that `average=` can set: image tokens entering a layer, averaged over
-    the layers. It is solved against the model to the nearest of `variants`; what lies outside all
-    of them is refused."""
-
-    average: float | None = field(
-        default=None, metadata={"help": "image tokens entering a layer, averaged over the layers"}
-    )
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if self.average is not None and self.scope == "all":
-            raise ValueError(f"{self.name}: average={self.average} counts one image; give keep=")
-
-    def left(self, n_tokens: int) -> tuple[int, ...]:
-        """Image rows there are after each of its stages, out of n_tokens."""
-        raise NotImplementedError
-
-    def variants(self: M, n_layers: int, n_tokens: int) -> Iterator[tuple[str, M]]:
-        """What `average` chooses among: options as text, and the method with them."""
-        raise NotImplementedError
-
-    def reaches(self, n_layers: int, n_tokens: int) -> float:
-        """Average over the layers of image tokens entering."""
-        total, count, since = 0, n_tokens, 0
-        for (_, layer), left in zip(self.stages(), self.left(n_tokens), strict=True):
-            total += count * (layer - since)
-            count, since = left, layer
-        return (total + count * (n_layers - since)) / n_layers
-
-    def resolve(self: M, n_layers: int, n_tokens: int) -> M:
-        wanted = self.average
-        if wanted is None:
-            return self
-        found = [
-            (variant.reaches(n_layers, n_tokens), text, variant)
-            for text, variant in self.variants(n_layers, n_tokens)
-        ]
-        if not found:
-            raise ValueError(f"{self.name}: average={wanted} cannot be solved for these options")
-        reached, text, nearest = min(found, key=lambda f: abs(f[0] - wanted))  # the first if tied
-        inside = min(f[0] for f in found) <= wanted <= max(f[0] for f in found)
-        if not inside and abs(reached - wanted) > SLACK:
-            raise ValueError(
-                f"{self.name}: average={wanted} is out of reach with {n_layers} layers and "
-                f"{n_tokens} image tokens; the nearest is average={reached:.1f} ({text})"
-            )
-        return nearest
-
-    def check(self, n_layers: int, n_tokens: int, starts: tuple[int, ...]) -> None:
-        assert self.average is None, "Plan.resolve comes before check"
-        super().check(n_layers, n_tokens, starts)
-
-
-def check_layer(name: str, layer: int, n_layers: int) -> None:
-    if not 0 <= layer < n_layers:
+def check_method(method: Any) -> None:
+    """Raise ValueError for an object that is no method, or whose class is not complete."""
+    if not isinstance(method, Method):
+        raise ValueError(f"a plan holds pruning methods, not {method!r}; derive one from Method")
+    for needed in ("stages", "choose"):
+        if getattr(type(method), needed) is getattr(Method, needed):
+            raise ValueError(f"class {type(method).__name__} has no method {needed}(); see Method")
+    stages: Any = method.stages()
+    for pair in stages if isinstance(stages, tuple) and stages else (stages,):
+        match pair:
+            case ("vision" | "embed", 0) | ("decoder", int()):
+                continue
         raise ValueError(
-            f"{name}: layer={layer}, but the decoder has layers 0 to {n_layers - 1}; give one of "
-            "these (what enters it is pruned)"
+            f"{method.name}: stages() gave {stages!r}; it must be a tuple of pairs: "
+            '("vision", 0) before the projector, ("embed", 0) after it, ("decoder", K) at the '
+            "input of layer K"
         )
 
 
-def check_amount(name: str, keep: float) -> None:
-    if keep < 0 or (isinstance(keep, float) and keep > 1):
+def check_keep(method: Method, keep: Any, n: int, width: int) -> None:
+    """Raise ValueError for a Keep that does not fit its n candidates (n, width) or its method."""
+    who = f"{method.name}{f' ({method.file})' if method.file else ''}: choose()"
+    index = keep.index if isinstance(keep, Keep) else None
+    if not isinstance(index, Tensor) or index.ndim != 1 or index.dtype != torch.int64:
+        said = f"index {tuple(index.shape)} {index.dtype}" if isinstance(index, Tensor) else keep
         raise ValueError(
-            f"{name}: keep={keep} must be a whole number of tokens, or a share from 0.0 to 1.0"
+            f"{who} must return Keep(index) with index (K,) of int64, not {str(said)[:80]}; of a "
+            "bool mask take mask.nonzero()[:, 0]"
         )
-
-
-def check_keep(name: str, keep: float, n_tokens: int) -> None:
-    if isinstance(keep, int) and keep > n_tokens:
+    numbers = index.sort().values.tolist()
+    if numbers and (numbers[0] < 0 or numbers[-1] >= n or len(set(numbers)) < len(numbers)):
+        pairs = zip(numbers, [*numbers[1:], n], strict=True)
+        wrong = next(a for a, b in pairs if a == b or not 0 <= a < n)
         raise ValueError(
-            f"{name}: keep={keep}, but there are {n_tokens} image tokens; give at most so many, or "
-            "a share such as keep=0.5"
+            f"{who}: Keep.index has {wrong}; name each of the {n} candidates, 0 to {n - 1}, once "
+            "at most"
         )
-
-
-def count(keep: float, total: int) -> int:
-    """Number of tokens: an int as it is, a float as share of `total` (half to even), at least 1."""
-    n = keep if isinstance(keep, int) else round(total * keep)
-    return n if keep == 0 else max(1, n)
-
-
-def top(scores: Tensor, k: int, what: str) -> Tensor:
-    """Indices of the k highest of (n,): higher first, then lower index. NaN is refused."""
-    if scores.isnan().any():
-        raise ValueError(f"NaN among the scores of {what}: the weights or the input are broken")
-    return torch.sort(scores, descending=True, stable=True).indices[:k]
+    if method.drops_only and (keep.merged is not None or keep.extra is not None or keep.ordered):
+        raise ValueError(f"{who}: Keep has new rows or another order; say drops_only = False")
+    for what, rows, K in (("merged", keep.merged, len(index)), ("extra", keep.extra, "M")):
+        if rows is None:
+            continue
+        good = isinstance(rows, Tensor) and rows.is_floating_point() and rows.ndim == 2
+        if not good or rows.shape[1] != width or K not in ("M", len(rows)):
+            said = tuple(rows.shape) if isinstance(rows, Tensor) else type(rows).__name__
+            raise ValueError(f"{who}: Keep.{what} must be ({K}, {width}) floats, not {said}")
+        if not rows.isfinite().all():
+            raise ValueError(f"{who}: Keep.{what} has NaN or infinite numbers")
 
 
 # ---------------------------------------------------------------- what a method sees
 
 
-def received(
-    q: Tensor,
-    k: Tensor,
-    at: Tensor | None,
-    hidden: Tensor | None = None,
-    strongest: bool = False,
-) -> Tensor:
-    """Attention that each column receives from the given rows: (H, S), float32, mean over the rows.
-
-    q (r, H, Dh) and k (S, Hkv, Dh) as attention uses them; at (r,): row i sees columns <= at[i]
-    (None: all); hidden (S,) bool: columns nobody sees; strongest: (1, S), of each row the head
-    with the largest weight. Softmax in float32, in blocks of rows. No rows give zeros.
-    """
-    (r, H, Dh), (S, Hkv, _) = q.shape, k.shape
-    total = q.new_zeros((1 if strongest else H, S), dtype=torch.float32)
-    if not r:
-        return total
-    columns = torch.arange(S, device=k.device)
-    k = k.permute(1, 2, 0)  # (Hkv, Dh, S)
-    step = max(1, ROWS_AT_ONCE // H)
-    ends = [S] * r  # of each block: how many columns its rows see between them
-    if at is not None:
-        ends = (torch.stack([rows.max() for rows in at.split(step)]) + 1).tolist()
-    for a, end in zip(range(0, r, step), ends, strict=False):
-        rows = q[a : a + step]  # (b, H, Dh)
-        b = len(rows)
-        rows = rows.view(b, Hkv, H // Hkv, Dh).permute(1, 2, 0, 3).reshape(Hkv, -1, Dh)
-        weights = (rows @ k[:, :, :end]).float().view(H, b, end) * Dh**-0.5
-        if at is not None:
-            weights = weights.masked_fill(columns[:end] > at[a : a + step, None], -torch.inf)
-        if hidden is None:
-            weights = weights.softmax(-1)
-        else:  # a row that sees nothing gives nothing, where softmax would give NaN
-            weights = weights.masked_fill(hidden[:end], -torch.inf)
-            blind = (weights == -torch.inf).all(-1, keepdim=True)
-            weights = weights.masked_fill(blind, 0.0).softmax(-1).masked_fill(blind, 0.0)
-        total[:, :end] += (weights.amax(0, keepdim=True) if strongest else weights).sum(1)
-    return total / r
-
-
-@dataclass(frozen=True)
-class VisionState:
-    """The vision tower as it ran for the image (scope=all: the images) of a Context."""
-
-    tower: CLIPVision
-    hidden: Mapping[int, Tensor]  # hidden state by number, (images, 1 + N, C) each
-    feature_layer: int
-
-    def attention(self, block: int, query: Literal["class", "mean"] = "class") -> Tensor:
-        """Attention the patches receive in a block, (H, images * N): from the class token, or the
-        mean over all tokens (Radford et al. 2021; softmax in float32 over 1 + N columns)."""
-        q, k = self._heads(block)  # (I, T, H, Dh)
-        rows = q[:, :1] if query == "class" else q
-        each = [received(a, b, None)[:, 1:] for a, b in zip(rows, k, strict=True)]
-        return torch.cat(each, dim=1)
-
-    def keys(self, block: int) -> Tensor:
-        """Keys of the patches in a block, (images * N, H, Dh)."""
-        return self._heads(block)[1][:, 1:].flatten(0, 1)
-
-    def class_token(self) -> Tensor:
-        """The class token at LLaVA's feature layer, (images, C)."""
-        return self.hidden[self.feature_layer][:, 0]
-
-    def _heads(self, block: int) -> tuple[Tensor, Tensor]:
-        if block not in self.hidden:
-            raise ValueError(
-                f"what enters block {block} of the vision tower was not kept; a method that reads "
-                "it names it in vision_layers"
-            )
-        return self.tower.heads(block, self.hidden[block])
-
-
-@dataclass(frozen=True)
 class Context:
-    """What a method may look at: one image (scope=all: all images) of one sample, no padding.
+    """What `choose` may look at: n candidates of one image (scope=all: of all images) of a sample.
 
-    Candidates are the image rows that are present and visible, n of them, in sequence order.
-    What stands behind a function is computed when it is asked for.
+    Candidates are the image rows that are present and visible, in the order of the sequence.
+    Tensors are computed when they are asked for, and most are about the candidates. Tensors that
+    are returned may be the model's own: do not change them in place.
     """
 
-    stage: Stage
-    layer: int
-    part: int  # which of the method's own stages() this is
-    total: int  # image tokens in scope before any pruning
-    grid: int  # patches along one side of an image
-    patches: Tensor  # (n,) 0..total-1, numbered through the images in scope; -1 without a patch
-    generator: torch.Generator  # the sample's own, on the CPU, seeded afresh for each forward
-    features: Callable[
-        [], Tensor
-    ]  # candidates as they are here, (n, C), after the projector (n, D)
-    focus: Callable[[], Tensor]  # input embeddings (t, D) of the focus; without one those of `text`
-    focus_text: Callable[[], str]  # the same as text, for scorers with a tokeniser of their own
-    vision: Callable[[], VisionState]
-    decoder: DecoderState | None = None
+    def __init__(
+        self, model: LLaVA, sample: Sample, step: Step, images: list[int], candidates: Tensor
+    ) -> None:
+        self._sample, self._step, self._images = sample, step, images
+        self.model = model  # for methods that run a part of it themselves
+        self.candidates = candidates  # (n,) row numbers in the sequence
+        self.stage_index = step.part  # which of the method's own stages() this is
+        self.grid = model.config.vision.grid  # patches along one side of an image: 24
+        self.n_tokens = len(images) * self.grid**2  # image tokens in scope before any pruning
+        self.generator = sample.generator  # the sample's own, on the CPU, seeded for each prefill
+        self.generated = sample.generated  # tokens generated so far; 0 in the prefill of a prompt
+        self.where = f"layer {step.layer}" if step.stage == "decoder" else f"the {step.stage} stage"
+
+        memory = sample.memory  # kept from token to token, for this step and image of this sample
+        self.memory: dict[str, Any] = memory.setdefault((step.number, *images), {})
+
+    # ------------------------------------------------------------ the candidates
 
     @property
-    def what(self) -> str:
-        """Where we are, for errors."""
-        return f"layer {self.layer}" if self.stage == "decoder" else f"the {self.stage} stage"
+    def patches(self) -> Tensor:
+        """Patch of each candidate (n,), 0..n_tokens-1: image * N + patch in it. -1: no patch."""
+        rows, N = self._sample.rows.select(self.candidates), self.grid**2
+        return torch.where(rows.patch < 0, -1, rows.patch + (rows.image - self._images[0]) * N)
 
+    def features(self) -> Tensor:
+        """Hidden states of the candidates: (n, C) before the projector, (n, D) after it."""
+        return self.sequence()[self.candidates]
 
-@dataclass(frozen=True)
-class DecoderState:
-    """The sequence as it enters a decoder layer, S rows. While decoding with a cache only `rows`,
-    `text_rows`, `newest` and `attention` of the newest row can be had."""
+    def shuffled(self) -> Tensor:
+        """The numbers 0..n-1 in random order (n,), drawn from the sample's generator."""
+        n = len(self.candidates)
+        return torch.randperm(n, generator=self.generator).to(self.candidates.device)
 
-    rows: Tensor  # (n,) the candidates
-    text_rows: Tensor  # (t,) prompt rows behind the last image (none: all text but the first row)
-    newest: Tensor  # (1,) the last row
-    text: Callable[[], Tensor]  # input embeddings (t, D) of text_rows
-    entered: Callable[[], Tensor]  # image rows in scope as they entered layer 0, (m, D)
-    hidden: Callable[[], Tensor]  # (S, D)
-    final_norm: Callable[[Tensor], Tensor]  # the norm behind the last layer
-    keys: Callable[[], Tensor]  # rotated keys (S, Hkv, Dh) of the layer before
-    received: Callable[[Tensor, int, bool], Tensor]
+    # ------------------------------------------------------------ the text
 
-    def attention(self, rows: Tensor, layer: int = -1) -> Tensor:
-        """Mean attention of the given rows to all rows: (H, S), float32.
+    @property
+    def text_rows(self) -> Tensor:
+        """Row numbers (t,) of the question: the prompt's text after its last image."""
+        return self._sample.text_rows()
 
-        layer -1: as the layer before computed it (from layer 1 on); 0: as the coming layer would.
+    def text(self) -> Tensor:
+        """Input embeddings (t, D) of text_rows."""
+        return self.model.embed(self._text_ids())
+
+    def focus(self) -> Tensor:
+        """Input embeddings (t, D) of the text to compare with: the focus, else the question."""
+        return self.model.embed(self._focus_ids())
+
+    def focus_text(self) -> str:
+        """The same text as a string, for methods with a text encoder of their own."""
+        if self.model.tokenizer is None:
+            raise ValueError("this method reads text: it needs a model with a tokenizer (load)")
+        return self.model.tokenizer.decode(self._focus_ids().tolist())
+
+    def _text_ids(self) -> Tensor:
+        return self._sample.prompt.ids[self._sample.rows.id[self.text_rows]]
+
+    def _focus_ids(self) -> Tensor:
+        focus = self._sample.prompt.focus
+        return self._text_ids() if focus is None else focus
+
+    # ------------------------------------------------------------ the decoder
+
+    @property
+    def newest(self) -> Tensor:
+        """Row number (1,) of the last row: the one whose logits give the next token."""
+        token, s = self._sample.token, self._sample
+        n = len(s.rows) if token is None else len(token.cached_keys) + 1
+        return torch.tensor([n - 1], device=self.candidates.device)
+
+    def attention(self, rows: Tensor, layer: int = -1, strongest: bool = False) -> Tensor:
+        """Attention weight that each candidate receives from `rows`, their mean: (H, n), float32.
+
+        layer -1: in the decoder layer that ran last; 0: in the coming one, from the queries and
+        keys that it will compute. strongest=True: max over heads before the mean: (1, n).
+        While decoding with a cache only `newest` has a query; other rows raise ValueError.
         """
-        return self.received(rows, layer, False)
+        self._check_queries(rows)
+        if layer == 0:
+            return self._coming_attention(rows, strongest)[:, self.candidates]
+        last, there = self._last(), self._rows_in_last()
+        at, columns = there[rows], there[self.candidates]
+        q = last.q[at - (len(last.k) - len(last.q))]  # (r, H, Dh)
+        received = attention_received(q, last.k, at, last.hidden, strongest)  # (H, S)
+        return received[:, columns] * (columns >= 0)
 
-    def strongest(self, rows: Tensor, layer: int = -1) -> Tensor:
-        """The same of the largest weight among a row's heads, then the mean over rows: (S,)."""
-        return self.received(rows, layer, True)[0]
+    def keys(self) -> Tensor:
+        """Rotated keys (S, Hkv, Dh) of all rows in the layer that ran last; zeros for new rows."""
+        there = self._rows_in_last()
+        return self._last().k[there] * (there >= 0)[:, None, None]
+
+    def sequence(self) -> Tensor:
+        """Hidden states (S, C | D) of all rows of the sample."""
+        if self._sample.token is not None:
+            raise ValueError(
+                f"{self._step.method.name}: while decoding, the prompt's hidden states are gone; "
+                "read nothing but the attention of `newest`, or say choice_stands = True, so that "
+                "the choice made for the prompt stands"
+            )
+        return self._sample.x
+
+    def entered(self) -> Tensor:
+        """Image rows in scope (m, D) as they entered decoder layer 0."""
+        self.sequence()  # refuses while decoding
+        assert self._sample.embedded is not None, "only a step of the decoder can look back"
+        x, rows = self._sample.embedded
+        return x[torch.isin(rows.image, torch.tensor(self._images, device=x.device))]
+
+    def _check_queries(self, rows: Tensor) -> None:
+        if self._sample.token is not None and not torch.equal(rows, self.newest):
+            raise ValueError(
+                f"{self._step.method.name}: attention of rows {rows.tolist()} was asked for, but "
+                f"while decoding only the newest row {self.newest.tolist()} has a query; ask for "
+                "`newest`, or say choice_stands = True: the choice made for the prompt then stands"
+            )
+
+    def _coming_attention(self, rows: Tensor, strongest: bool) -> Tensor:
+        """(H, S) in the layer that runs next."""
+        s, block = self._sample, self.model.block(self._step.layer)
+        token = s.token
+        position = s.rows.position if token is None else token.position
+        h, (cos, sin) = block.norm1(s.x), self.model.llama.rope(position, s.x.dtype)
+        own = rows if token is None else rows - len(token.cached_keys)
+        q = rotate(block.attn.query(h[own]), (cos[own], sin[own]))  # (r, H, Dh)
+        k = rotate(block.attn.key(h), (cos, sin))  # (S, Hkv, Dh)
+        if token is not None:
+            k = torch.cat((token.cached_keys, k))
+        hidden = pad_visible(s.hidden(self._step.layer, before=self._step.number), len(k))
+        return attention_received(q, k, rows, hidden, strongest)
+
+    def _last(self) -> LastAttention:
+        if self._sample.last is None or self._step.layer == 0:
+            raise ValueError(
+                f"{self._step.method.name}: layer 0 has no layer before it whose attention could "
+                "be read; ask for that of the coming layer, attention(rows, layer=0)"
+            )
+        return self._sample.last
+
+    def _rows_in_last(self) -> Tensor:
+        """Row number (S,) that each row of now had in the layer that ran last; -1: it is new."""
+        last, now = self._last(), self._sample.rows
+        numbers = torch.arange(len(last.k), device=last.k.device)
+        there = torch.full((now.n_ids,), -1, device=numbers.device)
+        there[last.rows.id] = numbers[: len(last.rows)]
+        return torch.cat((there[now.id], numbers[len(last.rows) :]))  # generated rows follow
+
+    # ------------------------------------------------------------ the vision tower
+
+    def vision_state(self, layer: int | None = None) -> Tensor:
+        """A hidden state of the vision tower for the images in scope, (images, 1 + N, C), class
+        token first. None: LLaVA's feature layer. Others have to be named by vision_layers()."""
+        layer = self.model.feature_layer if layer is None else layer
+        if layer not in self._sample.vision:
+            raise ValueError(
+                f"{self._step.method.name}: hidden state {layer} of the vision tower was not kept; "
+                "name it in vision_layers(), and read it in the prefill only"
+            )
+        return self._sample.vision[layer][self._images]
+
+    def vision_attention(self, block: int, query: Literal["class", "mean"] = "class") -> Tensor:
+        """Attention weight that each candidate's patch receives in a block of the tower, (H, n),
+        float32: from the class token, or the mean over all tokens. block -2: the second last."""
+        q, k = self._vision_heads(block)
+        rows = q[:, :1] if query == "class" else q
+        each = [attention_received(a, b, None)[:, 1:] for a, b in zip(rows, k, strict=True)]
+        return torch.cat(each, dim=1)[:, self.whole_patches()]
+
+    def vision_keys(self, block: int) -> Tensor:
+        """Keys of the candidates' patches in a block of the tower, (n, H, Dh)."""
+        return self._vision_heads(block)[1][:, 1:].flatten(0, 1)[self.whole_patches()]
+
+    def _vision_heads(self, block: int) -> tuple[Tensor, Tensor]:
+        tower = self.model.vision
+        block %= len(tower.blocks)
+        return tower.heads(block, self.vision_state(block))  # each (images, 1 + N, H, Dh)
+
+    def whole_patches(self) -> Tensor:
+        """`patches`, after refusing candidates that are no patch and so have no rank there."""
+        patches = self.patches
+        if (patches < 0).any():
+            raise ValueError(
+                f"{self.where}: an earlier method left rows that are no patch, which "
+                f"{self._step.method.name} cannot rank; put the method that merges last"
+            )
+        return patches
 
 
-# ---------------------------------------------------------------- several methods
+# ---------------------------------------------------------------- plans
 
 
 @dataclass(frozen=True)
 class Step:
     """One act of one method of a plan."""
 
-    number: int  # in the order in which steps run
+    number: int  # in the order in which the steps run
     method: Method
-    part: int
+    part: int  # index in the method's stages()
     stage: Stage
     layer: int
 
 
 @dataclass(frozen=True)
 class Plan:
-    """Methods to run, and how the prompt has to be made for them (presets say so)."""
+    """Methods to run together: Plan((FastV(layer=2, r=0.5),)). parse_plan makes one from text.
+
+    tokens, focus: how the processor has to build the prompt (presets say so). text: the plan as it
+    was written.
+    """
 
     methods: tuple[Method, ...] = ()
     tokens: str | None = None
     focus: str | None = None
-    text: str = ""  # as it was written
+    text: str = ""
+
+    def __post_init__(self) -> None:
+        for method in self.methods:
+            check_method(method)
 
     @cached_property
     def steps(self) -> tuple[Step, ...]:
-        """All acts in stage order; within a stage in the order of the plan."""
+        """All acts in stage order; within a stage, in the order of the methods."""
         acts = [
             (STAGES.index(stage), layer, method, part)
             for method in self.methods
@@ -396,46 +504,51 @@ class Plan:
         )
 
     def at(self, stage: Stage, layer: int = 0) -> list[Step]:
-        """Steps there, in order."""
+        """Steps of a stage (before a decoder layer), in order."""
         return [s for s in self.steps if s.stage == stage and s.layer == layer]
 
-    def until_next(self, layer: int, n_layers: int) -> range:
-        """The layers from this one on to the next that has steps before it: all see its rows."""
-        later = (s.layer for s in self.steps if s.stage == "decoder" and s.layer > layer)
-        return range(layer, min(later, default=n_layers))
+    def has_stage(self, stage: Stage) -> bool:
+        return any(s.stage == stage for s in self.steps)
+
+    def segments(self, n_layers: int) -> list[range]:
+        """The decoder's layers in runs that see the same rows: a step or a mask's end begins one.
+
+        fastv:k=2 with 32 layers: [0, 1], [2, ..., 31].
+        """
+        starts = {s.layer for s in self.steps if s.stage == "decoder"}
+        starts |= {s.method.until for s in self.steps if s.method.until is not None}
+        inside = sorted(layer for layer in starts | {0} if layer < n_layers)
+        return [range(a, b) for a, b in zip(inside, [*inside[1:], n_layers], strict=True)]
 
     def chosen_again(self, layer: int) -> list[Step]:
-        """Steps before a decoder layer that choose anew for every token in the cache: those that
-        mask (a dropped row cannot come back) by what the newest row sees."""
+        """Steps before a decoder layer that are repeated for each generated token.
+
+        Only masks can change (a dropped row is gone), and only by a score of the newest token.
+        """
         return [
-            s for s in self.at("decoder", layer) if s.method.mode == "mask" and s.method.newest_row
+            s
+            for s in self.at("decoder", layer)
+            if s.method.mode == "mask" and s.method.newest_row and not s.method.choice_stands
         ]
 
-    def resolve(self, n_layers: int, per_image: int) -> Plan:
-        """The plan as it runs on such a model: averages turned into what reaches them."""
-        methods = tuple(method.resolve(n_layers, per_image) for method in self.methods)
-        solved = [a.name for a, b in zip(self.methods, methods, strict=True) if a is not b]
-        if solved and len(methods) > 1:
-            raise ValueError(
-                f"{solved[0]}: average= is solved for one method alone, this plan has "
-                f"{len(methods)}; give its keep= or layers"
-            )
-        return replace(self, methods=methods) if solved else self
+    def resolve(self, n_layers: int, n_tokens: int) -> Plan:
+        """The plan with its options settled for a model (average.py settles average=)."""
+        return self
 
     def check(self, n_layers: int, per_image: int, starts: tuple[int, ...]) -> None:
-        """Refuse what cannot run on such a model and a sample with images there (ValueError)."""
+        """Raise ValueError for what cannot run on such a model and a sample with images there."""
         for method in self.methods if starts else ():
             joint = len(starts) if method.scope == "all" else 1
             method.check(n_layers, per_image * joint, starts)
 
     def left(self, per_image: int, n_images: int) -> int:
-        """Image rows that can reach the decoder, of a sample with so many images."""
+        """Image rows that can reach the decoder, at most, of a sample with n_images images."""
         left = per_image * n_images
         for step in self.steps:
             if step.stage != "decoder" and step.method.mode == "drop":
                 joint = step.method.scope == "all"
-                most = step.method.most(per_image * n_images if joint else per_image)
+                most = step.method.left(per_image * n_images if joint else per_image)[step.part]
                 most = most if joint else most * n_images
-                # rows without a patch can make it more than there were
+                # a method that adds rows can leave more than there were
                 left = min(left, most) if step.method.drops_only else most
         return left

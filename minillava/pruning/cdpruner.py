@@ -1,45 +1,44 @@
-"""CDPruner: keep image tokens that differ from each other, given the question.
+"""CDPruner: keep image tokens that differ from each other, and matter to the question.
 
 Zhang et al., "Beyond Attention or Similarity: Maximizing Conditional Diversity for Token Pruning in
 MLLMs", NeurIPS 2025, arXiv 2506.10967. Released code (Theia-4869/CDPruner 9541616): llava_arch.py,
-encode_images, and clip_encoder.py. A determinantal point process with the kernel
-K_ij = r_i cos_ij r_j, where cos compares projected rows and r is a patch's relevance: the negated
-cosine of CLIP's patch and text vectors, mean over pieces of the text, brought to 0..1. The set is
-grown greedily, each time by the row with the largest d^2, what is left of its own kernel value
-once the chosen ones explain what they can.
+encode_images, and clip_encoder.py. After the projector, before layer 0, a determinantal point
+process has the kernel K_ij = r_i cos_ij r_j, where cos compares projected features, and r is a
+patch's relevance: the negated cosine of CLIP's patch and text vectors, mean over pieces of the
+text, scaled to 0..1. The set grows greedily by the token with the largest d^2, which is what
+remains of its diagonal entry of K once the chosen tokens have explained what they can.
 
-Deviations: relevance is brought to 0..1 within each image (released: within the batch); everything
-is float32 (released: rows are normalised in float16). The question is the focus, or the text behind
-the image without the template's role, and without the released instruction to answer in a word.
-Where rounding leaves a d^2 of 0 or less, which the released code takes the root of, the row
-explains nothing; where all patches are equally relevant they count 1.
+Deviations: relevance is scaled to 0..1 within each image (released: within the batch). Everything
+is float32 (released: rows are normalised in float16). The question is the focus, or the text after
+the image without the template's role and without the released instruction to answer in a word.
+Where rounding leaves a d^2 of 0 or less, whose root the released code takes, the token explains
+nothing. Where all patches are equally relevant, relevance is 1.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
-from typing import ClassVar
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .base import Context, Keep, Stage
+from .base import Context, Keep, option
 from .clip_text import OPENAI, load_clip, question
-from .shared import RELEASED_TOO, Budget, patches
+from .shared import BeforeDecoder
 
 BRIEF = "Answer the question using a single word or phrase."
 
 
-def relevance(seen: Tensor, text: Tensor) -> Tensor:
-    """How much the text's pieces (m, E) are about the patches (n, E): (n,), 0 (and 1e-6) to 1."""
-    r = -(F.normalize(seen, dim=-1) @ F.normalize(text, dim=-1).T).mean(1)
+def relevance(patches: Tensor, text: Tensor) -> Tensor:
+    """Relevance (n,) of patches (n, E) to pieces of the text (m, E), 0..1 (plus 1e-6 / span)."""
+    r = -(F.normalize(patches, dim=-1) @ F.normalize(text, dim=-1).T).mean(1)
     span = r.max() - r.min()
     return (r - r.min() + 1e-6) / span if span > 0 else torch.ones_like(r)
 
 
-def greedy(kernel: Tensor, k: int) -> Tensor:
-    """Rows (k,) in the order in which they are chosen from a kernel (n, n), by Cholesky's steps."""
+def choose_greedily(kernel: Tensor, k: int) -> Tensor:
+    """Rows (k,) of a kernel (n, n) in the order of the choice, by steps of Cholesky's method."""
     n = len(kernel)
     left = kernel.diagonal().clone()  # d^2
     columns = kernel.new_zeros((k, n))
@@ -56,31 +55,27 @@ def greedy(kernel: Tensor, k: int) -> Tensor:
 
 
 @dataclass(frozen=True)
-class CDPruner(Budget):
-    clip: str = field(default=OPENAI, metadata={"help": "the CLIP with the text tower"})
+class CDPruner(BeforeDecoder):
+    clip: str = option(OPENAI, help="the CLIP with the text tower")
 
-    name: ClassVar[str] = "cdpruner"
-    paper: ClassVar[str] = "CDPruner, NeurIPS 2025, arXiv 2506.10967"
-    source: ClassVar[str] = "Theia-4869/CDPruner 9541616, llava_arch.py, clip_encoder.py"
-    acts: ClassVar[str] = "after the projector, before layer 0"
-    checked: ClassVar[str] = RELEASED_TOO
-    stage: ClassVar[Stage] = "embed"
+    name = "cdpruner"
+    stage = "embed"
 
     def check(self, n_layers: int, n_tokens: int, starts: tuple[int, ...]) -> None:
         super().check(n_layers, n_tokens, starts)
-        if self.amount(n_tokens) < n_tokens:
+        if self.left(n_tokens)[0] < n_tokens:
             load_clip(self.clip, torch.device("cpu"))
 
     def choose(self, c: Context) -> Keep:
-        n, k = len(c.patches), self.amount(c.total)
-        if k >= n:
-            return Keep(torch.arange(n, device=c.patches.device))
-        here, x = patches(c), F.normalize(c.features().float(), dim=-1)  # (n, D)
+        n, (keep,) = len(c.candidates), self.left(c.n_tokens)
+        if keep >= n:
+            return Keep(torch.arange(n, device=c.candidates.device))
+        x = F.normalize(c.features().float(), dim=-1)  # (n, D)
+        patches = c.vision_state()[:, 1:].flatten(0, 1)[c.whole_patches()]  # (n, C)
         clip = load_clip(self.clip, x.device)
-        seen = c.vision()
-        read = seen.hidden[seen.feature_layer][:, 1:].flatten(0, 1)[here]  # (n, C)
-        r = relevance(clip.patches(read), clip.segments(question(c.focus_text(), BRIEF)))
+        text = clip.segments(question(c.focus_text(), BRIEF))  # (m, E)
+        r = relevance(clip.patches(patches), text)  # (n,)
         kernel = r[:, None] * (x @ x.T) * r
         if kernel.isnan().any():
-            raise ValueError(f"NaN in the kernel of {c.what}: the weights or the input are broken")
-        return Keep(greedy(kernel, k))
+            raise ValueError(f"NaN in the kernel of {c.where}: the weights or the input are broken")
+        return Keep(choose_greedily(kernel, keep))

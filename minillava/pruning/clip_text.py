@@ -1,8 +1,8 @@
 """CLIP's text tower and its projection of patches, for methods that compare patches with words.
 
-Neither is part of a LLaVA checkpoint: both are read through open_clip, which is imported here and
-only when they are asked for. They must belong to the CLIP that the model's vision tower was taken
-from; for LLaVA-1.5 that is OpenAI's ViT-L/14 at 336 pixels. Everything is computed in float32.
+Neither is part of a LLaVA checkpoint. Both are loaded through open_clip, which is imported only
+when a method needs it. They must come from the CLIP whose vision tower the model has: for LLaVA-1.5
+that is OpenAI's ViT-L/14 at 336 pixels. All computation is in float32.
 """
 
 from __future__ import annotations
@@ -36,7 +36,8 @@ class ClipText:
     tokenizer: Any
 
     def patches(self, features: Tensor) -> Tensor:
-        """Patches as LLaVA reads them (n, C) in CLIP's common space (n, E), not normalised."""
+        """Project patches as LLaVA reads them (n, C) to the space that CLIP's images and texts
+        share: (n, E), not normalised. Raises ValueError if their width is not this CLIP's."""
         visual: Any = self.model.visual
         width = visual.ln_post.normalized_shape[0]
         if features.shape[-1] != width:
@@ -47,13 +48,16 @@ class ClipText:
         return visual.ln_post(features.float()) @ visual.proj
 
     def truncated(self, text: str) -> Tensor:
-        """One vector (1, E) of the text, cut to the tower's context; not normalised."""
+        """One vector (1, E) of the text, truncated to the tower's context (77 ids); not
+        normalised."""
         return self._encode(self.tokenizer([text]))
 
     def segments(self, text: str) -> Tensor:
-        """Vectors (m, E) of all of it, in pieces of the context's length without markers of their
-        own: the first has no end, the last is filled with 0. Each piece's is taken at its largest
-        id. Not normalised."""
+        """Vectors (m, E) of the whole text, one for each piece of the context's length (77 ids).
+
+        Only the first piece has the start marker and only the last the end marker; the last is
+        padded with 0. The vector of a piece is the output at its largest id, not normalised.
+        """
         tokenizer = self.tokenizer
         ids = [tokenizer.sot_token_id, *tokenizer.encode(text), tokenizer.eot_token_id]
         length = tokenizer.context_length
@@ -67,8 +71,8 @@ class ClipText:
 
 
 def question(text: str, *suffixes: str) -> str:
-    """What is asked in the text behind an image: without the template's role at its end, and
-    without the given instructions behind it."""
+    """The question in the text after an image: the text without the template's role ("ASSISTANT:")
+    at its end, and without the given suffixes, such as an instruction to answer in a word."""
     text = re.sub(r"\s*ASSISTANT:\s*$", "", text).strip()
     for suffix in suffixes:
         text = text.removesuffix(suffix).strip()
@@ -76,7 +80,10 @@ def question(text: str, *suffixes: str) -> str:
 
 
 def load_clip(source: str, device: torch.device) -> ClipText:
-    """Weights from a folder, a file, open_clip's names or the hub; ValueError: not to be had."""
+    """The CLIP from a folder, a file, open_clip's names or the hub (see REMEDY), on a device.
+
+    The last one is kept for the next call. Raises ValueError if it cannot be loaded.
+    """
     return _load(source) if device.type == "cpu" else _load_on(source, str(device))
 
 
@@ -100,13 +107,13 @@ def _load(source: str) -> ClipText:
         if not slash or name not in open_clip.list_models():
             raise ValueError(f"clip={source} is no folder, file or model of open_clip; {REMEDY}")
     before = logging.root.manager.disable
-    logging.disable(logging.ERROR)  # open_clip reports on the root logger what it then raises
+    logging.disable(logging.ERROR)  # open_clip logs on the root logger what it then raises
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             model = open_clip.create_model(name, weights, require_pretrained=True)
             tokenizer = open_clip.get_tokenizer(name)
-    except Exception as error:  # open_clip and the hub raise of every kind
+    except Exception as error:  # open_clip and the hub raise errors of many kinds
         why = str(error).strip().partition("\n")[0] or type(error).__name__
         raise ValueError(f"cannot load clip={source} ({why}); {REMEDY}") from error
     finally:
@@ -115,11 +122,12 @@ def _load(source: str) -> ClipText:
 
 
 def _pared(source: str, model: nn.Module, tokenizer: Any) -> ClipText:
+    """The model without its image transformer, after refusing what is not built as CLIP is."""
     visual = getattr(model, "visual", None)
     if getattr(visual, "proj", None) is None or not hasattr(visual, "ln_post"):
         raise ValueError(f"clip={source} has no image tower of CLIP's own kind; {REMEDY}")
     if not hasattr(tokenizer, "sot_token_id"):
         raise ValueError(f"clip={source} does not use CLIP's own tokenizer; {REMEDY}")
     assert visual is not None
-    visual.transformer = nn.Identity()  # LLaVA has run its own; this one only takes memory
+    visual.transformer = nn.Identity()  # LLaVA runs its own; this copy only takes memory
     return ClipText(source, model.requires_grad_(False).eval(), tokenizer)

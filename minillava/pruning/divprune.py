@@ -1,29 +1,28 @@
-"""DivPrune: keep the tokens that lie farthest apart.
+"""DivPrune: keep the image tokens that lie farthest apart.
 
 Alvar et al., CVPR 2025, arXiv 2503.02175. Released code: vbdi/divprune 799e2d9,
-LLaVA/llava/model/llava_arch.py, DivPrune. After the projector, before layer 0: distance = 1 -
-cosine of the projected features. First the token whose nearest neighbour is farthest away, then
-always the one whose nearest chosen one is (max-min). T = round(share * N); those kept are in
-reading order and numbered anew.
+LLaVA/llava/model/llava_arch.py, DivPrune. After the projector, before layer 0, the distance of two
+tokens is 1 - cosine of their projected features. The first token chosen is the one whose nearest
+neighbour is farthest away; each further one is the token whose nearest chosen token is farthest
+away (max-min). round(keep * N) tokens stay, in reading order, and are renumbered.
 
 Deviations: a chosen token is never chosen again (the released code relies on its distance to itself
-being the smallest, which fails once all that are left are duplicates); float32 distances.
+being the smallest, which fails once only duplicates are left). Distances are float32.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar
 
 import torch
 from torch import Tensor
 
-from .base import Context, Keep, Stage
-from .shared import Budget, cosines
+from .base import Context, Keep
+from .shared import BeforeDecoder, cosines
 
 
-def farthest(distance: Tensor, keep: int) -> Tensor:
-    """Greedy choice by distances (n, n), in the order in which it is made: (keep,)."""
+def choose_farthest(distance: Tensor, keep: int) -> Tensor:
+    """Greedy max-min choice by distances (n, n): indices (keep,), in the order of the choice."""
     chosen = torch.empty(min(keep, len(distance)), dtype=torch.long, device=distance.device)
     two = min(2, len(distance))
     gap = distance.topk(two, dim=0, largest=False).values[-1]  # (n,) to the nearest neighbour
@@ -35,14 +34,11 @@ def farthest(distance: Tensor, keep: int) -> Tensor:
 
 
 @dataclass(frozen=True)
-class DivPrune(Budget):
-    name: ClassVar[str] = "divprune"
-    paper: ClassVar[str] = "DivPrune, CVPR 2025, arXiv 2503.02175"
-    source: ClassVar[str] = "vbdi/divprune 799e2d9, llava_arch.py"
-    acts: ClassVar[str] = "after the projector, before layer 0"
-    checked: ClassVar[str] = "outputs of the released code (tests/goldens/divprune)"
-    stage: ClassVar[Stage] = "embed"
+class DivPrune(BeforeDecoder):
+    name = "divprune"
+    stage = "embed"
 
     def choose(self, c: Context) -> Keep:
+        (keep,) = self.left(c.n_tokens)
         features = c.features()
-        return Keep(farthest(1 - cosines(features, features, c.what), self.amount(c.total)))
+        return Keep(choose_farthest(1 - cosines(features, features, c.where), keep))

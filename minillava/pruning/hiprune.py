@@ -1,80 +1,68 @@
-"""HiPrune: patches the middle of the vision tower looks at, their neighbours, and the end's choice.
+"""HiPrune: keep what a middle block of the vision tower attends to, and what a late block does.
 
 Liu et al., ACL 2026 Findings, arXiv 2508.00553. Released code: Danielement321/HiPrune,
-LLaVA/llava/model/llava_arch.py, encode_images. Between vision tower and projector, from the
-attention each patch receives, mean over heads and over all queries (no class token is needed):
-anchors: the round(T * alpha / 5) best in a middle block; buffers: the four neighbours of each, by
-number (the left one of a row's first patch is the last of the row above; beyond the picture's ends
-the end is taken); registers: the best others in the second last block, up to T in all. Kept in
-reading order, numbered anew.
+LLaVA/llava/model/llava_arch.py, encode_images. Between vision tower and projector, patches are
+ranked by the attention that they receive, mean over heads and over all queries (so that no class
+token is needed). T = keep tokens stay:
+- anchors: the round(T * alpha / 5) best in a middle block;
+- buffers: the four neighbours of each anchor, by patch number (the left neighbour of a row's first
+  patch is the last patch of the row above; a number beyond the image becomes its first or last);
+- registers: the best of the others in the second-last block, until there are T.
+They stay in reading order and are renumbered.
 
-`block` counts from 0: 8 of 24 is the paper's object layer 9; a tower of another depth has it at the
-same share unless told otherwise. Deviation: a budget too small for the anchors' neighbours is
-refused where the released code breaks.
+`block` counts from 0. The paper's object layer 9 is block 8 of 24; in a tower with another number
+of blocks the default is at the same share. Deviation: a `keep` too small for the anchors and their
+neighbours is refused, where the released code breaks.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
-from typing import ClassVar
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from .base import Context, Keep, top
-from .shared import RELEASED_TOO, Budget, attention, block_number, depth, patches, second_last
+from .base import Context, Keep, option, top
+from .shared import BeforeDecoder, block_number, second_last_block
 
 
-def neighbourhood(anchors: Tensor, grid: int) -> Tensor:
-    """Anchors (a,) and their neighbours, (5 * a,), with repetitions; each in its own picture."""
+def with_neighbours(anchors: Tensor, grid: int) -> Tensor:
+    """Anchors (a,) and their neighbours in the same image: (5 * a,), with repetitions."""
     N = grid * grid
     steps = torch.tensor([0, -1, 1, -grid, grid], device=anchors.device)
     return (anchors // N * N + (anchors % N + steps[:, None]).clamp(0, N - 1)).flatten()
 
 
 @dataclass(frozen=True)
-class HiPrune(Budget):
-    alpha: float = field(default=0.1, metadata={"help": "share of anchors and buffers"})
-    block: int | None = field(
-        default=None, metadata={"help": "block of the anchors, from 0; 8 of 24"}
-    )
+class HiPrune(BeforeDecoder):
+    alpha: float = option(0.1, low=0, high=1, help="share of anchors and buffers")
+    block: int | None = option(None, help="block of the anchors, from 0; 8 of 24")
 
-    name: ClassVar[str] = "hiprune"
-    paper: ClassVar[str] = "HiPrune, ACL 2026 Findings, arXiv 2508.00553"
-    source: ClassVar[str] = "Danielement321/HiPrune, llava_arch.py (read in a fork, 78324f3)"
-    acts: ClassVar[str] = "after the vision tower, before the projector"
-    checked: ClassVar[str] = RELEASED_TOO
+    name = "hiprune"
 
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if not 0 <= self.alpha <= 1:
-            raise ValueError(f"hiprune: alpha={self.alpha} must be from 0 to 1")
-
-    def anchors(self, keep: int) -> int:
+    def n_anchors(self, keep: int) -> int:
         return round(keep * self.alpha / 5)
 
     def check(self, n_layers: int, n_tokens: int, starts: tuple[int, ...]) -> None:
         super().check(n_layers, n_tokens, starts)
-        keep = self.amount(n_tokens)
-        if 5 * self.anchors(keep) > keep:
+        (keep,) = self.left(n_tokens)
+        if 5 * self.n_anchors(keep) > keep:
             raise ValueError(
-                f"hiprune: alpha={self.alpha} takes {self.anchors(keep)} anchors with 4 neighbours "
-                f"each, more than keep={keep}; use a smaller alpha, for example 0.1"
+                f"hiprune: alpha={self.alpha} takes {self.n_anchors(keep)} anchors with 4 "
+                f"neighbours each, more than keep={keep}; use a smaller alpha, for example 0.1"
             )
 
     def vision_layers(self, n_layers: int) -> tuple[int, ...]:
-        last = second_last(self.name, n_layers)
-        return (self.middle(n_layers), last)
-
-    def middle(self, n_layers: int) -> int:
-        return block_number(self.name, self.block, n_layers, released=8)
+        last = second_last_block(self.name, n_layers)
+        return (block_number(self.name, self.block, n_layers, released=8), last)
 
     def choose(self, c: Context) -> Keep:
-        keep, here = self.amount(c.total), patches(c)
-        objects = attention(c, self.middle(depth(c)), "mean")  # (n,)
-        end = attention(c, -2, "mean")
-        near = neighbourhood(here[top(objects, self.anchors(keep), c.what)], c.grid)
-        chosen = torch.isin(here, near).nonzero()[:, 0]
-        others = end.index_fill(0, chosen, -torch.inf)
-        more = min(keep, len(here)) - len(chosen)
-        return Keep(torch.cat((chosen, top(others, max(0, more), c.what))))
+        (keep,), patches = self.left(c.n_tokens), c.whole_patches()
+        middle, last = self.vision_layers(len(c.model.vision.blocks))
+        score = c.vision_attention(middle, "mean").mean(0)  # (H, n) -> (n,)
+        late_score = c.vision_attention(last, "mean").mean(0)  # (n,)
+        anchors = patches[top(score, self.n_anchors(keep), c.where)]
+        near = torch.isin(patches, with_neighbours(anchors, c.grid)).nonzero()[:, 0]
+        n_registers = max(0, min(keep, len(patches)) - len(near))
+        registers = top(late_score.index_fill(0, near, -torch.inf), n_registers, c.where)
+        return Keep(torch.cat((near, registers)))

@@ -1,85 +1,77 @@
-"""HoloV: a budget for each stretch of the picture, spent on what the class token attends to.
+"""HoloV: divide the budget among runs of tokens, and spend it on what the class token attends to.
 
 Zou et al., NeurIPS 2025, arXiv 2510.02912. Released code: obananas/HoloV 1d2e65e,
-llava/model/utils.py, function HoloV. After the projector, before layer 0: the tokens are cut into
-16 runs of equal length (36 tokens, one and a half rows of the picture: not squares). A token's
-score is 1000 a + 0.09 v, with a the class token's attention in the second last block (mean over
-heads) and v the variance of its cosines to its run, scaled so that its mean over the run is that of
-1000 a; a run's score is the mean. (So it is very nearly 1.09 times the mean of 1000 a: the variance
-cancels.) Budget by share of the scores, rounded down, what is left one each to the largest shares;
-within a run by attention alone.
+llava/model/utils.py, function HoloV. After the projector, before layer 0, the tokens are cut into
+16 runs of equal length (36 tokens, one and a half rows of the image: not squares). A token's score
+is 1000 a + 0.09 v, where a is the class token's attention to it in the second-last block, mean over
+heads, and v is the variance of its cosines to its run, scaled so that its mean over the run is that
+of 1000 a. A run's score is the mean (very nearly 1.09 times the mean of 1000 a: the variance
+cancels). Each run gets its share of `keep` by score, rounded down; what is left over goes one each
+to the largest shares. Within a run the attention alone ranks. Rows are renumbered.
 
-As released: tokens of a run stand by falling attention (all of a run: in reading order), and what
-a run's budget exceeds its length by is not given to others but filled up with rows of zeros at the
-end. Numbered anew. Deviations: the released code hard-codes T = 64.
+As released, the tokens of a run stand by falling attention (in reading order if the whole run
+stays), and what a run's budget exceeds its length by is not given to other runs: rows of zeros at
+the end make up the number. Deviation: the released code hard-codes T = 64.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar
 
 import torch
 from torch import Tensor
 
-from .base import Context, Keep, Stage, top
-from .shared import RELEASED_TOO, Budget, attention, second_last
+from .base import Context, Keep, top
+from .shared import BeforeDecoder, second_last_block
 
 RUNS = 16
 ALPHA, SCALE, TINY = 0.09, 1e3, 1e-6
 
 
-def lengths(n: int) -> list[int]:
-    """n tokens in runs: the first n % 16 are one longer; none is empty."""
+def run_lengths(n: int) -> list[int]:
+    """Lengths of the runs of n tokens: the first n % 16 are longer by one, and none is empty."""
     return [size for i in range(RUNS) if (size := n // RUNS + (i < n % RUNS))]
 
 
-def run_score(features: Tensor, score: Tensor) -> Tensor:
-    """Of one run: features (m, D), attention (m,) -> its score, a scalar."""
+def run_score(features: Tensor, attention: Tensor) -> Tensor:
+    """Score () of one run, from features (m, D) and attention (m,)."""
     m = len(features)
     if m == 1:
-        return score.mean()
+        return attention.mean()
     unit = features / (features.norm(dim=1, keepdim=True) + TINY)
-    alike = (unit @ unit.T).fill_diagonal_(0.0)  # (m, m)
-    mean = alike.sum(1, keepdim=True) / (m - 1)
-    spread = (alike - mean).square().sum(1) / (m - 1)  # (m,), its own 0 counted as released
-    scaled = score * SCALE
-    spread = spread * (scaled.abs().mean() / (spread.abs().mean() + TINY))
-    return (scaled + ALPHA * spread).mean()
+    cosine = (unit @ unit.T).fill_diagonal_(0.0)  # (m, m)
+    mean = cosine.sum(1, keepdim=True) / (m - 1)
+    variance = (cosine - mean).square().sum(1) / (m - 1)  # (m,), with the diagonal, as released
+    scaled = attention * SCALE
+    variance = variance * (scaled.abs().mean() / (variance.abs().mean() + TINY))
+    return (scaled + ALPHA * variance).mean()
 
 
-def budgets(scores: Tensor, keep: int) -> list[int]:
-    """Tokens for each run by its share of the scores (r,)."""
+def run_budgets(scores: Tensor, keep: int) -> list[int]:
+    """Number of tokens for each run, `keep` in all, by its share of the scores (r,)."""
     shares = scores / (scores.sum() + TINY)
-    given = (shares * keep).floor().long()
-    given[top(shares, keep - int(given.sum()), "HoloV's runs")] += 1
-    return given.tolist()
+    budgets = (shares * keep).floor().long()
+    budgets[top(shares, keep - int(budgets.sum()), "HoloV's runs")] += 1
+    return budgets.tolist()
 
 
 @dataclass(frozen=True)
-class HoloV(Budget):
-    name: ClassVar[str] = "holov"
-    paper: ClassVar[str] = "HoloV, NeurIPS 2025, arXiv 2510.02912"
-    source: ClassVar[str] = "obananas/HoloV 1d2e65e, llava/model/utils.py"
-    acts: ClassVar[str] = "after the projector, before layer 0"
-    checked: ClassVar[str] = RELEASED_TOO
-    identity: ClassVar[str | None] = None
-    drops_only: ClassVar[bool] = False
-    stage: ClassVar[Stage] = "embed"
+class HoloV(BeforeDecoder):
+    name, identity, drops_only = "holov", None, False
+    stage = "embed"
 
     def vision_layers(self, n_layers: int) -> tuple[int, ...]:
-        return (second_last(self.name, n_layers),)
+        return (second_last_block(self.name, n_layers),)
 
     def choose(self, c: Context) -> Keep:
-        features, keep = c.features(), self.amount(c.total)
-        score, device = attention(c, -2), c.patches.device
-        sizes = lengths(len(features))
-        parts = list(zip(features.float().split(sizes), score.split(sizes), strict=True))
-        given = budgets(torch.stack([run_score(*part) for part in parts]), keep)
+        features, attention = c.features(), c.vision_attention(-2).mean(0)  # (n, D), (n,)
+        (keep,), sizes = self.left(c.n_tokens), run_lengths(len(features))
+        runs = list(zip(features.float().split(sizes), attention.split(sizes), strict=True))
+        budgets = run_budgets(torch.stack([run_score(*run) for run in runs]), keep)
         kept, start = [], 0
-        for (_, part), m, want in zip(parts, sizes, given, strict=True):
-            best = top(part, want, c.what) if want < m else torch.arange(m, device=device)
-            kept.append(start + best)
+        for (_, score), m, budget in zip(runs, sizes, budgets, strict=True):
+            everything = torch.arange(m, device=score.device)
+            kept.append(start + (top(score, budget, c.where) if budget < m else everything))
             start += m
         index = torch.cat(kept)
         zeros = features.new_zeros(keep - len(index), features.shape[1])

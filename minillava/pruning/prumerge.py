@@ -2,95 +2,88 @@
 
 Shang et al., ICCV 2025, arXiv 2403.15388. Released code: 42Shawn/LLaVA-PruMerge 097c041,
 llava/model/multimodal_encoder/clip_encoder.py, token_prune_merge_advanced and ..._plus (without
-training). Between vision tower and projector:
+training). Between the vision tower and the projector:
+1. a is the softmax attention of the class token in the tower's last block, with q and k taken as
+   ONE head of the tower's whole width. The share of patches whose a is above Q3 + 1.5 IQR gives
+   T = int(N * share), and the best T patches stay.
+2. PruMerge+ adds every int(int(1 / share) / 3)-th patch that is not yet among them.
+3. Each kept patch i becomes x_i + sum of a_j x_j over its 32 nearest patches j, kept and dropped
+   alike, itself excepted (by the cosine of those keys).
+4. One added row is the sum of a_j x_j over the dropped patches.
 
-a = the class token's softmax attention in the last block, whose q and k are taken as ONE head of
-the tower's whole width. The share of patches with a above Q3 + 1.5 IQR gives T = int(N * share);
-the best T stay. Plus adds every int(int(1 / share) / 3)-th patch that is not yet in. Each kept
-patch i becomes x_i + sum of a_j x_j over its 32 nearest (cosine of those keys, kept and pruned
-alike, itself excepted); one further token is the sum of a_j x_j over the pruned.
-
-The number of tokens is the picture's own. Order: by falling attention, then the grid, then the
-further token; numbered anew. Deviations: where the plus form divides by zero (no outlier) it takes
-one; its grid ends before the last patch of any N, as released for 576. The paper's numbers are of a
-model trained with it.
+The number of tokens depends on the image. Their order is: by falling attention, then step 2, then
+the added row. Positions are renumbered. Deviations: where PruMerge+ divides by zero (no outlier),
+here it counts one. Its regular patches end before the last patch for any N, as the released ones do
+for 576. The numbers in the paper are of a model trained with the method.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar
 
 import torch
 from torch import Tensor
 
-from .base import Context, Keep, Method, Stage, received, top
-from .shared import RELEASED_TOO, cosines, patches
+from ..attention import attention_received
+from .base import Context, Keep, Method, Stages, top
+from .shared import cosines
 
 NEAREST = 32
 
 
 def outlier_share(score: Tensor) -> float:
-    """Share of (n,) that lies above the third quartile by more than 1.5 quartile distances."""
+    """Share of score (n,) that is above the third quartile by more than 1.5 quartile distances."""
     q1, q3 = torch.quantile(score, score.new_tensor([0.25, 0.75])).tolist()
     return int((score > q3 + 1.5 * (q3 - q1)).sum()) / len(score)
 
 
-def grid(n: int, share: float) -> Tensor:
-    """Patches that the plus form adds, of n."""
+def regular_patches(n: int, share: float) -> Tensor:
+    """The patches among n, at equal distances, that PruMerge+ adds."""
     return torch.arange(0, n - 1, max(1, int(int(1 / max(share, 1 / n)) / 3)))
 
 
-def gather(features: Tensor, score: Tensor, likeness: Tensor, kept: Tensor) -> Tensor:
-    """Kept rows (K, C) of features (n, C), each with its neighbours weighted by score (n,).
+def add_neighbours(features: Tensor, score: Tensor, cosine: Tensor, kept: Tensor) -> Tensor:
+    """The kept rows (K, C) of features (n, C), each plus its nearest rows weighted by score (n,).
 
-    likeness (K, n): of the kept to all.
+    cosine (K, n): similarity of the kept rows to all rows.
     """
-    others = likeness.scatter(1, kept[:, None], -torch.inf)
-    near = others.sort(dim=1, descending=True, stable=True).indices[:, :NEAREST]
-    near = near[:, : len(features) - 1]  # (K, 32)
-    weights = torch.zeros_like(likeness).scatter(1, near, score[near])
+    others = cosine.scatter(1, kept[:, None], -torch.inf)
+    nearest = others.sort(dim=1, descending=True, stable=True).indices[:, :NEAREST]
+    nearest = nearest[:, : len(features) - 1]  # (K, 32)
+    weights = torch.zeros_like(cosine).scatter(1, nearest, score[nearest])
     return features[kept] + weights.to(features.dtype) @ features
 
 
 @dataclass(frozen=True)
 class PruMerge(Method):
-    name: ClassVar[str] = "prumerge"
-    paper: ClassVar[str] = "PruMerge, ICCV 2025, arXiv 2403.15388"
-    source: ClassVar[str] = "42Shawn/LLaVA-PruMerge 097c041, clip_encoder.py"
-    acts: ClassVar[str] = "after the vision tower, before the projector"
-    checked: ClassVar[str] = RELEASED_TOO
-    drops_only: ClassVar[bool] = False
-    numbering: ClassVar[str] = "compact"
-    plus: ClassVar[bool] = False
+    name, drops_only, numbering = "prumerge", False, "compact"
+    plus = False
 
-    def stages(self) -> tuple[tuple[Stage, int], ...]:
+    def stages(self) -> Stages:
         return (("vision", 0),)
 
-    def most(self, n_tokens: int) -> int:
-        return (n_tokens if self.plus else n_tokens // 4) + 1
+    def left(self, n_tokens: int) -> tuple[int, ...]:
+        return ((n_tokens if self.plus else n_tokens // 4) + 1,)
 
     def vision_layers(self, n_layers: int) -> tuple[int, ...]:
         return (n_layers - 1,)
 
     def choose(self, c: Context) -> Keep:
-        vision, features, here = c.vision(), c.features(), patches(c)
-        last = len(vision.tower.blocks) - 1
-        q, k = (part.flatten(2) for part in vision.tower.heads(last, vision.hidden[last]))
-        score = received(q[0, :1, None], k[0, :, None], None)[0, 1:][here]  # (n,)
+        features, patches, n = c.features(), c.whole_patches(), len(c.candidates)
+        block = len(c.model.vision.blocks) - 1
+        q, k = (x[0].flatten(1) for x in c.model.vision.heads(block, c.vision_state(block)))
+        score = attention_received(q[:1, None], k[:, None], None)[0, 1:][patches]  # (n,)
         share = outlier_share(score)
-        kept = top(score, int(len(here) * share), c.what)
+        kept = top(score, int(n * share), c.where)
         if self.plus:
-            more = grid(len(here), share).to(here.device)
-            kept = torch.cat((kept, more[~torch.isin(more, kept)]))
-        keys = k[0, 1:][here]  # (n, C)
-        rows = gather(features, score, cosines(keys[kept], keys, c.what), kept)
-        pruned = score.index_fill(0, kept, 0.0).to(features.dtype)  # (n,)
-        return Keep(kept, rows=rows, extra=(pruned @ features)[None], ordered=True)
+            regular = regular_patches(n, share).to(kept.device)
+            kept = torch.cat((kept, regular[~torch.isin(regular, kept)]))
+        keys = k[1:][patches]  # (n, C)
+        merged = add_neighbours(features, score, cosines(keys[kept], keys, c.where), kept)
+        dropped = score.index_fill(0, kept, 0.0).to(features.dtype)  # (n,) 0 where kept
+        return Keep(kept, merged=merged, extra=(dropped @ features)[None], ordered=True)
 
 
 @dataclass(frozen=True)
 class PruMergePlus(PruMerge):
-    name: ClassVar[str] = "prumerge-plus"
-    paper: ClassVar[str] = "PruMerge+, ICCV 2025, arXiv 2403.15388"
-    plus: ClassVar[bool] = True
+    name, plus = "prumerge-plus", True

@@ -1,60 +1,64 @@
-"""SparseVLM: drop image tokens in stages by what the relevant text reads, and recycle the best.
+"""SparseVLM: drop image tokens in stages by what relevant text attends to, and merge the best.
 
 Zhang et al., ICML 2025, arXiv 2410.04417. Released code (Gumpest/SparseVLMs 26a5f48,
-USE_VERSION=1_0, the paper's v1.5): modelling_sparse_llama.py, score.py, utils.py. Raters are the
-text rows behind the image with more than their share of the softmax over text of image x text (rows
-as they entered layer 0, mean over image rows). At each stage the raters' attention in the layer
-before, averaged over heads and raters, ranks the image rows; the best min(keep, n - 1) of n stay.
-Of the dropped, the best int(0.3 * dropped) + 1 are clustered by density peaks into a tenth as many
-means, which follow the kept rows and compete with them at the next stage. Positions are renumbered
-after every stage, and a new token's position in a layer is that layer's own length. The published
-stages 2, 6, 15 name the layers whose OUTPUT is pruned; here 3, 7, 16 are the layers entered.
+USE_VERSION=1_0, the paper's v1.5): modelling_sparse_llama.py, score.py, utils.py.
+1. Raters: A = softmax over the text tokens of (image @ text.T), from the rows as they entered layer
+   0, averaged over the image tokens. The text tokens after the image with A above the mean rate.
+2. At each stage the attention of the raters in the layer before, mean over heads and raters, ranks
+   the n image rows. The best min(keep, n - 1) stay.
+3. Of the dropped, the best int(0.3 * dropped) + 1 are clustered by density peaks, a tenth as many
+   clusters, and each cluster becomes its mean. The means follow the kept rows and are ranked
+   together with them at the next stage.
+Positions are renumbered after every stage, and the position of a new token in a layer is the number
+of rows that this layer's cache holds. The published stages 2, 6 and 15 name the layers whose OUTPUT
+is pruned; here 3, 7 and 16 are the layers whose input is.
 
-Deviations: the noise of up to 1e-6 that the released code adds to the densities is zero. Where no
-text row is above the mean (a single one, say) all of them rate; the released code would divide by
+Deviations: the released code adds noise of up to 1e-6 to the densities; here it is zero. Where no
+text token is above the mean (a single one, say) all of them rate; the released code would divide by
 zero. v2 (no merging, fixed numbers of heads) is left out. A published budget of 192 counts the
-layer that prunes as pruned already; `average=192` counts what enters, and merged rows, and scales
-the list of 192.
+layer that prunes as if its input had been pruned; `average=192` counts what enters, the means
+among it, and scales the published list of 192.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass, field, replace
-from typing import ClassVar
+from dataclasses import dataclass, replace
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .average import between, check_after_first, check_ascending, check_stages
-from .base import Budgeted, Context, Keep, Stage, check_amount, check_keep, count, top
+from .base import Context, Keep, Method, Stages, amount, count, option, top
+from .shared import check_lists, midpoints
+
+PUBLISHED = (300, 200, 110)  # tokens kept at each stage, for a budget of 192
 
 
-def raters(image: Tensor, text: Tensor) -> Tensor:
-    """Which text rows rate (r,): image (m, D) and text (t, D) as they entered the decoder."""
+def select_raters(image: Tensor, text: Tensor) -> Tensor:
+    """Which text tokens rate (r,): image (m, D) and text (t, D) as they entered the decoder."""
     share = (image.float() @ text.float().T).softmax(1).mean(0)  # (t,)
     above = (share > share.mean()).nonzero()[:, 0]
     return above if len(above) else torch.arange(len(text), device=text.device)
 
 
-def recycled(dropped: int) -> int:
-    """How many of the dropped rows are merged."""
+def count_merged(dropped: int) -> int:
+    """How many of the dropped tokens are merged."""
     return int(dropped * 0.3) + 1
 
 
-def merged(rows: int) -> int:
-    """Into how many."""
-    return int(rows / 10) + 1
+def count_clusters(merged: int) -> int:
+    """How many means the merged tokens become."""
+    return int(merged / 10) + 1
 
 
 def cluster_means(x: Tensor, n: int) -> Tensor:
     """Means (n, D) of the clusters of rows x (q, D) around n density peaks, densest first.
 
-    A row's density is exp(-mean squared distance to its n nearest rows, itself among them); a peak
-    is dense and far from every denser row. Distances are divided by sqrt(D). With n = 2 two rows
-    that are nearest to each other are equally dense, and peaks both: such ties stand as topk on a
-    CPU, the released code's, leaves them.
+    The density of a row is exp(-mean squared distance to its n nearest rows, itself among them). A
+    peak is dense and far from every denser row. Distances are divided by sqrt(D). With n = 2 two
+    rows that are nearest to each other are equally dense and both peaks; ties stay in the order
+    that topk on a CPU gives them, as in the released code.
     """
     x = x.float()
     distance = torch.cdist(x, x, compute_mode="donot_use_mm_for_euclid_dist") / x.shape[1] ** 0.5
@@ -70,72 +74,47 @@ def cluster_means(x: Tensor, n: int) -> Tensor:
 
 
 @dataclass(frozen=True)
-class SparseVLM(Budgeted):
-    layers: tuple[int, ...] = field(
-        default=(3, 7, 16), metadata={"help": "layers whose input is pruned"}
+class SparseVLM(Method):
+    layers: tuple[int, ...] = option(
+        (3, 7, 16), low=1, help="layers whose input is pruned; each needs one before it"
     )
-    keep: tuple[float, ...] = field(
-        default=(300, 200, 110), metadata={"help": "numbers or shares kept, without merged rows"}
-    )
+    keep: tuple[float, ...] = amount(PUBLISHED, help="numbers or shares kept, without merged rows")
 
-    name: ClassVar[str] = "sparsevlm"
-    paper: ClassVar[str] = "SparseVLM, ICML 2025, arXiv 2410.04417"
-    source: ClassVar[str] = "Gumpest/SparseVLMs 26a5f48, modelling_sparse_llama.py, score.py"
-    acts: ClassVar[str] = "input of several decoder layers"
-    checked: ClassVar[str] = "outputs of the released code, two runs (tests/goldens/sparsevlm)"
-    drops_only: ClassVar[bool] = False
-    numbering: ClassVar[str] = "compact"
-    either: ClassVar[tuple[frozenset[str], ...]] = (frozenset(("keep", "average")),)
+    name, drops_only, numbering = "sparsevlm", False, "compact"
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.average is not None:
-            check_ascending(self.name, self.layers)
-            if len(self.layers) != len(SparseVLM.keep):
-                raise ValueError(
-                    f"sparsevlm: average= scales the published list for {len(SparseVLM.keep)} "
-                    f"layers, layers={'/'.join(map(str, self.layers))} are {len(self.layers)}; "
-                    "give keep="
-                )
-            return
-        check_stages(self.name, self.layers, self.keep, "keep")
-        for k in self.keep:
-            check_amount(self.name, k)
+        check_lists(self.name, self.layers, self.keep, "keep")
 
-    def stages(self) -> tuple[tuple[Stage, int], ...]:
+    def stages(self) -> Stages:
         return tuple(("decoder", layer) for layer in self.layers)
-
-    def check(self, n_layers: int, n_tokens: int, starts: tuple[int, ...]) -> None:
-        super().check(n_layers, n_tokens, starts)
-        check_after_first(self.name, self.layers[0])
-        for k in self.keep:
-            check_keep(self.name, k, n_tokens)
 
     def left(self, n_tokens: int) -> tuple[int, ...]:
         left, n = [], n_tokens
         for k in self.keep:
             kept = min(count(k, n_tokens), n - 1)
-            n = kept + merged(recycled(n - kept))
+            n = kept + count_clusters(count_merged(n - kept))
             left.append(n)
         return tuple(left)
 
-    def variants(self, n_layers: int, n_tokens: int) -> Iterator[tuple[str, SparseVLM]]:
-        shape = SparseVLM.keep  # the published list of 192
+    def variants(self, n_layers: int, n_tokens: int) -> Iterator[SparseVLM]:
+        if len(self.layers) != len(PUBLISHED):
+            raise ValueError(
+                f"sparsevlm: average= scales the published list for {len(PUBLISHED)} layers, "
+                f"layers={'/'.join(map(str, self.layers))} are {len(self.layers)}; give keep="
+            )
         # round(scale * k) changes at halves; the first stage drops one token at least
-        halves = ((m + 0.5) / k for k in shape for m in range(n_tokens))
-        most = (n_tokens - 0.5) / shape[0]
-        for scale in between(half for half in halves if half <= most):
-            keep = tuple(max(1, round(scale * k)) for k in shape)
-            yield f"keep={'/'.join(map(str, keep))}", replace(self, average=None, keep=keep)
+        halves = ((m + 0.5) / k for k in PUBLISHED for m in range(n_tokens))
+        most = (n_tokens - 0.5) / PUBLISHED[0]
+        for scale in midpoints(half for half in halves if half <= most):
+            keep = tuple(max(1, round(scale * k)) for k in PUBLISHED)
+            yield replace(self, keep=keep)
 
     def choose(self, c: Context) -> Keep:
-        d = c.decoder
-        assert d is not None
-        if not len(d.rows):
-            return Keep(c.patches)
-        rows = d.text_rows[raters(d.entered(), d.text())]
-        score = d.attention(rows).mean(0)[d.rows]  # (n,)
-        order = top(score, len(score), c.what)
-        k = min(count(self.keep[c.part], c.total), len(order) - 1)
-        again = order[k : k + recycled(len(order) - k)]  # (q,) best of the dropped first
-        return Keep(order[:k], extra=cluster_means(c.features()[again], merged(len(again))))
+        raters = c.text_rows[select_raters(c.entered(), c.text())]
+        order = top(c.attention(raters).mean(0), len(c.candidates), c.where)  # (n,)
+        k = min(count(self.keep[c.stage_index], c.n_tokens), len(order) - 1)
+        merged = order[k : k + count_merged(len(order) - k)]  # (q,) the best of the dropped
+        return Keep(
+            order[:k], extra=cluster_means(c.features()[merged], count_clusters(len(merged)))
+        )

@@ -1,7 +1,7 @@
-"""A method in a file of the user's own: FILE.py:Class.
+"""A user's own method in a file: FILE.py:Class.
 
-Loading it runs the file. So only the command line does it, for a plan that a person typed
-(`parse_plan_with_files`); `parse_plan`, which other programs call with their arguments, refuses.
+Loading it runs the file, so only commands do that, for a plan that a person typed
+(parse_plan_with_files). parse_plan, which other programs call with their arguments, refuses it.
 """
 
 from __future__ import annotations
@@ -10,31 +10,34 @@ import importlib.util
 import inspect
 import re
 import sys
-from contextlib import redirect_stdout
+import traceback
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
-from .asking import guard, place
 from .base import Method
 
 SPEC = re.compile(r"(?P<file>.+\.py):(?P<cls>[A-Za-z_]\w*)(?::(?P<options>.*))?", re.DOTALL)
+PREFIX = "_user_method_"  # of the names of modules made from users' files
 
 
 def load_file_method(spec: str) -> type[Method]:
-    """The class behind FILE.py:Class, its `name` the class's own in small letters if it has none.
+    """The class behind FILE.py:Class.
 
-    Raises ValueError, in one line, for a file or a class that will not do.
+    Raises ValueError, in one line, for a file that does not run and for a class that is no method.
     """
     found = SPEC.fullmatch(spec)
     if found is None or found["options"]:
-        raise ValueError(f"{spec!r} is no method of a file; write FILE.py:Class")
+        raise ValueError(f"{spec!r} is no method in a file; write FILE.py:Class")
     file, wanted = Path(found["file"]), found["cls"]
     if not file.is_file():
         raise ValueError(f"there is no file {file}; write FILE.py:Class")
-    namespace = _run(file)
+    namespace = run_file(file)
     methods = {
         name: thing
         for name, thing in namespace.items()
-        if inspect.isclass(thing) and issubclass(thing, Method) and thing.__module__ == _name(file)
+        if inspect.isclass(thing) and issubclass(thing, Method) and thing.__module__ == module(file)
     }
     if wanted not in methods:
         there = ", ".join(methods) or "none; derive one from minillava.pruning.Method"
@@ -45,29 +48,74 @@ def load_file_method(spec: str) -> type[Method]:
     for needed in ("stages", "choose"):
         if getattr(method, needed) is getattr(Method, needed):
             raise ValueError(f"{file}: class {wanted} has no method {needed}; see Method")
-    if "name" not in vars(method):
-        method.name = wanted.lower()
     method.file = str(file)
-    guard(method)
     return method
 
 
-def _name(file: Path) -> str:
-    return f"_own_{file.stem}"
-
-
-def _run(file: Path) -> dict[str, object]:
-    """The names in a file after running it."""
-    spec = importlib.util.spec_from_file_location(_name(file), file.absolute())
+def run_file(file: Path) -> dict[str, object]:
+    """The names in a file after running it. What it prints goes to stderr."""
+    spec = importlib.util.spec_from_file_location(module(file), file.absolute())
     assert spec is not None
     assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module  # dataclasses look their annotations up there
+    made = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = made  # dataclasses look up their annotations there
+    vars(made)["print"] = print_to_stderr
     try:
-        with redirect_stdout(sys.stderr):
-            spec.loader.exec_module(module)
+        spec.loader.exec_module(made)
     except (Exception, SystemExit) as error:
-        why = error.msg if isinstance(error, SyntaxError) else str(error).partition("\n")[0]
-        where = place(error, str(file))
-        raise ValueError(f"{where} does not run: {type(error).__name__}: {why}") from error
-    return vars(module)
+        raise ValueError(explain_error(error, file)) from error
+    return vars(made)
+
+
+def print_to_stderr(*values: object, **options: Any) -> None:
+    """print() as a user's file sees it: stdout is for the answer."""
+    options.setdefault("file", sys.stderr)
+    print(*values, **options)
+
+
+def module(file: Path) -> str:
+    return PREFIX + file.stem
+
+
+def explain_error(error: BaseException, file: Path) -> str:
+    """One line on a file that does not run."""
+    lines = [
+        f.lineno
+        for f in traceback.extract_tb(error.__traceback__)
+        if f.filename == str(file.absolute())
+    ]
+    if isinstance(error, SyntaxError) and error.filename == str(file.absolute()):
+        lines.append(error.lineno)  # a syntax error has no frame
+    line = f", line {lines[-1]}" if lines else ""
+    why = error.msg if isinstance(error, SyntaxError) else str(error).partition("\n")[0]
+    return f"{file}{line} does not run: {type(error).__name__}: {why}"
+
+
+@contextmanager
+def user_errors() -> Iterator[None]:
+    """Turn exceptions that a user's file raises into ValueErrors of one line, for commands."""
+    try:
+        yield
+    except (Exception, SystemExit) as error:
+        if (line := describe_user_error(error)) is None:
+            raise
+        raise ValueError(line) from error
+
+
+def describe_user_error(error: BaseException) -> str | None:
+    """One line for an exception that a user's file raised: file, line, kind and message.
+
+    None if no frame of the traceback lies in such a file: then it is our own.
+    """
+    where = None
+    for frame, line in traceback.walk_tb(error.__traceback__):
+        if frame.f_globals.get("__name__", "").startswith(PREFIX):
+            where = f"{frame.f_code.co_filename}, line {line}"
+    if where is None and isinstance(error, TypeError):  # called with other arguments than it takes
+        for name, loaded in list(sys.modules.items()):
+            called = str(error).partition(".")[0]  # "Mine.check() takes 1 positional argument but"
+            if name.startswith(PREFIX) and called in vars(loaded):
+                where = loaded.__file__
+    if where is None:
+        return None
+    return f"{where}: {type(error).__name__}: {' '.join(str(error).split())}"

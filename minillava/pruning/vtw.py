@@ -1,45 +1,37 @@
-"""VTW: withdraw all image tokens from a layer on.
+"""VTW: remove all image tokens at one layer.
 
 Lin et al., "Boosting Multimodal Large Language Models with Visual Tokens Withdrawal", AAAI 2025,
-arXiv 2405.05803. Released code (lzhxmu/VTW 34a4199): VTW.py. What enters layer K is the text alone;
-positions stay as they were (its `pe_type="keep"`; the other one is `positions=compact`).
+arXiv 2405.05803. Released code (lzhxmu/VTW 34a4199): VTW.py. Layers 0..K-1 see everything; only the
+text enters layer K. Text tokens keep their positions, which is the released `pe_type="keep"`; the
+other `pe_type` is `positions=compact`.
 
-Deviations: none in what is computed. The released search for K (the divergence between the answer's
-first logits with and without withdrawal, over some samples) is a calibration:
-`python -m eval.fit vtw`.
+Deviations: none in what is computed. The released code searches for K: it compares the first logits
+of the answer with and without withdrawal, over some samples, by their divergence. That is a
+calibration and not part of the method: `python -m eval.fit vtw`.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass, field, replace
-from typing import ClassVar
+from dataclasses import dataclass, replace
 
-from .base import Budgeted, Context, Keep, Stage
+from .base import Context, Keep, Method, Stages, option
 
 
 @dataclass(frozen=True)
-class VTW(Budgeted):
-    layer: int = field(default=15, metadata={"help": "the first layer without image tokens"})
+class VTW(Method):
+    layer: int = option(15, help="first layer without image tokens")
 
-    name: ClassVar[str] = "vtw"
-    paper: ClassVar[str] = "VTW, AAAI 2025, arXiv 2405.05803"
-    source: ClassVar[str] = "lzhxmu/VTW 34a4199, VTW.py"
-    acts: ClassVar[str] = "input of decoder layer K"
-    checked: ClassVar[str] = (
-        "the released function, transcribed, on 210 random draws; a reference in the tests"
-    )
-    either: ClassVar[tuple[frozenset[str], ...]] = (frozenset(("layer", "average")),)
+    name, strength = "vtw", "layer"
 
-    def stages(self) -> tuple[tuple[Stage, int], ...]:
+    def stages(self) -> Stages:
         return (("decoder", self.layer),)
 
     def left(self, n_tokens: int) -> tuple[int, ...]:
         return (0,)
 
-    def variants(self, n_layers: int, n_tokens: int) -> Iterator[tuple[str, VTW]]:
-        for layer in range(n_layers):
-            yield f"layer={layer}", replace(self, average=None, layer=layer)
+    def variants(self, n_layers: int, n_tokens: int) -> Iterator[VTW]:
+        return (replace(self, layer=layer) for layer in range(n_layers))
 
     def choose(self, c: Context) -> Keep:
-        return Keep(c.patches.new_empty(0))
+        return Keep(c.candidates[:0])

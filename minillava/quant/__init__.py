@@ -1,1 +1,1 @@
-"""Linear layers whose weights are stored in fewer bits than they are computed with."""
+"""Weights in 8 and 4 bits: their arithmetic (quantise.py) and their layers (linear.py)."""

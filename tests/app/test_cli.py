@@ -1,4 +1,4 @@
-"""The command line: what it prints where, and its exit codes."""
+"""The command line: what it prints, where, and its exit codes."""
 
 from __future__ import annotations
 
@@ -20,9 +20,8 @@ import torch
 from PIL import Image
 
 from minillava import load, pruning
-from minillava.app import chat as session
-from minillava.app import cli
-from minillava.app.command import one_voice
+from minillava.app import chat, cli
+from minillava.app.command import quiet_libraries
 from minillava.generate import generate
 from minillava.llava import LLaVA
 from minillava.pruning import METHODS, PRESETS, Preset, option_fields, parse_plan
@@ -35,23 +34,23 @@ CHOICES = (
 )
 
 
-class Said(NamedTuple):
+class Output(NamedTuple):
     code: int
     out: str
     err: str
 
 
-Run = Callable[..., Said]
+Run = Callable[..., Output]
 
 
 @pytest.fixture
 def run(capsys: pytest.CaptureFixture[str]) -> Run:
-    """A command line with the tiny model, ten tokens at most."""
+    """Runs a command line with the tiny model and at most ten tokens."""
 
-    def run(*args: object, model: Path | None = TINY) -> Said:
+    def run(*args: object, model: Path | None = TINY) -> Output:
         flags = [] if model is None else ["--model", model, "--max-new-tokens", 10]
         code = cli.main([str(arg) for arg in (*flags, *args)])
-        return Said(code, *capsys.readouterr())
+        return Output(code, *capsys.readouterr())
 
     return run
 
@@ -64,18 +63,19 @@ def photo(tmp_path: Path) -> Path:
     return path
 
 
-def record(said: Said) -> dict[str, Any]:
-    assert (said.code, said.err, said.out.count("\n")) == (0, "", 1)
-    return json.loads(said.out)
+def read_record(output: Output) -> dict[str, Any]:
+    """The JSON record of a successful run."""
+    assert (output.code, output.err, output.out.count("\n")) == (0, "", 1)
+    return json.loads(output.out)
 
 
-def refused(said: Said) -> str:
-    """The one line of an error."""
-    assert (said.code, said.out) == (2, "")
-    assert said.err.startswith("error: ")
-    assert said.err.endswith("\n")
-    assert len(said.err.splitlines()) == 1
-    return said.err
+def read_error(output: Output) -> str:
+    """The one line of a failed run."""
+    assert (output.code, output.out) == (2, "")
+    assert output.err.startswith("error: ")
+    assert output.err.endswith("\n")
+    assert len(output.err.splitlines()) == 1
+    return output.err
 
 
 # ---------------------------------------------------------------- answers
@@ -83,21 +83,21 @@ def refused(said: Said) -> str:
 
 def test_the_answer_is_what_generate_gives(run: Run, photo: Path) -> None:
     flags = ("--image", photo, "--prompt", "Hi", "--prune", "fastv:k=1,r=0.5")
-    plain, said = run(*flags), record(run(*flags, "--json"))
+    plain, output = run(*flags), read_record(run(*flags, "--json"))
 
     model, processor = load(TINY)
     batch = processor(["USER: <image>\nHi ASSISTANT:"], [[Image.open(photo)]])
     result = generate(model, batch, parse_plan("fastv:k=1,r=0.5"), max_new_tokens=10)
-    assert said["tokens"] == result.tokens[0]
-    assert said["text"] == processor.decode(result.tokens[0])
-    assert plain == Said(0, said["text"] + "\n", "")
-    assert said["report"]["kept"][0]["positions"] == result.report.kept[0].positions
-    assert said["report"]["prompt_tokens"] == result.report.prompt_tokens
-    assert (said["plan"], said["model"]) == ("fastv:k=1,r=0.5", str(TINY))
-    assert (said["tokens_mode"], said["focus"]) == ("hf", None)
-    counts = [layer[0] for layer in said["report"]["image_tokens_entering"]]
-    assert said["load_seconds"] > 0
-    averages = said["average_image_tokens"]
+    assert output["tokens"] == result.tokens[0]
+    assert output["text"] == processor.decode(result.tokens[0])
+    assert plain == Output(0, output["text"] + "\n", "")
+    assert output["report"]["kept"][0]["positions"] == result.report.kept[0].positions
+    assert output["report"]["prompt_tokens"] == result.report.prompt_tokens
+    assert (output["plan"], output["model"]) == ("fastv:k=1,r=0.5", str(TINY))
+    assert (output["tokens_mode"], output["focus"]) == ("hf", None)
+    counts = [layer[0] for layer in output["report"]["image_tokens_entering"]]
+    assert output["load_seconds"] > 0
+    averages = output["average_image_tokens"]
     assert averages["entering"] == pytest.approx(sum(counts) / len(counts))
     assert averages["leaving"] == pytest.approx((sum(counts[1:]) + counts[-1]) / len(counts))
 
@@ -117,69 +117,71 @@ def test_without_arguments_it_asks_the_bundled_question(
     assert len(bundled.out) > 1
 
     monkeypatch.setattr(cli, "DEMO", tmp_path / "wheel" / "demo")
-    assert "--model" in refused(run(model=None))
-    assert "--model" in refused(run("--prompt", "Hi", model=None))
+    assert "--model" in read_error(run(model=None))
+    assert "--model" in read_error(run("--prompt", "Hi", model=None))
 
 
 def test_a_raw_prompt_has_no_template(run: Run, photo: Path) -> None:
-    whole = ("--image", photo, "--prompt", "USER: <image>\nHi ASSISTANT:", "--raw-prompt")
-    assert run(*whole) == run("--image", photo, "--prompt", "Hi")
+    flags = ("--image", photo, "--prompt", "USER: <image>\nHi ASSISTANT:", "--raw-prompt")
+    assert run(*flags) == run("--image", photo, "--prompt", "Hi")
 
 
-def test_several_pictures_and_none(run: Run, photo: Path) -> None:
+def test_several_images_and_none(run: Run, photo: Path) -> None:
     tokens = [
-        record(run(*flags, "--prompt", "Hi", "--json"))["report"]["prompt_tokens"][0]
+        read_record(run(*flags, "--prompt", "Hi", "--json"))["report"]["prompt_tokens"][0]
         for flags in ((), ("--image", photo), ("--image", photo, photo))
     ]
-    repeated = record(run("--image", photo, "--image", photo, "--prompt", "Hi", "--json"))
+    repeated = read_record(run("--image", photo, "--image", photo, "--prompt", "Hi", "--json"))
     assert tokens[1] > tokens[0] + 16
     assert tokens[2] > tokens[1] + 16
     assert repeated["report"]["prompt_tokens"] == [tokens[2]]
 
 
-def test_a_preset_says_how_the_prompt_was_cut_and_focus_can_be_another(
+def test_a_preset_sets_tokens_and_focus_unless_focus_is_given(
     run: Run, photo: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     plan = "simignore:keep=9+fastv:layer=1,keep=4"
     preset = Preset(plan, "here", focus="options", tokens="simignore")
     monkeypatch.setitem(pruning.PRESETS, "small", preset)
     flags = ("--image", photo, "--prompt", CHOICES, "--json", "--prune")
-    said = record(run(*flags, "small:released=1"))
-    assert (said["tokens_mode"], said["focus"]) == ("simignore", "options")
-    assert said["plan"] == "small:released=1"
-    said = record(run(*flags, "small", "--focus", "red"))
-    assert (said["tokens_mode"], said["focus"]) == ("hf", "red")
+    output = read_record(run(*flags, "small:released=1"))
+    assert (output["tokens_mode"], output["focus"]) == ("simignore", "options")
+    assert output["plan"] == "small:released=1"
+    output = read_record(run(*flags, "small", "--focus", "red"))
+    assert (output["tokens_mode"], output["focus"]) == ("hf", "red")
 
 
 def test_the_focus_changes_what_is_kept(run: Run, photo: Path) -> None:
     flags = ("--image", photo, "--prompt", "Hi", "--json", "--prune", "simignore:keep=5")
     focuses = ("a", "dog", "12", "the sky")
-    kept = [record(run(*flags, "--focus", f))["report"]["kept"][0]["positions"] for f in focuses]
+    kept = [
+        read_record(run(*flags, "--focus", f))["report"]["kept"][0]["positions"] for f in focuses
+    ]
     assert any(positions != kept[0] for positions in kept)
 
 
 def test_stop_strings_sampling_and_limits_reach_the_loop(run: Run) -> None:
     flags = ("--prompt", "Hi", "--json")
-    text = record(run(*flags))["text"]
+    text = read_record(run(*flags))["text"]
     stop = [letter for letter in text if letter.isascii()][1]
-    stopped = record(run(*flags, "--stop", stop))
+    stopped = read_record(run(*flags, "--stop", stop))
     assert stopped["text"] == text[: text.index(stop)]
     assert stopped["report"]["stopped"] == ["stop"]
 
     hot = (*flags, "--temperature", 5, "--seed")
-    assert record(run(*hot, 1))["tokens"] == record(run(*hot, 1))["tokens"]
-    assert record(run(*hot, 1))["tokens"] != record(run(*hot, 2))["tokens"]
-    assert record(run(*hot, 1, "--top-p", 1e-9))["text"] == text
-    assert len(record(run(*flags, "--max-new-tokens", 3))["tokens"]) == 3
-    assert record(run(*flags, "--no-cache"))["report"]["cache_lengths"][0] == [0]
+    assert read_record(run(*hot, 1))["tokens"] == read_record(run(*hot, 1))["tokens"]
+    assert read_record(run(*hot, 1))["tokens"] != read_record(run(*hot, 2))["tokens"]
+    assert read_record(run(*hot, 1, "--top-p", 1e-9))["text"] == text
+    assert len(read_record(run(*flags, "--max-new-tokens", 3))["tokens"]) == 3
+    assert read_record(run(*flags, "--no-cache"))["report"]["cache_lengths"][0] == [0]
 
 
 def test_methods_are_listed_without_a_model(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(cli, "load", None)
-    said = run("--list-methods", model=None)
-    assert (said.code, said.err) == (0, "")
-    words = set(said.out.replace("=", " ").replace(";", " ").replace("|", " ").split())
-    blocks = {block.partition(":")[0]: block for block in said.out.split("\n\n")}
+    output = run("--list-methods", model=None)
+    assert (output.code, output.err) == (0, "")
+    words = set(output.out.replace("=", " ").replace(";", " ").replace("|", " ").split())
+    blocks = {block.partition(":")[0]: block for block in output.out.split("\n\n")}
     for name, method in METHODS.items():
         assert method.paper.split(",")[0] in blocks[name]
         for option in option_fields(method):
@@ -204,43 +206,43 @@ def test_a_chat_goes_on_from_turn_to_turn(
     monkeypatch.setattr(LLaVA, "encode", counted)
     monkeypatch.setattr(sys, "stdin", io.StringIO("And\n\nwhy now\n"))
     flags = ("--image", photo, "--json", "--prune", "simignore:keep=5")
-    said = run(*flags, "--prompt", "Hi", "--chat")
-    assert (said.code, said.err, encoded) == (0, "", [1])  # no prompt signs in a pipe
-    first, second, third = (json.loads(line) for line in said.out.splitlines())
+    output = run(*flags, "--prompt", "Hi", "--chat")
+    assert (output.code, output.err, encoded) == (0, "", [1])  # no "> " when stdin is a pipe
+    first, second, third = (json.loads(line) for line in output.out.splitlines())
 
-    whole = f"USER: <image>\nHi ASSISTANT: {first['text']} USER: And ASSISTANT:"
-    alone = record(run(*flags, "--prompt", whole, "--raw-prompt"))
+    prompt = f"USER: <image>\nHi ASSISTANT: {first['text']} USER: And ASSISTANT:"
+    alone = read_record(run(*flags, "--prompt", prompt, "--raw-prompt"))
     assert second["tokens"] == alone["tokens"]
     assert second["report"]["kept"] == alone["report"]["kept"]
     assert third["report"]["prompt_tokens"] > second["report"]["prompt_tokens"]
 
 
-def test_a_chat_ends_where_a_pipe_goes_wrong_but_not_at_a_terminal(
+def test_an_error_ends_a_chat_from_a_pipe_but_not_at_a_terminal(
     run: Run, photo: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     lines = "a <image>\nfine\n"
     monkeypatch.setattr(sys, "stdin", io.StringIO(lines))
-    assert "<image>" in refused(run("--image", photo, "--chat"))
+    assert "<image>" in read_error(run("--image", photo, "--chat"))
 
     monkeypatch.setattr(sys, "stdin", io.StringIO(lines))
-    monkeypatch.setattr(session, "_terminal", lambda: True)
-    said = run("--image", photo, "--chat")
-    assert said.code == 0
-    assert said.out == run("--image", photo, "--prompt", "fine").out
-    assert said.err.startswith("> error: the question 'a <image>'")
-    assert said.err.endswith("\n> > ")
+    monkeypatch.setattr(chat, "_is_terminal", lambda: True)
+    output = run("--image", photo, "--chat")
+    assert output.code == 0
+    assert output.out == run("--image", photo, "--prompt", "fine").out
+    assert output.err.startswith("> error: the question 'a <image>'")
+    assert output.err.endswith("\n> > ")
 
 
 def test_a_chat_beyond_the_models_positions_is_refused(
     run: Run, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(sys, "stdin", io.StringIO("word " * 3000 + "\n"))
-    said = run("--prompt", "Hi", "--chat")
-    assert said.code == 2
-    assert said.err.startswith("error: ")
-    assert "positions" in said.err
-    assert said.err.count("\n") == 1
-    assert said.out.count("\n") == 1
+    output = run("--prompt", "Hi", "--chat")
+    assert output.code == 2
+    assert output.err.startswith("error: ")
+    assert "positions" in output.err
+    assert output.err.count("\n") == 1
+    assert output.out.count("\n") == 1
 
 
 # ---------------------------------------------------------------- overlays
@@ -248,33 +250,33 @@ def test_a_chat_beyond_the_models_positions_is_refused(
 
 def test_an_overlay_is_written_after_the_run(run: Run, photo: Path, tmp_path: Path) -> None:
     path = tmp_path / "kept.png"
-    said = run("--image", photo, "--prompt", "Hi", "--prune", "uniform:keep=5", "--overlay", path)
-    assert (said.code, said.err) == (0, "")
-    with Image.open(path) as picture:
-        assert picture.format == "PNG"
-        assert min(picture.size) > 336
+    output = run("--image", photo, "--prompt", "Hi", "--prune", "uniform:keep=5", "--overlay", path)
+    assert (output.code, output.err) == (0, "")
+    with Image.open(path) as drawing:
+        assert drawing.format == "PNG"
+        assert min(drawing.size) > 336
     assert sorted(p.name for p in tmp_path.iterdir()) == ["kept.png", "photo.png"]
 
 
-def test_a_broken_overlay_leaves_what_was_there(
+def test_a_failed_overlay_keeps_the_old_file(
     run: Run, photo: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     path = tmp_path / "kept.png"
     path.write_text("old")
 
-    def full(self: Image.Image, target: Path, kind: str) -> None:
+    def fail(self: Image.Image, target: Path, kind: str) -> None:
         Path(target).write_bytes(b"half")
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(Image.Image, "save", full)
-    said = run("--image", photo, "--prompt", "Hi", "--overlay", path)
-    assert said.code == 2
-    assert said.err == "error: [Errno 28] No space left on device\n"
+    monkeypatch.setattr(Image.Image, "save", fail)
+    output = run("--image", photo, "--prompt", "Hi", "--overlay", path)
+    assert output.code == 2
+    assert output.err == "error: [Errno 28] No space left on device\n"
     assert path.read_text() == "old"
     assert sorted(p.name for p in tmp_path.iterdir()) == ["kept.png", "photo.png"]
 
 
-# ---------------------------------------------------------------- what cannot be done
+# ---------------------------------------------------------------- errors
 
 
 @pytest.mark.parametrize(
@@ -323,30 +325,30 @@ def test_bad_input_is_one_line(
     run: Run, photo: Path, tmp_path: Path, flags: str, words: str
 ) -> None:
     names = {"photo": photo, "tmp": tmp_path}
-    line = refused(run(*flags.format(**names).split()))
+    line = read_error(run(*flags.format(**names).split()))
     for word in words.format(**names).split():
         assert word in line
 
 
-def test_one_line_whatever_a_name_or_a_library_says(
+def test_names_and_library_output_do_not_break_the_line(
     run: Run, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    assert "\x1b" not in refused(run("--prompt", "Hi", "--image", "no\nsuch\r\x1b[31mone"))
+    assert "\x1b" not in read_error(run("--prompt", "Hi", "--image", "no\nsuch\r\x1b[31mone"))
 
-    def noisy(*args: object, **kwargs: object) -> None:
-        warnings.warn("mind this", UserWarning, stacklevel=1)
+    def load_noisily(*args: object, **kwargs: object) -> None:
+        warnings.warn("a warning", UserWarning, stacklevel=1)
         log = logging.Logger("some.library")
         log.addHandler(logging.StreamHandler())
-        log.warning("and that")
+        log.warning("a log message")
         raise ValueError("two\nlines")
 
-    def show(*args: object, **kwargs: object) -> None:  # pytest keeps warnings to itself
+    def show(*args: object, **kwargs: object) -> None:  # pytest captures warnings
         print("a warning", file=sys.stderr)
 
     monkeypatch.setattr(warnings, "showwarning", show)
 
-    monkeypatch.setattr(cli, "load", noisy)
-    assert refused(run("--prompt", "Hi")) == "error: two lines\n"
+    monkeypatch.setattr(cli, "load", load_noisily)
+    assert read_error(run("--prompt", "Hi")) == "error: two lines\n"
 
 
 @pytest.mark.parametrize(
@@ -359,14 +361,14 @@ def test_one_line_whatever_a_name_or_a_library_says(
         ),
     ],
 )
-def test_too_little_memory_is_one_line(
+def test_out_of_memory_is_one_line(
     run: Run, monkeypatch: pytest.MonkeyPatch, error: Exception
 ) -> None:
     monkeypatch.setattr(cli, "load", lambda *args, **kwargs: (_ for _ in ()).throw(error))
-    assert "out of memory" in refused(run("--prompt", "Hi"))
+    assert "out of memory" in read_error(run("--prompt", "Hi"))
 
 
-def test_our_own_faults_are_not_hidden(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_faults_of_the_program_are_raised(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     error = RuntimeError("mat1 and mat2 shapes cannot be multiplied")
     monkeypatch.setattr(cli, "load", lambda *args, **kwargs: (_ for _ in ()).throw(error))
     with pytest.raises(RuntimeError, match="mat1"):
@@ -377,54 +379,55 @@ def test_ctrl_c_while_loading(run: Run, monkeypatch: pytest.MonkeyPatch) -> None
     monkeypatch.setattr(
         cli, "load", lambda *args, **kwargs: (_ for _ in ()).throw(KeyboardInterrupt)
     )
-    assert run("--prompt", "Hi") == Said(130, "", "")
+    assert run("--prompt", "Hi") == Output(130, "", "")
 
 
-def test_letters_that_a_terminal_lacks_are_escaped(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_characters_that_a_terminal_lacks_are_escaped(monkeypatch: pytest.MonkeyPatch) -> None:
     raw = io.BytesIO()
     monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(raw, encoding="ascii"))
-    with one_voice():
+    with quiet_libraries():
         print("é 中", flush=True)
     assert raw.getvalue() == b"\\xe9 \\u4e2d\n"
 
 
-# ---------------------------------------------------------------- as a program
+# ---------------------------------------------------------------- as a process
 
 
-def program(*args: object) -> list[str]:
-    """-W error: a warning while importing would be an end."""
+def make_command(*args: object) -> list[str]:
+    """A process with -W error, which a warning while importing would end."""
     flags = ["-W", "error", "-m", "minillava.generate", "--model", TINY, "--max-new-tokens", 5]
     return [sys.executable, *(str(flag) for flag in (*flags, *args))]
 
 
-def test_as_a_program_an_error_is_one_line_and_exit_code_2() -> None:
-    command = program("--prompt", "Hi", "--prune", "fast")
+def test_as_a_process_an_error_is_one_line_and_exit_code_2() -> None:
+    command = make_command("--prompt", "Hi", "--prune", "fast")
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
-    refused(Said(done.returncode, done.stdout, done.stderr))
+    read_error(Output(done.returncode, done.stdout, done.stderr))
 
 
-def test_as_a_program_it_ends_quietly_when_interrupted() -> None:
+@pytest.mark.slow
+def test_as_a_process_it_ends_quietly_when_interrupted() -> None:
     pipe = subprocess.PIPE
-    command = program("--prompt", "Hi", "--chat")
+    command = make_command("--prompt", "Hi", "--chat")
 
-    def heed() -> None:  # tests that a shell runs in the background ignore the signal by birth
+    def reset() -> None:  # a process that a shell runs in the background ignores SIGINT
         signal.signal(signal.SIGINT, signal.SIG_DFL)
 
     with subprocess.Popen(
-        command, cwd=ROOT, text=True, stdin=pipe, stdout=pipe, stderr=pipe, preexec_fn=heed
+        command, cwd=ROOT, text=True, stdin=pipe, stdout=pipe, stderr=pipe, preexec_fn=reset
     ) as p:
         assert p.stdout
-        assert p.stdout.readline()  # the first answer; now it waits for a question
+        assert p.stdout.readline()  # the first answer; then it waits for a question
         p.send_signal(signal.SIGINT)
         assert p.wait(60) == 130
         assert p.stderr
         assert p.stderr.read() == ""
 
 
-def test_as_a_program_it_ends_quietly_when_nobody_reads() -> None:
+def test_as_a_process_it_ends_quietly_when_its_output_is_closed() -> None:
     reader, writer = os.pipe()
     os.close(reader)
-    command = program("--prompt", "Hi")
+    command = make_command("--prompt", "Hi")
     done = subprocess.run(command, cwd=ROOT, stdout=writer, stderr=subprocess.PIPE, check=False)
     os.close(writer)
     assert (done.returncode, done.stderr) == (141, b"")

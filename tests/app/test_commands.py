@@ -1,4 +1,4 @@
-"""The manners of every command of eval and weights: one line for what cannot be done."""
+"""Every program of minillava, eval and weights: one-line errors and exit codes."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 
 from eval import demo, fit, lmms, published, rivals
-from minillava.app import command as console
+from minillava.app.command import run_command
 from weights import download, quantise
 
 ROOT = Path(__file__).parents[2]
@@ -48,7 +48,7 @@ def main_of(name: str) -> Callable[[list[str]], int]:
     return main
 
 
-def refusal(capsys: pytest.CaptureFixture[str]) -> str:
+def read_error(capsys: pytest.CaptureFixture[str]) -> str:
     """The one line of an error, and nothing else."""
     out, err = capsys.readouterr()
     assert out == ""
@@ -58,8 +58,8 @@ def refusal(capsys: pytest.CaptureFixture[str]) -> str:
     return err
 
 
-def test_every_program_is_looked_at() -> None:
-    """Each module with a main of its own is in the list, or has tests of its own."""
+def test_every_program_is_tested() -> None:
+    """Each module that defines main() is in the list, or has tests elsewhere."""
     found = {
         ".".join(path.relative_to(ROOT).with_suffix("").parts)
         for folder in ("eval", "weights")
@@ -72,14 +72,14 @@ def test_every_program_is_looked_at() -> None:
 @pytest.mark.parametrize("command", COMMANDS)
 def test_an_unknown_option_is_one_line(command: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert main_of(command)(["--nonsense"]) == 2
-    refusal(capsys)
+    read_error(capsys)
 
 
 @pytest.mark.parametrize("command", [*COMMANDS, "eval.lmms"])
 def test_help_ends_with_0(command: str, capsys: pytest.CaptureFixture[str]) -> None:
     if command == "eval.lmms":
         if importlib.util.find_spec("lmms_eval") is not None:
-            pytest.skip("it prints a page of its own behind ours")
+            pytest.skip("lmms-eval prints its own help after ours")
         assert lmms.main(["--help"]) == 0
     else:
         with pytest.raises(SystemExit) as end:
@@ -92,7 +92,7 @@ def test_help_ends_with_0(command: str, capsys: pytest.CaptureFixture[str]) -> N
 
 BAD = [
     ("eval.latency", "--form foo", "'foo'"),
-    ("eval.latency", "--repeats 0", "--repeats: '0' must be a whole number from 1 on"),
+    ("eval.latency", "--repeats 0", "--repeats: '0' must be a whole number, 1 or more"),
     ("eval.latency", "--new-tokens -1", "--new-tokens"),
     ("eval.latency", "--text-tokens many", "'many' must be"),
     ("eval.latency", "--device gpu", "device='gpu', but must be cpu"),
@@ -101,14 +101,14 @@ BAD = [
     ("eval.latency", "--shape 70b", "'70b'"),
     ("eval.latency", "--prune fastvv", "'fastvv'"),
     ("eval.latency", "--model no/such/folder", "no folder 'no/such/folder'"),
-    ("eval.rivals", "--tokens -3", "--tokens: '-3' must be a whole number from 1 on"),
+    ("eval.rivals", "--tokens -3", "--tokens: '-3' must be a whole number, 1 or more"),
     ("eval.rivals", "--repeats 0", "--repeats"),
     ("eval.rivals", "--dtype int3", "'int3'"),
     ("eval.rivals", "--gguf a.gguf", "--llama-bench and --gguf belong together"),
     ("eval.rivals", "--llama-bench no-program --gguf a", "--llama-bench no-program is no program"),
     ("eval.rivals", f"--llama-bench {sys.executable} --gguf no.gguf", "no file --gguf no.gguf"),
-    ("eval.demo", "--questions 0", "--questions: '0' must be a whole number from 1 on"),
-    ("eval.demo", "--seed -1", "--seed: '-1' must be a whole number from 0 on"),
+    ("eval.demo", "--questions 0", "--questions: '0' must be a whole number, 1 or more"),
+    ("eval.demo", "--seed -1", "--seed: '-1' must be a whole number, 0 or more"),
     ("eval.demo", "--kinds when", "'when'"),
     ("eval.demo", "fastv:k=two", "k=two: must be a whole number"),
     ("eval.demo", "--model no/such/folder", "no folder 'no/such/folder'"),
@@ -131,38 +131,38 @@ BAD = [
 ]
 
 
-@pytest.mark.parametrize(("command", "words", "says"), BAD)
+@pytest.mark.parametrize(("command", "words", "message"), BAD)
 def test_bad_input_is_one_line(
-    command: str, words: str, says: str, capsys: pytest.CaptureFixture[str]
+    command: str, words: str, message: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert main_of(command)(words.split()) == 2
-    assert says in refusal(capsys)
+    assert message in read_error(capsys)
 
 
-# ---------------------------------------------------------------- before the work
+# ---------------------------------------------------------------- errors before the work
 
 
 @pytest.fixture
 def no_work(monkeypatch: pytest.MonkeyPatch) -> None:
     def work(*args: Any, **options: Any) -> Any:
-        raise AssertionError("refused too late")
+        raise AssertionError("the work began before the error")
 
     for module, name in ((demo, "measure"), (rivals, "transformers_times"), (fit, "divergences")):
         monkeypatch.setattr(module, name, work)
 
 
 @pytest.mark.usefixtures("no_work")
-def test_a_place_that_cannot_be_written_is_refused_before_the_work(
+def test_an_unwritable_path_is_refused_before_the_work(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (tmp_path / "file").touch()
     (tmp_path / "taken.md").mkdir()
     for out in ("file/out", "taken"):
         assert demo.main(["--questions", "1", "--out", str(tmp_path / out)]) == 2
-        refusal(capsys)
+        read_error(capsys)
     monkeypatch.setattr(demo.os, "access", lambda path, mode: False)  # root may write anywhere
     assert demo.main(["--questions", "1", "--out", str(tmp_path / "x")]) == 2
-    assert "x.json cannot be written; give another name" in refusal(capsys)
+    assert "x.json cannot be written; give another name" in read_error(capsys)
 
 
 @pytest.mark.usefixtures("no_work")
@@ -177,11 +177,9 @@ def test_plans_beyond_the_model_are_refused_before_the_work(
     assert plan.split(":")[0] in capsys.readouterr().err.splitlines()[-1]
 
 
-def test_samples_that_are_none_are_named(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_bad_samples_are_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     file = tmp_path / "q.jsonl"
-    for content, says in {
+    for content, message in {
         "": "has no samples",
         '\n{"image": "a.png"}\n': "line 2: .*must be",
         "[1]": "line 1: '\\[1\\]' must be",
@@ -190,11 +188,11 @@ def test_samples_that_are_none_are_named(
     }.items():
         file.write_text(content)
         assert fit.main(["vtw", "--samples", str(file)]) == 2
-        assert re.search(says, refusal(capsys))
+        assert re.search(message, read_error(capsys))
 
 
 @pytest.mark.parametrize("prints", ["", "[]", "[1, 2]", '[{"avg_ns": 1}, {"avg_ns": 1}]'])
-def test_a_llama_bench_that_prints_something_else(prints: str, tmp_path: Path) -> None:
+def test_unexpected_output_of_llama_bench_is_refused(prints: str, tmp_path: Path) -> None:
     bench = tmp_path / "bench"
     bench.write_text(f"#!/bin/sh\ncat <<'X'\n{prints}\nX\n")
     bench.chmod(0o755)
@@ -202,7 +200,7 @@ def test_a_llama_bench_that_prints_something_else(prints: str, tmp_path: Path) -
         rivals.llama_cpp_times(str(bench), "x.gguf", 620, 1)
 
 
-# ---------------------------------------------------------------- ends
+# ---------------------------------------------------------------- exit codes
 
 
 @pytest.mark.parametrize(("error", "code"), [
@@ -218,7 +216,7 @@ def test_a_llama_bench_that_prints_something_else(prints: str, tmp_path: Path) -
     (demo, "load", ""),
     (rivals, "transformers_times", ""),
 ])  # fmt: skip
-def test_how_a_command_ends(
+def test_exit_codes(
     module: types.ModuleType, name: str, words: str, error: BaseException, code: int,
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str],
 ) -> None:  # fmt: skip
@@ -228,25 +226,25 @@ def test_how_a_command_ends(
     monkeypatch.setattr(module, name, fail)
     assert module.main(words.split()) == code
     if code == 2:
-        refusal(capsys)
+        read_error(capsys)
     else:
         assert capsys.readouterr() == ("", "")
 
 
-def test_our_own_faults_are_not_hidden() -> None:
+def test_faults_of_the_program_are_raised() -> None:
     def fault() -> None:
         raise RuntimeError("shapes cannot be multiplied")
 
     with pytest.raises(RuntimeError, match="multiplied"):
-        console.command(fault)
+        run_command(fault)
 
 
-TAKE_AND_FREE = """
+ALLOCATE_AND_FREE = """
 import resource, torch
-from minillava.app.command import command
+from minillava.app.command import run_command
 def act():
     for turn in range(30):
-        if turn == 20:  # until then the places in memory may still change
+        if turn == 20:  # before, the allocator is still adapting
             before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
         a, b = torch.ones(10_000_000), torch.ones(10_000_000)
         del a, b
@@ -254,22 +252,28 @@ def act():
 """
 
 
-@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="a setting of glibc's")
-def test_a_program_keeps_the_memory_that_its_layers_free() -> None:
-    def faults(call: str) -> int:
-        code = TAKE_AND_FREE + call
+@pytest.mark.slow
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="needs glibc")
+def test_a_program_keeps_memory_that_its_layers_freed() -> None:
+    def count_page_faults(call: str) -> int:
+        code = ALLOCATE_AND_FREE + call
         done = subprocess.run(
             [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True
         )
         return int(done.stdout)
 
-    assert 10 * faults("command(act)") < faults("act()")  # else two times 10,000 pages, ten times
+    assert 10 * count_page_faults("run_command(act)") < count_page_faults("act()")
 
 
 @pytest.mark.parametrize(
-    "words", ["eval.published", "eval.published --task mmmu --method fastv", "eval.run --help"]
+    "words",
+    [
+        "eval.published",
+        pytest.param("eval.published --task mmmu --method fastv", marks=pytest.mark.slow),
+        pytest.param("eval.run --help", marks=pytest.mark.slow),
+    ],
 )
-def test_as_a_program_it_ends_quietly_when_nobody_reads(words: str) -> None:
+def test_a_process_ends_quietly_when_its_output_is_closed(words: str) -> None:
     reader, writer = os.pipe()
     os.close(reader)
     command = [sys.executable, "-m", *words.split()]
@@ -284,12 +288,12 @@ def test_as_a_program_it_ends_quietly_when_nobody_reads(words: str) -> None:
 # ---------------------------------------------------------------- lmms-eval
 
 
-def test_bad_words_for_lmms_eval_are_one_line_too(
+def test_errors_of_lmms_eval_are_one_line_too(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """A stand-in for lmms-eval, whose command line is argparse's."""
+    """With a stand-in for lmms-eval that parses its command line with argparse."""
     if importlib.util.find_spec("lmms_eval") is not None:
-        pytest.skip("the true one is installed: test_lmms.py")
+        pytest.skip("lmms-eval is installed: see test_lmms.py")
     for file, text in {
         "__init__.py": "",
         "__main__.py": "def cli_evaluate_single(args):\n    raise SystemError('no')\n",
@@ -316,13 +320,13 @@ MODEL_REGISTRY_V2.register_manifest = staticmethod(lambda manifest: None)
         path.write_text(text)
     monkeypatch.syspath_prepend(tmp_path)
     try:
-        for words, says in {
+        for words, message in {
             "--no_such_flag": "unrecognized arguments: --no_such_flag",
             "--verbosity INFO": "--tasks is missing",
             "--tasks pope": "SystemError: no",
         }.items():
             assert lmms.main(words.split()) == 2
-            assert says in refusal(capsys)
+            assert message in read_error(capsys)
     finally:
         for name in [name for name in sys.modules if name.split(".")[0] == "lmms_eval"]:
             del sys.modules[name]

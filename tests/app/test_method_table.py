@@ -1,4 +1,4 @@
-"""What the registry says of itself: the list on the command line and the table in the README."""
+"""The lists of the registered methods: --list-methods and the table in pruning/README.md."""
 
 from __future__ import annotations
 
@@ -7,54 +7,57 @@ from pathlib import Path
 
 import pytest
 
-from minillava.app import method_table as listing
+from minillava.app import method_table
 from minillava.app.cli import main
-from minillava.pruning import METHODS, PRESETS, load_file_method
+from minillava.pruning import CATALOGUE, METHODS, PRESETS, load_file_method
 
-README = Path(listing.__file__).parents[1] / "pruning" / "README.md"
+README = Path(method_table.__file__).parents[1] / "pruning" / "README.md"
 
 
 def test_the_readme_has_the_table_of_the_registry() -> None:
-    assert listing.table() in README.read_text()
+    assert method_table.markdown_table() in README.read_text()
 
 
-def test_the_list_says_of_each_method_what_it_knows() -> None:
-    blocks = dict(zip(METHODS, listing.methods().split("\n\n"), strict=False))
+def test_the_list_describes_each_method() -> None:
+    blocks = dict(zip(METHODS, method_table.list_methods().split("\n\n"), strict=False))
     for name, block in blocks.items():
-        said, method = " ".join(block.split()), METHODS[name]
-        assert said.startswith(f"{name}: {method.paper} acts {method.acts} options ")
-        assert f" checked {method.checked}" in said
-        assert said.endswith(f" released {method.source}" if method.source else method.checked)
-        of_it = {p for p, preset in PRESETS.items() if f"{name}:" in preset.plan}
-        assert set(re.findall(r" preset (\S+) = ", said)) == of_it
+        text, origin = " ".join(block.split()), CATALOGUE[name]
+        assert text.startswith(f"{name}: {origin.paper} acts {origin.acts} options ")
+        assert f" checked {origin.checked}" in text
+        assert text.endswith(f" released {origin.source}" if origin.source else origin.checked)
+        presets = {p for p, preset in PRESETS.items() if f"{name}:" in preset.plan}
+        assert set(re.findall(r" preset (\S+) = ", text)) == presets
 
 
-def test_every_method_says_who_it_is() -> None:
-    for name, method in METHODS.items():
-        assert name == method.name
-        assert method.paper, name
-        assert method.acts, name
-        assert method.checked, name
+def test_every_method_has_a_name_paper_and_source() -> None:
+    assert list(CATALOGUE) == list(METHODS)
+    for name, origin in CATALOGUE.items():
+        assert name == METHODS[name].name
+        assert origin.paper, name
+        assert origin.acts, name
+        assert origin.checked, name
 
 
-def write_readmes(name: str, folder: Path) -> Path:
+def write_example(name: str, folder: Path) -> Path:
     code = re.search(rf"```python\n(# {name}.*?)```", README.read_text(), re.DOTALL)
     assert code is not None
     (folder / name).write_text(code[1])
     return folder / name
 
 
-def test_the_readmes_own_method_can_be_loaded(tmp_path: Path) -> None:
-    write_readmes("mine.py", tmp_path)
+def test_the_first_example_in_the_readme_can_be_loaded(tmp_path: Path) -> None:
+    write_example("mine.py", tmp_path)
     method = load_file_method(f"{tmp_path / 'mine.py'}:Loud")
     assert method.name == "loud"
     assert method(keep=0.25).stages() == (("embed", 0),)
 
 
-@pytest.mark.parametrize("method", ["Seen", "Seen:keep=8,mode=mask", "Looked", "Folded"])
-def test_the_readmes_other_methods_run(
+@pytest.mark.parametrize(
+    "method", ["Seen", "Seen:keep=8,mode=mask", "Folded", "EveryThird:mode=mask"]
+)
+def test_the_other_examples_in_the_readme_run(
     method: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    file = write_readmes("more.py", tmp_path)
+    file = write_example("more.py", tmp_path)
     assert main(["--prune", f"{file}:{method}"]) == 0
     assert capsys.readouterr().out == "8\n"

@@ -1,4 +1,4 @@
-"""Overlays: the report's positions are the patches that stay as they are, all others are dimmed."""
+"""Overlays: patches at the report's positions are unchanged, all others are dimmed."""
 
 from __future__ import annotations
 
@@ -10,26 +10,27 @@ import tiny
 import torch
 from PIL import Image, ImageChops
 
-from minillava.app.overlay import GAP, LINE, MARGIN, PANEL, as_seen, overlay
+from minillava import Batch
+from minillava.app.overlay import GAP, LINE, MARGIN, PANEL, model_input_image, overlay
 from minillava.generate import Result, generate
-from minillava.image import ImageConfig, preprocess
-from minillava.llava import Batch, LLaVA
+from minillava.llava import LLaVA
+from minillava.processing.image import ImageConfig, preprocess
 from minillava.pruning import parse_plan
 
-SIZE, GRID = 56, 4  # of the model in conftest
+SIZE, GRID = 56, 4  # image size and patches per side of the model in conftest
 N = GRID**2
-SIDE = PANEL // GRID  # of a patch in a panel
+SIDE = PANEL // GRID  # width of a patch in a panel
 
 
-def picture(n: int, size: tuple[int, int] = (SIZE, SIZE)) -> Image.Image:
-    """Bright everywhere, so that what is dimmed can be told."""
+def make_image(n: int, size: tuple[int, int] = (SIZE, SIZE)) -> Image.Image:
+    """A random image that is bright everywhere, so that dimmed patches can be found."""
     noise = torch.randint(170, 256, (*size[::-1], 3), generator=torch.manual_seed(n))
     return Image.frombytes("RGB", size, bytes(noise.flatten().tolist()))
 
 
-def run(model: LLaVA, pictures: Sequence[Image.Image], plan: str, aspect: str = "crop") -> Result:
-    ids = [1, 4] + [tiny.IMAGE] * N * len(pictures) + [5, 6]
-    pixels = [preprocess(p, ImageConfig(SIZE, SIZE), aspect) for p in pictures]
+def run(model: LLaVA, images: Sequence[Image.Image], plan: str, aspect: str = "crop") -> Result:
+    ids = [1, 4] + [tiny.IMAGE] * N * len(images) + [5, 6]
+    pixels = [preprocess(p, ImageConfig(SIZE, SIZE), aspect) for p in images]
     batch = Batch(
         torch.tensor([ids]),
         torch.ones(1, len(ids), dtype=torch.bool),
@@ -38,8 +39,8 @@ def run(model: LLaVA, pictures: Sequence[Image.Image], plan: str, aspect: str = 
     return generate(model, batch, parse_plan(plan), max_new_tokens=2)
 
 
-def bright(page: Image.Image, row: int = 0, column: int = 0) -> set[int]:
-    """Patches of a panel that are not dimmed, by the median level inside their border."""
+def find_bright(page: Image.Image, row: int = 0, column: int = 0) -> set[int]:
+    """Patches of a panel that are not dimmed, by their median level without the outline."""
     left = MARGIN + column * (PANEL + GAP)
     top = MARGIN + row * (LINE + PANEL + GAP) + LINE
     panel = page.convert("L").crop((left, top, left + PANEL, top + PANEL))
@@ -53,44 +54,44 @@ def bright(page: Image.Image, row: int = 0, column: int = 0) -> set[int]:
 
 
 def test_patches_in_the_report_stay_bright_and_all_others_are_dimmed(model: LLaVA) -> None:
-    result = run(model, [picture(0)], "fastv:k=2,r=0.5")
+    result = run(model, [make_image(0)], "fastv:k=2,r=0.5")
     kept = {p - 2 for p in result.report.kept[0].positions[0]}
     assert len(kept) == N // 2
-    assert bright(overlay(result, picture(0))) == kept
+    assert find_bright(overlay(result, make_image(0))) == kept
 
 
 def test_each_step_of_a_plan_has_its_panel(model: LLaVA) -> None:
-    result = run(model, [picture(0)], "uniform:keep=9+fastv:layer=1,keep=3")
-    page = overlay(result, [picture(0)])
-    assert len(bright(page, column=0)) == 9
-    assert len(bright(page, column=1)) == 3
+    result = run(model, [make_image(0)], "uniform:keep=9+fastv:layer=1,keep=3")
+    page = overlay(result, [make_image(0)])
+    assert len(find_bright(page, column=0)) == 9
+    assert len(find_bright(page, column=1)) == 3
     for column, step in enumerate(result.report.kept):
-        assert bright(page, column=column) == {p - 2 for p in step.positions[0]}
+        assert find_bright(page, column=column) == {p - 2 for p in step.positions[0]}
 
 
-def test_several_pictures_stand_side_by_side_and_steps_below_each_other(model: LLaVA) -> None:
-    pictures = [picture(0), picture(1), picture(2)]
-    result = run(model, pictures, "random:keep=5+fastv:layer=1,keep=3,scope=all")
-    page = overlay(result, pictures)
+def test_several_images_are_columns_and_steps_are_rows(model: LLaVA) -> None:
+    images = [make_image(0), make_image(1), make_image(2)]
+    result = run(model, images, "random:keep=5+fastv:layer=1,keep=3,scope=all")
+    page = overlay(result, images)
     for row, step in enumerate(result.report.kept):
         for column in range(3):
             start = 2 + column * N
             kept = {p - start for p in step.positions[0] if start <= p < start + N}
-            assert bright(page, row, column) == kept
+            assert find_bright(page, row, column) == kept
 
 
 def test_without_a_plan_there_is_one_panel_with_everything(model: LLaVA) -> None:
-    page = overlay(run(model, [picture(0)], ""), picture(0))
-    assert bright(page) == set(range(N))
+    page = overlay(run(model, [make_image(0)], ""), make_image(0))
+    assert find_bright(page) == set(range(N))
     assert page.width == PANEL + 2 * MARGIN
 
 
-def test_the_picture_is_the_one_the_model_saw(model: LLaVA) -> None:
+def test_the_image_is_the_one_the_model_received(model: LLaVA) -> None:
     wide = Image.new("RGB", (3 * SIZE, SIZE), "red")
     wide.paste("blue", (SIZE, 0, 2 * SIZE, SIZE))
     config = ImageConfig(SIZE, SIZE)
-    assert as_seen(wide, config, "crop").getcolors() == [(SIZE * SIZE, (0, 0, 255))]
-    padded = as_seen(wide, config, "pad")
+    assert model_input_image(wide, config, "crop").getcolors() == [(SIZE * SIZE, (0, 0, 255))]
+    padded = model_input_image(wide, config, "pad")
     assert padded.getpixel((2, SIZE // 2)) == (255, 0, 0)
     assert padded.getpixel((2, 2)) == config.fill
 
@@ -98,18 +99,18 @@ def test_the_picture_is_the_one_the_model_saw(model: LLaVA) -> None:
     centre = (MARGIN + 5, MARGIN + LINE + PANEL // 2 + 5)
     assert overlay(pad, wide).getpixel(centre) == (0, 0, 255)
     assert overlay(pad, wide, aspect="pad").getpixel(centre) == (255, 0, 0)
-    made_for = replace(pad, layout=replace(pad.layout, aspect="pad"))
+    made_for = replace(pad, config=replace(pad.config, image_aspect="pad"))
     assert overlay(made_for, wide).getpixel(centre) == (255, 0, 0)
 
 
-def test_a_picture_survives_the_way_to_pixels_and_back() -> None:
-    original = picture(3)
-    seen = as_seen(original, ImageConfig(SIZE, SIZE), "crop")
+def test_preprocessing_can_be_inverted() -> None:
+    original = make_image(3)
+    seen = model_input_image(original, ImageConfig(SIZE, SIZE), "crop")
     assert ImageChops.difference(seen, original).getbbox() is None
 
 
 PLANS = [
-    "visionzip:dominant=5,contextual=2",  # a class token and means besides patches
+    "visionzip:dominant=5,contextual=2",  # keeps a class token and means besides patches
     "simignore:keep=6,mode=mask",
     "pyramiddrop:layers=1/2/3,ratios=0.5/0.25/0.125",
     "fastv:layer=1,keep=0",
@@ -118,27 +119,27 @@ PLANS = [
 
 @pytest.mark.parametrize("plan", PLANS)
 def test_steps_of_every_kind_can_be_drawn(model: LLaVA, plan: str) -> None:
-    result = run(model, [picture(0)], plan)
-    page = overlay(result, picture(0))
+    result = run(model, [make_image(0)], plan)
+    page = overlay(result, make_image(0))
     for column, step in enumerate(result.report.kept):
-        assert bright(page, column=column) == {p - 2 for p in step.positions[0]}
+        assert find_bright(page, column=column) == {p - 2 for p in step.positions[0]}
 
 
-def test_any_text_can_stand_below(model: LLaVA) -> None:
-    result = run(model, [picture(0)], "")
-    plain = overlay(result, picture(0), text="a")
+def test_any_text_can_be_drawn_below(model: LLaVA) -> None:
+    result = run(model, [make_image(0)], "")
+    plain = overlay(result, make_image(0), text="a")
     odd = ["", "Füße 中文 \N{GRINNING FACE}", "\ud83d \x00 \x1b[31m", "w" * 500, "word " * 5000]
     for text in odd:
-        page = overlay(result, picture(0), text=text)
+        page = overlay(result, make_image(0), text=text)
         assert page.width == plain.width
         assert plain.height <= page.height < plain.height + 15 * LINE
 
 
-def test_what_cannot_be_drawn_is_refused(model: LLaVA) -> None:
-    with pytest.raises(ValueError, match="no picture"):
-        overlay(run(model, [], "fastv:k=2,r=0.5"), picture(0))
-    result = run(model, [picture(0), picture(1)], "")
-    with pytest.raises(ValueError, match="2 pictures, not 1"):
-        overlay(result, picture(0))
+def test_impossible_overlays_are_refused(model: LLaVA) -> None:
+    with pytest.raises(ValueError, match="no image"):
+        overlay(run(model, [], "fastv:k=2,r=0.5"), make_image(0))
+    result = run(model, [make_image(0), make_image(1)], "")
+    with pytest.raises(ValueError, match="2 images, not 1"):
+        overlay(result, make_image(0))
     with pytest.raises(ValueError, match="sample=1"):
-        overlay(result, [picture(0), picture(1)], sample=1)
+        overlay(result, [make_image(0), make_image(1)], sample=1)

@@ -7,6 +7,7 @@ import re
 from pathlib import Path
 
 import pytest
+from tiny import refusal
 
 from eval import check
 
@@ -21,11 +22,7 @@ def _write(folder: Path, name: str, content: object) -> Path:
 
 def _error(arguments, capsys) -> str:
     assert check.main([str(a) for a in arguments]) == 2
-    out, err = capsys.readouterr()
-    assert not out
-    assert err.startswith("error: ")
-    assert err.count("\n") == 1
-    return err
+    return refusal(capsys)
 
 
 def test_there_is_a_file_of_every_kind():
@@ -167,7 +164,7 @@ def test_a_corpus_of_items(tmp_path, capsys):
         (
             "pope_score.json",
             {"cases": [{"rows": [{"label": "x", "text": "y"}], "llava": {}, "lmms": {}}]},
-            "pope_score.json: 'x' is no label",
+            "pope_score.json: 'x' is not a label",
         ),
         (
             "cider.json",
@@ -190,7 +187,7 @@ def test_files_that_cannot_be_read(tmp_path, capsys):
     assert "there is no file" in _error([tmp_path / "none.json"], capsys)
     assert "cannot be read" in _error([tmp_path], capsys)
     (tmp_path / "gqa.json").write_text("{")
-    assert "no JSON" in _error([tmp_path / "gqa.json"], capsys)
+    assert "not a JSON file" in _error([tmp_path / "gqa.json"], capsys)
     (tmp_path / "gqa.json").write_bytes(b"\xff\xfe")
-    assert "no JSON" in _error([tmp_path / "gqa.json"], capsys)
+    assert "not a JSON file" in _error([tmp_path / "gqa.json"], capsys)
     assert "required" in _error([], capsys)

@@ -8,9 +8,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import user_method
 
 from eval import cost, latency
 from eval.latency import DEMO, Limits, main
+from eval.plans import read_plans
 from minillava import load
 from minillava.quant.linear import weight_bytes
 
@@ -61,6 +63,7 @@ def test_counts_are_exact(found: Any) -> None:
     assert found["rows"][2]["weight_bytes"] < plain["weight_bytes"]
 
 
+@pytest.mark.slow
 def test_times_belong_together(found: Any) -> None:
     for row in found["rows"]:
         assert {row[n]["n"] for n in ("vision", "prefill", "first_token", "per_token")} == {2}
@@ -79,6 +82,17 @@ def test_a_table_is_printed_with_the_machine(capsys: pytest.CaptureFixture[str])
     assert "2 x 84, 6 x 29" in rows[1]
 
 
+def test_a_users_method_is_read_once(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    method, mark = user_method.write_mark(tmp_path)
+    words = ["--repeats", "1", "--new-tokens", "2", "--text-tokens", str(TEXT)]
+    assert main([*words, "--prune", f"{method}:layer=4,keep=9", "--json"]) == 0
+    row = json.loads(capsys.readouterr().out)["rows"][1]
+    assert row["plan"] == f"{method}:layer=4,keep=9"
+    assert row["tokens_entering"] == [TEXT + PATCHES] * 4 + [TEXT + 9] * 4
+    assert row["choosing"] > 0
+    assert mark.read_text() == "run "
+
+
 @pytest.mark.parametrize(("speedup", "warned"), [(0.8, True), (1.2, False)])
 def test_a_plan_that_does_not_pay_is_said_so(
     speedup: float, warned: bool, monkeypatch: pytest.MonkeyPatch,
@@ -86,7 +100,7 @@ def test_a_plan_that_does_not_pay_is_said_so(
 ) -> None:  # fmt: skip
     model = load(DEMO)[0]
     runs = {
-        "": latency.Measured(vision=[1.0], prefill=[1.0], first_token=[2.0], per_token=[0.1]),
+        "none": latency.Measured(vision=[1.0], prefill=[1.0], first_token=[2.0], per_token=[0.1]),
         "random:keep=9": latency.Measured(
             vision=[1.0], prefill=[1 / speedup], first_token=[2.0], per_token=[0.1]
         ),
@@ -94,11 +108,11 @@ def test_a_plan_that_does_not_pay_is_said_so(
     rows = []
     for text, m in runs.items():
         m.entering = [TEXT + PATCHES] * LAYERS
-        rows.append(latency._row(model, "float32", text, m, runs[""], 1e10))
+        rows.append(latency._row(model, "float32", text, m, runs["none"], 1e10))
     monkeypatch.setattr(latency, "run", lambda args: (rows, Limits(1e10, {})))
     assert main([]) == 0
     err = capsys.readouterr().err
-    line = "warning: random:keep=9 does not pay here: its prefill takes 1.25 times as long"
+    line = "warning: random:keep=9 does not pay off here: its prefill takes 1.25 times as long"
     assert err.startswith(line) if warned else err == ""
     assert rows[1].speedup == pytest.approx(speedup)
 
@@ -117,8 +131,8 @@ def test_random_weights_of_a_shape(capsys: pytest.CaptureFixture[str]) -> None:
     """One layer of the decoder is some gigabytes smaller, but the tower is whole."""
     model = latency.random_model(load(DEMO)[0].config, "int4", latency.find_device("cpu"))
     assert all(not t.is_meta for t in model.state_dict().values())
-    batch = latency.prompt(model.config, TEXT, model.device)
-    (row,) = latency.measure(model, "int4", [""], batch, 1, 1, 1e10)
+    batch = latency.random_batch(model.config, TEXT, model.device)
+    (row,) = latency.measure(model, "int4", read_plans(["none"]), batch, 1, 1, 1e10)
     assert row.tokens_entering == [TEXT + PATCHES] * LAYERS
 
 

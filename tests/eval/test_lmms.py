@@ -15,10 +15,10 @@ from lmms_eval.api.instance import Instance
 from lmms_eval.utils import simple_parse_args_string
 
 from eval import lmms
-from eval.lmms_model import DELIMITER, MiniLLaVA, cut, settings, with_pictures
+from eval.lmms_model import DELIMITER, MiniLLaVA, add_placeholders, cut_at_stop, settings
 from minillava import load, parse_plan
 from minillava.generate import generate
-from minillava.prompt import conversation
+from minillava.processing.templates import conversation
 from weights import scenes
 
 DEMO = Path(__file__).parents[2] / "weights" / "demo"
@@ -223,10 +223,10 @@ def test_generation_settings_of_a_task():
 
 
 def test_placeholders_stand_in_front_unless_the_task_has_them():
-    assert with_pictures("Q", 0) == "Q"
-    assert with_pictures("Q", 2) == "<image> <image>\nQ"
-    assert with_pictures("Q <image>", 1) == "Q <image>"
-    assert cut("yes. no", (". ", "no")) == "yes"
+    assert add_placeholders("Q", 0) == "Q"
+    assert add_placeholders("Q", 2) == "<image> <image>\nQ"
+    assert add_placeholders("Q <image>", 1) == "Q <image>"
+    assert cut_at_stop("yes. no", (". ", "no")) == "yes"
 
 
 def _request(index, task="t", kwargs=None, visual=None):
@@ -257,7 +257,7 @@ def test_what_is_no_picture_is_refused():
     model.task_dict = {"t": {"test": ["doc"]}}
     with pytest.raises(ValueError, match=r"^t, test 0: a visual of type str; minillava reads p"):
         model.generate_until([_request(0, visual=lambda doc: ["film.mp4"])])
-    with pytest.raises(ValueError, match="t wants likelihoods"):
+    with pytest.raises(ValueError, match="t needs likelihoods"):
         model.loglikelihood([_request(0)])
     with pytest.raises(ValueError, match="t has several rounds"):
         model.generate_until_multi_round([_request(0)])

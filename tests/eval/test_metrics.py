@@ -1,7 +1,7 @@
 """Metrics of eval/metrics: what the official scripts do, slips and all.
 
-The cases of metric_cases/ have the results of the official code; tests/test_check.py runs them all.
-Here is what those cases do not hold.
+The cases of metric_cases/ have the results of the official code; test_check.py runs them all. Here
+is what those cases do not hold.
 """
 
 from __future__ import annotations
@@ -110,6 +110,9 @@ def test_gqa_space_and_punctuation():
     assert gqa.llava_correct(".5", ".5")
     assert not gqa.lmms_correct("yes ", "yes")
     assert gqa.lmms_correct("T-shirt!", "tshirt")
+    assert not gqa.lmms_correct("ß", "s")  # small letters: "SS" would be the capitals
+    assert gqa.llava_prediction("Vitamin X.") == "vitamin x"
+    assert gqa.llava_prediction("No!?") == "no!?"
 
 
 # Letters.
@@ -130,6 +133,13 @@ def test_mmmu_letters():
     assert mmmu.choice("", []) is None
 
 
+@pytest.mark.parametrize("official", [False, True])
+def test_mmmu_takes_the_letter_or_text_that_stands_last(official):
+    options = ["red", "blue", "green"]
+    for text in ("(A), or (B)? I say (A)", " A or B , so A ", "red, or blue? I think it is red"):
+        assert mmmu.choice(text, options, official) == "A"
+
+
 def test_mmmu_guesses_are_those_of_the_seed():
     random.seed(42)
     official = [random.choice(["A", "B", "C", "D"]) for _ in range(5)]
@@ -143,6 +153,8 @@ def test_mmmu_open_answers():
     assert not mmmu.open_correct("cat", "a")
     assert mmmu.normalise(["A", "1,000.456"]) == [" a", "a ", 1000.46]
     assert math.isinf(mmmu.normalise("inf")[0])
+    # the official script strips spaces and then periods, on both sides: ".5" becomes 5
+    assert mmmu.candidates(" .5. ") == [5.0]
 
 
 def test_scienceqa_rules():
@@ -183,6 +195,7 @@ def test_mmbench_article_is_no_choice():
         ("The answer is A, so I think. My answer is B or A yes", "A"),
         ("Cat", "C"),
         ("答案是B吧", "B"),
+        ("(B)不对，选A吧", "A"),  # what a phrase names goes before a letter in parentheses
         ("none", None),
         (" .'", None),
     ],

@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 
 import pytest
+import user_method
+from tiny import refusal
 
 from eval import published
 from eval.published import Measured, beside, find, load, text_of, unpruned
@@ -170,6 +172,14 @@ def test_figures_of_another_protocol_stay_out(figures):
     assert [table.group.convention for table in beside(both, figures)] == ["lmms", "llava"]
 
 
+def test_a_method_in_a_file_has_a_row_without_published_figures(figures, tmp_path):
+    method, mark = user_method.write_mark(tmp_path)
+    plans = ("none", "fastv:k=3,r=0.5", f"{method}:keep=16")
+    (table,) = beside([_measured(plan=p) for p in plans], figures)
+    assert [row[2] != (None,) for row in table.rows] == [True, True, False]
+    assert not mark.exists()
+
+
 def test_every_column_begins_with_its_sources_unpruned_figure(figures):
     groups = dict.fromkeys(f.group for f in figures if f.plan not in (None, "none"))
     for group in groups:
@@ -226,16 +236,12 @@ def test_json_gives_one_object_a_figure_with_its_unpruned_one(capsys):
     ("words", "says"),
     [
         (["--task", "gqaa"], "there is no task 'gqaa'; there are: scienceqa, aokvqa"),
-        (["--method", "fastfood"], "nothing is published here for 'fastfood'; there are: BTP"),
-        (["--task", "ocrvqa"], "nothing is published here for --task ocrvqa"),
+        (["--method", "fastfood"], "there is no published figure of 'fastfood'; there are: BTP"),
+        (["--task", "ocrvqa"], "there is no published figure for --task ocrvqa"),
         (["--tasks", "gqa"], "unrecognized arguments: --tasks gqa"),
         (["--task"], "expected one argument"),
     ],
 )
 def test_bad_arguments_are_one_line(capsys, words, says):
     assert published.main(words) == 2
-    out, err = capsys.readouterr()
-    assert out == ""
-    assert err.startswith("error: ")
-    assert err.count("\n") == 1
-    assert says in err
+    assert says in refusal(capsys)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -12,9 +13,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import user_method
+from tiny import refusal
 
-from eval import bench, predict, run, score, store
-from eval.summary import summary
+from eval import predict, run, score, store
+from eval.plans import file_name
+from eval.summary import summarise
 
 ROOT = Path(__file__).parents[2]
 PLAN = "fastv:k=3,keep=16"
@@ -38,7 +42,7 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Twelve questions in one go, a question at a time."""
     out = tmp_path_factory.mktemp("whole")
     assert ask(out, limit=12) == 0
-    return out / f"{bench.file_name(PLAN)}.jsonl"
+    return out / f"{file_name(PLAN)}.jsonl"
 
 
 def test_predictions_have_the_shape_of_llavas(whole: Path) -> None:
@@ -80,7 +84,7 @@ def test_methods_that_draw_do_not_depend_on_batches_or_interruptions(
 ) -> None:
     one, other = tmp_path / "one", tmp_path / "other"
     assert ask(one, plan=plan, limit=9) == 0
-    path = other / f"{bench.file_name(plan)}.jsonl"
+    path = other / f"{file_name(plan)}.jsonl"
     assert ask(other, "--batch", "4", plan=plan, limit=9) == 0
     assert texts_of(path) == texts_of(one / path.name)
     lines = path.read_bytes().splitlines(keepends=True)
@@ -100,6 +104,7 @@ def test_half_a_line_is_cut_off_and_asked_again(whole: Path, tmp_path: Path) -> 
     assert path.read_bytes().count(b"\n") == 12
 
 
+@pytest.mark.slow
 def test_a_killed_run_goes_on_without_a_lost_or_doubled_line(whole: Path, tmp_path: Path) -> None:
     command = [sys.executable, "-m", "eval.run", "--limit", "12", "--prune", PLAN]
     command += ["--out", str(tmp_path)]
@@ -140,12 +145,10 @@ def test_answers_of_other_settings_are_not_mixed(
     assert ask(tmp_path, limit=2) == 0
     capsys.readouterr()
     assert ask(tmp_path, *more, limit=2) == 2
-    error = capsys.readouterr().err
-    assert error.startswith("error: ")
-    assert "was begun with" in error
-    assert error.count("\n") == 1
+    assert "was begun with" in refusal(capsys)
 
 
+@pytest.mark.slow
 def test_two_processes_give_what_one_gives(whole: Path, tmp_path: Path) -> None:
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2"]
     torchrun += ["--master-port", "29517", "-m", "eval.run", "--limit", "12", "--prune", PLAN]
@@ -169,8 +172,8 @@ def test_parts_of_an_interrupted_torchrun_are_taken_in(whole: Path, tmp_path: Pa
     assert ask(tmp_path, limit=12) == 0
     lines = path.read_bytes().splitlines(keepends=True)
     path.write_bytes(b"".join(lines[:3]))
-    store.part_of(path, 0).write_bytes(b"".join(lines[4:9:2]) + lines[9][:20])
-    store.part_of(path, 1).write_bytes(b"".join(lines[3:8:2]))
+    store.part_path(path, 0).write_bytes(b"".join(lines[4:9:2]) + lines[9][:20])
+    store.part_path(path, 1).write_bytes(b"".join(lines[3:8:2]))
     assert ask(tmp_path, limit=12) == 0
     assert [row["question_id"] for row in rows_of(path)] == list(range(12))
     assert not list(tmp_path.glob("*.part-*"))
@@ -191,7 +194,7 @@ def test_an_error_keeps_what_was_answered(
     assert ask(tmp_path) == 2
     error = capsys.readouterr().err
     assert error == "error: question 3: the model's logits are not numbers\n"
-    assert len(texts_of(tmp_path / f"{bench.file_name(PLAN)}.jsonl")) == 3
+    assert len(texts_of(tmp_path / f"{file_name(PLAN)}.jsonl")) == 3
 
 
 @pytest.mark.parametrize(
@@ -214,11 +217,7 @@ def test_bad_input_is_one_line(
     argv: list[str], words: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert run.main(["--limit", "2", "--out", str(tmp_path / "out"), *argv]) == 2
-    captured = capsys.readouterr()
-    assert captured.out == ""
-    assert captured.err.startswith("error: ")
-    assert captured.err.count("\n") == 1
-    assert words in captured.err
+    assert words in refusal(capsys)
 
 
 def test_a_folder_in_use_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -233,9 +232,9 @@ def test_the_table_and_the_warning(tmp_path: Path, capsys: pytest.CaptureFixture
     printed = capsys.readouterr().out
     assert all(f"| `{plan}` |" in printed for plan in plans)
     assert (tmp_path / "summary.md").read_text() == printed
-    done = [Slow("none", 1.0), Slow("a", 0.5), Slow("b", 1.5)]
-    (warning,) = run.warnings(done)  # type: ignore[arg-type]
-    assert warning.startswith("b does not pay here: its prefill takes 1.50 times")
+    found = [Slow("none", 1.0), Slow("a", 0.5), Slow("b", 1.5)]
+    (warning,) = run.warnings(found)  # type: ignore[arg-type]
+    assert warning.startswith("b does not pay off here: its prefill takes 1.50 times")
 
 
 class Slow:
@@ -258,12 +257,162 @@ def test_costs_leave_the_first_batches_out() -> None:
         return {"metadata": {**times, **tokens, **rest, "warm": warm}}
 
     config = TextConfig(num_hidden_layers=2)
-    costs = summary([row(9.0, False), row(1.0, True), row(2.0, True), row(3.0, True)], config)
+    costs = summarise([row(9.0, False), row(1.0, True), row(2.0, True), row(3.0, True)], config)
     assert costs.prefill is not None
     assert (costs.prefill.median, costs.prefill.n) == (2.0, 3)
     assert costs.per_token is None
     assert costs.tokens_entering == [5, 3]
-    assert summary([row(9.0, False)], config).prefill.median == 9.0  # type: ignore[union-attr]
+    assert summarise([row(9.0, False)], config).prefill.median == 9.0  # type: ignore[union-attr]
+
+
+# ---------------------------------------------------------------- methods in files
+
+
+def test_a_users_method_is_read_once_and_resumed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    method, mark = user_method.write_mark(tmp_path)
+    plan, out = f"{method}:keep=16", tmp_path / "out"
+    assert ask(out, plan=plan) == 0
+    assert mark.read_text() == "run "
+    path = out / f"{file_name(plan)}.jsonl"
+    assert rows_of(path)[0]["metadata"]["image_tokens_entering"] == [64] * 3 + [16] * 5
+    monkeypatch.setattr(predict, "generate", None)
+    assert ask(out, plan=plan) == 0
+
+
+def test_answers_of_an_edited_method_are_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    user_method.write(Path())
+    plan, out = "./mine.py:Mine:keep=4", tmp_path / "out"
+    assert ask(out, plan=plan) == 0
+    path = out / f"{file_name(plan)}.jsonl"
+    before = texts_of(path)
+    user_method.write(Path(), user_method.LAST)
+    capsys.readouterr()
+    with monkeypatch.context() as patch:
+        patch.setattr(predict, "generate", None)  # before any question of any plan is asked
+        argv = ["--out", str(out), "--limit", "6", "--prune", "random:keep=3", plan]
+        assert run.main(argv) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("error: ")
+    assert error.count("\n") == 1
+    for words in (plan, "mine.py", "edited", "another --out", f"delete {path.name} and "):
+        assert words in error
+    assert texts_of(path) == before
+    for name in re.search("delete (.*) and (.*)\n", error).groups():  # type: ignore[union-attr]
+        (out / name).unlink()
+    assert ask(out, plan=plan) == 0
+    assert texts_of(path) != before
+
+
+def test_answers_without_a_record_of_the_methods_content_are_refused(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    plan, out = user_method.write(tmp_path), tmp_path / "out"
+    assert ask(out, plan=plan, limit=1) == 0
+    path = out / f"{file_name(plan)}.json"
+    found = json.loads(path.read_text())
+    del found["run"]["method_files"]
+    path.write_text(json.dumps(found))
+    assert ask(out, plan=plan, limit=1) == 2
+    assert "mine.py" in capsys.readouterr().err
+
+
+def test_answers_of_plain_plans_from_before_there_was_such_a_record_go_on(tmp_path: Path) -> None:
+    assert ask(tmp_path, limit=1) == 0
+    path = tmp_path / f"{file_name(PLAN)}.json"
+    found = json.loads(path.read_text())
+    del found["run"]["method_files"]
+    path.write_text(json.dumps(found))
+    assert ask(tmp_path, limit=2) == 0
+
+
+# ---------------------------------------------------------------- summary.md
+
+
+def plans_in(text: str) -> list[str]:
+    return re.findall(r"^\| `(.*?)` \|", text, re.MULTILINE)
+
+
+def test_the_summary_keeps_the_plans_of_earlier_calls(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    first = ["fastv:k=3,keep=16", "none"]
+    assert run.main(["--limit", "4", "--out", str(tmp_path), "--prune", *first]) == 0
+    rows = [line for line in capsys.readouterr().out.splitlines() if line.startswith("| `")]
+    assert ask(tmp_path, plan="divprune:keep=8", limit=4) == 0
+    text = (tmp_path / "summary.md").read_text()
+    assert plans_in(text) == ["none", "fastv:k=3,keep=16", "divprune:keep=8"]
+    assert text.splitlines()[4:6] == rows[::-1]  # every figure as it was
+    assert "not in this table" not in text
+    assert capsys.readouterr().out == text
+    titles = re.findall(r"^.* protocol: accuracy .*$", text, re.MULTILINE)
+    assert len(titles) == 3
+
+
+@pytest.mark.parametrize(("more", "reason"), [
+    (["--limit", "5"], "it was asked with questions=4 ("),
+    (["--seed", "3"], "it was asked with seed=0, not 3"),
+    (["--quantize", "int8"], "it was asked with quantize=None, not int8"),
+    (["--batch", "2"], "it was asked with batch=1, not 2"),
+])  # fmt: skip
+def test_results_of_other_questions_or_settings_are_named_and_not_in_the_table(
+    more: list[str], reason: str, tmp_path: Path
+) -> None:
+    assert ask(tmp_path, limit=4) == 0
+    argv = ["--limit", "4", "--out", str(tmp_path), "--prune", "divprune:keep=8", *more]
+    assert run.main(argv) == 0
+    text = (tmp_path / "summary.md").read_text()
+    assert plans_in(text) == ["divprune:keep=8"]
+    assert f"`{PLAN}` is not in this table: {reason}" in text
+
+
+def test_other_questions_of_the_same_number_are_not_in_the_table(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from dataclasses import replace
+
+    from eval import bench
+
+    assert ask(tmp_path, limit=2) == 0
+    asked = bench.read_questions
+
+    def others(*args: Any) -> Any:
+        return [replace(item, text=f"{item.text} Look closely.") for item in asked(*args)]
+
+    monkeypatch.setattr(bench, "read_questions", others)
+    assert ask(tmp_path, plan="divprune:keep=8", limit=2) == 0
+    text = (tmp_path / "summary.md").read_text()
+    assert plans_in(text) == ["divprune:keep=8"]
+    assert f"`{PLAN}` is not in this table: it was asked with questions=2 (" in text
+
+
+def test_a_table_without_plans_that_were_interrupted_or_edited(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    method, mark = user_method.write_mark(tmp_path)
+    plan, out = f"{method}:keep=4", tmp_path / "out"
+    assert ask(out, plan=plan, limit=2) == 0
+    assert ask(out, plan="random:keep=4", limit=2) == 0
+    text = (out / "summary.md").read_text()
+    assert plans_in(text) == [plan, "random:keep=4"]
+    assert re.search(r"`: .*mine\.py with sha256 [0-9a-f]{12}\n", text)
+
+    path = out / f"{file_name('random:keep=4')}.json"
+    found = json.loads(path.read_text())
+    path.write_text(json.dumps({k: v for k, v in found.items() if k not in ("score", "costs")}))
+    (out / "other.json").write_text("[1]")
+    user_method.write(tmp_path, f"open({str(mark)!r}, 'a').write('read back ')")
+    assert ask(out, plan="none", limit=2) == 0
+    text = (out / "summary.md").read_text()
+    assert plans_in(text) == ["none"]
+    assert "`random:keep=4` is not in this table: not all of its questions are answered" in text
+    edited = f"`{plan}` is not in this table: {tmp_path / 'mine.py'} was edited since"
+    assert edited in text
+    assert mark.read_text() == "run "  # what is read back never runs
 
 
 # ---------------------------------------------------------------- eval.score
@@ -278,10 +427,7 @@ def test_a_question_file_with_values_of_a_wrong_kind(
     told.write_text('{"question_id": "1", "text": "A"}\n')
     argv = ["--task", "scienceqa", "--questions", str(path), "--predictions", str(told)]
     assert score.main(argv) == 2
-    error = capsys.readouterr().err
-    assert error.startswith("error: ")
-    assert "q.json" in error
-    assert error.count("\n") == 1
+    assert "q.json" in refusal(capsys)
 
 
 def test_score_of_our_own_file(whole: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -325,7 +471,4 @@ def test_score_names_what_is_wrong_in_a_file(
     path = tmp_path / "p.jsonl"
     path.write_text(content)
     assert score.main(["--task", "demo", "--limit", "3", "--predictions", str(path)]) == 2
-    error = capsys.readouterr().err
-    assert error.startswith("error: ")
-    assert words in error
-    assert error.count("\n") == 1
+    assert words in refusal(capsys)

@@ -15,7 +15,7 @@ from PIL import Image
 from eval.predictions import read
 from eval.tasks import TASKS
 from eval.tasks.base import Answer, Item, Score
-from minillava.prompt import conversation
+from minillava.processing.templates import conversation
 
 SHORT = "\nAnswer the question using a single word or phrase."
 LETTER = "\nAnswer with the option's letter from the given choices directly."
@@ -327,7 +327,7 @@ def test_scienceqa_by_its_three_rules(tmp_path: Path) -> None:
     assert scored("scienceqa", items, [None] * 3, "llava").unparsed == 0
     found = scored("scienceqa", items, [None, "B", None], "llava")  # as papers ask them
     assert (found.right, found.n, found.split) == (1, 2, "test with image")
-    assert "1 questions without a picture is answered" in found.notes[0]
+    assert "1 questions without an image is answered" in found.notes[0]
     assert scored("scienceqa", items[:1], [None], "llava").n == 1
 
 
@@ -528,7 +528,7 @@ def test_captions_say_what_tokenised_them(tmp_path: Path) -> None:
     assert scored("coco2017", items, ["", None], "lmms").value == 0
     alone = scored("coco2017", items[:1], ["a red dog"], "lmms")
     assert alone.value == 0
-    assert any("one picture" in note for note in alone.notes)
+    assert any("one image" in note for note in alone.notes)
 
 
 @pytest.mark.parametrize("name", [name for name in TASKS if name != "demo"])
@@ -588,7 +588,7 @@ def test_gold_of_a_wrong_kind_is_told(gold: object, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("name", [name for name in TASKS if name != "demo"])
 def test_no_question_is_no_score(name: str) -> None:
-    with pytest.raises(ValueError, match="there is no"):
+    with pytest.raises(ValueError, match="there are no"):
         TASKS[name].score([], next(iter(TASKS[name].setups)))
 
 

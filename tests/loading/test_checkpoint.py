@@ -1,4 +1,4 @@
-"""Files -> model: every layout, every tensor in its place, and one sentence for what is wrong."""
+"""load(): every layout, every tensor where it belongs, and one-line errors."""
 
 from __future__ import annotations
 
@@ -18,17 +18,17 @@ from torch import Tensor
 from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration
 
 from minillava.llava import LLaVA
-from minillava.loading.checkpoint import load, match, widest
-from minillava.loading.config_file import config_of, read_config
+from minillava.loading.checkpoint import load, match_tensors, widest_dtype
+from minillava.loading.config_file import parse_config, read_config
 from minillava.loading.keys import published_name
-from minillava.loading.tensor_files import Stored, stored_tensors
+from minillava.loading.tensor_files import StoredTensor, read_headers
 
 torch.set_num_threads(1)
 
 TINY_A = Path(__file__).parents[1] / "goldens" / "checkpoints" / "tiny-a" / "hub-sharded"
 SMALL_FILES = ("tokenizer.model", "preprocessor_config.json", "generation_config.json")
 
-# Our names in those of the running transformers modules, written apart from the table under test.
+# Our names -> those of transformers' modules, independent of the table under test.
 THEIRS = {
     r"^vision\.class": "model.vision_tower.embeddings.class",
     r"^vision\.(patch|position)_emb": r"model.vision_tower.embeddings.\1_emb",
@@ -47,19 +47,19 @@ THEIRS = {
 }
 
 
-def theirs(ours: str) -> str:
+def their_name(ours: str) -> str:
     return next(
         re.sub(pattern, to, ours) for pattern, to in THEIRS.items() if re.search(pattern, ours)
     )
 
 
 def hub_spelling(name: str) -> str:
-    """A name as transformers 5 writes it -> as the hub has it."""
+    """A name in a file that transformers 5 writes -> its name on the hub."""
     return name.replace("vision_tower.", "vision_tower.vision_model.")
 
 
 def module_spelling(name: str) -> str:
-    """A name as transformers 5 writes it -> as its running modules say it."""
+    """A name in a file that transformers 5 writes -> its name in the modules."""
     name = name.replace("language_model.model.", "language_model.")
     return "lm_head.weight" if name.endswith("lm_head.weight") else f"model.{name}"
 
@@ -89,7 +89,7 @@ def write_hf(folder: Path, kv_heads: int = 4, tied: bool = False, shard: str = "
         tie_word_embeddings=tied,
     )
     model = LlavaForConditionalGeneration(config)
-    for parameter in model.parameters():  # biases and norms too: zeros and ones tell nothing
+    for parameter in model.parameters():  # biases and norms too: zeros and ones would hide a mix-up
         torch.nn.init.normal_(parameter)
     model.save_pretrained(folder, max_shard_size=shard)
     for name in SMALL_FILES:
@@ -102,15 +102,15 @@ def rewrite(folder: Path, change: Callable[[dict[str, Tensor]], dict[str, Tensor
     save_file(change(load_file(path)), path)
 
 
-def rename(folder: Path, spelling: Callable[[str], str]) -> None:
+def rename_tensors(folder: Path, spelling: Callable[[str], str]) -> None:
     rewrite(folder, lambda state: {spelling(name): tensor for name, tensor in state.items()})
 
 
 def assert_same_weights(model: LLaVA, expected: dict[str, Tensor]) -> None:
     state = model.state_dict()
-    assert {theirs(name) for name in state} == expected.keys()
+    assert {their_name(name) for name in state} == expected.keys()
     for name, tensor in state.items():
-        assert torch.equal(tensor, expected[theirs(name)]), name
+        assert torch.equal(tensor, expected[their_name(name)]), name
 
 
 @pytest.fixture
@@ -127,7 +127,7 @@ def test_every_tensor_finds_its_place_in_every_spelling(
 ) -> None:
     saved = write_hf(tmp_path, kv_heads, tied)
     if spelling:
-        rename(tmp_path, spelling)
+        rename_tensors(tmp_path, spelling)
     assert ("lm_head.weight" in str(list(load_file(tmp_path / "model.safetensors")))) != tied
     model, _ = load(tmp_path)
     assert_same_weights(model, saved.state_dict())
@@ -153,8 +153,8 @@ def test_a_loaded_model_is_ready_to_run(folder: Path) -> None:
     model, processor = load(folder)
     assert not model.training
     assert all(p.device.type == "cpu" and not p.requires_grad for p in model.parameters())
-    assert model.decode_text is not None
-    assert model.decode_text([3, 4]) == processor.decode([3, 4])
+    assert model.tokenizer is not None
+    assert model.tokenizer.decode([3, 4]) == processor.decode([3, 4])
 
 
 # ------------------------------------------------------------ tied heads
@@ -171,7 +171,7 @@ def set_head(folder: Path, head: Callable[[Tensor], Tensor], keep_embedding: boo
 
 
 @pytest.mark.parametrize("keep_embedding", [True, False])
-def test_a_tied_head_may_stand_in_the_file_too(tmp_path: Path, keep_embedding: bool) -> None:
+def test_a_tied_head_may_also_be_in_the_file(tmp_path: Path, keep_embedding: bool) -> None:
     saved = write_hf(tmp_path, tied=True)
     set_head(tmp_path, lambda embedding: embedding, keep_embedding)
     model, _ = load(tmp_path)
@@ -209,14 +209,14 @@ def test_dtype_is_that_of_storage_on_a_cpu(
     rewrite(folder, lambda state: {name: tensor.half() for name, tensor in state.items()})
     files = load_file(folder / "model.safetensors")
     model, _ = load(folder, dtype=asked)
-    assert model.dtype == torch.float32  # of arithmetic
+    assert model.dtype == torch.float32  # dtype of the arithmetic
     name = "multi_modal_projector.linear_1.weight"
     assert torch.equal(model.projector.linear_1.weight, files[name].to(stored))
     for name in LLaVA(model.config).state_dict():
         large = re.search(r"(proj|fc\d|linear_\d|lm_head|embed_tokens)\.weight$", name)
         module, _, leaf = name.rpartition(".")
-        held = getattr(model.get_submodule(module), leaf)
-        assert held.dtype == (stored if large else torch.float32), name
+        tensor = getattr(model.get_submodule(module), leaf)
+        assert tensor.dtype == (stored if large else torch.float32), name
 
 
 @pytest.mark.parametrize(
@@ -231,28 +231,32 @@ def test_dtype_is_that_of_storage_on_a_cpu(
 def test_a_checkpoints_own_dtype_holds_all_its_tensors(
     kinds: list[str], dtype: torch.dtype
 ) -> None:
-    assert widest([Stored(Path(), "", (), kind) for kind in kinds]) == dtype
+    assert widest_dtype([StoredTensor(Path(), "", (), kind) for kind in kinds]) == dtype
 
 
 @pytest.mark.parametrize(
-    ("arguments", "says"),
+    ("arguments", "message"),
     [
         ({"dtype": "int8"}, "dtype='int8', but must be float32, .*bfloat16"),
         ({"dtype": torch.float64}, "dtype='torch.float64', but must be float32"),
+        ({"device": "cpux"}, "device='cpux', but must be cpu, cuda or cuda:N"),
+        ({"device": "cuda:"}, "device='cuda:', but must be cpu, cuda or cuda:N"),
         ({"device": "gpu"}, "device='gpu', but must be cpu, cuda or cuda:N"),
         ({"device": "cuda:99"}, "device='cuda:99', but .* use device='cpu'"),
         ({"quantize": "int3"}, "quantize='int3', but must be int8, int8-dynamic, int4"),
         ({"revision": "main"}, "revision='main', but .* is a local folder.*leave it out"),
     ],
 )
-def test_unknown_arguments_are_refused(folder: Path, arguments: dict[str, Any], says: str) -> None:
-    with pytest.raises(ValueError, match=says) as caught:
+def test_unknown_arguments_are_refused(
+    folder: Path, arguments: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(ValueError, match=message) as caught:
         load(folder, **arguments)
     assert "\n" not in str(caught.value)
 
 
 @pytest.mark.parametrize("name", ["lm_head.weight", "model.embed_tokens.weight"])
-def test_values_that_float16_cannot_hold_are_refused(folder: Path, name: str) -> None:
+def test_values_that_float16_cannot_represent_are_refused(folder: Path, name: str) -> None:
     name = f"language_model.{name}"
 
     def large(state: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -261,7 +265,7 @@ def test_values_that_float16_cannot_hold_are_refused(folder: Path, name: str) ->
 
     rewrite(folder, large)
     load(folder, dtype="bfloat16")
-    with pytest.raises(ValueError, match=f"{name} has values that float16 cannot .* take dtype bf"):
+    with pytest.raises(ValueError, match=f"{name} has values that float16 cannot .* use dtype bf"):
         load(folder, dtype="float16")
 
 
@@ -274,14 +278,14 @@ def refused(folder: Path, monkeypatch: pytest.MonkeyPatch) -> str:
     def read(*_: object) -> Tensor:
         raise AssertionError("data was read before the headers were compared")
 
-    monkeypatch.setattr(Stored, "read", read)
+    monkeypatch.setattr(StoredTensor, "read", read)
     with pytest.raises(ValueError, match=r"the tensors in .* are not those") as caught:
         load(folder)
     assert "\n" not in str(caught.value)
     return str(caught.value)
 
 
-def test_all_that_does_not_fit_is_listed_at_once(
+def test_everything_that_does_not_fit_is_listed_at_once(
     folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def change(state: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -326,7 +330,7 @@ def test_one_tensor_under_two_names_is_refused(
     assert f"1 unknown: {name} (beside model.{name})" in message
 
 
-def test_what_is_computed_may_stand_in_the_file(folder: Path) -> None:
+def test_tensors_that_are_computed_may_be_in_the_file(folder: Path) -> None:
     computed = {
         "vision_tower.vision_model.embeddings.position_ids": torch.arange(17)[None],
         "language_model.model.rotary_emb.inv_freq": torch.ones(4),
@@ -345,7 +349,7 @@ def test_weights_do_not_change_with_their_file(folder: Path) -> None:
     model, _ = load(folder)
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     path = folder / "model.safetensors"
-    with path.open("r+b") as file:  # in place: a mapped file would show it
+    with path.open("r+b") as file:  # in place: the weights would change if they were mapped
         file.seek(path.stat().st_size // 2)
         file.write(b"\0" * (path.stat().st_size // 2))
     assert all(torch.equal(model.state_dict()[name], before[name]) for name in before)
@@ -366,7 +370,7 @@ def test_a_damaged_file_is_named(folder: Path, damage: Callable[[bytes], bytes])
     path = folder / "model.safetensors"
     path.write_bytes(damage(path.read_bytes()))
     with pytest.raises(
-        ValueError, match=r"truncated, damaged or no safetensors.*fetch it"
+        ValueError, match=r"truncated, damaged or not a safetensors.*download it"
     ) as caught:
         load(folder)
     assert str(path) in str(caught.value)
@@ -374,7 +378,7 @@ def test_a_damaged_file_is_named(folder: Path, damage: Callable[[bytes], bytes])
 
 
 @pytest.mark.parametrize(
-    ("weight_map", "says"),
+    ("weight_map", "message"),
     [
         ({"a": "model-00002-of-00002.safetensors"}, "model-00002-of-00002.safetensors.*not there"),
         ({"a": "../model.safetensors"}, "'../model.safetensors'.*in its own folder"),
@@ -387,54 +391,52 @@ def test_a_damaged_file_is_named(folder: Path, damage: Callable[[bytes], bytes])
         (None, "weight_map"),
     ],
 )
-def test_an_index_that_leads_astray_is_refused(
-    tmp_path: Path, weight_map: object, says: str
-) -> None:
+def test_a_bad_index_is_refused(tmp_path: Path, weight_map: object, message: str) -> None:
     folder = tmp_path / "checkpoint"
     write_hf(folder)
     (folder / "model.safetensors").rename(tmp_path / "model.safetensors")  # ../ does exist
     index = folder / "model.safetensors.index.json"
     index.write_text(json.dumps({"weight_map": weight_map}))
-    with pytest.raises(ValueError, match=says) as caught:
+    with pytest.raises(ValueError, match=message) as caught:
         load(folder)
     assert str(index) in str(caught.value)
     assert "; " in str(caught.value)
 
 
-def remove(name: str) -> Callable[[Path], None]:
+def remove_file(name: str) -> Callable[[Path], None]:
     return lambda folder: (folder / name).unlink()
 
 
-def only_pickles(folder: Path) -> None:
+def replace_by_pickle(folder: Path) -> None:
     (folder / "model.safetensors").rename(folder / "pytorch_model.bin")
 
 
-def original_layout(folder: Path) -> None:
+def use_original_layout(folder: Path) -> None:
     config = {"architectures": ["LlavaLlamaForCausalLM"], "model_type": "llava"}
     (folder / "config.json").write_text(json.dumps({**config, "mm_vision_tower": "openai/clip"}))
-    only_pickles(folder)
+    replace_by_pickle(folder)
 
 
-def only_tokenizer_json(folder: Path) -> None:
+def replace_tokenizer_model(folder: Path) -> None:
     (folder / "tokenizer.model").rename(folder / "tokenizer.json")
 
 
 @pytest.mark.parametrize(
-    ("change", "says"),
+    ("change", "message"),
     [
-        (remove("model.safetensors"), "neither model.safetensors nor .*; give the folder"),
-        (only_pickles, r"pickles \(pytorch_model.bin\).*`python -m weights.convert .* DST`"),
-        (original_layout, "original LLaVA layout.*`python -m weights.convert SRC DST`"),
-        (remove("config.json"), "cannot read .*config.json"),
-        (only_tokenizer_json, "tokenizer.model; only SentencePiece.*: copy tokenizer.model"),
-        (remove("tokenizer.model"), "tokenizer.model"),
+        (remove_file("model.safetensors"), "neither model.safetensors nor .*; give the folder"),
+        (replace_by_pickle, r"pickles \(pytorch_model.bin\).*`python -m weights.convert .* DST`"),
+        (use_original_layout, "original LLaVA layout.*`python -m weights.convert SRC DST`"),
+        (remove_file("config.json"), "cannot read .*config.json"),
+        (replace_tokenizer_model, "tokenizer.model; only SentencePiece.*: copy tokenizer.model"),
+        (remove_file("tokenizer.model"), "tokenizer.model"),
     ],
 )
-def test_an_incomplete_folder_is_refused_with_what_to_do(
-    folder: Path, change: Callable[[Path], None], says: str
+def test_an_incomplete_folder_is_refused_with_a_remedy(
+    folder: Path, change: Callable[[Path], None], message: str
 ) -> None:
     change(folder)
-    with pytest.raises(ValueError, match=says) as caught:
+    with pytest.raises(ValueError, match=message) as caught:
         load(folder)
     assert str(folder) in str(caught.value)
     assert "\n" not in str(caught.value)
@@ -453,21 +455,22 @@ def resident(key):
     return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(key))
 
 torch.set_num_threads(1)
-held = [load(sys.argv[1])]  # what a first load allocates for good is not the others'
+held = [load(sys.argv[1])]  # the first load also allocates what all loads share
 for folder in sys.argv[2:]:
     Path("/proc/self/clear_refs").write_text("5")  # resets the peak
     before = resident("VmRSS")
-    held.append(load(folder))  # and kept: freed memory would serve the next one
+    held.append(load(folder))  # kept, since the next load would reuse freed memory
     print(resident("VmHWM") - before)
 """
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="needs Linux' /proc")
 def test_memory_peaks_at_the_weights_plus_one_tensor(tmp_path: Path) -> None:
     config = json.loads((TINY_A / "config.json").read_text())
     config["text_config"] |= {"hidden_size": 256, "intermediate_size": 2048, "num_hidden_layers": 8}
     with torch.device("meta"):
-        shapes = LLaVA(config_of(config)).state_dict()
+        shapes = LLaVA(parse_config(config)).state_dict()
     sizes = [tensor.numel() * 4 for tensor in shapes.values()]
     assert sum(sizes) > 25 * max(sizes)
     folders = [tmp_path / "16-bit", tmp_path / "32-bit"]
@@ -488,8 +491,8 @@ def test_memory_peaks_at_the_weights_plus_one_tensor(tmp_path: Path) -> None:
         assert rise <= sum(sizes) + max(sizes) + slack
 
 
-def test_match_reads_headers_only(folder: Path) -> None:
-    tensors = stored_tensors(folder)
+def test_match_tensors_needs_headers_only(folder: Path) -> None:
+    tensors = read_headers(folder)
     with torch.device("meta"):
         model = LLaVA(read_config(folder / "config.json"))
-    assert match(model, tensors, folder).keys() == model.state_dict().keys()
+    assert match_tensors(model, tensors, folder).keys() == model.state_dict().keys()

@@ -1,4 +1,4 @@
-"""config.json -> Config: transformers' defaults, and a sentence for what is not supported."""
+"""config.json -> Config: transformers' defaults, and one-line errors for what is unsupported."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import LlavaConfig
 
-from minillava.loading.config_file import config_of, read_config
+from minillava.loading.config_file import parse_config, read_config
 
 CHECKPOINTS = Path(__file__).parents[1] / "goldens" / "checkpoints"
 
-# the whole of llava-hf/llava-1.5-7b-hf's config.json
+# The complete config.json of llava-hf/llava-1.5-7b-hf.
 HUB_7B: dict[str, Any] = {
     "architectures": ["LlavaForConditionalGeneration"],
     "ignore_index": -100,
@@ -53,7 +53,7 @@ HUB_7B: dict[str, Any] = {
 }
 
 TEXT = {
-    "hidden_size": 64,  # divides by any mixture of these and the defaults, as all sizes here
+    "hidden_size": 64,  # all sizes here divide evenly in any mixture with the defaults
     "intermediate_size": 40,
     "num_hidden_layers": 3,
     "num_attention_heads": 16,
@@ -94,7 +94,7 @@ ROPES: list[dict[str, Any]] = [
 
 
 def check_against_transformers(entries: dict[str, Any]) -> None:
-    ours = config_of(copy.deepcopy(entries))
+    ours = parse_config(copy.deepcopy(entries))
     theirs: Any = LlavaConfig.from_dict(copy.deepcopy(entries))
     for key in VISION:
         assert getattr(ours.vision, key) == getattr(theirs.vision_config, key), key
@@ -108,28 +108,28 @@ def check_against_transformers(entries: dict[str, Any]) -> None:
     assert ours.vision_feature_layer == theirs.vision_feature_layer
 
 
-def test_the_published_7b_config_is_what_transformers_takes_it_for() -> None:
+def test_the_published_7b_config_is_read_as_by_transformers() -> None:
     check_against_transformers(HUB_7B)
-    config = config_of(HUB_7B)
+    config = parse_config(HUB_7B)
     assert (config.vision.num_patches, config.text.hidden_size) == (576, 4096)
     assert (config.eos_token_ids, config.image_aspect) == ((2,), "crop")
 
 
-def some(entries: dict[str, Any]) -> st.SearchStrategy[dict[str, Any]]:
+def subsets(entries: dict[str, Any]) -> st.SearchStrategy[dict[str, Any]]:
     return st.sets(st.sampled_from(sorted(entries))).map(lambda keys: {k: entries[k] for k in keys})
 
 
 @settings(max_examples=100, deadline=None)
 @given(
-    text=some(TEXT),
-    vision=st.none() | some(VISION),
+    text=subsets(TEXT),
+    vision=st.none() | subsets(VISION),
     rope=st.sampled_from(ROPES),
-    top=some({"vision_feature_layer": -1, "tie_word_embeddings": True}),
+    top=subsets({"vision_feature_layer": -1, "tie_word_embeddings": True}),
 )
-def test_whatever_is_left_out_has_the_default_of_transformers(
+def test_missing_entries_get_the_defaults_of_transformers(
     text: dict[str, Any], vision: dict[str, Any] | None, rope: dict[str, Any], top: dict[str, Any]
 ) -> None:
-    # transformers' default id, 32000, is beyond its default vocabulary
+    # The default id of transformers, 32000, is outside its default vocabulary.
     top = {"model_type": "llava", "image_token_index": 7, **top}
     entries: dict[str, Any] = {**top, "text_config": {**text, **rope}}
     if vision is not None:
@@ -169,29 +169,29 @@ def test_end_tokens_come_from_generation_config_then_config(
 @pytest.mark.parametrize(
     ("ratio", "aspect"), [(None, "crop"), ("square", "crop"), ("crop", "crop"), ("pad", "pad")]
 )
-def test_the_picture_shape_is_that_of_the_checkpoint(ratio: str | None, aspect: str) -> None:
-    assert config_of({**HUB_7B, "image_aspect_ratio": ratio}).image_aspect == aspect
+def test_the_image_aspect_is_that_of_the_checkpoint(ratio: str | None, aspect: str) -> None:
+    assert parse_config({**HUB_7B, "image_aspect_ratio": ratio}).image_aspect == aspect
 
 
 def test_the_image_token_has_two_names() -> None:
     entries = {k: v for k, v in HUB_7B.items() if k != "image_token_index"}
-    assert config_of({**entries, "image_token_id": 31}).image_token_id == 31
-    assert config_of({**HUB_7B, "image_token_id": 32000}).image_token_id == 32000
+    assert parse_config({**entries, "image_token_id": 31}).image_token_id == 31
+    assert parse_config({**HUB_7B, "image_token_id": 32000}).image_token_id == 32000
 
 
 @pytest.mark.parametrize("layer", [-25, -1, 0, 24])
-def test_any_one_hidden_state_may_be_read(layer: int) -> None:
-    assert config_of({**HUB_7B, "vision_feature_layer": layer}).vision_feature_layer == layer
+def test_any_single_hidden_state_may_be_read(layer: int) -> None:
+    assert parse_config({**HUB_7B, "vision_feature_layer": layer}).vision_feature_layer == layer
 
 
-def test_entries_without_influence_are_passed_over() -> None:
+def test_harmless_entries_are_ignored() -> None:
     text = {**HUB_7B["text_config"], "pretraining_tp": 2, "sliding_window": None, "moe": False}
     entries = {**HUB_7B, "text_config": text, "_commit_hash": "abc", "use_cache": True}
-    assert config_of(entries) == config_of(HUB_7B)
+    assert parse_config(entries) == parse_config(HUB_7B)
 
 
 REFUSED: list[tuple[str, Any, str]] = [
-    # entry, value, what the error must also say
+    # entry, value, what the error must contain besides them
     ("model_type", "llava_next", "'llava'"),
     ("model_type", "vipllava", "'llava'"),
     ("model_type", "mllama", "'llava'"),
@@ -254,8 +254,8 @@ REFUSED: list[tuple[str, Any, str]] = [
 ]
 
 
-@pytest.mark.parametrize(("entry", "value", "says"), REFUSED, ids=lambda x: str(x)[:40])
-def test_what_is_not_computed_is_refused_in_one_line(entry: str, value: Any, says: str) -> None:
+@pytest.mark.parametrize(("entry", "value", "message"), REFUSED, ids=lambda x: str(x)[:40])
+def test_unsupported_entries_are_refused_in_one_line(entry: str, value: Any, message: str) -> None:
     entries = copy.deepcopy(HUB_7B)
     *sections, key = entry.split(".")
     place = entries
@@ -263,21 +263,19 @@ def test_what_is_not_computed_is_refused_in_one_line(entry: str, value: Any, say
         place = place.setdefault(section, {})
     place[key] = value
     with pytest.raises(ValueError, match=r"hub/config\.json: ") as caught:
-        config_of(entries, source="hub/config.json")
-    message = str(caught.value)
-    assert key in message
+        parse_config(entries, source="hub/config.json")
+    error = str(caught.value)
+    assert key in error
     assert (
-        repr(value) in message
-        or str(value) in message
-        or key in ("num_attention_heads", "patch_size")
+        repr(value) in error or str(value) in error or key in ("num_attention_heads", "patch_size")
     )
-    assert says in message
-    assert "; " in message or "python -m" in message  # what to do
-    assert "\n" not in message
+    assert message in error
+    assert "; " in error or "python -m" in error  # what to do
+    assert "\n" not in error
 
 
 @pytest.mark.parametrize(
-    ("scaling", "says"),
+    ("scaling", "message"),
     [
         ({"type": "linear"}, "factor"),
         ({"type": "linear", "factor": 0.5}, "at least 1"),
@@ -287,21 +285,21 @@ def test_what_is_not_computed_is_refused_in_one_line(entry: str, value: Any, say
         ({"full_attention": {"rope_type": "default"}}, "full_attention"),
     ],
 )
-def test_half_said_rope_scaling_is_refused(scaling: dict[str, Any], says: str) -> None:
+def test_incomplete_rope_scaling_is_refused(scaling: dict[str, Any], message: str) -> None:
     text = {**HUB_7B["text_config"], "rope_scaling": scaling}
-    with pytest.raises(ValueError, match=says):
-        config_of({**HUB_7B, "text_config": text})
+    with pytest.raises(ValueError, match=message):
+        parse_config({**HUB_7B, "text_config": text})
 
 
 @pytest.mark.parametrize(
-    ("content", "says"),
+    ("content", "message"),
     [(None, "No such file"), ("{", "json"), ("[1]", "object"), ("\udcff", "json")],
 )
-def test_an_unreadable_file_is_named(tmp_path: Path, content: str | None, says: str) -> None:
+def test_an_unreadable_file_is_named(tmp_path: Path, content: str | None, message: str) -> None:
     path = tmp_path / "config.json"
     if content is not None:
         path.write_bytes(content.encode("utf-8", "surrogateescape"))
-    with pytest.raises(ValueError, match=says) as caught:
+    with pytest.raises(ValueError, match=message) as caught:
         read_config(path)
     assert str(path) in str(caught.value)
     assert "\n" not in str(caught.value)

@@ -1,4 +1,4 @@
-"""Folder or hub id: what is fetched, and one sentence where nothing can be."""
+"""Folders and hub ids: which files are downloaded, and one-line errors."""
 
 from __future__ import annotations
 
@@ -11,8 +11,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from tiny import refusal
 
-from minillava.loading.hub import fetch, find
+from minillava.loading.hub import download_checkpoint, find_checkpoint
 from weights.download import main
 
 ROOT = Path(__file__).parents[2]
@@ -21,7 +22,7 @@ COMMIT = "0123456789" * 4
 
 
 class Hub:
-    """Stands for huggingface_hub.snapshot_download; the repository is the folder `remote`."""
+    """Replaces huggingface_hub.snapshot_download; the repository is the folder `remote`."""
 
     def __init__(self, remote: Path, cache: Path) -> None:
         self.remote, self.cache = remote, cache
@@ -52,16 +53,16 @@ def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Hub:
     return result
 
 
-def test_a_folder_is_taken_as_it_is(hub: Hub, tmp_path: Path) -> None:
-    assert find(TINY_A) == TINY_A
-    assert find(str(TINY_A)) == TINY_A
+def test_a_local_folder_is_used_directly(hub: Hub, tmp_path: Path) -> None:
+    assert find_checkpoint(TINY_A) == TINY_A
+    assert find_checkpoint(str(TINY_A)) == TINY_A
     assert not hub.calls
 
 
-def test_fetched_is_what_is_read_and_nothing_else(hub: Hub, tmp_path: Path) -> None:
-    folder = find("some-org/tiny.a", revision="v1")
-    fetched = {path.name for path in folder.rglob("*")}
-    assert fetched == {
+def test_only_the_files_that_load_reads_are_downloaded(hub: Hub, tmp_path: Path) -> None:
+    folder = find_checkpoint("some-org/tiny.a", revision="v1")
+    downloaded = {path.name for path in folder.rglob("*")}
+    assert downloaded == {
         path.name
         for path in TINY_A.iterdir()
         if path.suffix in (".json", ".safetensors") or path.name == "tokenizer.model"
@@ -71,14 +72,14 @@ def test_fetched_is_what_is_read_and_nothing_else(hub: Hub, tmp_path: Path) -> N
     }
 
 
-def test_a_model_that_is_not_supported_costs_no_gigabytes(hub: Hub) -> None:
+def test_weights_of_an_unsupported_model_are_not_downloaded(hub: Hub) -> None:
     (hub.remote / "config.json").write_text('{"model_type": "llava_next"}')
     with pytest.raises(ValueError, match="model_type is 'llava_next'"):
-        fetch("org/name")
+        download_checkpoint("org/name")
     assert not list(hub.cache.glob("*.safetensors"))
 
 
-def test_download_writes_into_a_folder_of_its_own(
+def test_download_can_write_into_another_folder(
     hub: Hub, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert main(["org/name", "--to", str(tmp_path / "mine"), "--revision", "abc"]) == 0
@@ -87,7 +88,7 @@ def test_download_writes_into_a_folder_of_its_own(
     assert hub.calls[-1]["revision"] == "abc"
 
 
-def test_download_says_in_one_line_what_is_wrong(
+def test_an_error_of_download_is_one_line(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     def fail(*_: object, **__: object) -> str:
@@ -95,11 +96,8 @@ def test_download_says_in_one_line_what_is_wrong(
 
     monkeypatch.setattr("huggingface_hub.snapshot_download", fail)
     assert main(["org/name"]) == 2
-    out, err = capsys.readouterr()
-    assert out == ""
-    assert err.startswith("error: ")
-    assert "'org/name' could not be fetched (first line second line); check" in err
-    assert err.count("\n") == 1
+    said = refusal(capsys)
+    assert "'org/name' could not be downloaded (first line second line); check" in said
 
 
 def test_ctrl_c_ends_a_download_quietly(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -113,9 +111,9 @@ def test_ctrl_c_ends_a_download_quietly(monkeypatch: pytest.MonkeyPatch) -> None
 @pytest.mark.parametrize(
     "name", ["nowhere", "/no/such/folder", "./a/b", "a/b/c", " ", "../x", "~nobody/x", "x" * 999]
 )
-def test_what_is_neither_folder_nor_id_is_refused(hub: Hub, name: str) -> None:
+def test_a_name_that_is_neither_folder_nor_id_is_refused(hub: Hub, name: str) -> None:
     with pytest.raises(ValueError, match=r"there is no folder .* org/name") as caught:
-        find(name)
+        find_checkpoint(name)
     assert repr(name) in str(caught.value)
     assert not hub.calls
 
@@ -124,13 +122,13 @@ def test_a_file_is_refused(tmp_path: Path) -> None:
     path = tmp_path / "model.safetensors"
     path.touch()
     with pytest.raises(ValueError, match=r"is a file, .* give the folder"):
-        find(path)
+        find_checkpoint(path)
 
 
 @pytest.mark.parametrize("name", ["org/a..b", "org/a--b", "org/name."])
 def test_ids_that_the_hub_does_not_allow_are_refused(name: str) -> None:
-    with pytest.raises(ValueError, match=r"could not be fetched .*; check the id") as caught:
-        find(name)
+    with pytest.raises(ValueError, match=r"could not be downloaded .*; check the id") as caught:
+        find_checkpoint(name)
     assert "\n" not in str(caught.value)
 
 
@@ -163,7 +161,7 @@ def test_offline_the_cache_answers(tmp_path: Path) -> None:
     )
     found, other, revision = done.stdout.splitlines()
     assert found == "318 2"
-    assert "'org/other' could not be fetched" in other
-    assert "'org/name' at revision 'other' could not be fetched" in revision
+    assert "'org/other' could not be downloaded" in other
+    assert "'org/name' at revision 'other' could not be downloaded" in revision
     assert "give a local folder" in other
     assert done.stderr == ""

@@ -69,7 +69,8 @@ def test_memory_that_was_never_written_is_never_read() -> None:
     cache.store(1, k, v)
     for step in range(1, 3):
         row = torch.randn(3, 2, 4)
-        keys, values = cache.append(1, row, -row)
+        at = torch.tensor(lengths) + step - 1
+        keys, values = cache.append(1, row, -row, 5 + step, at)
         assert keys.shape == values.shape == (3, 2, 5 + step, 4)
         for b, n in enumerate(lengths):
             mine = k.split(lengths)[b].transpose(0, 1)
@@ -125,10 +126,9 @@ def test_an_answer_ends_with_the_checkpoints_end_token(
 
 def ending(model: Any, *ends: int) -> Any:
     """The same weights with other end tokens."""
-    other = type(model)(model.config).requires_grad_(False).eval()
+    config = dataclasses.replace(model.config, eos_token_ids=ends)
+    other = type(model)(config, tokenizer=model.tokenizer).requires_grad_(False).eval()
     other.load_state_dict(model.state_dict(), assign=True)
-    other.config = dataclasses.replace(model.config, eos_token_ids=ends)
-    other.decode_text = model.decode_text
     return other
 
 

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
 import pytest
 import torch
+from golden_cases import Golden
 from reference import Reference
-from tiny import Golden, assert_same_weights, normalised, pad_left, watching
+from tiny import assert_same_weights, pad_left, watching, watching_inputs
 from torch import Tensor
 
 from minillava import Batch
@@ -17,26 +17,21 @@ from minillava.generate import generate
 from minillava.pruning.base import Context, Keep, Method, Plan, Stage
 
 ATTENTION = "last_query_attention_mean_over_heads"
-DECISIVE = 2e-3  # margin between the two best logits from which the better one has to be ours
+DECISIVE = 2e-3  # from this margin between the two best logits on, the best token must agree
 
 
 def batch_of(golden: Golden) -> Batch:
-    config = golden.model.config
-    N, image = config.vision.num_patches, config.image_token_id
-    rows = [
-        [i for token in row if token >= 0 for i in [token] * (N if token == image else 1)]
-        for row in golden["prompt_compact"].tolist()
-    ]
+    prompts = golden["prompt_compact"].tolist()
+    rows = [golden.widened([token for token in row if token >= 0]) for row in prompts]
     pixels = None
     if "pixel_u8_index" in golden:
-        pictures = normalised(golden.beside("vision")["pixel_u8"])
-        pixels = pictures[golden["pixel_u8_index"]]
-    return pad_left(rows, pixels, pad=image)
+        pixels = golden.beside("vision").pixels[golden["pixel_u8_index"]]
+    return pad_left(rows, pixels, pad=golden.model.config.image_token_id)
 
 
 @pytest.mark.goldens("hf/*/vision")
 def test_vision_tower_and_projector(golden: Golden) -> None:
-    model, pixels = golden.model, normalised(golden["pixel_u8"])
+    model, pixels = golden.model, golden.pixels
     L, patches = model.config.vision.num_hidden_layers, golden["token_index"]
     states = model.vision(pixels, range(L + 1))
     for i, state in states.items():
@@ -54,11 +49,9 @@ def test_vision_tower_and_projector(golden: Golden) -> None:
 @pytest.mark.goldens("hf/*/[!v]*")
 def test_every_layer_of_the_prompt(golden: Golden) -> None:
     model, batch = golden.model, batch_of(golden)
-    first: list[Tensor] = []
-    hook = model.llama.blocks[0].register_forward_pre_hook(lambda _, args: first.append(args[0]))
-    with watching(*model.llama.blocks) as outputs:
+    blocks = model.llama.blocks
+    with watching_inputs(blocks[0]) as first, watching(*blocks) as outputs:
         report = generate(model, batch, max_new_tokens=1).report
-    hook.remove()
     hidden = torch.stack([first[0], *(out[0] for out in outputs)])  # (L + 1, R, D)
     logits = model.llama.logits(hidden[-1])  # (R, V)
     assert report.prompt_tokens == golden["attention_mask"].sum(1).tolist()
@@ -91,7 +84,7 @@ def test_answers(golden: Golden) -> None:
 
 
 def compare_logits(golden: Golden, ours: Tensor, name: str, *index: Any) -> None:
-    """Against all logits, or against some columns and the best eight."""
+    """Compare all logits, or those columns and top eight logits that the file holds."""
     if f"{name}_logits" in golden:
         golden.assert_close(ours, f"{name}_logits", *index)
         return
@@ -102,7 +95,7 @@ def compare_logits(golden: Golden, ours: Tensor, name: str, *index: Any) -> None
 
 @dataclass(frozen=True)
 class Spy(Method):
-    """Keeps everything and notes what the newest row attends to, and the keys, at every layer."""
+    """Keeps everything; records the newest row's attention and the keys of every layer."""
 
     layers: int = 0
     seen: dict[tuple[int, str], Tensor] = field(default_factory=dict)
@@ -113,30 +106,32 @@ class Spy(Method):
         return tuple(("decoder", layer) for layer in range(self.layers))
 
     def choose(self, c: Context) -> Keep:
-        assert c.decoder is not None
-        attention: Callable[..., Tensor] = c.decoder.attention
-        self.seen[c.layer, "coming"] = attention(c.decoder.newest, layer=0).mean(0)
-        if c.layer:
-            self.seen[c.layer - 1, "past"] = attention(c.decoder.newest).mean(0)
-            self.seen[c.layer - 1, "keys"] = c.decoder.keys()
-        return Keep(torch.arange(len(c.patches)))
+        layer = c.stage_index
+        self.seen[layer, "coming"] = c.attention(c.newest, layer=0).mean(0)
+        if layer:
+            self.seen[layer - 1, "past"] = c.attention(c.newest).mean(0)
+            self.seen[layer - 1, "keys"] = c.keys()
+        return Keep(torch.arange(len(c.candidates)))
 
 
 @pytest.mark.goldens("hf/*/single")
 def test_attention_and_keys_asked_for_later(golden: Golden) -> None:
     model = golden.model
     spy = Spy(layers=model.config.text.num_hidden_layers)
-    generate(model, batch_of(golden), Plan((spy,)), max_new_tokens=1)
+    batch = batch_of(golden)
+    generate(model, batch, Plan((spy,)), max_new_tokens=1)
+    is_image = batch.ids[0] == model.config.image_token_id  # (T,): only these are candidates
     for layer in range(spy.layers):
         for when in ("past", "coming") if layer < spy.layers - 1 else ("coming",):
-            assert_same_weights(spy.seen[layer, when], golden[ATTENTION][layer, 0])
+            expected = golden[ATTENTION][layer, 0][is_image]
+            assert_same_weights(spy.seen[layer, when], expected)
     if "keys_layer0" in golden:
         golden.assert_close(spy.seen[0, "keys"].transpose(0, 1), "keys_layer0", 0)
 
 
 @pytest.mark.goldens("hf/*/single")
 def test_the_reference_decoder_is_theirs_too(golden: Golden) -> None:
-    """The other tests lean on reference.py; this one holds it."""
+    """Other tests compare with reference.py; here it is itself compared with transformers."""
     batch, reference = batch_of(golden), Reference(golden.model)
     with watching(golden.model.projector) as (outputs,):
         generate(golden.model, batch, max_new_tokens=1)

@@ -1,4 +1,4 @@
-"""Pictures become the same pixels as in transformers' PIL processor and in the original code."""
+"""Images become the same pixels as in transformers' PIL processor and in the original code."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ from hypothesis import strategies as st
 from PIL import Image
 from safetensors.torch import load_file
 
-import minillava.image
-from minillava.image import ImageConfig, preprocess
 from minillava.loading.processor_files import read_image_config
+from minillava.processing import resize
+from minillava.processing.image import ImageConfig, preprocess
 
 TINY_A = Path(__file__).parents[1] / "goldens" / "checkpoints" / "tiny-a"
 S = 28
@@ -30,33 +30,28 @@ MODES = """
 """.split()  # noqa: SIM905
 
 
-@pytest.fixture(scope="session")
-def goldens(request: pytest.FixtureRequest) -> Path:
-    return request.config.getoption("--goldens")
-
-
 def noise(mode: str, width: int, height: int, seed: int = 0) -> Image.Image:
-    """A picture of random bytes; "+transparency" puts a transparent colour into its info."""
+    """An image of random bytes; "+transparency" puts a transparent colour into its info."""
     rng = random.Random(f"{mode} {width} {height} {seed}")
     mode, _, transparency = mode.partition("+")
     if mode in ("I", "F"):
         levels = Image.frombytes("L", (width, height), rng.randbytes(width * height))
-        return levels.convert(mode).point(lambda v: v * 3 - 200)  # some beyond 0..255
-    picture = Image.new("RGB" if mode == "LAB" else mode, (width, height))
-    picture.frombytes(rng.randbytes(len(picture.tobytes())))
+        return levels.convert(mode).point(lambda v: v * 3 - 200)  # some outside 0..255
+    image = Image.new("RGB" if mode == "LAB" else mode, (width, height))
+    image.frombytes(rng.randbytes(len(image.tobytes())))
     if mode == "LAB":
-        return picture.convert("LAB")
+        return image.convert("LAB")
     if mode in ("P", "PA"):
-        picture.putpalette(rng.randbytes(768))
+        image.putpalette(rng.randbytes(768))
     if transparency == "alphas":
-        picture.info["transparency"] = rng.randbytes(200)
+        image.info["transparency"] = rng.randbytes(200)
     elif transparency:
-        picture.info["transparency"] = picture.getpixel((width // 2, height // 2))
-    return picture
+        image.info["transparency"] = image.getpixel((width // 2, height // 2))
+    return image
 
 
 def reference(image: Image.Image, config: ImageConfig = SMALL, aspect: str = "crop") -> Any:
-    """transformers' PIL processor; for "pad" behind a square made as the original code makes it."""
+    """transformers' PIL processor; for "pad" it gets the square that the original code makes."""
     from transformers import CLIPImageProcessorPil
 
     size, crop = {"shortest_edge": config.size}, {"height": config.crop, "width": config.crop}
@@ -73,7 +68,7 @@ def reference(image: Image.Image, config: ImageConfig = SMALL, aspect: str = "cr
 # ------------------------------------------------------------ goldens
 
 
-def golden_picture(goldens: Path, stem: str) -> Image.Image:
+def golden_image(goldens: Path, stem: str) -> Image.Image:
     if stem.startswith("sklearn_"):
         from sklearn.datasets import load_sample_image
 
@@ -85,7 +80,7 @@ def golden_picture(goldens: Path, stem: str) -> Image.Image:
 @pytest.mark.parametrize(
     ("file", "aspect", "column"), [("clip_center_crop", "crop", "pil"), ("llava_pad", "pad", "pad")]
 )
-def test_pictures_equal_the_goldens(
+def test_pixels_equal_the_goldens(
     goldens: Path, file: str, aspect: str, column: str, size: int
 ) -> None:
     rows = load_file(goldens / "preprocess" / f"{file}_{size}.safetensors")
@@ -94,7 +89,7 @@ def test_pictures_equal_the_goldens(
         stem, _, kind = key.partition(".")
         if kind not in (column, f"{column}_sub"):
             continue
-        pixels = preprocess(golden_picture(goldens, stem), ImageConfig(size, size), aspect)
+        pixels = preprocess(golden_image(goldens, stem), ImageConfig(size, size), aspect)
         if kind.endswith("_sub"):
             pixels = pixels[:, 4::12, 4::12]
         assert torch.equal(pixels, expected), key
@@ -131,7 +126,7 @@ def test_every_size_equals_transformers_in_strips_of_any_height(
     config = ImageConfig(size, S, resample)
     image = noise("RGB", width, height)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(minillava.image, "STRIP", strip)
+        patch.setattr(resize, "STRIP", strip)
         assert torch.equal(preprocess(image, config, aspect), reference(image, config, aspect))
 
 
@@ -153,7 +148,7 @@ def test_full_size_equals_transformers() -> None:
 
 
 @pytest.mark.parametrize("frame", [0, 1, 2])
-def test_the_frame_that_an_animated_picture_stands_at_is_taken(frame: int) -> None:
+def test_the_current_frame_of_an_animation_is_used(frame: int) -> None:
     file = io.BytesIO()
     frames = [noise("P", 40, 50, seed) for seed in range(3)]
     frames[0].save(file, "GIF", save_all=True, append_images=frames[1:], transparency=3, disposal=2)
@@ -172,7 +167,7 @@ def test_transparency_is_white_when_cropped_and_dropped_when_padded() -> None:
 
 
 @pytest.mark.parametrize("mode", MODES)
-def test_the_callers_picture_stays_as_it_was_and_nothing_is_warned_of(mode: str) -> None:
+def test_the_callers_image_is_unchanged_and_nothing_warns(mode: str) -> None:
     image = noise(mode, 30, 40)
 
     def content() -> tuple[Any, ...]:
@@ -192,7 +187,7 @@ def test_the_callers_picture_stays_as_it_was_and_nothing_is_warned_of(mode: str)
 def test_no_step_holds_more_than_a_strip(
     size: tuple[int, int], aspect: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The whole picture enlarged would have 28 x 112000 pixels, the padded one 4000 x 4000."""
+    """Enlarged at once the image would have 28 x 112000 pixels, padded 4000 x 4000."""
     held: list[int] = []
     resize = Image.Image.resize
 
@@ -201,44 +196,42 @@ def test_no_step_holds_more_than_a_strip(
         held.extend((self.width * self.height, result.width * result.height))
         return result
 
-    monkeypatch.setattr(minillava.image, "STRIP", 1 << 18)
+    monkeypatch.setattr(resize, "STRIP", 1 << 18)
     monkeypatch.setattr(Image.Image, "resize", spy)
     preprocess(noise("RGB", *size), SMALL, aspect)
     assert max(held) <= 1 << 18
 
 
-# ------------------------------------------------------------ refused
+# ------------------------------------------------------------ errors
 
 
 @pytest.mark.parametrize(
-    ("image", "aspect", "said"),
+    ("image", "aspect", "message"),
     [
-        (Image.new("RGB", (9, 9)), "square", "image_aspect='square'; it can be crop or pad"),
-        (Image.new("RGB", (0, 9)), "crop", "the picture has 0 x 9 pixels; give one that is not"),
-        (Image.new("La", (9, 9)), "crop", "a picture of mode La cannot be turned into RGB"),
+        (Image.new("RGB", (9, 9)), "square", "image_aspect='square' must be crop or pad"),
+        (Image.new("RGB", (0, 9)), "crop", "the image has 0 x 9 pixels; give one that is not"),
+        (Image.new("La", (9, 9)), "crop", "an image of mode La cannot be converted to RGB"),
         (Image.new("L", (1, 10**7)), "crop", "would have 28 x 280000000 when enlarged, more than"),
         (Image.new("L", (70_000, 9)), "pad", "would have 70000 x 70000 when padded, more than"),
     ],
 )
-def test_pictures_that_cannot_be_taken_are_refused(
-    image: Image.Image, aspect: str, said: str
-) -> None:
-    with pytest.raises(ValueError, match=re.escape(said)):
+def test_unusable_images_are_refused(image: Image.Image, aspect: str, message: str) -> None:
+    with pytest.raises(ValueError, match=re.escape(message)):
         preprocess(image, SMALL, aspect)
 
 
-def test_a_truncated_picture_is_refused() -> None:
+def test_a_truncated_image_is_refused() -> None:
     file = io.BytesIO()
     noise("RGB", 60, 60).save(file, "PNG")
     image = Image.open(io.BytesIO(file.getvalue()[:5000]))
-    with pytest.raises(ValueError, match=r"the picture is broken .* give a whole one"):
+    with pytest.raises(ValueError, match=r"the image is broken .* give an undamaged"):
         preprocess(image, SMALL)
 
 
 # ------------------------------------------------------------ settings
 
 
-def test_settings_are_read_from_where_checkpoints_have_them(tmp_path: Path) -> None:
+def test_settings_are_read_from_either_file(tmp_path: Path) -> None:
     published = read_image_config(TINY_A / "hub-sharded", 56)
     assert published == ImageConfig(56, 56)
 
@@ -253,7 +246,7 @@ def test_settings_are_read_from_where_checkpoints_have_them(tmp_path: Path) -> N
 
     old = {"crop_size": 56, "size": 64, "resample": 2, "feature_extractor_type": None}
     (tmp_path / "preprocessor_config.json").write_text(json.dumps(old))
-    assert read_image_config(tmp_path, 56) == ImageConfig(64, 56, 2)  # it goes first
+    assert read_image_config(tmp_path, 56) == ImageConfig(64, 56, 2)  # it has priority
 
     (tmp_path / "preprocessor_config.json").unlink()
     (tmp_path / "processor_config.json").write_text('{"patch_size": 14}')
@@ -261,7 +254,7 @@ def test_settings_are_read_from_where_checkpoints_have_them(tmp_path: Path) -> N
 
 
 @pytest.mark.parametrize(
-    ("entries", "said"),
+    ("entries", "message"),
     [
         ({"do_resize": False}, "do_resize is False, but must be True"),
         ({"do_center_crop": False}, "do_center_crop is False"),
@@ -283,10 +276,10 @@ def test_settings_are_read_from_where_checkpoints_have_them(tmp_path: Path) -> N
         ({"image_std": [1, 1, 0]}, "image_std is [1, 1, 0]"),
     ],
 )
-def test_settings_that_are_not_computed_are_refused(
-    tmp_path: Path, entries: dict[str, Any], said: str
+def test_unsupported_settings_are_refused(
+    tmp_path: Path, entries: dict[str, Any], message: str
 ) -> None:
     content = {"crop_size": 56, "size": 56} | entries
     (tmp_path / "preprocessor_config.json").write_text(json.dumps(content))
-    with pytest.raises(ValueError, match=f"preprocessor_config.json: .*{re.escape(said)}"):
+    with pytest.raises(ValueError, match=f"preprocessor_config.json: .*{re.escape(message)}"):
         read_image_config(tmp_path, 56)

@@ -1,4 +1,4 @@
-"""Large inputs: ten pictures in a prompt, pictures of 100 megapixels, frames of a clip."""
+"""Large inputs: ten images in a prompt, images of 100 megapixels, frames of a video."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ MANY = "t" * 5 + "It" * 10 + "t" * 220  # about 6,000 tokens
 
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[int, Path]:
-    """Models of LLaVA-1.5's grid, but narrow, by the number of their positions."""
+    """Narrow models with LLaVA-1.5's 576 tokens per image, keyed by max_position_embeddings."""
     found = {}
     for positions in (4096, 8192):
         found[positions] = tmp_path_factory.mktemp(f"wide{positions}")
@@ -37,7 +37,7 @@ def test_ten_pictures_give_what_they_give_one_after_the_other(folders: dict[int,
     assert batch.ids.shape[1] == 10 * N + MANY.count("t") > 5900
     result = generate(model, batch, max_new_tokens=3, output_logits=True)
     assert result.report.cache_lengths == [[batch.ids.shape[1]]] * 3
-    # the last row without a cache, and without the blocks that attention goes by
+    # the same token from a forward over the whole sequence, without a cache
     longer = torch.cat((batch.ids, torch.tensor([result.tokens[0][:2]])), 1)
     whole = Batch(longer, torch.ones_like(longer, dtype=torch.bool), batch.pixels)
     again = generate(model, whole, max_new_tokens=1, output_logits=True, use_cache=False)
@@ -85,7 +85,7 @@ import sys
 from pathlib import Path
 from PIL import Image
 Image.MAX_IMAGE_PIXELS = None
-from minillava.image import ImageConfig, preprocess
+from minillava.processing.image import ImageConfig, preprocess
 from minillava.app.open_image import open_image
 def peak():
     lines = Path("/proc/self/status").read_text().splitlines()
@@ -100,18 +100,12 @@ print(before, opened, peak())
 """
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="reads the peak of memory from /proc")
-@pytest.mark.parametrize(
-    ("mode", "kind"),
-    [
-        ("RGB", "jpg"),
-        pytest.param("RGBA", "png", marks=pytest.mark.slow),
-        pytest.param("L", "png", marks=pytest.mark.slow),
-    ],
-)
+@pytest.mark.parametrize(("mode", "kind"), [("RGB", "jpg"), ("RGBA", "png"), ("L", "png")])
 def test_100_megapixels_in_bounded_memory(mode: str, kind: str, tmp_path: Path) -> None:
-    """The decoded picture, once more while it is turned upright, and once without its alpha; the
-    rest is strips."""
+    """Peak memory is at most three decoded images: the image, its copy while it is rotated, and
+    its copy without alpha. Resizing works in strips and adds little."""
     path = tmp_path / f"large.{kind}"
     options = {"compress_level": 1} if kind == "png" else {}
     Image.new(mode, (10_000, 10_000)).save(path, **options)
@@ -120,7 +114,7 @@ def test_100_megapixels_in_bounded_memory(mode: str, kind: str, tmp_path: Path) 
     )
     assert done.returncode == 0, done.stderr
     before, opened, after = map(int, done.stdout.split())
-    decoded = 100 * {"RGB": 4, "RGBA": 4, "L": 1}[mode]  # Pillow takes four bytes for three
+    decoded = 100 * {"RGB": 4, "RGBA": 4, "L": 1}[mode]  # Pillow stores RGB in four bytes per pixel
     assert opened - before < 2 * decoded + 100
     assert after - before < 3 * decoded + 300
 

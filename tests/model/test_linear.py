@@ -1,4 +1,4 @@
-"""Layers with smaller weights: what they hold, what they compute, and which one is chosen."""
+"""Linear layers with stored weights: what they compute, their memory, and which one is chosen."""
 
 from __future__ import annotations
 
@@ -20,33 +20,33 @@ from minillava.quant.linear import (
     Int8Linear,
     StoredLinear,
     WidenedLinear,
-    packs,
-    stored_linear,
+    choose_linear,
+    kernel_works,
     weight_bytes,
 )
 from minillava.quant.quantise import (
-    block,
+    block_size,
     from_int4,
     from_int8,
     hadamard,
-    rotated,
+    rotate_columns,
     to_int4,
     to_int8,
 )
 
 Make = Callable[[Tensor], StoredLinear]
 FORMS: dict[str, Make] = {
-    "float16": lambda w: stored_linear(w.half(), None),
-    "bfloat16": lambda w: stored_linear(w.bfloat16(), None),
-    "int8": lambda w: stored_linear(Int8(*to_int8(w)), None),
-    "int8-dynamic": lambda w: stored_linear(Int8(*to_int8(w)), None, digits=1),
-    "int4": lambda w: stored_linear(Int4(*to_int4(w)), None),
+    "float16": lambda w: choose_linear(w.half(), None),
+    "bfloat16": lambda w: choose_linear(w.bfloat16(), None),
+    "int8": lambda w: choose_linear(Int8(*to_int8(w)), None),
+    "int8-dynamic": lambda w: choose_linear(Int8(*to_int8(w)), None, digits=1),
+    "int4": lambda w: choose_linear(Int4(*to_int4(w)), None),
     "float16 widened": lambda w: WidenedLinear(w.half(), None),
     "int8 widened": lambda w: WidenedLinear(Int8(*to_int8(w)), None),
     "int4 widened": lambda w: WidenedLinear(Int4(*to_int4(w)), None),
 }
-# Largest difference from the float32 product with the weight as stored, of its root mean square,
-# on Gaussian inputs: float rounding, two digits, one digit, and bfloat16's.
+# Largest difference from the float32 product with the stored weight, relative to its root mean
+# square, on Gaussian inputs: rounding of floats, of two digits, of one digit and of bfloat16.
 LIMITS = {
     "float16": 2e-6,
     "bfloat16": 2e-6,
@@ -68,7 +68,7 @@ def example(N: int = 80, K: int = 192, R: int = 7, seed: int = 0) -> tuple[Tenso
 
 
 def as_stored(form: str, weight: Tensor) -> Tensor:
-    """The float32 weight that a form stands for, by plain arithmetic."""
+    """The float32 weight that a form represents, by plain arithmetic."""
     if form.startswith("int8"):
         return from_int8(*to_int8(weight))
     if form.startswith("int4"):
@@ -76,20 +76,20 @@ def as_stored(form: str, weight: Tensor) -> Tensor:
     return weight.to(torch.bfloat16 if form == "bfloat16" else torch.float16).float()
 
 
-# ---------------------------------------------------------------- the integers
+# ---------------------------------------------------------------- quantised weights
 
 
 @pytest.mark.parametrize("K", [2, 24, 64, 96, 576, 11008 // 43])
 def test_the_rotation_is_orthogonal_and_its_own_inverse(K: int) -> None:
-    b = block(K, 128)
+    b = block_size(K, 128)
     assert K % b == 0
     assert K // b % 2 == 1 or b == 128
     H = hadamard(b)
     assert torch.equal(H.abs(), torch.full((b, b), b**-0.5))
     torch.testing.assert_close(H @ H, torch.eye(b))
     x = torch.randn(3, K)
-    torch.testing.assert_close(rotated(rotated(x)), x)
-    torch.testing.assert_close(rotated(x).norm(dim=1), x.norm(dim=1))
+    torch.testing.assert_close(rotate_columns(rotate_columns(x)), x)
+    torch.testing.assert_close(rotate_columns(x).norm(dim=1), x.norm(dim=1))
 
 
 def test_int8_rounds_to_the_nearest_of_255_levels_of_a_row() -> None:
@@ -97,7 +97,7 @@ def test_int8_rounds_to_the_nearest_of_255_levels_of_a_row() -> None:
     codes, scale = to_int8(weight)
     assert codes.dtype == torch.int8
     assert codes.abs().amax(1).eq(127).all()
-    wrong = (rotated(weight) - codes.float() * scale[:, None]).abs()
+    wrong = (rotate_columns(weight) - codes.float() * scale[:, None]).abs()
     assert (wrong <= scale[:, None] * 0.5001).all()
 
 
@@ -107,14 +107,14 @@ def test_int4_rounds_to_the_nearest_of_16_levels_of_a_group() -> None:
     assert codes.shape == (80, 96)
     assert scale.shape == low.shape == (80, 3)
     found = from_int4(codes, scale, low)
-    for n, g in ((0, 0), (17, 1), (79, 2)):  # the levels themselves, by hand
+    for n, g in ((0, 0), (17, 1), (79, 2)):  # the 16 levels, computed by hand
         levels = low[n, g].float() + torch.arange(16) * scale[n, g].float()
         for k in range(64 * g, 64 * g + 64):
             nearest = levels[(levels - weight[n, k]).abs().argmin()]
             assert found[n, k] == pytest.approx(float(nearest), abs=1e-6)
 
 
-def test_int4_leaves_out_the_ends_of_a_range_where_that_pays() -> None:
+def test_int4_clips_the_ends_of_a_range_if_that_reduces_the_error() -> None:
     _, weight = example(N=256, K=1024)
     groups = weight.view(256, -1, 64)
     lowest, highest = groups.aminmax(dim=-1, keepdim=True)
@@ -153,7 +153,9 @@ def test_a_row_does_not_depend_on_its_neighbours(form: str, K: int) -> None:
     together = layer(x)
     for n in (1, 2, 5):
         alone = torch.cat([layer(rows) for rows in x.split(n)])
-        if form in ("float16", "bfloat16") or form.endswith("widened"):  # as float32's own GEMM
+        if form in ("float16", "bfloat16") or form.endswith(
+            "widened"
+        ):  # float32 summation order may differ
             noise = (alone - together).abs().amax(1) / together.square().mean(1).sqrt()
             assert noise.max() <= 1e-5
         else:
@@ -162,7 +164,7 @@ def test_a_row_does_not_depend_on_its_neighbours(form: str, K: int) -> None:
 
 @pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
-def test_what_is_not_finite_stays_so_and_spoils_no_other_row(form: str, value: float) -> None:
+def test_nan_and_infinity_stay_in_their_row(form: str, value: float) -> None:
     x, weight = example()
     layer = FORMS[form](weight)
     clean = layer(x)
@@ -181,7 +183,7 @@ def test_shapes_bias_and_many_rows(form: str, monkeypatch: pytest.MonkeyPatch) -
     plain = layer(x)
     torch.testing.assert_close(layer(x.view(3, 4, -1)), plain.view(3, 4, -1), rtol=1e-5, atol=1e-4)
     assert layer(x[:0]).shape == (0, 80)
-    monkeypatch.setattr(linear, "AT_ONCE", 5)
+    monkeypatch.setattr(linear, "INPUT_ROWS", 5)
     torch.testing.assert_close(layer(x), plain, rtol=1e-5, atol=1e-4)
     bias = torch.randn(80)
     layer.bias = torch.nn.Parameter(bias, requires_grad=False)
@@ -191,7 +193,7 @@ def test_shapes_bias_and_many_rows(form: str, monkeypatch: pytest.MonkeyPatch) -
 
 @pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize(("size", "limit"), [(3e-38, 0.6), (1e-30, 0.1), (1e20, 0.1)])
-def test_rows_of_any_size_keep_it(form: str, size: float, limit: float) -> None:
+def test_tiny_and_huge_rows_keep_their_magnitude(form: str, size: float, limit: float) -> None:
     x, weight = example()
     x[:, 5] /= 40
     y = FORMS[form](weight)(x * size) / size
@@ -200,7 +202,7 @@ def test_rows_of_any_size_keep_it(form: str, size: float, limit: float) -> None:
     assert FORMS[form](weight)(x * 1e-42).abs().max() < 1e-40
 
 
-def test_a_second_digit_is_worth_a_hundred_times() -> None:
+def test_a_second_digit_reduces_the_error_thirtyfold() -> None:
     x, weight = example()
     exact = x @ as_stored("int8", weight).T
     one, two = (
@@ -209,13 +211,13 @@ def test_a_second_digit_is_worth_a_hundred_times() -> None:
     assert two < one / 1e3
 
 
-def test_the_rotation_is_what_makes_one_digit_bearable(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_rotation_reduces_the_error_of_one_digit(monkeypatch: pytest.MonkeyPatch) -> None:
     x, weight = example()
     exact = x @ weight.T
-    turned = (FORMS["int8-dynamic"](weight)(x) - exact).square().mean()
-    monkeypatch.setattr("minillava.quant.quantise.ROTATED", 1)
-    plain = (FORMS["int8-dynamic"](weight)(x) - exact).square().mean()
-    assert turned < plain / 8
+    with_rotation = (FORMS["int8-dynamic"](weight)(x) - exact).square().mean()
+    monkeypatch.setattr("minillava.quant.quantise.ROTATED_COLUMNS", 1)
+    without = (FORMS["int8-dynamic"](weight)(x) - exact).square().mean()
+    assert with_rotation < without / 8
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
@@ -227,19 +229,19 @@ def test_a_float16_weight_that_is_not_finite_is_not_made_finite(value: float) ->
     assert not y[:, 3].isfinite().any()
 
 
-# ---------------------------------------------------------------- the choice
+# ---------------------------------------------------------------- which layer is chosen
 
 
-def test_fbgemms_kernels_are_taken_where_they_work() -> None:
+def test_kernels_are_used_where_they_work() -> None:
     _, weight = example()
     kinds = {form: type(make(weight)) for form, make in FORMS.items()}
-    if not all(map(packs, ("float16", "int8", "int4"))):
+    if not all(map(kernel_works, ("float16", "int8", "int4"))):
         pytest.skip("this torch lacks one of the kernels")
     assert kinds["float16"] is HalfLinear
     assert kinds["bfloat16"] is WidenedLinear
     assert kinds["int8"] is kinds["int8-dynamic"] is Int8Linear
     assert kinds["int4"] is Int4Linear
-    assert type(FORMS["int4"](weight[:, :16])) is WidenedLinear  # a group that the kernel lacks
+    assert type(FORMS["int4"](weight[:, :16])) is WidenedLinear  # no kernel for groups of 16
 
 
 @pytest.mark.parametrize("form", ["float16", "int8", "int8-dynamic", "int4"])
@@ -247,7 +249,7 @@ def test_without_the_kernels_weights_are_widened(
     form: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     x, weight = example()
-    monkeypatch.setattr(linear, "packs", lambda kind: False)
+    monkeypatch.setattr(linear, "kernel_works", lambda kind: False)
     layer = FORMS[form](weight)
     assert type(layer) is WidenedLinear
     torch.testing.assert_close(layer(x), x @ as_stored(form, weight).T, rtol=1e-5, atol=1e-4)
@@ -262,21 +264,21 @@ def test_without_the_kernels_weights_are_widened(
 def test_a_kernel_that_is_missing_or_wrong_is_noticed(
     kind: str, op: tuple[object, str], fault: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    real = getattr(*op)
+    kernel = getattr(*op)
 
     def broken(*args: object) -> object:
         if fault == "missing":
             raise NotImplementedError("no such kernel on this CPU")
-        return real(*args) * 1.5 if "prepack" not in op[1] else real(args[0] * 1.5, None)
+        return kernel(*args) * 1.5 if "prepack" not in op[1] else kernel(args[0] * 1.5, None)
 
-    packs.cache_clear()
+    kernel_works.cache_clear()
     monkeypatch.setattr(*op, broken)
-    assert not packs(kind)
+    assert not kernel_works(kind)
     monkeypatch.undo()
-    packs.cache_clear()
+    kernel_works.cache_clear()
 
 
-def test_making_a_layer_warns_of_nothing_and_changes_no_engine() -> None:
+def test_making_a_layer_does_not_warn_or_change_torchs_engine() -> None:
     _, weight = example()
     before = torch.backends.quantized.engine
     with warnings.catch_warnings():
@@ -286,14 +288,14 @@ def test_making_a_layer_warns_of_nothing_and_changes_no_engine() -> None:
     assert torch.backends.quantized.engine == before
 
 
-def test_bytes_are_those_that_are_held() -> None:
+def test_weight_bytes_counts_the_stored_form() -> None:
     _, weight = example(N=128, K=512)
     values = 128 * 512
     held = {form: weight_bytes(make(weight)) for form, make in FORMS.items()}
     assert held["float16"] == held["float16 widened"] == held["bfloat16"] == 2 * values
     assert held["int8 widened"] == values + 4 * 128
-    ends = 4 * 512  # the row that pins the step of the activations
-    assert held["int8"] == held["int8-dynamic"] == held["int8 widened"] + ends
+    range_row = 4 * 512  # the row that fixes the step of the activations
+    assert held["int8"] == held["int8-dynamic"] == held["int8 widened"] + range_row
     assert held["int4"] == held["int4 widened"] == values // 2 + 4 * 128 * 512 // 64
     tied = torch.nn.ModuleList(
         [torch.nn.Linear(4, 4, bias=False), torch.nn.Linear(4, 4, bias=False)]
@@ -302,10 +304,11 @@ def test_bytes_are_those_that_are_held() -> None:
     assert weight_bytes(tied) == 64
 
 
-@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="resident bytes are Linux's")
+@pytest.mark.slow
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="needs Linux' resident bytes")
 @pytest.mark.parametrize("form", FORMS)
-def test_so_many_bytes_the_process_grows_by(form: str) -> None:
-    """Also where columns are filled up, which fbgemm does to a multiple of 512."""
+def test_the_process_grows_by_weight_bytes(form: str) -> None:
+    """With 640 columns too, which fbgemm pads to a multiple of 512."""
     weights = [example(N=128, K=640, seed=seed)[1] for seed in range(200)]
     FORMS[form](weights[0])
     cost.give_back()
@@ -313,5 +316,5 @@ def test_so_many_bytes_the_process_grows_by(form: str) -> None:
     layers = [FORMS[form](weight) for weight in weights]
     cost.give_back()
     grown = cost.resident_bytes() - before
-    # whole pages of 4 KiB, and fbgemm's sums of columns; without the filling it would be 0.6 more
+    # The rest is whole pages of 4 KiB and fbgemm's column sums; without padding it would be 0.6.
     assert grown == pytest.approx(sum(weight_bytes(layer) for layer in layers), rel=0.2)

@@ -1,4 +1,4 @@
-"""Nothing of T x T is ever allocated: at 4,096 tokens and one head, in every mode and method.
+"""No tensor of T x T elements is allocated by any method in any mode (T = 4,096, one head).
 
 A dispatch mode sees every tensor that an operator of PyTorch returns. With one head a full map of
 attention weights would have T x T elements, and no legitimate tensor here comes near that number.
@@ -27,7 +27,7 @@ T = 4096
 
 
 class Largest(TorchDispatchMode):
-    """Remembers the largest tensor, whether attention was given a mask, and of how many rows."""
+    """Records the largest tensor, whether attention had a mask, and the query rows of the mask."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -41,7 +41,7 @@ class Largest(TorchDispatchMode):
             mask = args[3] if len(args) > 3 else kwargs.get("attn_mask")
             if args[1].shape[-2] > T // 2 and mask is not None:  # the decoder's, not a CLIP tower's
                 self.masked, self.rows = True, max(self.rows, mask.shape[-2])
-            with self:  # what it is made of, which inference mode hides
+            with self:  # see its parts, which inference mode hides
                 return func.decompose(*args, **kwargs)
         result = func(*args, **kwargs)
         for tensor in tree_leaves(result):
@@ -70,7 +70,7 @@ SHORT = "t" * 3000 + "I" + "t" * 20
 
 
 def assert_small(largest: Largest) -> None:
-    """Far below T x T: also half of the rows against all columns would be too much at 7B."""
+    """Far below T x T, because even half of the rows by all columns is too much at 7B."""
     assert largest.elements < T * T / 4, f"{largest.operator} made {largest.elements} elements"
     assert largest.rows <= 256, f"a mask of {largest.rows} query rows"
 

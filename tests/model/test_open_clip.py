@@ -1,4 +1,4 @@
-"""The vision tower against a second referee: open_clip's, on the same random weights."""
+"""The vision tower equals open_clip's, a second reference, with the same random weights."""
 
 from __future__ import annotations
 
@@ -30,8 +30,8 @@ def ours() -> CLIPVision:
 
 
 @torch.no_grad()
-def theirs(ours: CLIPVision) -> torch.nn.Module:
-    """open_clip's tower with the weights of ours; q, k and v stand in one matrix there."""
+def make_open_clip(ours: CLIPVision) -> torch.nn.Module:
+    """open_clip's tower with the weights of ours; it keeps q, k and v in one matrix."""
     from open_clip.transformer import QuickGELU, VisionTransformer
 
     tower = VisionTransformer(
@@ -73,11 +73,11 @@ def theirs(ours: CLIPVision) -> torch.nn.Module:
 @torch.no_grad()
 def test_every_hidden_state_equals_open_clips(ours: CLIPVision) -> None:
     pixels = torch.randn(3, 3, 56, 56, generator=torch.Generator().manual_seed(1))
-    referee = theirs(ours)
+    theirs = make_open_clip(ours)
     seen: list[torch.Tensor] = []
-    for block in referee.transformer.resblocks:
+    for block in theirs.transformer.resblocks:
         block.register_forward_hook(lambda _, __, y: seen.append(y))
-    referee(pixels)
+    theirs(pixels)
 
     found = ours(pixels, range(CONFIG.num_hidden_layers + 1))
     assert len(seen) == CONFIG.num_hidden_layers
@@ -88,7 +88,7 @@ def test_every_hidden_state_equals_open_clips(ours: CLIPVision) -> None:
 
 
 @torch.no_grad()
-def test_no_block_runs_that_nobody_asked_for(ours: CLIPVision) -> None:
+def test_blocks_after_the_last_state_asked_for_are_not_run(ours: CLIPVision) -> None:
     ran: list[int] = []
     hooks = [
         block.register_forward_hook(lambda *_, i=i: ran.append(i))

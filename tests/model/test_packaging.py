@@ -1,4 +1,4 @@
-"""What importing costs and what belongs to what."""
+"""What imports what, and the files that a package needs."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ import pytest
 ROOT = Path(__file__).parents[2]
 TINY_A = ROOT / "tests" / "goldens" / "checkpoints" / "tiny-a" / "hub-sharded"
 
-# for CLIP's text tower, the tests and the plots: none of them is needed to answer a question
+# Only CLIP's text tower, tests and plots need these; answering a question does not.
 HEAVY = ("open_clip", "torchvision", "transformers", "matplotlib", "timm", "torch._dynamo")
 
 
@@ -29,7 +29,7 @@ def test_importing_and_loading_need_nothing_heavy() -> None:
     out = run(
         "import sys\n"
         "from minillava import Batch, load, parse_plan\n"
-        "assert 'minillava.generate' not in sys.modules, 'runpy would warn of it'\n"
+        "assert 'minillava.generate' not in sys.modules, 'runpy would warn about it'\n"
         f"load({str(TINY_A)!r})\n"
         "import minillava.generate\n"
         f"print([name for name in {HEAVY} if name in sys.modules])"
@@ -48,35 +48,43 @@ def test_the_package_imports_neither_eval_nor_weights(path: Path) -> None:
     assert not {name.split(".")[0] for name in names} & {"eval", "weights", "tests"}
 
 
-READING_PATH = [
-    "config",
-    "image",
-    "tokenizer",
-    "prompt",
-    "clip",
-    "llama",
-    "llava",
-    "cache",
-    "sampling",
-    "generate",
-    "pruning.base",
-    "pruning.fastv",
-    "pruning.simignore",
-]
+PACKAGE = ROOT / "minillava"
+READING_PATH = sorted(
+    [path.stem for path in PACKAGE.glob("*.py") if not path.stem.startswith("__")]
+    + ["pruning.base", "pruning.fastv", "pruning.simignore"]
+)
+
+
+def source_of(name: str) -> str:
+    return (PACKAGE / f"{name.replace('.', '/')}.py").read_text()
 
 
 @pytest.mark.parametrize("name", READING_PATH)
 def test_the_reading_path_imports_nothing_else_of_ours(name: str) -> None:
-    """At run time: imports for annotations, or of the command line at the end, are no reading."""
+    """At run time; imports for annotations or of the command line at the end do not count."""
     folder, _, _ = f"minillava.{name}".rpartition(".")
-    source = (ROOT / "minillava" / f"{name.replace('.', '/')}.py").read_text()
-    found = [node for node in ast.parse(source).body if isinstance(node, ast.ImportFrom)]
+    found = [node for node in ast.parse(source_of(name)).body if isinstance(node, ast.ImportFrom)]
     ours = [node for node in found if node.level]
     if name in ("llava", "generate"):
-        assert ours, "this look at the source finds no imports any more"
+        assert ours, "the search below finds no imports"
     for node in ours:
         base = folder.split(".")[: len(folder.split(".")) - node.level + 1]
         assert ".".join([*base[1:], node.module or ""]) in READING_PATH
+
+
+def test_the_reading_path_has_no_circle() -> None:
+    """No module imports one that imports it, not even for annotations."""
+    imports: dict[str, set[str]] = {}
+    for name in READING_PATH:
+        package = f"minillava.{name}".split(".")[:-1]
+        imports[name] = {
+            ".".join([*package[1 : len(package) - node.level + 1], node.module or ""])
+            for node in ast.walk(ast.parse(source_of(name)))
+            if isinstance(node, ast.ImportFrom) and node.level
+        }
+    while free := {name for name, needed in imports.items() if not needed & imports.keys()}:
+        imports = {name: needed for name, needed in imports.items() if name not in free}
+    assert not imports
 
 
 # Distributions whose modules have another name.

@@ -54,8 +54,8 @@ def read(folder: Path) -> Pair:
 
 
 def inputs(batch: Batch) -> dict[str, Any]:
-    """What transformers' forward takes; positions count from the first real token, as its own
-    generate counts them."""
+    """Arguments for transformers' forward. Positions count from the first token that is no
+    padding, as in transformers' generate."""
     mask = batch.mask.long()
     found = {"input_ids": batch.ids, "attention_mask": mask}
     found["position_ids"] = (mask.cumsum(1) - 1).clamp(min=0)
@@ -66,7 +66,7 @@ def inputs(batch: Batch) -> dict[str, Any]:
 
 @torch.no_grad()
 def assert_same_answers(pair: Pair, batch: Batch, n: int) -> Result:
-    """Greedy tokens of both, and the logits that each was chosen from."""
+    """Compare greedy tokens and the logits that each was chosen from."""
     given = inputs(batch)
     del given["position_ids"]
     theirs = pair.theirs.generate(
@@ -125,7 +125,7 @@ def test_answers(pair: Pair, shape: str) -> None:
 
 
 def test_the_end_of_an_answer(pair: Pair, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Both stop where a sample's end token comes, and go on with the others."""
+    """Both stop a sample at its EOS and continue the others."""
     batch = make_batch(pair.ours, *SHAPES["padded"], seed=2)
     tokens = generate(pair.ours, batch, max_new_tokens=NEW).tokens
     ends = (tokens[0][2], tokens[3][0])
@@ -148,7 +148,7 @@ def demo() -> Pair:
 
 
 def test_the_trained_demo(demo: Pair) -> None:
-    """A padded batch of scenes it never saw, one of them with two pictures, one without any."""
+    """A padded batch of held-out scenes; one prompt has two images and one has none."""
     from weights import scenes
 
     model, processor = demo.ours, load(DEMO)[1]

@@ -1,4 +1,4 @@
-"""Batches equal those of transformers' LlavaProcessor, and the released Simignore form."""
+"""Batches equal those of transformers' LlavaProcessor and of the released Simignore code."""
 
 from __future__ import annotations
 
@@ -14,13 +14,14 @@ import pytest
 import torch
 from PIL import Image
 
-from minillava.image import preprocess
 from minillava.loading.config_file import read_config
 from minillava.loading.processor_files import read_processor
+from minillava.processing.image import preprocess
+from minillava.processing.tokenizer import StreamDecoder
 
-HERE = Path(__file__).parents[1] / "goldens"
-TOY = HERE / "checkpoints" / "tiny-a" / "hub-sharded"
-REAL = HERE / "tokenizer" / "tiny-c"
+GOLDENS = Path(__file__).parents[1] / "goldens"
+TOY = GOLDENS / "checkpoints" / "tiny-a" / "hub-sharded"
+REAL = GOLDENS / "tokenizer" / "tiny-c"
 N, IMAGE = 16, 318
 
 CONFIG = read_config(TOY / "config.json")
@@ -29,11 +30,6 @@ SCIENCE = (
     "USER: <image>\nContext: N/A\nQuestion: Which?\nOptions: (A) red fish (B) blue\n"
     "Answer with the option's letter from the given choices directly. ASSISTANT:"
 )
-
-
-@pytest.fixture(scope="session")
-def goldens(request: pytest.FixtureRequest) -> Path:
-    return request.config.getoption("--goldens")
 
 
 @pytest.fixture(scope="module")
@@ -49,7 +45,7 @@ def theirs() -> Any:
     )
 
 
-def picture(seed: int, width: int = 70, height: int = 60) -> Image.Image:
+def make_image(seed: int, width: int = 70, height: int = 60) -> Image.Image:
     levels = random.Random(seed).randbytes(4 * width * height)
     return Image.frombytes("RGBA", (width, height), levels)
 
@@ -59,10 +55,10 @@ def test_ids_equal_the_goldens(goldens: Path) -> None:
     golden = json.loads((goldens / "tokenizer" / "processor_tiny-c.json").read_text())
     assert len(golden["rows"]) == 3
     for row in golden["rows"]:
-        batch = processor([row["text"]], [[picture(0)] * row["text"].count("<image>")])
+        batch = processor([row["text"]], [[make_image(0)] * row["text"].count("<image>")])
         assert batch.ids[0].tolist() == row["input_ids"]
         assert (batch.pixels is not None) == ("pixel_values" in row["keys"])
-    batch = processor(golden["batch"]["texts"], [[picture(0)], [picture(1)]])
+    batch = processor(golden["batch"]["texts"], [[make_image(0)], [make_image(1)]])
     assert batch.ids.tolist() == golden["batch"]["input_ids"]
     assert batch.mask.int().tolist() == golden["batch"]["attention_mask"]
     assert batch.pixels is not None
@@ -72,16 +68,16 @@ def test_ids_equal_the_goldens(goldens: Path) -> None:
 PROMPTS = [
     ["USER: <image>\nWhat is this? ASSISTANT:"],
     ["<image>"],
-    ["no picture", "a longer prompt <image>\nwith one", "<image><image>\nand <image> </s>three"],
+    ["no image", "a longer prompt <image>\nwith one", "<image><image>\nand <image> </s>three"],
 ]
 
 
 @pytest.mark.parametrize("prompts", PROMPTS)
 def test_batches_equal_transformers(theirs: Any, prompts: list[str]) -> None:
     counts = [prompt.count("<image>") for prompt in prompts]
-    pictures = [[picture(10 * b + i) for i in range(n)] for b, n in enumerate(counts)]
-    batch = ours(prompts, pictures)
-    flat = [p for sample in pictures for p in sample]
+    images = [[make_image(10 * b + i) for i in range(n)] for b, n in enumerate(counts)]
+    batch = ours(prompts, images)
+    flat = [p for sample in images for p in sample]
     expected = theirs(text=prompts, images=flat, padding=True, return_tensors="pt")
     assert torch.equal(batch.ids, expected["input_ids"])
     assert torch.equal(batch.mask, expected["attention_mask"].bool())
@@ -104,12 +100,12 @@ def test_decoded_text_equals_transformers(theirs: Any) -> None:
     ids = ours.tokenizer.encode("Yes, 世界.\n", bos=False)
     assert ours.decode([*ids, 2]) == theirs.decode([*ids, 2], skip_special_tokens=True)
     assert ours.decode([*ids, 2]) == "Yes, 世界.\n"
-    stream = ours.stream_decoder()
+    stream = StreamDecoder(ours.tokenizer)
     assert "".join([stream.push(i) for i in ids]) + stream.finish() == "Yes, 世界.\n"
 
 
 def test_the_aspect_is_the_checkpoints_unless_asked_for() -> None:
-    image = picture(0, 90, 40).convert("RGB")
+    image = make_image(0, 90, 40).convert("RGB")
     crop, pad = (preprocess(image, ours.image, aspect) for aspect in ("crop", "pad"))
     padded = replace(ours, aspect="pad")
     for processor, aspect, expected in (
@@ -126,21 +122,20 @@ def test_the_aspect_is_the_checkpoints_unless_asked_for() -> None:
 # ------------------------------------------------------------ tokens
 
 
-def wide(ids: list[int]) -> list[int]:
+def expand_images(ids: list[int]) -> list[int]:
     return [w for i in ids for w in ([IMAGE] * N if i == IMAGE else [i])]
 
 
 def test_tokens_of_the_original_code() -> None:
     text = "USER: <image>\nHi ASSISTANT: Yo.</s>USER: And? ASSISTANT:"
-    batch = ours([text], [[picture(0)]], tokens="llava")
-    assert batch.ids[0].tolist() == wide(ours.tokenizer.encode_original(text))
-    hf = ours([text], [[picture(0)]])
-    assert hf.ids.shape[1] == batch.ids.shape[1] + 1  # a space after </s>
+    batch = ours([text], [[make_image(0)]], tokens="llava")
+    assert batch.ids[0].tolist() == expand_images(ours.tokenizer.encode_original(text))
+    hf = ours([text], [[make_image(0)]])
+    assert hf.ids.shape[1] == batch.ids.shape[1] + 1  # a space is put after </s>
 
 
 def test_the_simignore_form_tokenises_four_pieces(theirs: Any) -> None:
-    """Each of them by itself, so each begins with a space of its own; the markers around the
-    options leave nothing behind."""
+    """Each of them alone, so a space is put before each."""
     pieces = (
         "USER: ",
         "\nContext: N/A\nQuestion: Which?\n",
@@ -149,9 +144,9 @@ def test_the_simignore_form_tokenises_four_pieces(theirs: Any) -> None:
     )
     alone = [theirs.tokenizer(piece, add_special_tokens=False).input_ids for piece in pieces]
     expected = [1, *alone[0], *[IMAGE] * N, *alone[1], *alone[2], *alone[3]]
-    batch = ours([SCIENCE], [[picture(0)]], tokens="simignore")
+    batch = ours([SCIENCE], [[make_image(0)]], tokens="simignore")
     assert batch.ids[0].tolist() == expected
-    assert len(expected) == len(ours([SCIENCE], [[picture(0)]]).ids[0]) + 2
+    assert len(expected) == len(ours([SCIENCE], [[make_image(0)]]).ids[0]) + 2
 
 
 def test_focus(theirs: Any) -> None:
@@ -165,7 +160,7 @@ def test_focus(theirs: Any) -> None:
     }
     for tokens in ("hf", "llava", "simignore"):
         for focus, ids in expected.items():
-            batch = ours([SCIENCE], [[picture(0)]], tokens=tokens, focus=focus)
+            batch = ours([SCIENCE], [[make_image(0)]], tokens=tokens, focus=focus)
             assert batch.focus is not None
             assert [f.tolist() for f in batch.focus if f is not None] == [ids]
             assert batch.focus[0] is not None
@@ -173,57 +168,69 @@ def test_focus(theirs: Any) -> None:
 
 
 def test_focus_can_differ_from_prompt_to_prompt() -> None:
-    batch = ours(["Hi", SCIENCE, "Ho"], [[], [picture(0)], []], focus=[None, "options", "x"])
+    batch = ours(["Hi", SCIENCE, "Ho"], [[], [make_image(0)], []], focus=[None, "options", "x"])
     assert batch.focus is not None
     assert [f is None for f in batch.focus] == [True, False, False]
     assert ours(["Hi"], focus=[None]).focus is None
 
 
-# ------------------------------------------------------------ refused
+# ------------------------------------------------------------ errors
 
 
 @pytest.mark.parametrize(
-    ("call", "said"),
+    ("call", "message"),
     [
         (
-            {"prompts": ["Hi", "<image> <image>"], "images": [[], [picture(0)]]},
-            "prompt 1 has 2 <image> placeholders, but images[1] has 1 pictures; add pictures or",
+            {"prompts": ["Hi", "<image> <image>"], "images": [[], [make_image(0)]]},
+            "prompt 1 has 2 <image> placeholders, but images[1] has 1 images; add images or",
         ),
         (
             {"prompts": ["<image>"]},
-            "prompt 0 has 1 <image> placeholders, but images[0] has 0 pictures",
+            "prompt 0 has 1 <image> placeholders, but images[0] has 0 images",
         ),
-        ({"prompts": ["Hi"], "images": [[picture(0)]]}, "prompt 0 has 0 <image> placeholders, but"),
-        ({"prompts": ["Hi"], "images": []}, "images has 0 entries for 1 prompts; give a list for"),
-        ({"prompts": ["<image>"], "images": [picture(0)]}, "images[0] is Image; give each prompt"),
-        ({"prompts": ["<image>"], "images": [["a.png"]]}, "images[0] is list with str in it; give"),
+        (
+            {"prompts": ["Hi"], "images": [[make_image(0)]]},
+            "prompt 0 has 0 <image> placeholders, but",
+        ),
+        (
+            {"prompts": ["Hi"], "images": []},
+            "images has 0 entries for 1 prompts; give one list per",
+        ),
+        (
+            {"prompts": ["<image>"], "images": [make_image(0)]},
+            "images[0] is Image; give a list of PIL images",
+        ),
+        (
+            {"prompts": ["<image>"], "images": [["a.png"]]},
+            "images[0] is list that contains str; give",
+        ),
         ({"prompts": "Hi"}, "prompts is 'Hi'; give a list of at least one prompt"),
         ({"prompts": []}, "prompts is []; give a list of at least one prompt"),
-        ({"prompts": ["Hi"], "tokens": "gpt"}, "tokens='gpt'; it can be hf, llava, simignore"),
+        ({"prompts": ["Hi"], "tokens": "gpt"}, "tokens='gpt' must be one of hf, llava, simignore"),
         (
-            {"prompts": ["<image>"], "images": [[picture(0)]], "image_aspect": "square"},
-            "image_aspect='square'; it can be crop or pad",
+            {"prompts": ["<image>"], "images": [[make_image(0)]], "image_aspect": "square"},
+            "image_aspect='square' must be crop or pad",
         ),
-        ({"prompts": ["Hi"], "image_aspect": "Pad"}, "image_aspect='Pad'; it can be crop or pad"),
+        ({"prompts": ["Hi"], "image_aspect": "Pad"}, "image_aspect='Pad' must be crop or pad"),
         ({"prompts": ["Hi"], "focus": ["a", "b"]}, "focus has 2 entries for 1 prompts"),
-        ({"prompts": ["Hi"], "focus": ""}, "focus '' of prompt 0 is empty"),
-        ({"prompts": ["Hi"], "focus": "the <image>"}, "or has <image> in it; give a text"),
+        ({"prompts": ["Hi"], "focus": ""}, "the focus '' of prompt 0 is empty"),
+        ({"prompts": ["Hi"], "focus": "the <image>"}, "or contains <image>; give a text"),
         (
             {"prompts": ["Hi"], "focus": "options"},
-            "focus='options' cannot be had for prompt 0: the prompt has no",
+            "focus='options' does not work for prompt 0: the prompt has no",
         ),
         (
-            {"prompts": ["<image>"], "images": [[picture(0)]], "tokens": "simignore"},
-            "tokens='simignore' cannot be had for prompt 0: the prompt has no",
+            {"prompts": ["<image>"], "images": [[make_image(0)]], "tokens": "simignore"},
+            "tokens='simignore' does not work for prompt 0: the prompt has no",
         ),
         (
             {"prompts": [SCIENCE.replace("<image>", "")], "tokens": "simignore"},
-            "is for prompts with one <image>, before the options; prompt 0 has 0",
+            "needs prompts with one <image>, before the options; prompt 0 has 0",
         ),
         (
             {
                 "prompts": [SCIENCE.replace("<image>", "") + "<image>"],
-                "images": [[picture(0)]],
+                "images": [[make_image(0)]],
                 "tokens": "simignore",
             },
             "prompts with one <image>, before the options; prompt 0 has 1",
@@ -231,8 +238,8 @@ def test_focus_can_differ_from_prompt_to_prompt() -> None:
         ({"prompts": ["a\ud800"]}, "half of a character pair"),
     ],
 )
-def test_calls_that_do_not_fit_are_refused(call: dict[str, Any], said: str) -> None:
-    with pytest.raises(ValueError, match=re.escape(said)) as error:
+def test_arguments_that_do_not_fit_are_refused(call: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=re.escape(message)) as error:
         ours(**call)
     assert "\n" not in str(error.value)
 
@@ -252,11 +259,11 @@ def test_a_question_goes_into_the_checkpoints_template() -> None:
 
 def test_a_typed_placeholder_is_refused() -> None:
     for question, turns in (("a <image>?", []), ("b?", [("a <image>?", "c")])):
-        with pytest.raises(ValueError, match="the question 'a <image>\\?' has a typed <image>"):
+        with pytest.raises(ValueError, match="the question 'a <image>\\?' contains <image>"):
             ours.prompt(question, 1, turns)
 
 
-def test_a_checkpoint_for_padded_pictures_speaks_as_the_original() -> None:
+def test_a_checkpoint_for_padded_images_uses_the_original_template() -> None:
     processor = read_processor(TOY, replace(CONFIG, image_aspect="pad"))
     assert (processor.aspect, processor.template) == ("pad", "vicuna_v1")
     assert (ours.aspect, ours.template) == ("crop", "llava-hf")

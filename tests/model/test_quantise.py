@@ -1,4 +1,4 @@
-"""weights.quantise: what it stores is what load() would make, and no interruption spoils it."""
+"""weights.quantise stores what load() would make, and can be interrupted and resumed."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ import pytest
 import tiny
 import torch
 from safetensors.torch import load_file, save_file
+from tiny import refusal
 
 from minillava import load, parse_plan
 from minillava.generate import generate
@@ -28,7 +29,7 @@ FORMS = {"int8": 8, "int8-dynamic": 8, "int4": 4}
 
 @pytest.fixture(scope="module")
 def src(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Rows of 64 columns, so that the kernels of all forms take them."""
+    """A checkpoint with rows of 64 columns, which the kernels of all forms support."""
     folder = tmp_path_factory.mktemp("quantise") / "src"
     tiny.write_hf(folder, width=64, vision_layers=3)
     return folder
@@ -46,14 +47,6 @@ def contents(folder: Path) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in folder.iterdir() if path.is_file()}
 
 
-def refusal(capsys: pytest.CaptureFixture[str]) -> str:
-    out, err = capsys.readouterr()
-    assert out == ""
-    assert err.startswith("error: ")
-    assert err.count("\n") == 1
-    return err
-
-
 # ---------------------------------------------------------------- the same model
 
 
@@ -67,7 +60,7 @@ def test_what_is_stored_is_what_load_makes(src: Path, stored: dict[int, Path], f
     assert a.logits is not None
     assert b.logits is not None
     assert torch.equal(a.logits, b.logits)
-    named = load(stored[FORMS[form]])[0]  # a file says itself in which form it is
+    named = load(stored[FORMS[form]])[0]  # the files determine the form
     assert type(named.llama.blocks[0].mlp.up_proj) is type(at_load.llama.blocks[0].mlp.up_proj)
 
 
@@ -82,7 +75,7 @@ def test_a_prompt_gives_the_same_alone_and_in_a_batch(src: Path, form: str) -> N
         assert alone.tokens[0] == together.tokens[b]
         assert alone.logits is not None
         assert together.logits is not None
-        # a layer's rows are equal to the bit; noise of attention can turn a last digit of int8
+        # Linear layers give equal bits; rounding in attention can change the last digit of int8.
         tiny.assert_close(together.logits[b], alone.logits[0], 5e-3)
 
 
@@ -128,10 +121,10 @@ def accuracy(form: str | None) -> float:
     return float(demo.measure(model, processor, groups, "", 0)["all"])
 
 
-# ---------------------------------------------------------------- refusals
+# ---------------------------------------------------------------- errors
 
 
-def index_of(folder: Path, **renamed: str) -> None:
+def shard_with_index(folder: Path, **renamed: str) -> None:
     (folder / SINGLE).rename(folder / "model-00001-of-00001.safetensors")
     names = load_file(folder / "model-00001-of-00001.safetensors")
     where = dict.fromkeys(names, "model-00001-of-00001.safetensors")
@@ -143,10 +136,10 @@ BAD: dict[str, tuple[Callable[[Path], Any], str]] = {
     "truncated": (
         lambda f: (f / SINGLE).write_bytes((f / SINGLE).read_bytes()[:-100]), "is truncated"
     ),
-    "outside": (lambda f: index_of(f, file="../x.safetensors"), "'../x.safetensors'"),
-    "missing": (lambda f: index_of(f, file="gone.safetensors"), "names gone.safetensors"),
+    "outside": (lambda f: shard_with_index(f, file="../x.safetensors"), "'../x.safetensors'"),
+    "missing": (lambda f: shard_with_index(f, file="gone.safetensors"), "names gone.safetensors"),
     "no tokenizer": (lambda f: (f / "tokenizer.model").unlink(), "tokenizer.model"),
-    "pictures": (lambda f: (f / "preprocessor_config.json").write_text("{"), "is no valid json"),
+    "settings": (lambda f: (f / "preprocessor_config.json").write_text("{"), "is not valid json"),
     "sums": (
         lambda f: (f / "SHA256SUMS").write_text(f"{'0' * 64}  {SINGLE}\n"),
         f"{SINGLE} has SHA-256",
@@ -163,19 +156,19 @@ def test_broken_sources_are_one_line_and_nothing_is_written(
     tmp_path: Path, case: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     tiny.write_hf(tmp_path / "src", width=64, vision_layers=3)
-    spoil, says = BAD[case]
-    spoil(tmp_path / "src")
+    break_source, message = BAD[case]
+    break_source(tmp_path / "src")
     capsys.readouterr()
     before = contents(tmp_path / "src")
     assert main([str(tmp_path / "src"), str(tmp_path / "dst"), "--bits", "8"]) == 2
-    assert says in refusal(capsys)
+    assert message in refusal(capsys)
     assert not (tmp_path / "dst").exists()
     assert contents(tmp_path / "src") == before
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 @pytest.mark.parametrize("bits", [8, 4])
-def test_values_that_integers_cannot_hold_are_refused(
+def test_values_that_integers_cannot_represent_are_refused(
     tmp_path: Path, value: float, bits: int, capsys: pytest.CaptureFixture[str]
 ) -> None:
     src, dst = tmp_path / "src", tmp_path / "dst"
@@ -221,19 +214,19 @@ def test_other_refusals(
 ) -> None:
     (tmp_path / "taken").mkdir()
     (tmp_path / "taken" / "photo.png").touch()
-    for words, says in (
+    for words, message in (
         ([stored[8], tmp_path / "x", "--bits", 4], "is quantised already"),
-        ([src, tmp_path / "taken", "--bits", 4], "has other things in it (photo.png)"),
+        ([src, tmp_path / "taken", "--bits", 4], "contains other files (photo.png)"),
         ([src, stored[8], "--bits", 4], "was written from other files or with other options"),
         ([src, src / "inside", "--bits", 4], "is inside"),
     ):
         assert main([str(word) for word in words]) == 2
-        assert says in refusal(capsys)
+        assert message in refusal(capsys)
     config = json.loads((stored[8] / "config.json").read_text())
     del config["quantization_config"]
-    shutil.copytree(stored[8], tmp_path / "silent")  # the weights are still integers
-    (tmp_path / "silent" / "config.json").write_text(json.dumps(config))
-    assert main([str(tmp_path / "silent"), str(tmp_path / "x"), "--bits", "8"]) == 2
+    shutil.copytree(stored[8], tmp_path / "unmarked")  # the weights are still integers
+    (tmp_path / "unmarked" / "config.json").write_text(json.dumps(config))
+    assert main([str(tmp_path / "unmarked"), str(tmp_path / "x"), "--bits", "8"]) == 2
     assert "is quantised already" in refusal(capsys)
     for bits, form, has in ((8, "int4", "int8"), (4, "int8", "int4")):
         with pytest.raises(ValueError, match=f"quantize='{form}', but .* stored in {has}"):
@@ -246,21 +239,21 @@ def test_other_refusals(
 @pytest.mark.parametrize("error", [OSError(28, "No space left on device"), KeyboardInterrupt()])
 @pytest.mark.parametrize("nth", [0, 1, 2, 3, 5, 8])
 @pytest.mark.parametrize("place", ["fsync", "replace", "integers"])
-def test_an_interruption_leaves_nothing_half_and_a_second_run_goes_on(
+def test_an_interrupted_run_leaves_no_partial_files_and_can_be_resumed(
     src: Path, tmp_path: Path, place: str, nth: int, error: BaseException,
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str],
 ) -> None:  # fmt: skip
     before, limit = contents(src), 60_000
-    whole = src.with_name("whole")
-    if not whole.exists():
-        quantise(src, whole, 8, limit)
+    complete = src.with_name("complete")
+    if not complete.exists():
+        quantise(src, complete, 8, limit)
     owner: Any = module if place == "integers" else writer.os
-    real, calls = getattr(owner, place), iter(range(10**6))
+    original, calls = getattr(owner, place), iter(range(10**6))
 
     def interrupted(*args: Any) -> Any:
         if next(calls) == nth:
             raise error
-        return real(*args)
+        return original(*args)
 
     dst = tmp_path / "dst"
     monkeypatch.setattr(module.quantise, "__defaults__", (limit,))
@@ -269,12 +262,12 @@ def test_an_interruption_leaves_nothing_half_and_a_second_run_goes_on(
         code = main([str(src), str(dst), "--bits", "8"])
     assert code == (2 if isinstance(error, OSError) else 130)
     assert code == 130 or "No space left on device" in refusal(capsys)
-    there = contents(dst)
-    assert not [name for name in there if name.endswith(PART)]
-    expected = contents(whole)
-    shards = [name for name in there if name.endswith(".safetensors")]
-    assert all(there[name] == expected[name] for name in shards)
-    if "config.json" not in there:
+    left = contents(dst)
+    assert not [name for name in left if name.endswith(PART)]
+    expected = contents(complete)
+    shards = [name for name in left if name.endswith(".safetensors")]
+    assert all(left[name] == expected[name] for name in shards)
+    if "config.json" not in left:
         with pytest.raises(ValueError, match=r"config.json"):
             load(dst)
     assert main([str(src), str(dst), "--bits", "8"]) == 0
@@ -284,7 +277,7 @@ def test_an_interruption_leaves_nothing_half_and_a_second_run_goes_on(
 
 @pytest.mark.parametrize("bits", ["8", "4"])
 def test_stored_weights_take_the_memory_of_those_made_at_load(bits: str, tmp_path: Path) -> None:
-    """Embeddings too: the scales are float32, and say nothing of how those are held."""
+    """Embeddings too: the scales are float32, but do not decide how embeddings are stored."""
     assert main([str(DEMO), str(tmp_path / "q"), "--bits", bits]) == 0
     stored, made = load(tmp_path / "q")[0], load(DEMO, quantize=f"int{bits}")[0]
     assert stored.llama.embed_tokens.weight.dtype == torch.float16

@@ -1,8 +1,8 @@
-"""The decoder once more, as plainly as it can be said: one sample, float64, a T x T mask per layer.
+"""A plain decoder for one sample in float64, with a T x T mask per layer.
 
-Nothing is ever removed. A row that a plan drops or hides stays in its place and no row sees it,
-which is what dropping has to be equal to. The prompt and the tokens generated after it are one
-sequence; the rows of the tokens are what decoding with a cache computes one by one.
+It never removes a row. A row that a plan drops or hides stays in its place, but no row sees it;
+dropping must give the same result. The prompt and the tokens generated after it are one sequence,
+whose last rows are those that decoding with a cache computes one at a time.
 """
 
 from __future__ import annotations
@@ -17,15 +17,16 @@ from tiny import watching
 from torch import Tensor
 
 from minillava import Batch
-from minillava.generate import Report, generate
+from minillava.generate import generate
 from minillava.pruning.base import Plan
+from minillava.report import Report
 
 See = Callable[[int, Tensor, list[Tensor]], Tensor]
 
 
 @dataclass(frozen=True)
 class Traced:
-    """What the layers computed; `hidden[i]` (T, D) enters layer i, the last leaves the decoder."""
+    """What the layers computed. `hidden[i]` (T, D) is the input of layer i, the last the output."""
 
     hidden: list[Tensor]
     attention: list[Tensor]  # (H, T, T) of each layer
@@ -33,21 +34,24 @@ class Traced:
 
 
 class Reference:
-    """The decoder of one of our models, from its weights."""
+    """The decoder with the weights of one of our models."""
 
     def __init__(self, model: Any) -> None:
         self.config = model.config.text
         self.weights = {k: v.double() for k, v in model.llama.state_dict().items()}
 
     def embed(self, ids: Tensor, pictures: Tensor, image_token: int) -> Tensor:
-        """Input rows (T, D): embeddings of ids (T,), picture rows in place of the placeholders."""
+        """Input rows (T, D): embeddings of ids (T,), with image rows for the placeholders."""
         x = self.weights["embed_tokens.weight"][ids]
         x[ids == image_token] = pictures.double()
         return x
 
     def __call__(self, x: Tensor, positions: Sequence[Tensor], see: See) -> Traced:
-        """x (T, D); positions[i] (T,) in layer i; see(i, rows entering layer i, attention of the
-        layers before it) -> (T, T) bool, for each row the columns that it sees in layer i."""
+        """Run all layers on x (T, D) with positions[i] (T,) in layer i.
+
+        see(i, rows entering layer i, attention of the layers before) returns (T, T) bool: which
+        columns each row sees in layer i.
+        """
         hidden, attentions = [x], []
         for i in range(self.config.num_hidden_layers):
             visible = see(i, x, attentions)
@@ -62,7 +66,7 @@ class Reference:
         return Traced(hidden, attentions, logits)
 
     def attention(self, i: int, x: Tensor, positions: Tensor, visible: Tensor) -> Tensor:
-        """(H, T, T): the weights of layer i for rows x entering it; rows that see nothing are 0."""
+        """Attention weights (H, T, T) of layer i for its input x; rows that see nothing are 0."""
         T, heads, kv_heads = len(x), self.config.num_attention_heads, self._kv_heads
         h = self._norm(x, f"blocks.{i}.norm1")
         q = self._linear(h, f"blocks.{i}.attn.q_proj").view(T, heads, -1)
@@ -94,7 +98,7 @@ class Reference:
         return self.weights[f"{name}.weight"] * x / scale
 
     def _rotate(self, x: Tensor, positions: Tensor) -> Tensor:
-        """Coordinates j and j + Dh / 2 of each head turn by position x theta^(-2j / Dh)."""
+        """Rotate coordinates j and j + Dh / 2 of each head by position x theta^(-2j / Dh)."""
         half = x.shape[-1] // 2
         turn = self.config.rope_theta ** (-torch.arange(half).double() / half)
         turned = torch.polar(torch.ones(()).double(), positions.double()[:, None, None] * turn)
@@ -103,7 +107,7 @@ class Reference:
 
 
 def picture_rows(model: Any, batch: Batch) -> Tensor:
-    """Projected rows of all pictures of a batch, (pictures * N, D)."""
+    """Projected rows of all images of a batch, (images * N, D)."""
     if batch.pixels is None:
         return torch.empty(0, model.config.text.hidden_size)
     with watching(model.projector) as (outputs,):
@@ -111,16 +115,16 @@ def picture_rows(model: Any, batch: Batch) -> Tensor:
     return torch.cat([out.flatten(0, -2) for out in outputs])
 
 
-# ---------------------------------------------------------------- what a plan did
+# ---------------------------------------------------------------- the effect of a plan
 
 
 @dataclass(frozen=True)
 class Layer:
-    """One sample as it enters a layer, all T rows of its prompt."""
+    """All T rows of one sample's prompt at the input of a layer."""
 
-    present: Tensor  # (T,) bool: in the sequence and the cache
-    visible: Tensor  # (T,) bool: present, and hidden by no mask
-    positions: Tensor  # (T,), of the rows that are present
+    present: Tensor  # (T,) bool: still in the sequence and the cache
+    visible: Tensor  # (T,) bool: present and not hidden by a mask
+    positions: Tensor  # (T,), valid for the rows that are present
     next_position: int
 
 
@@ -132,14 +136,14 @@ def layers_of(
     n_layers: int,
     compact: Collection[str] = (),
 ) -> list[Layer]:
-    """What sample b looked like at each layer, from the plan and what its report says was kept.
+    """The state of sample b at each layer, from the plan and the kept positions of its report.
 
-    is_image (T,) bool; compact: names of methods that renumber. Only for methods that make no new
-    rows, whose window is the picture.
+    is_image (T,) bool; compact: names of methods that renumber. It applies to methods that add no
+    rows and whose candidates are exactly the image tokens.
     """
     T = len(is_image)
     present, positions, next_position = torch.ones(T, dtype=torch.bool), torch.arange(T), T
-    masks: list[tuple[Tensor, int]] = []  # hidden rows, layer where they are seen again
+    masks: list[tuple[Tensor, int]] = []  # hidden rows, layer from which they are visible again
     steps = list(zip(plan.steps, report.kept, strict=True))
     result = []
     for layer in range(n_layers):
@@ -171,8 +175,8 @@ def _visible(present: Tensor, masks: Sequence[tuple[Tensor, int]], layer: int) -
 
 
 def replay(reference: Reference, x: Tensor, layers: Sequence[Layer], n_new: int) -> Traced:
-    """The whole sequence x (T + n_new, D), prompt and tokens after it, where each layer hides what
-    `layers` says for good."""
+    """Run the whole sequence x (T + n_new, D), prompt and new tokens. In each layer the rows that
+    `layers` hides stay hidden for the new tokens too."""
     T, S = len(x) - n_new, len(x)
     causal = torch.ones(S, S, dtype=torch.bool).tril()
     new = torch.ones(n_new, dtype=torch.bool)

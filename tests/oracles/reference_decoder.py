@@ -1,8 +1,8 @@
-"""A decoder that shows everything it computes, and the methods inside it written out step by step.
+"""A decoder that exposes all it computes, and independent implementations of decoder methods.
 
-For small models only: whole attention matrices, loops over heads, rows and pairs. Written from the
-methods' papers and released code alone; it shares no line with minillava.pruning, and of the model
-it takes the weights.
+It is for small models only, because it computes whole attention matrices and loops over heads, rows
+and pairs. It is written after the papers and the released code, shares no line with
+minillava.pruning, and takes only the weights from the model.
 """
 
 from __future__ import annotations
@@ -18,13 +18,13 @@ from torch import Tensor
 
 @dataclass
 class Sequence:
-    """Rows as they enter a layer, with what the layer before did."""
+    """Rows that enter a layer, with the attention and keys of the layer before."""
 
     layer: int
     x: Tensor  # (S, D)
     position: list[int]
     kind: list[str]  # "text" | "image" | "merged"
-    origin: list[int]  # place in the unpruned prompt, -1 for merged rows
+    origin: list[int]  # index in the unpruned prompt, -1 for merged rows
     attention: Tensor | None = None  # (H, S, S) of the layer before
     keys: Tensor | None = None  # (S, Hkv, Dh) of the layer before, rotated
 
@@ -41,8 +41,8 @@ class Sequence:
 
 @dataclass
 class Choice:
-    kept: list[int]  # rows of visual() that stay, by number in the sequence
-    merged: list[Tensor]  # (D,) each, behind the kept ones
+    kept: list[int]  # rows of visual() that stay, as indices in the sequence
+    merged: list[Tensor]  # (D,) each, inserted after the kept ones
     renumber: bool
 
 
@@ -54,7 +54,7 @@ def norm(weight: Tensor, x: Tensor, eps: float) -> Tensor:
 
 
 def turned(x: Tensor, position: list[int], theta: float) -> Tensor:
-    """Rotary embedding of (S, H, Dh), pair by pair."""
+    """Rotary embedding of x (S, H, Dh), computed pair by pair."""
     out = x.clone()
     half = x.shape[-1] // 2
     for i, p in enumerate(position):
@@ -67,7 +67,7 @@ def turned(x: Tensor, position: list[int], theta: float) -> Tensor:
 
 
 def attend(model: Any, layer: int, s: Sequence) -> tuple[Tensor, Tensor, Tensor]:
-    """Attention (H, S, S), keys and values (S, Hkv, Dh) of a layer for rows that enter it."""
+    """Attention (H, S, S), keys and values (S, Hkv, Dh) of a layer."""
     config, block = model.config.text, model.llama.blocks[layer]
     S, Dh = len(s.x), config.head_dim
     h = norm(block.norm1.weight, s.x, config.rms_norm_eps)
@@ -84,7 +84,7 @@ def attend(model: Any, layer: int, s: Sequence) -> tuple[Tensor, Tensor, Tensor]
 
 
 def decode(model: Any, x: Tensor, image: range, act: Act) -> tuple[Tensor, list[Sequence]]:
-    """Logits of the last row, and what entered each layer, for rows x (S, D) with one image."""
+    """Logits of the last row and the input of each layer, for rows x (S, D) with one image."""
     config = model.config.text
     numbers = list(range(len(x)))
     kind = ["image" if i in image else "text" for i in numbers]
@@ -126,7 +126,7 @@ def shorten(s: Sequence, choice: Choice) -> Sequence:
 
 
 def best(score: dict[int, float], k: int) -> list[int]:
-    """The k keys with the highest scores: higher first, then the smaller key."""
+    """The k keys with the highest scores, highest first; ties by the smaller key."""
     return sorted(score, key=lambda i: (-score[i], i))[:k]
 
 
@@ -176,11 +176,11 @@ def dart(model: Any, layer: int, keep: int) -> Act:
 
 
 def walked(numbers: list[int]) -> list[int]:
-    """The order in which CPython walks a set made of these numbers (Objects/setobject.c).
+    """The order in which CPython iterates over a set made of these numbers (Objects/setobject.c).
 
-    Its table has 8 places until the fifth comes, then 32; a number stands at its remainder or,
-    where that is taken, at a free one of the nine places behind it or, if the table's end is
-    nearer, elsewhere.
+    The hash table has 8 slots until the fifth number is added, then 32. A number is stored at its
+    remainder. If that slot is taken, the nine slots after it are tried; if the table ends before
+    them, or all are taken, the slot of the next probe is.
     """
     table: list[int | None] = [None] * 8
 
@@ -248,7 +248,7 @@ def sparsevlm(x0: Tensor, image: range, layers: list[int], keeps: list[int]) -> 
 
 
 def clusters(x: list[Tensor], n: int) -> list[Tensor]:
-    """Density peaks: n means of the rows, in the order of their peaks."""
+    """Clusters by density peaks: the means of n clusters, in the order of their peaks."""
     q = range(len(x))
     distance = [[float((x[i] - x[j]).norm()) / math.sqrt(len(x[i])) for j in q] for i in q]
     density = []
@@ -260,7 +260,8 @@ def clusters(x: list[Tensor], n: int) -> list[Tensor]:
     for i in q:
         to_denser = [distance[i][j] for j in q if density[j] > density[i]]
         score[i] = density[i] * min([*to_denser, largest])
-    peaks = torch.tensor([score[i] for i in q]).topk(n).indices.tolist()  # with its order of ties
+    # topk decides ties, as in the released code
+    peaks = torch.tensor([score[i] for i in q]).topk(n).indices.tolist()
     members: list[list[Tensor]] = [[] for _ in peaks]
     for i in q:
         away = [-1.0 if peak == i else distance[peak][i] for peak in peaks]
@@ -268,11 +269,11 @@ def clusters(x: list[Tensor], n: int) -> list[Tensor]:
     return [torch.stack(rows).mean(0) for rows in members]
 
 
-# ---------------------------------------------------------------- methods that read CLIP's text
+# ---------------------------------------------------------------- methods with CLIP's text tower
 
 
 def trim(patches: Tensor, text: Tensor, keep: int | None) -> list[int]:
-    """Kept patches (n, E) for a text vector (E,); keep=None: the outliers' number."""
+    """Kept patches of (n, E) for a text vector (E,); keep=None keeps as many as are outliers."""
     n = len(patches)
     dots = [float(p @ text) for p in patches]
     if keep is None:
@@ -291,8 +292,8 @@ def quantile(ordered: list[float], q: float) -> float:
 
 
 def cdpruner(rows: Tensor, patches: Tensor, text: Tensor, keep: int) -> list[int]:
-    """Kept rows (n, D) with patches (n, E) and text pieces (m, E): each time the one that makes
-    the largest determinant with those chosen."""
+    """Kept rows of (n, D), with patches (n, E) and text pieces (m, E). Each step adds the row
+    that gives the largest determinant together with the rows chosen before."""
     n = len(rows)
     r = []
     for p in patches:

@@ -1,7 +1,8 @@
-"""The vision-side methods once more, token by token, as METHODS.md tells them.
+"""Independent implementations of the methods before the decoder, token by token.
 
-Plain loops over lists of numbers in double precision, nothing shared with minillava but the weights
-of a tower, read by name. Slow on purpose; tests compare the methods with this.
+They are plain loops in double precision, written after the papers and the released code. They share
+only the weights of a vision tower with minillava. They are slow on purpose: tests compare the
+methods with them.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ Array = NDArray[np.float64]
 
 
 class Tower:
-    """CLIP's blocks from a state dict, for one picture."""
+    """The blocks of CLIP's vision tower from a state dict, for one image."""
 
     def __init__(self, state: dict[str, Any], heads: int, eps: float) -> None:
         self.w = {k: v.detach().double().numpy() for k, v in state.items()}
@@ -46,7 +47,7 @@ class Tower:
         return q, k, v
 
     def attention(self, block: int, x: Array, bias: Array | None = None) -> Array:
-        """Weights (H, T, T): [h, i, j] of query i on key j."""
+        """Attention weights (H, T, T); [h, i, j] is that of query i on key j in head h."""
         q, k, _ = self.qkv(block, x)
         T = len(x)
         out = np.empty((self.heads, T, T))
@@ -60,7 +61,7 @@ class Tower:
         return out
 
     def attend(self, block: int, x: Array, weights: Array) -> Array:
-        """The attention's output, added to x."""
+        """x plus the output of attention."""
         _, _, v = self.qkv(block, x)
         heads = [weights[h] @ v[:, h] for h in range(self.heads)]
         return x + self.linear(f"blocks.{block}.attn.out_proj", np.concatenate(heads, axis=1))
@@ -72,17 +73,17 @@ class Tower:
 
 
 def from_class_token(weights: Array) -> list[float]:
-    """Mean over heads of the class token's row, for every patch."""
+    """Attention of the class token to every patch, mean over heads."""
     return [float(weights[:, 0, j].mean()) for j in range(1, weights.shape[2])]
 
 
 def from_all_tokens(weights: Array) -> list[float]:
-    """Mean over heads and over all queries."""
+    """Attention that every patch receives, mean over heads and queries."""
     return [float(weights[:, :, j].mean()) for j in range(1, weights.shape[2])]
 
 
 def best(scores: list[float], k: int) -> list[int]:
-    """Numbers of the k highest, highest first; of equals the first."""
+    """Indices of the k highest scores, highest first; ties by index."""
     return sorted(range(len(scores)), key=lambda j: (-scores[j], j))[:k]
 
 
@@ -116,13 +117,13 @@ def pool(features: Array, h: int, w: int, side: int) -> Array:
     return np.array(out)
 
 
-# ---------------------------------------------------------------- M7 VisionZip
+# ---------------------------------------------------------------- VisionZip
 
 
 def visionzip(
     class_sum: list[float], keys: Array, hidden: Array, dominant: int, contextual: int
 ) -> tuple[list[int], Array]:
-    """keys (N, H, Dh), hidden (1 + N, C): patches kept, and all rows, the class token's first."""
+    """keys (N, H, Dh), hidden (1 + N, C) -> kept patches, all rows (class token first)."""
     N = len(class_sum)
     chosen = set(best(class_sum, dominant - 1))
     rest = [j for j in range(N) if j not in chosen]
@@ -143,11 +144,11 @@ def visionzip(
     return sorted(chosen) + targets, np.array(rows)
 
 
-# ---------------------------------------------------------------- M8 PruMerge
+# ---------------------------------------------------------------- PruMerge
 
 
 def prumerge(q: Array, k: Array, features: Array, plus: bool) -> tuple[list[int], Array, Array]:
-    """q (C,) of the class token, k (1 + N, C), features (N, C): kept, their rows, the extra row."""
+    """q (C,) of the class token, k (1 + N, C), features (N, C) -> kept, their rows, extra row."""
     N = len(features)
     logits = [float(row @ q) / math.sqrt(len(q)) for row in k]
     e = [math.exp(x - max(logits)) for x in logits]
@@ -181,7 +182,7 @@ def prumerge(q: Array, k: Array, features: Array, plus: bool) -> tuple[list[int]
     return kept, np.array(rows).reshape(len(kept), -1), extra
 
 
-# ---------------------------------------------------------------- M10 VisPruner
+# ---------------------------------------------------------------- VisPruner
 
 
 def thin_out(likeness: Any, numbers: list[int], keep: int) -> list[int]:
@@ -203,11 +204,11 @@ def vispruner(attention: list[float], features: Array, keep: int, important: flo
     return sorted(order[:first] + thin_out(likeness, order[first:], keep - first))
 
 
-# ---------------------------------------------------------------- M11 DivPrune
+# ---------------------------------------------------------------- DivPrune
 
 
 def divprune(distance: Any, keep: int) -> list[int]:
-    """In the order of choice."""
+    """Indices in the order in which they are chosen."""
     n = len(distance)
     chosen: list[int] = []
     while len(chosen) < keep:
@@ -223,11 +224,11 @@ def divprune(distance: Any, keep: int) -> list[int]:
     return chosen
 
 
-# ---------------------------------------------------------------- M17 HoloV
+# ---------------------------------------------------------------- HoloV
 
 
 def holov(features: Array, attention: list[float], keep: int) -> tuple[list[int], int]:
-    """Patches in the order in which they stand, and the number of zero rows behind them."""
+    """Kept patches in ascending order, and the number of zero rows after them."""
     N = len(features)
     runs: list[list[int]] = []
     at = 0
@@ -264,7 +265,7 @@ def holov(features: Array, attention: list[float], keep: int) -> tuple[list[int]
     return kept, keep - len(kept)
 
 
-# ---------------------------------------------------------------- M17 HiPrune
+# ---------------------------------------------------------------- HiPrune
 
 
 def hiprune(
@@ -279,7 +280,7 @@ def hiprune(
     return sorted(shallow | set(best(left, keep - len(shallow))))
 
 
-# ---------------------------------------------------------------- M17 VScan
+# ---------------------------------------------------------------- VScan
 
 
 def vscan(
@@ -303,11 +304,11 @@ def vscan(
     return kept, np.array([sum(features[i] for i in groups[j]) / len(groups[j]) for j in kept])
 
 
-# ---------------------------------------------------------------- M16 ToMe
+# ---------------------------------------------------------------- ToMe
 
 
 def tome(tower: Tower, hidden: Array, merges: list[int]) -> tuple[list[int], Array]:
-    """hidden (1 + N, C) before block 0, merges of each block: names and rows of the patches."""
+    """hidden (1 + N, C) before block 0, merges per block -> patch numbers and rows that remain."""
     x = hidden.copy()
     size = [1.0] * len(x)
     name = list(range(-1, len(x) - 1))

@@ -1,23 +1,21 @@
-"""FastV against outputs of its released code, in every form that the code has."""
+"""FastV against outputs of all its released implementations."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
+from golden_cases import LLAVA_IMAGE_ID, Golden
 from tiny import (
-    Golden,
     alone,
     assert_close,
     assert_same_weights,
-    normalised,
     pad_left,
     watching,
+    watching_inputs,
 )
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
@@ -32,7 +30,7 @@ FastV: Any = METHODS["fastv"]
 
 @dataclass(frozen=True)
 class Spy(FastV):
-    """FastV that notes what it chose, and from which scores, at every forward."""
+    """FastV that records the chosen tokens and their scores at every forward."""
 
     chosen: list[list[int]] = field(default_factory=list)
     scores: list[Tensor] = field(default_factory=list)
@@ -40,12 +38,12 @@ class Spy(FastV):
     def choose(self, c: Context) -> Keep:
         keep = super().choose(c)
         self.chosen.append(sorted(c.patches[keep.index].tolist()))
-        self.scores.append(c.decoder.attention(c.decoder.newest).mean(0)[c.decoder.rows])
+        self.scores.append(c.attention(c.newest).mean(0))
         return keep
 
 
 class KeyCounts(TorchFunctionMode):
-    """How many keys each call of attention has."""
+    """Records the number of keys of each attention call."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -58,22 +56,20 @@ class KeyCounts(TorchFunctionMode):
 
 
 def batch_of(golden: Golden) -> Batch:
-    """The prompt and picture of an input file."""
-    config = golden.model.config
-    placeholders = [config.image_token_id] * config.vision.num_patches
+    """The prompt and image of an input file."""
     before, after = golden["ids_before_image"].tolist(), golden["ids_after_image"].tolist()
-    return pad_left([before + placeholders + after], normalised(golden["pixel_u8"]))
+    return pad_left([golden.widened([*before, LLAVA_IMAGE_ID, *after])], golden.pixels)
 
 
 def method_of(golden: Golden) -> Spy:
-    """The file name says how it was run; `rank` is what it kept where the code asks for that."""
+    """FastV with the options in the file name and meta.json; `rank` is a number of tokens."""
     p = golden.meta["parameters"]
     amount = {"keep": p["rank"]} if "_hf_" not in golden.path.name else {"r": p["R"]}
     return Spy(layer=p["K"], mode="mask" if "_mask_" in golden.path.name else "drop", **amount)
 
 
 def run(golden: Golden, method: Spy) -> tuple[Result, list[int], list[list[Tensor]], list[int]]:
-    """Result, place of the picture, outputs of all layers, numbers of keys from layer 0 on."""
+    """The result, ids before the image, outputs of all layers, number of keys of each layer."""
     source = golden.beside(golden.meta["parameters"]["input"])
     n = max(1, golden["generated"].shape[1])
     with watching(*golden.model.llama.blocks) as outputs, KeyCounts() as keys:
@@ -91,7 +87,7 @@ def run(golden: Golden, method: Spy) -> tuple[Result, list[int], list[list[Tenso
 
 @dataclass(frozen=True)
 class SpyAtAll(Spy):
-    """Keeps everything and notes the scores of every layer that has one before it."""
+    """Keeps everything and records the scores of every layer except the first."""
 
     layers: int = 0
 
@@ -115,13 +111,13 @@ def test_the_released_code(golden: Golden) -> None:
     result, before, outputs, key_counts = run(golden, method)
     report, name, checks = result.report, golden.path.name, golden.meta["checks"]
 
-    # what was kept, and from which scores
+    # the kept tokens and their scores
     expected = [len(before) + i for i in golden["kept_image_index"].tolist()]
     assert report.kept[0].positions == [expected]
     if "scores_layer_K_minus_1" in golden:
         assert_same_weights(method.scores[0], golden["scores_layer_K_minus_1"])
 
-    # rows of the prefill, by their place in the sequence as it stands there
+    # hidden states of the prefill; rows are numbered as in the sequence of that layer
     for tensor in golden.tensors:
         if tensor.startswith("layer_output."):
             layer = int(tensor.split(".")[1])
@@ -131,7 +127,7 @@ def test_the_released_code(golden: Golden) -> None:
         ours = golden.model.llama.logits(outputs[-1][0][golden["row_index"]])
         golden.assert_close(ours, "prefill_logits_rows", 0)
 
-    # every token that may be demanded
+    # tokens and logits, as far as meta.json calls them comparable
     steps = checks.get("comparable_steps", golden["generated"].shape[1])
     golden.assert_close(result.logits[:, 0], "prefill_last_logits")
     assert result.tokens[0][:steps] == golden["generated"][0, :steps].tolist()
@@ -142,14 +138,14 @@ def test_the_released_code(golden: Golden) -> None:
         best = golden["step_top8_ids"][part]
         golden.assert_close(result.logits[part].gather(-1, best), "step_top8_values", *part)
 
-    # the choice is made once, or at every token
+    # tokens are chosen once, or again for every new token
     if "_hf_cache" in name or "_lmms_" in name:
         assert len(method.chosen) == 1
     elif "step_kept_image_index" in golden:
         assert len(method.chosen) == golden["generated"].shape[1]
         assert method.chosen[:steps] == golden["step_kept_image_index"][:steps].tolist()
 
-    # rows and keys of every layer at every token
+    # number of rows and keys of every layer for every new token
     if "step_query_length" in golden:
         entering = torch.tensor([[len(x) for x in layer] for layer in outputs]).T
         assert torch.equal(entering, golden["step_query_length"])
@@ -164,7 +160,7 @@ def test_the_released_code(golden: Golden) -> None:
 
 @pytest.mark.goldens("fastv/*/case*_lmms_cache")
 def test_the_layer_that_runs_twice_changes_nothing(golden: Golden) -> None:
-    """The add-on's layer K-1 holds every key twice; its results are those of each key once."""
+    """In the lmms-eval add-on, layer K-1 caches every key twice, which changes no result."""
     twice = golden["call_cache_length_before"][1]
     K, T = golden.meta["parameters"]["K"], golden.meta["parameters"]["rank"]
     result = run(golden, method_of(golden))[0]
@@ -178,19 +174,19 @@ def test_the_layer_that_runs_twice_changes_nothing(golden: Golden) -> None:
 
 @pytest.mark.goldens("fastv/tiny-a/batch2*")
 def test_each_sample_of_a_batch_is_ranked_by_itself(golden: Golden) -> None:
-    """The released code ranks a whole batch by its first sample; here each is what it is alone."""
+    """The released code ranks all samples by the first one; ours gives each its own result."""
     model, p = golden.model, golden.meta["parameters"]
     N, image = model.config.vision.num_patches, model.config.image_token_id
     start, embedding = p["sys_length"], model.llama.embed_tokens.weight
     rows = []
     for x in golden["inputs_embeds"]:
-        found = torch.cdist(x, embedding).argmin(1).tolist()  # text rows are rows of the table
+        found = torch.cdist(x, embedding).argmin(1).tolist()  # text rows are embeddings
         rows.append([*found[:start], *[image] * N, *found[start + N :]])
-    pictures = [golden.beside(f"input{i}")["pixel_u8"] for i in range(2)]
-    batch = pad_left(rows, normalised(torch.cat(pictures)))
+    pixels = torch.cat([golden.beside(f"input{i}").pixels for i in range(2)])
+    batch = pad_left(rows, pixels)
     plan = parse_plan(f"fastv:k={p['K']},keep={p['rank']}")
 
-    with first_rows(model) as entering:
+    with watching_inputs(model.llama.blocks[0]) as entering:
         result = generate(model, batch, plan, max_new_tokens=1, output_logits=True)
     assert_close(torch.stack(entering[0].split(32)), golden["inputs_embeds"])
     names = ("last_logits_first_row_alone", "last_logits_second_row_alone")
@@ -203,12 +199,3 @@ def test_each_sample_of_a_batch_is_ranked_by_itself(golden: Golden) -> None:
         assert positions == [i for i in golden[name].tolist() if start <= i < start + N]
     official = golden["last_logits_batch"][1]
     assert (result.logits[1, 0] - official).abs().max() > 0.1
-
-
-@contextmanager
-def first_rows(model: Any) -> Iterator[list[Tensor]]:
-    """Rows as they enter layer 0."""
-    seen: list[Tensor] = []
-    hook = model.llama.blocks[0].register_forward_pre_hook(lambda _, args: seen.append(args[0]))
-    yield seen
-    hook.remove()

@@ -6,7 +6,8 @@ from typing import Any
 
 import pytest
 import torch
-from tiny import Golden, assert_same_weights, normalised, pad_left, watching
+from golden_cases import LLAVA_IMAGE_ID, Golden
+from tiny import assert_same_weights, pad_left, watching
 from torch import Tensor
 
 from minillava import parse_plan
@@ -15,7 +16,7 @@ from minillava.pruning import METHODS
 from minillava.pruning.base import Plan
 from minillava.pruning.simignore import similarity, walk
 
-PICTURE, MARK = -200, -500
+MARK = -500  # encloses the options in prompts of the 13B pipeline
 
 
 @pytest.mark.goldens("simignore/select*")
@@ -30,7 +31,7 @@ def test_the_walk(golden: Golden) -> None:
 
 
 def prompt_and_focus(golden: Golden) -> tuple[list[int], Tensor]:
-    """Both are in the released ids: 13B marks the options, 7B appends them behind a second BOS."""
+    """Split released ids: 13B marks the options, 7B appends them after a second BOS."""
     ids = golden["input_ids"].tolist()
     if golden.meta["parameters"]["variant"] == "7b":
         at = ids.index(1, 1)
@@ -47,10 +48,8 @@ def test_the_released_pipeline(golden: Golden, spelling: str) -> None:
     model, p = golden.model, golden.meta["parameters"]
     N, K = model.config.vision.num_patches, p["fast_v_agg_layer"]
     prompt, focus = prompt_and_focus(golden)
-    start = prompt.index(PICTURE)
-    ids = [*prompt[:start], *[model.config.image_token_id] * N, *prompt[start + 1 :]]
-    picture = Golden(golden.root / f"{p['pixels'].split()[0]}.safetensors", golden.root)
-    batch = pad_left([ids], normalised(picture["pixel_u8"]), [focus])
+    start, ids = prompt.index(LLAVA_IMAGE_ID), golden.widened(prompt)
+    batch = pad_left([ids], golden.pixels, [focus])
     plan = parse_plan(
         f"simignore-{p['variant']}:released=1"
         if spelling == "preset"
@@ -92,15 +91,14 @@ def test_the_released_pipeline(golden: Golden, spelling: str) -> None:
 
 
 def noting_scores(method: Any, scores: list[Tensor]) -> Any:
-    """FastV that notes the attention of the released window as well; any other method as it is."""
+    """FastV that also records the attention of its window; other methods are unchanged."""
     if method.name != "fastv":
         return method
 
     class Noting(METHODS["fastv"]):  # type: ignore[misc]
         def choose(self, c: Any) -> Any:
-            attention = c.decoder.attention(c.decoder.newest).mean(0)
-            first = int(c.decoder.rows[0])
-            scores.append(attention[first : first + c.total])
+            assert len(c.candidates) == c.n_tokens
+            scores.append(c.attention(c.newest).mean(0))
             return super().choose(c)
 
     return Noting(layer=method.layer, keep=method.keep, released=method.released)

@@ -1,4 +1,4 @@
-"""TRIM, CDPruner and the CLIP text tower behind them, on a small random open_clip model."""
+"""TRIM and CDPruner, and the CLIP text tower that they use, on a small random open_clip model."""
 
 from __future__ import annotations
 
@@ -17,10 +17,9 @@ import minillava
 from minillava import Batch, parse_plan
 from minillava.generate import Result, generate
 from minillava.pruning import cdpruner, trim
-from minillava.pruning.base import Context, Keep
 from minillava.pruning.clip_text import ClipText, load_clip, question
 
-N, WIDTH = 64, 24  # patches a picture, width of the vision tower
+N, WIDTH = 64, 24  # patches per image, width of the vision tower
 CPU = torch.device("cpu")
 
 
@@ -31,43 +30,9 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Any:
     return minillava.load(folder)[0]
 
 
-def write_clip(folder: Path, width: int = WIDTH) -> Path:
-    """A random CLIP of open_clip's, as open_clip reads it from a folder."""
-    import open_clip
-
-    shape = {
-        "embed_dim": 12,
-        "vision_cfg": {
-            "image_size": 56,
-            "patch_size": 14,
-            "width": width,
-            "head_width": 8,
-            "layers": 1,
-        },
-        "text_cfg": {
-            "context_length": 77,
-            "vocab_size": 49408,
-            "width": 16,
-            "heads": 2,
-            "layers": 2,
-        },
-    }
-    torch.manual_seed(width)
-    clip = open_clip.CLIP(**shape)
-    for p in clip.parameters():  # norms that say something
-        if p.ndim == 1:
-            p.data += 0.3 * torch.randn(p.shape)
-    (folder / "open_clip_config.json").write_text(json.dumps({"model_cfg": shape}))
-    save_file(
-        {name: tensor.contiguous() for name, tensor in clip.state_dict().items()},
-        folder / "open_clip_model.safetensors",
-    )
-    return folder
-
-
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_clip(tmp_path_factory.mktemp("clip"))
+    return tiny.write_clip(tmp_path_factory.mktemp("clip"))
 
 
 @pytest.fixture(scope="module")
@@ -81,7 +46,7 @@ def batch(model: Any) -> Batch:
 
 
 def encoded_text(clip: ClipText, ids: list[int]) -> Tensor:
-    """The text tower's vector (E,) of 77 ids, taken at the largest, from its parts."""
+    """The text embedding (E,) of 77 ids, taken at the largest id; computed from the weights."""
     parts: Any = clip.model
     with torch.no_grad():
         x = parts.token_embedding(torch.tensor([ids])) + parts.positional_embedding
@@ -91,7 +56,7 @@ def encoded_text(clip: ClipText, ids: list[int]) -> Tensor:
 
 
 def common_space(clip: ClipText, features: Tensor) -> Tensor:
-    """Patches (n, C) -> (n, E), from the weights."""
+    """Patches (n, C) -> (n, E), computed from the weights."""
     visual: Any = clip.model.visual
     x = features - features.mean(-1, keepdim=True)
     x = x / (x.pow(2).mean(-1, keepdim=True) + visual.ln_post.eps).sqrt()
@@ -99,17 +64,18 @@ def common_space(clip: ClipText, features: Tensor) -> Tensor:
 
 
 def pictures(model: Any, batch: Batch) -> tuple[Tensor, Tensor]:
-    """Patches as the projector finds them (images, N, C) and leaves them (images, N, D)."""
+    """Patch features before the projector (images, N, C) and after it (images, N, D)."""
     assert batch.pixels is not None
-    seen = model.encode(batch.pixels, parse_plan(None)).hidden[model.feature_layer][:, 1:]
+    layer = model.feature_layer
+    seen = model.encode(batch.pixels, {layer}).hidden[layer][:, 1:]
     return seen, model.projector(seen)
 
 
 def ids_of(clip: ClipText, model: Any, batch: Batch, b: int) -> list[int]:
-    """CLIP's ids, with both ends, of the text behind the last picture."""
+    """CLIP's ids, with start and end token, of the text after the last image."""
     row = batch.ids[b][batch.mask[b]].tolist()
     behind = row[len(row) - row[::-1].index(tiny.IMAGE) :]
-    text = question(model.decode_text(behind))
+    text = question(model.tokenizer.decode(behind))
     return [49406, *clip.tokenizer.encode(text), 49407]
 
 
@@ -118,10 +84,10 @@ def run(model: Any, batch: Batch, plan: str) -> Result:
 
 
 def kept_patches(result: Result) -> list[list[int]]:
-    """Of each picture, in the order of the batch."""
+    """Kept patches of each image, in the order of the batch."""
     (kept,) = result.report.kept
     images = []
-    for positions, starts in zip(kept.positions, result.layout.starts, strict=True):
+    for positions, starts in zip(kept.positions, result.starts, strict=True):
         images += [[p - s for p in positions if s <= p < s + N] for s in starts]
     return images
 
@@ -151,21 +117,14 @@ def test_trim_keeps_what_is_written_out(
 def test_trims_extra_row_is_the_mean_of_the_dropped(
     model: Any, batch: Batch, clip: ClipText, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    seen: list[tuple[Context, Keep]] = []
-    choose = trim.TRIM.choose
-
-    def noting(self: trim.TRIM, c: Context) -> Keep:
-        seen.append((c, choose(self, c)))
-        return seen[-1][1]
-
-    monkeypatch.setattr(trim.TRIM, "choose", noting)
+    seen = tiny.choices(monkeypatch, trim.TRIM)
     run(model, batch, f"trim:keep=20,clip={clip.source}")
     features, _ = pictures(model, batch)
     assert len(seen) == 3
     for (_, keep), patches in zip(seen, features, strict=True):
         dropped = [patches[i] for i in range(N) if i not in keep.index.tolist()]
         assert len(dropped) == 44
-        assert keep.rows is None
+        assert keep.merged is None
         assert not keep.extra_first
         assert keep.extra is not None
         tiny.assert_close(keep.extra, torch.stack(dropped).mean(0)[None])
@@ -189,11 +148,11 @@ def test_cdpruner_keeps_what_is_written_out(
 
 
 def test_cdpruner_after_another_method(model: Any, batch: Batch, clip: ClipText) -> None:
-    """What is left is related to the text by its own patches."""
+    """The relevance of the remaining tokens is that of their own patches."""
     one = tiny.alone(model, batch, 0)
     result = run(model, one, f"random:keep=30+cdpruner:keep=9,clip={clip.source}")
     ((left,), (kept,)) = (k.positions for k in result.report.kept)
-    (start,) = result.layout.starts[0]
+    (start,) = result.starts[0]
     rows = torch.tensor(left) - start
     seen, projected = pictures(model, one)
     ids = ids_of(clip, model, one, 0)
@@ -215,13 +174,13 @@ def test_greedy_steps_are_the_largest_determinants(seed: int) -> None:
     generator = torch.Generator().manual_seed(seed)
     rows, patches, text = (torch.randn(n, 24, generator=generator) for n in (30, 30, 3))
     kernel = cdpruner.relevance(patches, text)[:, None] * torch.nn.functional.normalize(rows)
-    ours = cdpruner.greedy(kernel @ kernel.T, 15).sort().values.tolist()
+    ours = cdpruner.choose_greedily(kernel @ kernel.T, 15).sort().values.tolist()
     assert ours == reference.cdpruner(rows, patches, text, 15)
 
 
 def test_greedy_goes_on_when_the_rank_is_used_up() -> None:
     rows = torch.randn(3, 3, generator=torch.Generator().manual_seed(0)).repeat(4, 1)
-    chosen = cdpruner.greedy(rows @ rows.T, 12)
+    chosen = cdpruner.choose_greedily(rows @ rows.T, 12)
     assert sorted(chosen.tolist()) == list(range(12))
     assert sorted(i % 3 for i in chosen[:3].tolist()) == [0, 1, 2]
 
@@ -234,14 +193,14 @@ def test_equally_relevant_patches() -> None:
 def test_outliers_are_counted_as_written_out(seed: int) -> None:
     patches = 3 * torch.randn(200, 8, generator=torch.Generator().manual_seed(seed))
     text = torch.randn(8, generator=torch.Generator().manual_seed(seed + 50))
-    ours = trim.outliers(patches @ text)
+    ours = trim.count_outliers(patches @ text)
     assert ours == len(reference.trim(patches, text, None))
     assert ours > 5
 
 
 def test_rows_without_a_patch_have_no_relevance(model: Any, batch: Batch, clip: ClipText) -> None:
     plan = f"trim:keep=20,clip={clip.source}+cdpruner:keep=9,clip={clip.source}"
-    with pytest.raises(ValueError, match="rows that are no patch, which this one cannot rank"):
+    with pytest.raises(ValueError, match="rows that are no patch, which cdpruner cannot rank"):
         run(model, batch, plan)
 
 
@@ -258,7 +217,7 @@ def test_a_long_text_is_cut_or_taken_in_pieces(clip: ClipText) -> None:
     pieces[-1] += [0] * (77 - len(pieces[-1]))
     expected = torch.stack([encoded_text(clip, piece) for piece in pieces])
     tiny.assert_close(clip.segments(text), expected)
-    assert not torch.allclose(expected[0], cut, atol=1e-2)  # the first piece has no end
+    assert not torch.allclose(expected[0], cut, atol=1e-2)  # the first piece has no end token
     tiny.assert_close(clip.segments("a red digit"), clip.truncated("a red digit"))
 
 
@@ -302,7 +261,7 @@ def test_the_template_is_not_asked(
     monkeypatch.setattr(ClipText, "truncated", noting)
     monkeypatch.setattr(ClipText, "segments", noting)
     behind = "\nIs it?\nAnswer the question using a single word or phrase. ASSISTANT:"
-    monkeypatch.setattr(model, "decode_text", lambda ids: behind)
+    monkeypatch.setattr(model.tokenizer, "decode", lambda ids: behind)
     run(model, tiny.alone(model, batch, 0), f"{plan},clip={clip.source}")
     assert texts == [asked]
 
@@ -336,7 +295,7 @@ def test_weights_that_cannot_be_had(
     source: str,
     said: str,
 ) -> None:
-    """One line, before any forward, and nothing else on either stream or in the log."""
+    """The error is one line and comes before any forward; nothing is printed or logged."""
     import huggingface_hub.constants
 
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
@@ -356,7 +315,7 @@ def test_weights_that_cannot_be_had(
 def test_a_file_of_weights(
     folder: Path, clip: ClipText, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """For one architecture, here a small one in the place of ViT-L/14."""
+    """A file of weights has the architecture ViT-L/14; a small one stands in for it here."""
     import open_clip
 
     shape = json.loads((folder / "open_clip_config.json").read_text())["model_cfg"]
@@ -374,7 +333,7 @@ def test_a_file_of_weights(
 
 
 def test_another_models_clip(model: Any, batch: Batch, tmp_path: Path) -> None:
-    source = write_clip(tmp_path, 2 * WIDTH)
+    source = tiny.write_clip(tmp_path, 2 * WIDTH)
     with pytest.raises(ValueError, match="image tower of width 48, this model's is 24 wide"):
         run(model, batch, f"trim:keep=5,clip={source}")
 

@@ -1,9 +1,8 @@
-"""Methods inside the decoder: released outputs, reference_decoder.py, budgets, own files."""
+"""Methods inside the decoder against released outputs and reference_decoder.py; their budgets."""
 
 from __future__ import annotations
 
-import dataclasses
-import json
+import hashlib
 from pathlib import Path
 from typing import Any
 
@@ -11,11 +10,12 @@ import pytest
 import reference_decoder as reference
 import tiny
 import torch
-from safetensors.torch import load_file
+from golden_cases import Golden
 from torch import Tensor
 
 import minillava
 from minillava import Batch, parse_plan
+from minillava.attention import attention_received
 from minillava.generate import Result, generate
 from minillava.pruning import (
     METHODS,
@@ -25,19 +25,14 @@ from minillava.pruning import (
     parse_plan_with_files,
     sparsevlm,
 )
-from minillava.pruning import (
-    average as budget,
-)
-from minillava.pruning.base import Budgeted, Context, Keep, received
+from minillava.pruning.average import AveragePlan, average_entering, entering, leaving
 
-N = 64  # tokens a picture of the model below
-MEAN = torch.tensor([0.48145466, 0.4578275, 0.40821073])[:, None, None]
-STD = torch.tensor([0.26862954, 0.26130258, 0.27577711])[:, None, None]
+N = 64  # tokens per image of the model below
 
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> Any:
-    """Six decoder layers, grouped heads, 64 tokens a picture."""
+    """A random model with six decoder layers, grouped-query attention and 64 tokens per image."""
     folder = tmp_path_factory.mktemp("six")
     tiny.write_hf(folder, layers=6, image_size=112, vision_layers=3, seed=1)
     return minillava.load(folder)[0]
@@ -55,71 +50,18 @@ def run(model: Any, batch: Batch, plan: str, n: int = 3) -> Result:
 # ---------------------------------------------------------------- released outputs
 
 
-def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
-    """One case a golden; whole runs where checkpoint and picture are in the folder as well."""
-    folder: Path = metafunc.config.getoption("--goldens")
-    for fixture, pattern in (
-        ("pyramiddrop_run", "pyramiddrop/*.meta.json"),
-        ("sparsevlm_run", "sparsevlm/*.meta.json"),
-        ("sparsevlm_case", "sparsevlm/*.meta.json"),
-    ):
-        if fixture in metafunc.fixturenames:
-            found = [Golden(folder, path) for path in sorted(folder.glob(pattern))]
-            found = [g for g in found if fixture.endswith("_case") or g.complete()]
-            metafunc.parametrize(fixture, found, ids=lambda g: g.name)
-
-
-@dataclasses.dataclass
-class Golden:
-    folder: Path
-    path: Path
-
-    @property
-    def name(self) -> str:
-        return self.path.name.removesuffix(".meta.json")
-
-    @property
-    def meta(self) -> dict[str, Any]:
-        return json.loads(self.path.read_text())
-
-    @property
-    def tensors(self) -> dict[str, Tensor]:
-        return load_file(self.path.parent / f"{self.name}.safetensors")
-
-    @property
-    def checkpoint(self) -> Path:
-        return self.folder / "checkpoints" / self.meta["model"] / "hub-sharded"
-
-    @property
-    def picture(self) -> Path:
-        number = self.meta["parameters"]["pixels"].partition("input")[2][0]
-        return self.folder / "fastv" / self.meta["model"] / f"input{number}.safetensors"
-
-    def complete(self) -> bool:
-        return self.checkpoint.is_dir() and self.picture.is_file()
-
-    def run(self, plan: str, steps: int) -> Result:
-        model = minillava.load(self.checkpoint)[0]
-        model.config = dataclasses.replace(model.config, eos_token_ids=())
-        image, n = model.config.image_token_id, model.config.vision.num_patches
-        compact = self.tensors["input_ids"].tolist()
-        ids = [y for x in compact for y in ([image] * n if x in (image, -200) else [x])]
-        assert ids.index(image) == self.meta["parameters"]["tokens_before_image"]
-        pixels = (load_file(self.picture)["pixel_u8"].float() / 255 - MEAN) / STD
-        batch = Batch(torch.tensor([ids]), torch.ones(1, len(ids), dtype=torch.bool), pixels)
-        return generate(model, batch, parse_plan(plan), steps, output_logits=True)
-
-
 def slashes(values: list[Any]) -> str:
     return "/".join(map(str, values))
 
 
-def test_pyramiddrop_is_the_released_code(pyramiddrop_run: Golden) -> None:
-    expected, meta = pyramiddrop_run.tensors, pyramiddrop_run.meta
+@pytest.mark.goldens("pyramiddrop/*", complete=True)
+def test_pyramiddrop_is_the_released_code(golden: Golden) -> None:
+    expected, meta = golden.tensors, golden.meta
     p, t = meta["parameters"], meta["checks"]["comparable_steps"]
     layers, ratios = slashes(p["layer_list"]), slashes(p["image_token_ratio_list"])
-    result = pyramiddrop_run.run(f"pyramiddrop:layers={layers},ratios={ratios}", 12)
+    result = golden.run(f"pyramiddrop:layers={layers},ratios={ratios}", 12)
     report, start = result.report, p["tokens_before_image"]
+    assert golden.start == start
     for stage, kept in enumerate(report.kept):
         index = expected[f"stage{stage}_kept_image_index"].sort().values
         assert kept.positions[0] == (index + start).tolist()
@@ -136,25 +78,17 @@ def test_pyramiddrop_is_the_released_code(pyramiddrop_run: Golden) -> None:
     assert (result.logits[0, :t] - expected["step_logits"][0, :t]).abs().max() < 1e-3
 
 
-def test_sparsevlm_is_the_released_code(
-    sparsevlm_run: Golden, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    expected, p = sparsevlm_run.tensors, sparsevlm_run.meta["parameters"]
-    seen: list[tuple[Context, Keep]] = []
-    choose = sparsevlm.SparseVLM.choose
-
-    def noting(self: sparsevlm.SparseVLM, c: Context) -> Keep:
-        seen.append((c, choose(self, c)))
-        return seen[-1][1]
-
-    monkeypatch.setattr(sparsevlm.SparseVLM, "choose", noting)
+@pytest.mark.goldens("sparsevlm/*", complete=True)
+def test_sparsevlm_is_the_released_code(golden: Golden, monkeypatch: pytest.MonkeyPatch) -> None:
+    expected, p = golden.tensors, golden.meta["parameters"]
+    assert golden.start == p["tokens_before_image"]
+    seen = tiny.choices(monkeypatch, sparsevlm.SparseVLM)
     layers = [layer + 1 for layer in p["pruning_layers"]]
     keep = p["kept_list"][: len(layers)]
-    result = sparsevlm_run.run(f"sparsevlm:layers={slashes(layers)},keep={slashes(keep)}", 1)
+    result = golden.run(f"sparsevlm:layers={slashes(layers)},keep={slashes(keep)}", 1)
     assert len(seen) == len(layers)
     for stage, (c, chosen) in enumerate(seen):
-        assert c.decoder is not None
-        raters = sparsevlm.raters(c.decoder.entered(), c.decoder.text())
+        raters = sparsevlm.select_raters(c.entered(), c.text())
         assert raters.tolist() == expected["text_rater_offset"].tolist()
         mask = expected[f"stage{stage}_keep_mask"][0].bool()
         assert sorted(chosen.index.tolist()) == mask.nonzero()[:, 0].tolist()
@@ -165,20 +99,21 @@ def test_sparsevlm_is_the_released_code(
     queries = expected["layer_query_length"].tolist()
     assert [n[0] for n in result.report.tokens_entering] == queries
     last = expected["layer_last_position"].tolist()
-    assert last == [n - 1 for n in queries]  # numbered anew, each layer for itself
+    assert last == [n - 1 for n in queries]  # renumbered from 0 in each layer
     assert (result.logits[0, 0] - expected["prefill_last_logits"][0]).abs().max() < 1e-3
 
 
-def test_sparsevlms_clusters_are_the_released_ones(sparsevlm_case: Golden) -> None:
-    expected = sparsevlm_case.tensors
+@pytest.mark.goldens("sparsevlm/*")
+def test_sparsevlms_clusters_are_the_released_ones(golden: Golden) -> None:
+    expected = golden.tensors
     for stage in range(2):
         rows, merged = (
             expected[f"stage{stage}_cluster_in"][0],
             expected[f"stage{stage}_cluster_out"][0],
         )
         mask = expected[f"stage{stage}_keep_mask"][0].bool()
-        assert len(rows) == sparsevlm.recycled(int((~mask).sum()))
-        assert len(merged) == sparsevlm.merged(len(rows))
+        assert len(rows) == sparsevlm.count_merged(int((~mask).sum()))
+        assert len(merged) == sparsevlm.count_clusters(len(rows))
         assert (sparsevlm.cluster_means(rows, len(merged)) - merged).abs().max() < 1e-4
 
 
@@ -186,7 +121,7 @@ def test_sparsevlms_clusters_are_the_released_ones(sparsevlm_case: Golden) -> No
 
 
 def acts(model: Any, x: Tensor, image: range) -> dict[str, reference.Act]:
-    """Plans, and what they do written out."""
+    """Plans, each with an independent implementation of what it does."""
     uneven = [9, 0, 7, 4, 3, 0]
     return {
         "pyramiddrop:layers=1/3/4,ratios=0.6/0.3/0.15": reference.pyramiddrop(
@@ -210,7 +145,7 @@ def test_choices_are_those_of_the_written_out_method(model: Any, batch: Batch, n
     assert batch.pixels is not None
     ids = batch.ids[0]
     image = range(int((ids == tiny.IMAGE).nonzero()[0]), int((ids == tiny.IMAGE).nonzero()[-1]) + 1)
-    encoded = model.encode(batch.pixels, parse_plan(None))
+    encoded = model.encode(batch.pixels, {model.feature_layer})
     x = model.embed(ids)
     x[image.start : image.stop] = model.projector(encoded.hidden[model.feature_layer][0, 1:])
     plan, act = list(acts(model, x, image).items())[number]
@@ -232,7 +167,7 @@ def test_choices_are_those_of_the_written_out_method(model: Any, batch: Batch, n
 
 
 @pytest.mark.parametrize("seed", range(5))
-@pytest.mark.parametrize(("rows", "n"), [(47, 5), (16, 2), (11, 2)])  # two peaks of a pair tie
+@pytest.mark.parametrize(("rows", "n"), [(47, 5), (16, 2), (11, 2)])  # two peaks may tie
 def test_cluster_means_are_the_written_out_ones(seed: int, rows: int, n: int) -> None:
     x = torch.randn(rows, 12, generator=torch.Generator().manual_seed(seed)) * 3
     expected = reference.clusters(list(x), n)
@@ -245,22 +180,22 @@ def test_rows_that_coincide_have_themselves_as_mean() -> None:
 
 
 def test_a_single_text_row_rates() -> None:
-    """Its share is 1 and so is the mean: nothing is above it."""
+    """Its relevance is 1, which equals the mean, so no row is above the mean."""
     image, text = torch.randn(5, 3), torch.randn(1, 3)
-    assert sparsevlm.raters(image, text).tolist() == [0]
-    assert sparsevlm.raters(image, text.expand(4, 3)).tolist() == [0, 1, 2, 3]
+    assert sparsevlm.select_raters(image, text).tolist() == [0]
+    assert sparsevlm.select_raters(image, text.expand(4, 3)).tolist() == [0, 1, 2, 3]
 
 
 @pytest.mark.parametrize("seed", range(8))
 def test_dart_walks_its_pivots_as_the_released_code(seed: int) -> None:
-    """Row numbers of full size, of which some collide in the set's table."""
+    """Row numbers as in a full prompt; some of them collide in the hash table of the set."""
     generator = torch.Generator().manual_seed(seed)
     n, start = 200, 35
     x = torch.randn(start + n + 40, 8, generator=generator)
     image = torch.arange(start, start + n)
     heads = (torch.randperm(n, generator=generator)[:4] + start).tolist()
     behind = range(start + n, len(x))
-    text = [i for i in behind if i % 32 == heads[0] % 32][:1]  # at the same place as a head
+    text = [i for i in behind if i % 32 == heads[0] % 32][:1]  # collides with a head
     text += [i for i in behind if i not in text][3:24:7][: 4 - len(text)]
     assert reference.walked(heads + text) == list(set(heads + text).copy())
     pool, kept = [i for i in image.tolist() if i not in heads], list(heads)
@@ -269,14 +204,15 @@ def test_dart_walks_its_pivots_as_the_released_code(seed: int) -> None:
         taken = reference.best(unlike, 5)
         kept += taken
         pool = [i for i in pool if i not in taken]
-    assert dart.dart_rows(x, image, heads, text, 5).tolist() == sorted(kept)
+    index = dart.select_distinct(x, image, heads, text, 5)
+    assert image[index].tolist() == sorted(kept)
 
 
 def test_the_strongest_head_of_each_row() -> None:
     generator = torch.Generator().manual_seed(0)
     q, k = (torch.randn(50, heads, 8, generator=generator) for heads in (6, 2))
     at, hidden = torch.arange(50), torch.arange(50) % 7 == 3
-    ours = received(q, k, at, hidden, strongest=True)
+    ours = attention_received(q, k, at, hidden, strongest=True)
     expected = torch.zeros(50)
     for row in range(50):
         scores = torch.stack([k[:, head // 3] @ q[row, head] / 8**0.5 for head in range(6)])
@@ -285,15 +221,14 @@ def test_the_strongest_head_of_each_row() -> None:
     tiny.assert_close(ours[0], expected)
 
 
-# ---------------------------------------------------------------- what they say of themselves
+# ---------------------------------------------------------------- counts and refusals
 
 
 def test_published_counts() -> None:
-    """METHODS section 2 and 4, at 576 tokens and 32 layers."""
+    """Image tokens left by the released settings for 576 image tokens and 32 layers."""
 
     def left(plan: str) -> tuple[int, ...]:
         (method,) = parse_plan(plan).methods
-        assert isinstance(method, Budgeted)
         return method.left(576)
 
     assert left("pyramiddrop") == (288, 144, 72)
@@ -317,11 +252,12 @@ def test_published_counts() -> None:
         ("sparsevlm:mode=mask", "use mode=drop"),
         ("sparsevlm:scope=all", "only drops"),
         ("fitprune:budget=65", "there are tables for 0, 10, 20"),
-        ("fitprune:delete=1/-2/0", "delete has -2; counts are 0 or more"),
+        ("fitprune:delete=1/-2/0", "delete=1/-2/0 must be 0 or more"),
         ("dart:keep=1.5", "keep=1.5 must be a whole number of tokens, or a share"),
         ("vtw:layer=2,average=3", "average and layer say the same"),
         ("fastv:average=3,scope=all", "average=3 counts one image"),
-        ("sparsevlm:layers=1/2,average=40", "for 3 layers, layers=1/2 are 2; give keep="),
+        ("sparsevlm:layers=0/2/3,keep=9/8/7", "layers=0/2/3 must be 1 or more"),
+        ("dart:layer=0,keep=8", "layer=0 must be 1 or more (layer whose input is pruned; it needs"),
         ("sparsevlm:layers=3/2/5,average=40", "layers=3/2/5 must ascend"),
         ("pyramiddrop:layers=3/2,average=40", "layers=3/2 must ascend"),
         ("trim:keep=-1", "keep=-1 must be"),
@@ -338,9 +274,8 @@ def test_what_a_plan_cannot_say(plan: str, said: str) -> None:
     [
         ("pyramiddrop:layers=2/4/6", "layer=6, but the decoder has layers 0 to 5"),
         ("sparsevlm", "layer=7, but the decoder has layers 0 to 5"),
-        ("sparsevlm:layers=0/2/3,keep=9/8/7", "layer 0 has no layer before it"),
+        ("sparsevlm:layers=1/2,average=40", "for 3 layers, layers=1/2 are 2; give keep="),
         ("sparsevlm:layers=1/2/3,keep=90/8/7", "keep=90, but there are 64 image tokens"),
-        ("dart:layer=0,keep=8", "layer 0 has no layer before it"),
         ("dart:keep=65", "keep=65, but there are 64 image tokens"),
         ("vtw", "layer=15, but the decoder has layers 0 to 5"),
         ("fitprune", "was fitted for 32 layers and 576 image tokens, this model has 6 and 64"),
@@ -375,8 +310,9 @@ def test_fastv_averages_are_the_papers() -> None:
     assert [resolved(f"fastv:k=3,average={a}").keep for a in (192, 128, 64)] == [152, 82, 11]
     with pytest.raises(ValueError, match=r"the nearest is average=90\.8 \(keep=1\)"):
         resolved("fastv:k=5,average=64")
-    assert resolved("fastv:k=2,average=32", 8, 64).reaches(8, 64) == 31.75  # the README's
-    assert resolved("fastv:k=5,average=90.8").keep == 1  # what the error says can be typed
+    small = resolved("fastv:k=2,average=32", 8, 64)
+    assert average_entering(small, 8, 64) == 31.75  # the README says so
+    assert resolved("fastv:k=5,average=90.8").keep == 1  # what the error names is accepted
 
 
 @pytest.mark.parametrize("average", [150, 192, 300.5])
@@ -387,10 +323,9 @@ def test_fastv_averages_are_the_papers() -> None:
 def test_no_variant_is_nearer(options: str, average: float) -> None:
     plan = f"{options}{'' if options.endswith(':') else ','}average={average}"
     (asked,) = parse_plan(plan).methods
-    assert isinstance(asked, Budgeted)
     chosen = resolved(plan)
-    reached = chosen.reaches(32, 576)
-    every = [v.reaches(32, 576) for _, v in asked.variants(32, 576)]
+    reached = average_entering(chosen, 32, 576)
+    every = [average_entering(v, 32, 576) for v in asked.variants(32, 576)]
     assert abs(reached - average) == min(abs(r - average) for r in every)
     assert len(every) > 1
     limit = {"vtw": 9.0, "fitprune": 40.0, "dart": 4.0}.get(chosen.name, 0.6)
@@ -398,7 +333,7 @@ def test_no_variant_is_nearer(options: str, average: float) -> None:
 
 
 def mean_entering(layers: list[int], left: list[int], n_layers: int, n_tokens: int) -> float:
-    """Counted layer by layer: n_tokens before the first of `layers`, then what each leaves."""
+    """Mean over layers: n_tokens enter before the first of `layers`, then what each one left."""
     total = 0
     for layer in range(n_layers):
         passed = [n for at, n in zip(layers, left, strict=True) if at <= layer]
@@ -442,7 +377,7 @@ def test_sparsevlms_list_is_the_nearest_in_its_proportions(n_layers: int, averag
         reached = mean_entering([3, 7, 16], left, n_layers, 576)
         nearest = min(nearest, abs(reached - average))
     method = resolved(f"sparsevlm:average={average}", n_layers)
-    assert abs(method.reaches(n_layers, 576) - average) <= nearest + 1e-9
+    assert abs(average_entering(method, n_layers, 576) - average) <= nearest + 1e-9
 
 
 def test_darts_least_are_its_pivots() -> None:
@@ -452,7 +387,7 @@ def test_darts_least_are_its_pivots() -> None:
 
 
 def test_defaults_lie_on_their_own_curve() -> None:
-    """average= scales the published lists: asking for what they reach gives them back."""
+    """average= scales the published lists, so asking for their own average returns them."""
     assert resolved("pyramiddrop:average=270").left(576) == (288, 144, 72)
     assert resolved("sparsevlm:average=206.5").keep == (300, 200, 110)
     assert resolved("vtw:average=270").layer == 15
@@ -474,23 +409,24 @@ def test_defaults_lie_on_their_own_curve() -> None:
     ],
 )
 def test_the_report_has_the_average_that_was_solved(model: Any, batch: Batch, plan: str) -> None:
-    entering = run(model, batch, plan, 1).report.image_tokens_entering
-    method = resolved(plan, 6, N)
-    assert budget.entering(entering) == [pytest.approx(method.reaches(6, N))]
-    wanted = parse_plan(plan).methods[0].average  # type: ignore[attr-defined]
-    assert abs(budget.entering(entering)[0] - wanted) <= {"vtw": 6, "dart": 3}.get(method.name, 0.7)
+    asked = parse_plan(plan)
+    assert isinstance(asked, AveragePlan)
+    (method,) = asked.resolve(6, N).methods
+    (counted,) = entering(run(model, batch, plan, 1).report.image_tokens_entering)
+    assert counted == pytest.approx(average_entering(method, 6, N))
+    assert abs(counted - asked.average) <= {"vtw": 6, "dart": 3}.get(method.name, 0.7)
 
 
 def test_sparsevlms_own_counter() -> None:
-    """192.0 as its list is called, 206.5 by what enters the layers (METHODS section 4)."""
+    """Its counter reports 192.0, the name of the list; 206.5 tokens enter a layer on average."""
     counts = [[576]] * 3 + [[309]] * 4 + [[204]] * 9 + [[113]] * 16
-    assert budget.entering(counts) == [206.5]
-    assert budget.leaving(counts) == [192.03125]
+    assert entering(counts) == [206.5]
+    assert leaving(counts) == [192.03125]
 
 
 def test_several_samples_are_averaged_apart() -> None:
-    assert budget.entering([[4, 0], [2, 0]]) == [3.0, 0.0]
-    assert budget.leaving([[4, 8], [2, 6]]) == [2.0, 6.0]
+    assert entering([[4, 0], [2, 0]]) == [3.0, 0.0]
+    assert leaving([[4, 8], [2, 6]]) == [2.0, 6.0]
 
 
 def test_a_plan_without_average_is_itself() -> None:
@@ -502,15 +438,37 @@ def test_a_plan_without_average_is_itself() -> None:
 
 
 def test_fitprune_tables() -> None:
-    """Each drops more than the one before, and none more than there is."""
+    """Every table has 32 counts, and each drops more tokens than the one before."""
     sums = [sum(table) for table in fitprune.TABLES.values()]
     assert list(fitprune.TABLES) == [10, 20, 30, 40, 50, 55, 60, 70, 80, 90]
     assert all(len(table) == 32 and not table[-1] for table in fitprune.TABLES.values())
     assert sums == sorted(sums)
-    assert sums[-1] == 539
 
 
-# ---------------------------------------------------------------- a file of one's own
+@pytest.mark.parametrize(
+    ("budget", "digest"),
+    [
+        (10, "0124f7b4784d76c8"),
+        (20, "2569dfe396215b91"),
+        (30, "9e73d53477aca358"),
+        (40, "b1e1816e7abe7ce2"),
+        (50, "f15cf98dd9e942a2"),
+        (55, "af994b0728641ae2"),
+        (60, "95619090f7265db4"),
+        (70, "a1d2ce4ae87e915a"),
+        (80, "c00ebb9145d350cf"),
+        (90, "afb6309394edbed3"),
+    ],
+)
+def test_fitprune_tables_are_the_released_ones(budget: int, digest: str) -> None:
+    """The digests are of `delete_scheme` in the released modeling_llama.py (ywh187/FitPrune
+    d28e418), computed from that file: SHA-256 of its 32 counts, layer by layer, as "0/0/1/2/...".
+    """
+    counts = slashes([*fitprune.TABLES[budget]])
+    assert hashlib.sha256(counts.encode()).hexdigest().startswith(digest)
+
+
+# ---------------------------------------------------------------- methods from a user's file
 
 OWN = """
 from dataclasses import dataclass

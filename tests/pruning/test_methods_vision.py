@@ -2,161 +2,89 @@
 
 from __future__ import annotations
 
-import dataclasses
-import json
 import math
-from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import reference_vision as reference
 import torch
-from safetensors.torch import load_file
+from contexts import make_context, make_model
+from golden_cases import Golden
 from tiny import make_batch, watching
 from torch import Tensor
 
-from minillava import Batch, load, parse_plan
-from minillava.clip import CLIPVision
-from minillava.config import VisionConfig
+from minillava import parse_plan
 from minillava.generate import encode_images, generate
-from minillava.pruning import METHODS, PRESETS, baselines, divprune, holov, prumerge, vispruner
-from minillava.pruning.base import Context, Keep, VisionState
-
-MEAN = torch.tensor([0.48145466, 0.4578275, 0.40821073])[:, None, None]
-STD = torch.tensor([0.26862954, 0.26130258, 0.27577711])[:, None, None]
-
+from minillava.pruning import METHODS, PRESETS, divprune, holov, prumerge, vispruner
+from minillava.pruning.base import Context, Keep, Method
+from minillava.pruning.grid import middle_patches, row_widths
+from minillava.pruning.pool import patches_of_cells
 
 # ---------------------------------------------------------------- released outputs
 
 
-def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
-    """One case a golden whose checkpoint and picture are in the folder of reference data."""
-    folder: Path = metafunc.config.getoption("--goldens")
-    for fixture, pattern in (
-        ("visionzip_case", "visionzip/*.meta.json"),
-        ("divprune_run", "divprune/pipeline*.meta.json"),
-        ("divprune_choice", "divprune/select*.meta.json"),
-    ):
-        if fixture in metafunc.fixturenames:
-            found = [Golden(folder, path) for path in sorted(folder.glob(pattern))]
-            metafunc.parametrize(fixture, [g for g in found if g.complete()], ids=lambda g: g.name)
-
-
-@dataclass
-class Golden:
-    folder: Path
-    path: Path
-
-    @property
-    def name(self) -> str:
-        return self.path.name.removesuffix(".meta.json")
-
-    @property
-    def meta(self) -> dict[str, Any]:
-        return json.loads(self.path.read_text())
-
-    @property
-    def tensors(self) -> dict[str, Tensor]:
-        return load_file(self.path.parent / f"{self.name}.safetensors")
-
-    @property
-    def checkpoint(self) -> Path:
-        return self.folder / "checkpoints" / self.meta["model"] / "hub-sharded"
-
-    @property
-    def picture(self) -> Path:
-        """The file with the picture: its own, or the input of FastV's goldens it names."""
-        if "pixel_u8" in self.tensors:
-            return self.path.parent / f"{self.name}.safetensors"
-        where = self.meta["parameters"]["pixels"]
-        number = where[where.index("input") + len("input")]
-        return self.folder / "fastv" / self.meta["model"] / f"input{number}.safetensors"
-
-    def complete(self) -> bool:
-        if self.meta["model"].startswith("none"):
-            return True
-        return self.checkpoint.is_dir() and self.picture.is_file()
-
-    def run(self, plan: str) -> tuple[Any, int]:
-        """Its prompt through generate(): the result, and the place of the picture."""
-        model = load(self.checkpoint)[0]
-        model.config = dataclasses.replace(model.config, eos_token_ids=())
-        image, N = model.config.image_token_id, model.config.vision.num_patches
-        compact = self.tensors["input_ids"].flatten().tolist()
-        ids = [y for x in compact for y in ([image] * N if x in (image, -200) else [x])]
-        pixels = (load_file(self.picture)["pixel_u8"].float() / 255 - MEAN) / STD
-        batch = Batch(torch.tensor([ids]), torch.ones(1, len(ids), dtype=torch.bool), pixels)
-        steps = self.tensors["generated"].shape[1]
-        result = generate(model, batch, parse_plan(plan), max_new_tokens=steps, output_logits=True)
-        return result, ids.index(image)
-
-
 def check_run(golden: Golden, plan: str, patches: list[int], extra: int) -> None:
-    result, start = golden.run(plan)
+    result, start = golden.run(plan, golden["generated"].shape[1]), golden.start
     (kept,) = result.report.kept
     assert [p - start for p in kept.positions[0]] == sorted(patches)
     assert kept.extra == [extra]
     rows = len(patches) + extra
     assert result.report.image_tokens_entering[0] == [rows]
-    # positions are numbered anew: the next one follows the rows that are left
+    # compact positions: the next token follows the rows that are left
     assert result.report.next_position == [result.report.tokens_entering[0][0]]
     expected, t = golden.tensors, golden.meta["checks"].get("comparable_steps", 12)
     assert result.tokens[0][:t] == expected["generated"][0, :t].tolist()
     assert (result.logits[0, :t] - expected["step_logits"][0, :t]).abs().max() < 1e-3
 
 
-def test_visionzip_is_the_released_code(visionzip_case: Golden) -> None:
-    expected, p = visionzip_case.tensors, visionzip_case.meta["parameters"]
+@pytest.mark.goldens("visionzip/*", complete=True)
+def test_visionzip_is_the_released_code(golden: Golden) -> None:
+    expected, p = golden.tensors, golden.meta["parameters"]
     patches = expected["dominant_index_sorted"].tolist()
     patches += expected["contextual_target_patch_index"].tolist()
     plan = f"visionzip:dominant={p['dominant']},contextual={p['contextual']}"
-    check_run(visionzip_case, plan, patches, extra=1)
+    check_run(golden, plan, patches, extra=1)
 
 
-def test_visionzips_merged_rows_are_the_released_ones(visionzip_case: Golden) -> None:
-    p, expected = visionzip_case.meta["parameters"], visionzip_case.tensors["merged_features"][0]
-    model = load(visionzip_case.checkpoint)[0]
-    pixels = (load_file(visionzip_case.picture)["pixel_u8"].float() / 255 - MEAN) / STD
+@pytest.mark.goldens("visionzip/*", complete=True)
+def test_visionzips_merged_rows_are_the_released_ones(golden: Golden) -> None:
+    p, expected = golden.meta["parameters"], golden.tensors["merged_features"][0]
+    model, pixels = golden.model, golden.pixels
     with torch.inference_mode():
         depth = model.config.vision.num_hidden_layers
         hidden = model.vision(pixels, range(depth))
-        c = context(model.vision, hidden, model.config.vision.grid, "vision")
         method = METHODS["visionzip"](dominant=p["dominant"], contextual=p["contextual"])
+        c = make_context(model, method, hidden)
         torch.testing.assert_close(rows_of(c, method.choose(c)), expected, atol=1e-4, rtol=0)
 
 
-def test_divprune_is_the_released_code(divprune_run: Golden) -> None:
-    plan = f"divprune:keep={divprune_run.meta['parameters']['subset_ratio']}"
-    check_run(divprune_run, plan, divprune_run.tensors["selected_sorted"].tolist(), extra=0)
+@pytest.mark.goldens("divprune/pipeline*", complete=True)
+def test_divprune_is_the_released_code(golden: Golden) -> None:
+    plan = f"divprune:keep={golden.meta['parameters']['subset_ratio']}"
+    check_run(golden, plan, golden.tensors["selected_sorted"].tolist(), extra=0)
 
 
-def test_divprunes_order_is_the_released_one(divprune_choice: Golden) -> None:
-    t, ratio = divprune_choice.tensors, divprune_choice.meta["parameters"]["subset_ratio"]
-    c = plain_context(t["features"])
+@pytest.mark.goldens("divprune/select*")
+def test_divprunes_order_is_the_released_one(golden: Golden) -> None:
+    t, ratio = golden.tensors, golden.meta["parameters"]["subset_ratio"]
     method = METHODS["divprune"](keep=ratio)
+    c = plain_context(method, t["features"])
+    assert c.n_tokens == len(t["features"])
     assert method.choose(c).index.tolist() == t["selected_in_order"].tolist()
-    assert method.amount(len(t["features"])) == divprune_choice.meta["parameters"]["count"]
+    assert method.left(len(t["features"])) == (golden.meta["parameters"]["count"],)
 
 
-# ---------------------------------------------------------------- a picture made up
+# ---------------------------------------------------------------- a random image
 
 
 class Picture:
-    """A random tower, and a random picture as it went through: all that a method can see."""
+    """A random tower and the hidden states of a random image: all that a method can see."""
 
     def __init__(self, grid: int, seed: int = 0, depth: int = 6) -> None:
         self.grid, self.N = grid, grid * grid
-        config = VisionConfig(
-            hidden_size=24,
-            intermediate_size=32,
-            num_hidden_layers=depth,
-            num_attention_heads=3,
-            image_size=2 * grid,
-            patch_size=2,
-        )
-        self.tower = CLIPVision(config).requires_grad_(False)
+        self.model = make_model(grid, depth)
+        self.tower = self.model.vision
         self.generator = torch.Generator().manual_seed(seed)
         for name, p in self.tower.named_parameters():
             noise = torch.randn(p.shape, generator=self.generator)
@@ -171,61 +99,39 @@ class Picture:
         self.features = self.hidden[depth - 1][0, 1:]
         weight = torch.randn(40, 24, generator=self.generator)
         self.projected = self.features @ weight.T
-        self.plain = reference.Tower(self.tower.state_dict(), 3, config.layer_norm_eps)
+        epsilon = self.tower.config.layer_norm_eps
+        self.plain = reference.Tower(self.tower.state_dict(), 3, epsilon)
 
-    def context(self, stage: str) -> Context:
+    def context(self, method: Method, **options: Any) -> Context:
+        ((stage, _), *_) = method.stages()
         rows = self.projected if stage == "embed" else None
-        return context(self.tower, self.hidden, self.grid, stage, rows)
+        return make_context(self.model, method, self.hidden, features=rows, **options)
 
     def attention(self, block: int) -> Any:
         return self.plain.attention(block, double(self.hidden[block][0]))
 
     def choose(self, name: str, **options: Any) -> tuple[list[int], Keep, Context]:
         method = METHODS[name](**options)
-        ((stage, _), *_) = method.stages()
-        c = self.context(stage)
+        c = self.context(method)
         keep = method.choose(c)
         index = keep.index.tolist()
         assert len(set(index)) == len(index)
-        assert len(index) + (0 if keep.extra is None else len(keep.extra)) <= method.most(self.N)
+        added = 0 if keep.extra is None else len(keep.extra)
+        assert len(index) + added <= method.left(self.N)[0]
         return index, keep, c
 
 
-def context(
-    tower: CLIPVision,
-    hidden: dict[int, Tensor],
-    grid: int,
-    stage: Any,
-    rows: Tensor | None = None,
-) -> Context:
-    feature_layer = len(tower.blocks) - 1
-    features = hidden[feature_layer][0, 1:] if rows is None else rows
-    return Context(
-        stage=stage,
-        layer=0,
-        part=0,
-        total=grid * grid,
-        grid=grid,
-        patches=torch.arange(grid * grid),
-        generator=torch.Generator().manual_seed(0),
-        features=lambda: features,
-        focus=lambda: features[:0],
-        focus_text=str,
-        vision=lambda: VisionState(tower, hidden, feature_layer),
-    )
-
-
-def plain_context(features: Tensor) -> Context:
-    """Rows without a tower."""
-    n, tower = len(features), CLIPVision(VisionConfig(4, 4, 2, 1, 4, 2))
-    c = context(tower, {1: features[None]}, 1, "embed", features)
-    return dataclasses.replace(c, total=n, patches=torch.arange(n))
+def plain_context(method: Method, features: Tensor) -> Context:
+    """The context of an embed-stage method that reads only the features (n, D)."""
+    model = make_model(math.ceil(len(features) ** 0.5))
+    hidden = {model.feature_layer: torch.zeros(1, 1 + model.config.vision.num_patches, 24)}
+    return make_context(model, method, hidden, features=features, n=len(features))
 
 
 def rows_of(c: Context, keep: Keep) -> Tensor:
-    """All rows as they go on."""
+    """All rows that remain, in the order in which they continue."""
     index = keep.index if keep.ordered else keep.index.sort().values
-    kept = c.features()[index] if keep.rows is None else keep.rows
+    kept = c.features()[index] if keep.merged is None else keep.merged
     if keep.extra is None:
         return kept
     return torch.cat((keep.extra, kept) if keep.extra_first else (kept, keep.extra))
@@ -242,7 +148,7 @@ def same_rows(ours: Tensor, theirs: Any) -> None:
     assert error <= 1e-4 * expected.square().mean().sqrt()
 
 
-SIZES = [4, 5, 8]  # 16, 25 and 64 patches; 24 stands in a test of its own
+SIZES = [4, 5, 8]  # 16, 25 and 64 patches; 576 have a test of their own
 
 
 @pytest.mark.parametrize("grid", SIZES)
@@ -288,20 +194,20 @@ def test_prumerge(grid: int, seed: int, plus: bool) -> None:
 
 
 def test_prumerge_counts_outliers_as_released() -> None:
-    """int(N * (k / N)) is k - 1 for some k, where the quotient was rounded down."""
+    """int(N * (k / N)) is k - 1 for those k whose quotient was rounded down."""
     score = torch.linspace(1, 1.5, 576)
     for k in (0, 1, 29, 57, 100):
         some = score.clone()
         some[:k] += 10.0
         assert prumerge.outlier_share(some) == k / 576
-    assert prumerge.grid(576, 32 / 576).tolist() == list(range(0, 575, 6))
-    assert prumerge.grid(576, 0.0).tolist() == list(range(0, 575, 192))
+    assert prumerge.regular_patches(576, 32 / 576).tolist() == list(range(0, 575, 6))
+    assert prumerge.regular_patches(576, 0.0).tolist() == list(range(0, 575, 192))
 
 
 def test_prumerge_without_outliers_leaves_the_sum_and_plus_a_grid() -> None:
     p = Picture(4)
     for block in p.tower.blocks:
-        block.attn.k_proj.weight.zero_()  # every patch receives the same
+        block.attn.k_proj.weight.zero_()  # every patch receives the same attention
     index, keep, c = p.choose("prumerge")
     assert index == []
     same_rows(rows_of(c, keep), double(p.features).sum(0)[None] / 17)
@@ -319,19 +225,19 @@ def test_fastervlm_and_hired(grid: int) -> None:
 
 
 def test_hired_cuts_a_share_and_the_others_round() -> None:
-    amounts = {name: METHODS[name](keep=0.23).amount(16) for name in ("hired", "fastervlm")}
-    assert amounts == {"hired": 3, "fastervlm": 4}
+    amounts = {name: METHODS[name](keep=0.23).left(16) for name in ("hired", "fastervlm")}
+    assert amounts == {"hired": (3,), "fastervlm": (4,)}
 
 
 @pytest.mark.parametrize(
     ("n", "surplus"), [(24, 7), (30, 22), (288, 200), (512, 96), (63, 40), (574, 571), (46, 39)]
 )
 def test_vispruner_thins_out_as_released(n: int, surplus: int) -> None:
-    """The order of one round decides the next; one matrix for both, so that nothing is rounded."""
+    """The order of one round decides the next. Both sides use one matrix, to avoid rounding."""
     g = torch.Generator().manual_seed(n)
     likeness = torch.rand(600, 600, generator=g)
     order = torch.randperm(600, generator=g)[:n]
-    ours = vispruner.distinct(likeness, order, n - surplus).tolist()
+    ours = vispruner.thin_out(likeness, order, n - surplus).tolist()
     assert ours == reference.thin_out(likeness.tolist(), order.tolist(), n - surplus)
 
 
@@ -339,7 +245,7 @@ def test_vispruner_ends_where_the_released_code_breaks() -> None:
     likeness = torch.rand(40, 40, generator=torch.Generator().manual_seed(0))
     for n in range(1, 40):
         for keep in range(n + 1):
-            left = vispruner.distinct(likeness, torch.arange(n), keep)
+            left = vispruner.thin_out(likeness, torch.arange(n), keep)
             assert len(left) == keep == len(set(left.tolist()))
 
 
@@ -364,13 +270,14 @@ def test_divprune(n: int, keep: int) -> None:
     g = torch.Generator().manual_seed(n)
     points = torch.randint(0, 1000, (n, 3), generator=g).double()
     distance = torch.cdist(points, points).float()  # the same numbers for both
-    ours = divprune.farthest(distance, keep).tolist()
+    ours = divprune.choose_farthest(distance, keep).tolist()
     assert ours == reference.divprune(distance.tolist(), keep)
 
 
 def test_divprune_never_takes_a_token_twice() -> None:
     features = torch.eye(4)[torch.tensor([0, 0, 1, 1, 1, 2])]
-    index = METHODS["divprune"](keep=6).choose(plain_context(features)).index.tolist()
+    method = METHODS["divprune"](keep=6)
+    index = method.choose(plain_context(method, features)).index.tolist()
     assert index[:3] == [5, 0, 2]
     assert sorted(index) == [0, 1, 2, 3, 4, 5]
 
@@ -389,7 +296,7 @@ def test_holov(grid: int) -> None:
 
 
 def test_holovs_variance_counts_next_to_nothing_but_counts() -> None:
-    """Scaled to the mean of the attention, it cancels but for the released code's 1e-6."""
+    """It is scaled to the mean attention and cancels, except for the 1e-6 of the released code."""
     features = torch.randn(9, 8, generator=torch.Generator().manual_seed(0))
     attention = torch.rand(9, generator=torch.Generator().manual_seed(1)) / 576
     score = holov.run_score(features, attention)
@@ -404,12 +311,12 @@ def test_holov_fills_up_with_zeros_what_a_run_cannot_spend() -> None:
     features = torch.randn(32, 8, generator=torch.Generator().manual_seed(0))
     attention = torch.full((32,), 0.001)
     attention[4] = 0.9
-    sizes = holov.lengths(32)
+    sizes = holov.run_lengths(32)
     scores = [
         holov.run_score(f, a)
         for f, a in zip(features.split(sizes), attention.split(sizes), strict=True)
     ]
-    given = holov.budgets(torch.stack(scores), 16)
+    given = holov.run_budgets(torch.stack(scores), 16)
     kept, zeros = reference.holov(double(features), attention.tolist(), 16)
     assert given[2] == 16
     assert sum(min(a, b) for a, b in zip(given, sizes, strict=True)) == len(kept) == 16 - zeros
@@ -442,7 +349,7 @@ def test_vscan(grid: int) -> None:
 
 
 def test_vscans_second_part_is_a_pyramiddrop(model: Any) -> None:
-    """Which is held against its released code elsewhere."""
+    """PyramidDrop is compared with its released code in test_methods_decoder.py."""
     batch = make_batch(model, "ttItttt", "tIttItt")
     alone, composed = (
         generate(model, batch, parse_plan(plan), max_new_tokens=3, output_logits=True)
@@ -546,17 +453,17 @@ def test_grid_and_pool(h: int, w: int, grid: int) -> None:
 @pytest.mark.parametrize("grid", [1, 2, 5, 8, 24])
 def test_a_grid_of_any_number_is_spread_over_the_picture(grid: int) -> None:
     for keep in [*range(min(65, grid * grid + 1)), *range(65, grid * grid + 1, 73)]:
-        widths = baselines.bands(keep, grid)
+        widths = row_widths(keep, grid)
         assert sum(widths) == keep
         assert not widths or max(widths) - min(widths) <= 1
         assert max([len(widths), *widths], default=0) <= grid
-        where = baselines.middles(widths, grid, torch.device("cpu")).tolist()
+        where = middle_patches(widths, grid, torch.device("cpu")).tolist()
         assert where == sorted(set(where))
         if keep:
-            covered = baselines.insides(widths, grid, torch.device("cpu"))
+            covered = patches_of_cells(widths, grid, torch.device("cpu"))
             assert covered.any(0).all()
             assert covered[torch.arange(keep), torch.tensor(where)].all()
-    assert [len(baselines.bands(k, 24)) for k in (64, 128, 192, 576)] == [8, 8, 12, 24]
+    assert [len(row_widths(k, 24)) for k in (64, 128, 192, 576)] == [8, 8, 12, 24]
 
 
 # ---------------------------------------------------------------- at full size
@@ -640,7 +547,7 @@ def test_what_the_prompt_does_not_have(plan: str, message: str) -> None:
         ("grid:keep=4,h=2", "grid: h and keep say the same"),
         ("tome", "tome needs r="),
         ("tome:r=1,keep=3", "tome: keep and r say the same"),
-        ("visionzip:dominant=0,contextual=1", "dominant must be at least 1"),
+        ("visionzip:dominant=0,contextual=1", "visionzip: dominant=0 must be 1 or more"),
         ("vispruner:keep=4,important=1.5", "important=1.5 must be from 0 to 1"),
         ("visionzip:dominant=6,contextual=3,mode=mask", "needs a method that only drops"),
     ],
@@ -651,12 +558,11 @@ def test_what_no_model_could_do(plan: str, message: str) -> None:
 
 
 def test_rows_without_a_patch_are_not_ranked_by_the_tower() -> None:
-    c = dataclasses.replace(Picture(4).context("vision"), patches=torch.arange(-1, 15))
+    p, fastervlm, tome = Picture(4), METHODS["fastervlm"](keep=3), METHODS["tome"](r=1)
     with pytest.raises(ValueError, match="put the method that merges last"):
-        METHODS["fastervlm"](keep=3).choose(c)
-    short = dataclasses.replace(c, patches=torch.arange(3))
+        fastervlm.choose(p.context(fastervlm, patches=torch.arange(-1, 15)))
     with pytest.raises(ValueError, match="tome needs every patch of the image, 3 of 16 are left"):
-        METHODS["tome"](r=1).choose(short)
+        tome.choose(p.context(tome, n=3))
 
 
 @pytest.mark.parametrize("name", ["divprune", "vispruner", "prumerge", "visionzip", "tome"])

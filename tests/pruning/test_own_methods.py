@@ -76,32 +76,47 @@ def test_a_sound_one_runs(tried: Try) -> None:
 @pytest.mark.parametrize(
     ("body", "words"),
     [
-        ("return torch.arange(4)", "gave Tensor; return a Keep"),
-        ("return None", "gave NoneType"),
-        ("return Keep([0, 1])", "must be a tensor (K,) of int64, not [0, 1]"),
-        ("return Keep(torch.tensor(3))", "not () torch.int64"),
-        ("return Keep(torch.arange(4).view(2, 2))", "not (2, 2)"),
-        ("return Keep(torch.arange(4.0))", "torch.float32"),
-        ("return Keep(torch.tensor([]))", "torch.float32"),
+        ("return torch.arange(4)", "must return Keep(index) with index (K,) of int64, not tensor("),
+        ("return None", "must return Keep(index) with index (K,) of int64, not None"),
+        ("return Keep([0, 1])", "with index (K,) of int64, not Keep(index=[0, 1]"),
+        ("return Keep(torch.tensor(3))", "not index () torch.int64"),
+        ("return Keep(torch.arange(4).view(2, 2))", "not index (2, 2)"),
+        ("return Keep(torch.arange(4.0))", "not index (4,) torch.float32"),
+        ("return Keep(torch.tensor([]))", "not index (0,) torch.float32"),
         ("return Keep(torch.ones(64, dtype=torch.bool))", "mask.nonzero()"),
-        ("return Keep(torch.tensor([7, 7, 9]))", "has 7 more than once"),
-        ("return Keep(torch.tensor([3, 64]))", "has 64, but there are 64 candidates"),
-        ("return Keep(torch.tensor([-1, 3]))", "has -1"),
-        ("return Keep(torch.arange(2), rows=c.features()[:2])", "say drops_only = False"),
+        ("return Keep(top(c.features(), 4, c.where))", "(4, 128)"),
+        (
+            "return Keep(torch.tensor([7, 7, 9]))",
+            "Keep.index has 7; name each of the 64 candidates, 0 to 63, once at most",
+        ),
+        ("return Keep(torch.tensor([3, 64]))", "has 64; name each of the 64 candidates, 0 to 63"),
+        ("return Keep(torch.tensor([-1, 3]))", "has -1; name each of the 64 candidates, 0 to 63"),
+        ("return Keep(torch.arange(2), merged=c.features()[:2])", "say drops_only = False"),
         ("return Keep(torch.arange(2), extra=c.features()[:2])", "say drops_only = False"),
         ("return Keep(torch.arange(2), ordered=True)", "say drops_only = False"),
-        ("raise ValueError('boom')", "line 15): boom"),
-        ("raise KeyError('boom')", "line 15): KeyError: 'boom'"),
-        ("raise SystemExit(0)", "line 15): SystemExit"),
-        ("assert False", "line 15): AssertionError"),
-        ("return c.nothing", "AttributeError"),
-        ("return c.decoder.attention(0)", "line 15): AttributeError"),
-        ("return Keep(top(c.features(), 4, c.what))", "(4, 128)"),
-        ("return Keep(top(c.features()[:, 0] * float('nan'), 4, c.what))", "NaN among the scores"),
     ],
 )
 def test_a_choice_that_is_none(tried: Try, body: str, words: str) -> None:
-    refused(tried(body), "mine (", "mine.py, line 1", words)
+    refused(tried(body), "error: mine (", "mine.py): choose()", words)
+
+
+@pytest.mark.parametrize(
+    ("body", "words"),
+    [
+        ("raise ValueError('boom')", "ValueError: boom"),
+        ("raise KeyError('boom')", "KeyError: 'boom'"),
+        ("raise SystemExit(0)", "SystemExit"),
+        ("assert False", "AssertionError"),
+        ("return c.nothing", "AttributeError"),
+        ("return c.attention(0)", "ValueError: mine: layer 0 has no layer before it"),
+        (
+            "return Keep(top(c.features()[:, 0] * float('nan'), 4, c.where))",
+            "ValueError: NaN among the scores of the embed stage",
+        ),
+    ],
+)
+def test_an_exception_in_the_file_is_told_with_its_line(tried: Try, body: str, words: str) -> None:
+    refused(tried(body), f"mine.py, line 15: {words}")
 
 
 def test_an_error_between_tokens_has_a_line_of_its_own(tried: Try) -> None:
@@ -110,24 +125,27 @@ def test_an_error_between_tokens_has_a_line_of_its_own(tried: Try) -> None:
     question = ("--image", str(EXAMPLE), "--prompt", "What is in the picture?", "--no-cache")
     code, out, err = tried(once + "return Keep(torch.arange(64))", argv=question)
     assert code == 2
-    assert err.startswith("error: mine")
+    assert err.startswith("error: ")
+    assert "mine.py, line 15: AssertionError" in err
     assert out.strip()
     assert out.endswith("\n")
 
 
 @pytest.mark.parametrize(
-    ("body", "words"),
+    ("rows", "words"),
     [
-        ("return Keep(torch.arange(2), rows=c.features()[:3])", "(3, 128); it must be (2, 128)"),
-        ("return Keep(torch.arange(2), rows=c.features()[:2, :5])", "(2, 5)"),
-        ("return Keep(torch.arange(1), rows=c.features()[:1] / 0)", "rows has NaN or infinite"),
-        ("return Keep(torch.arange(2), rows=[1.0])", "must be a tensor of floats"),
-        ("return Keep(torch.arange(2), extra=c.features()[0])", "must be a tensor of floats"),
-        ("return Keep(torch.arange(2), extra=c.features()[:1, :5])", "it must be (M, 128)"),
+        ("merged=c.features()[:3]", "merged must be (2, 128) floats, not (3, 128)"),
+        ("merged=c.features()[:2, :5]", "merged must be (2, 128) floats, not (2, 5)"),
+        ("merged=c.features()[:2] / 0", "merged has NaN or infinite"),
+        ("merged=[1.0]", "merged must be (2, 128) floats, not list"),
+        ("extra=c.features()[0]", "extra must be (M, 128) floats, not (128,)"),
+        ("extra=c.features()[:1, :5]", "extra must be (M, 128) floats, not (1, 5)"),
     ],
 )
-def test_merged_rows_that_are_none(tried: Try, body: str, words: str) -> None:
-    refused(tried(body, more="    drops_only = False\n"), "mine", words)
+def test_merged_rows_that_are_none(tried: Try, rows: str, words: str) -> None:
+    body = f"return Keep(torch.arange(2), {rows})"
+    done = tried(body, more="    drops_only = False\n")
+    refused(done, "error: mine (", f"mine.py): choose(): Keep.{words}")
 
 
 @pytest.mark.parametrize(
@@ -144,7 +162,7 @@ def test_merged_rows_that_are_none(tried: Try, body: str, words: str) -> None:
     ],
 )
 def test_a_stage_that_is_none(tried: Try, stages: str) -> None:
-    refused(tried(stages=stages), "mine.py, line 11): stages() gave", '("decoder", K)')
+    refused(tried(stages=stages), "error: mine (", "mine.py): stages() gave", '("decoder", K)')
 
 
 @pytest.mark.parametrize(
@@ -167,7 +185,7 @@ def test_options(tried: Try, options: str, words: str) -> None:
 
 
 def test_the_layer_before_the_first(tried: Try) -> None:
-    body = "return Keep(top(c.decoder.attention(c.decoder.newest).mean(0)[c.decoder.rows], 4, '-'))"
+    body = "return Keep(top(c.attention(c.newest).mean(0), 4, c.where))"
     assert tried(body, DECODER)[0] == 0
     refused(tried(body, DECODER, options=":layer=0"), "layer 0 has no layer before it")
 
@@ -175,35 +193,51 @@ def test_the_layer_before_the_first(tried: Try) -> None:
 @pytest.mark.parametrize(
     ("body", "words"),
     [
-        (
-            "c.decoder.attention(c.decoder.text_rows); return Keep(torch.arange(4))",
-            "newest_row = F",
-        ),
-        ("c.decoder.hidden(); return Keep(torch.arange(4))", "newest_row = False"),
-        ("c.features(); return Keep(torch.arange(4))", "newest_row = False"),
+        ("c.attention(c.text_rows)", "while decoding only the newest row"),
+        ("c.sequence()", "while decoding, the prompt's hidden states are gone"),
+        ("c.features()", "while decoding, the prompt's hidden states are gone"),
     ],
 )
 def test_what_is_gone_while_decoding(tried: Try, body: str, words: str) -> None:
-    more = "    newest_row = True\n"
+    body += "; return Keep(torch.arange(4))"
+    more, mask = "    newest_row = True\n", ":mode=mask"
     assert tried(body, DECODER, more)[0] == 0
-    refused(tried(body, DECODER, more, options=":mode=mask"), "mine", words)
-    assert tried(body, DECODER, options=":mode=mask")[0] == 0
+    done = tried(body, DECODER, more, options=mask)
+    refused(done, "mine.py, line 16: ValueError: mine: ", words, "say choice_stands = True")
+    assert tried(body, DECODER, options=mask)[0] == 0
+    assert tried(body, DECODER, more + "    choice_stands = True\n", options=mask)[0] == 0
 
 
 @pytest.mark.parametrize(
     ("asked", "words"),
     [
-        ("check(self, n_layers, n_tokens, starts):\n        1 / 0", "line 11): ZeroDivisionError"),
-        ("check(self):\n        pass", "mine.py): TypeError"),
-        ("resolve(self, n_layers, n_tokens):\n        self.x", "line 11): AttributeError"),
-        ("most(self, n_tokens):\n        return [][0]", "line 11): IndexError"),
-        ("vision_layers(self, n_layers):\n        return (-2,)", "gave (-2,); it must be a tuple"),
-        ("vision_layers(self, n_layers):\n        return (n_layers + 1,)", "from 0 to 6"),
-        ("vision_layers(self, n_layers):\n        return 3", "gave 3; it must be a tuple"),
+        ("check(self, n_layers, n_tokens, starts):\n        1 / 0", "ZeroDivisionError"),
+        ("left(self, n_tokens):\n        return [][0]", "IndexError"),
     ],
 )
 def test_what_else_it_overrides(tried: Try, asked: str, words: str) -> None:
-    refused(tried(more=f"    def {asked}\n"), "mine (", words)
+    refused(tried(more=f"    def {asked}\n"), f"mine.py, line 11: {words}")
+
+
+@pytest.mark.parametrize(
+    ("layers", "said"),
+    [("(-2,)", "(-2,)"), ("(n_layers + 1,)", "(7,)"), ("3", "3")],
+)
+def test_hidden_states_that_the_tower_lacks(tried: Try, layers: str, said: str) -> None:
+    done = tried(more=f"    def vision_layers(self, n_layers):\n        return {layers}\n")
+    words = f"vision_layers() gave {said}; it must be a tuple of numbers from 0 to 6"
+    refused(done, "error: mine (", f"mine.py): {words}")
+
+
+def test_arguments_that_do_not_fit(tried: Try) -> None:
+    """Python raises this one where the method is called, not in its file."""
+    refused(tried(more="    def check(self):\n        pass\n"), "mine.py", "TypeError")
+
+
+def test_variants_that_fail(tried: Try) -> None:
+    more = "    def variants(self, n_layers, n_tokens):\n        self.x\n"
+    assert tried(more=more)[0] == 0
+    refused(tried(more=more, options=":average=9"), "mine.py, line 11: AttributeError")
 
 
 def test_what_it_prints_stays_out_of_the_answer(tried: Try) -> None:
@@ -225,7 +259,7 @@ def test_a_file_named_from_where_one_stands(
     file.write_text(file.read_text().replace(FIRST, "raise RuntimeError('one\\ntwo')"))
     monkeypatch.chdir(tmp_path)
     done = main(["--prune", f"{folder}/mine.py:Mine"]), *capsys.readouterr()
-    refused(done, "mine.py, line 15): RuntimeError: one two")
+    refused(done, "mine.py, line 15: RuntimeError: one two")
 
 
 @pytest.mark.parametrize("missing", ["stages", "choose"])
@@ -241,5 +275,5 @@ def test_a_class_without_what_it_needs(
 def test_a_name_that_is_taken_and_a_file_without_a_class(
     tried: Try, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    refused(tried(more="    name = 'fastv'\n"), "'fastv' is here already")
+    refused(tried(more="    name = 'fastv'\n"), "the name 'fastv' is taken")
     refused((main(["--prune", str(tmp_path / "mine.py")]), *capsys.readouterr()), "FILE.py:Class")

@@ -11,6 +11,7 @@ from tiny import alone, make_batch, watching, write_hf
 from minillava import load, parse_plan
 from minillava.generate import Result, generate
 from minillava.pruning import METHODS, PRESETS
+from minillava.pruning.parsing import aliases
 
 
 def methods(plan: Any) -> tuple[Any, ...]:
@@ -270,7 +271,7 @@ def test_an_unknown_method_lists_what_exists(text: str) -> None:
 def test_an_unknown_option_lists_what_exists(name: str) -> None:
     with pytest.raises(ValueError, match="has no option 'colour'") as error:
         parse_plan(f"{name}:colour=red")
-    for option in ("mode", "positions", "scope", *METHODS[name].aliases):
+    for option in ("mode", "positions", "scope", *aliases(METHODS[name])):
         assert re.search(rf"\b{option}\b", str(error.value))
 
 
@@ -298,7 +299,6 @@ def assert_refused(model: Any, prompts: list[str], plan: Any) -> str:
     [
         ("fastv:layer=4", "layers 0 to 3"),
         ("fastv:layer=99,mode=mask", "layer=99"),
-        ("fastv:layer=-1", "layer=-1"),
         ("pyramiddrop", "layer=8"),
         ("fastv:keep=17", "keep=17, but there are 16"),
         ("uniform:keep=17", "keep=17, but there are 16"),
@@ -314,6 +314,11 @@ def test_what_the_model_cannot_do_is_refused_before_any_forward(
     model: Any, plan: str, named: str
 ) -> None:
     assert named in assert_refused(model, ["ttt", "ttItt"], plan)
+
+
+def test_a_layer_below_0_is_refused_when_the_plan_is_read() -> None:
+    with pytest.raises(ValueError, match="fastv: layer=-1 must be 0 or more"):
+        parse_plan("fastv:layer=-1")
 
 
 def test_what_the_prompt_cannot_do_is_refused_before_any_forward(model: Any) -> None:

@@ -1,5 +1,5 @@
-"""What DESIGN section 6 says of every method, whatever it scores: read from the registry, and held
-against a decoder that never removes anything (reference.py)."""
+"""Properties that hold for every method, whatever it scores. The methods are read from the registry
+and compared with a decoder that never removes a row (reference.py)."""
 
 from __future__ import annotations
 
@@ -212,6 +212,32 @@ def test_a_batch_gives_what_each_prompt_gives_alone(
         assert together.report.next_position[b] == single.report.next_position[0]
 
 
+@pytest.mark.parametrize(
+    "plan",
+    [
+        "fastv:layer=2,keep=5",
+        "pyramiddrop:layers=1/3,ratios=0.5/0.25",
+        "uniform:keep=7,positions=compact+fastv:layer=1,keep=3",
+        "fastv:layer=2,keep=5,mode=mask",
+        "simignore:keep=4,mode=mask+fastv:layer=1,keep=2",
+        "fastv:layer=1,keep=5,mode=mask,until=3",
+        "simignore:keep=4,mode=mask,until=2+fastv:layer=2,keep=3",
+    ],
+)
+def test_a_long_answer_in_a_batch_is_the_one_given_alone(
+    model: Any, batch: Batch, plan: str
+) -> None:
+    """The samples' rows in the cache differ in number, and new ones follow each sample's own."""
+    parsed = parse_plan(plan)
+    together = run(model, batch, parsed, n=12)
+    assert len(set(together.report.cache_lengths[-1])) > 1
+    for b in range(len(batch.ids)):
+        single = run(model, alone(model, batch, b), parsed, n=12)
+        assert len(single.tokens[0]) == 12
+        assert single.tokens[0] == together.tokens[b]
+        assert_close(together.logits[b], single.logits[0])
+
+
 @pytest.mark.parametrize("name", METHODS)
 def test_the_report_adds_up(model: Any, batch: Batch, name: str) -> None:
     plan = example(name)
@@ -273,7 +299,7 @@ def test_scores_that_are_no_numbers_are_refused_by_layer(model: Any, one: Batch,
     broken = changed(model, 1, float("nan"))
     with pytest.raises(ValueError, match="layer 2"):
         run(broken, one, parse_plan(f"fastv:layer=2,keep=5,mode={mode}"))
-    with pytest.raises(ValueError, match="not numbers"):
+    with pytest.raises(ValueError, match="logits are NaN"):
         run(broken, one)
 
 
@@ -294,7 +320,7 @@ def test_a_prompt_of_pictures_alone_is_refused(model: Any) -> None:
     for prompts in (["I"], ["ttItt", "II"]):
         pictures = make_batch(model, *prompts)
         assert run(model, pictures).logits.isfinite().all()
-        with pytest.raises(ValueError, match=f"prompt {len(prompts) - 1} is nothing but pictures"):
+        with pytest.raises(ValueError, match=f"prompt {len(prompts) - 1} is nothing but images"):
             run(model, pictures, parse_plan("uniform:keep=0"))
 
 

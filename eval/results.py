@@ -1,0 +1,204 @@
+"""The result of one plan on a benchmark: settings, score and costs, and its file PLAN.json.
+
+A resumed command compares its settings with those in PLAN.json. A table of several plans contains
+only results of the same questions and settings.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import platform
+import subprocess
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from . import cost, store
+from .plans import NONE, digest
+from .predict import Run
+from .score import Scored
+from .summary import TIMES, Costs
+from .tasks.base import Item
+
+BY_PLAN = ("plan", "method_files", "tokens", "focus")  # entries of Run that follow from the plan
+
+
+@dataclass(frozen=True)
+class PlanResult:
+    """One plan with its score and costs."""
+
+    run: Run
+    scored: Scored
+    costs: Costs
+    questions: str  # from digest_questions
+    machine: str
+    processes: int
+
+    def json(self) -> dict[str, Any]:
+        """The content of PLAN.json."""
+        return {
+            **settings(self.run),
+            "machine": self.machine,
+            "processes": self.processes,
+            "questions": self.questions,
+            "score": self.scored.json(),
+            "costs": asdict(self.costs),
+        }
+
+    @classmethod
+    def from_json(cls, found: Mapping[str, Any]) -> PlanResult:
+        """The inverse of json(). Raises KeyError, TypeError or AttributeError for other content."""
+        costs = dict(found["costs"])
+        for name in TIMES:
+            costs[name] = costs[name] and cost.Spread(**costs[name])
+        return cls(
+            Run(**found["run"]),
+            Scored.from_json(found["score"]),
+            Costs(**costs),
+            found["questions"],
+            found["machine"],
+            found["processes"],
+        )
+
+    def conditions(self) -> dict[str, object]:
+        """Name -> value of the settings that must be equal in all rows of a table."""
+        run = {name: value for name, value in asdict(self.run).items() if name not in BY_PLAN}
+        asked = f"{self.costs.questions} ({self.questions[:12]})"
+        measured = {"batch": self.costs.batch, "machine": self.machine}
+        return {**run, "questions": asked, **measured, "processes": self.processes}
+
+
+def digest_questions(items: Sequence[Item]) -> str:
+    """The sha256 of the questions' ids and texts, in hexadecimal."""
+    asked = "".join(json.dumps([str(item.question_id), item.text]) + "\n" for item in items)
+    return hashlib.sha256(asked.encode()).hexdigest()
+
+
+# ---------------------------------------------------------------- settings
+
+
+def settings(run: Run) -> dict[str, Any]:
+    """The settings, versions and machine that a result states."""
+    return {
+        "run": asdict(run),
+        "versions": {
+            "minillava": code_version(),
+            "torch": torch.__version__,
+            "python": platform.python_version(),
+        },
+        "machine": machine(),
+        "attention": "scaled_dot_product_attention",
+    }
+
+
+def machine() -> str:
+    return f"{platform.machine()}, {torch.get_num_threads()} threads, {platform.system()}"
+
+
+def code_version() -> str:
+    """The package's version, and the commit if git knows this checkout."""
+    try:
+        found = version("minillava")
+    except PackageNotFoundError:  # a checkout that nobody has installed
+        found = "not installed"
+    command = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty"]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, check=True)
+    except (OSError, subprocess.CalledProcessError):
+        return found
+    return f"{found}, commit {done.stdout.strip()}"
+
+
+# ---------------------------------------------------------------- PLAN.json beside PLAN.jsonl
+
+
+def json_path(path: Path) -> Path:
+    """The path of PLAN.json for that of PLAN.jsonl."""
+    return path.with_suffix(".json")
+
+
+def begin(path: Path, run: Run) -> None:
+    """Check that a run may continue (ValueError as below), and write PLAN.json if it is new."""
+    check_resume(path, run)
+    if not json_path(path).exists():
+        store.write_atomically(json_path(path), store.as_json(settings(run)))
+
+
+def check_resume(path: Path, run: Run) -> None:
+    """Refuse to continue with answers of other settings or another method file (ValueError)."""
+    file = json_path(path)
+    if not file.exists():
+        if path.exists():
+            raise ValueError(f"{path} was not begun by eval.run; give another --out")
+        return
+    try:
+        before = dict(json.loads(file.read_text("utf-8"))["run"])
+    except (ValueError, KeyError, TypeError):
+        raise ValueError(f"{file} is not a result of eval.run; give another --out") from None
+    for name, value in asdict(run).items():
+        if name != "method_files" and before.get(name) != value:
+            raise ValueError(
+                f"{path} was begun with {name}={before.get(name)!r}, not {value!r}; give another "
+                "--out, or the same settings"
+            )
+    recorded = before.get("method_files") or {}
+    if edited := [f for f, sha256 in (run.method_files or {}).items() if recorded.get(f) != sha256]:
+        raise ValueError(
+            f"{path} has answers of the plan {run.plan} from before {edited[0]} was edited; give "
+            f"another --out, or delete {path.name} and {file.name}"
+        )
+
+
+# ---------------------------------------------------------------- earlier results of a folder
+
+
+def add_earlier(
+    folder: Path, results: Sequence[PlanResult]
+) -> tuple[list[PlanResult], dict[str, str]]:
+    """Put comparable results of earlier calls, from their PLAN.json files, before given results.
+
+    The earlier ones begin with the unpruned plan and continue by file name. The second value is
+    plan -> reason for each result of the folder that is not comparable. Other JSON files are
+    skipped.
+    """
+    earlier: list[PlanResult] = []
+    reasons: dict[str, str] = {}
+    asked = {result.run.plan for result in results}
+    for file in sorted(folder.glob("*.json")):
+        try:
+            found = json.loads(file.read_text("utf-8"))
+            plan = str(found["run"]["plan"])
+        except (ValueError, KeyError, TypeError):
+            continue
+        if plan in asked:
+            continue
+        result, reason = _comparable(found, results[0])
+        if result is None:
+            reasons[plan] = reason
+        else:
+            earlier.append(result)
+    earlier.sort(key=lambda result: result.run.plan != NONE)
+    return [*earlier, *results], reasons
+
+
+def _comparable(found: Mapping[str, Any], other: PlanResult) -> tuple[PlanResult | None, str]:
+    """A result from its JSON, or None and the reason why it is not comparable with another."""
+    if "score" not in found:
+        return None, "not all of its questions are answered"
+    try:
+        result = PlanResult.from_json(found)
+    except (KeyError, TypeError, AttributeError):
+        return None, "its file was written by another version of eval.run"
+    wanted = other.conditions()
+    for name, value in result.conditions().items():
+        if value != wanted[name]:
+            return None, f"it was asked with {name}={value}, not {wanted[name]}"
+    for file, sha256 in (result.run.method_files or {}).items():
+        if Path(file).is_file() and digest(Path(file)) != sha256:
+            return None, f"{file} was edited since"
+    return result, ""

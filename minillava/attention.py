@@ -1,0 +1,95 @@
+"""Which rows attend to which: attention for a prompt, for one new token, and for a pruning method.
+
+All three compute softmax(q k^T / sqrt(Dh)) v, or its weights alone, without ever holding the T x T
+matrix of weights: scaled_dot_product_attention (SDPA) does not form it, and a pruning method gets
+the weights of the few rows that it asks for. With grouped-query attention H query heads share Hkv
+keys and values; LLaVA-1.5 has H = Hkv = 32 (7B) or 40 (13B) with Dh = 128.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+MASK_ROWS = 256  # query rows whose visibility is held as a mask at one time
+WEIGHT_ROWS = 256  # (row, head) pairs whose attention weights are held at one time
+
+
+def causal_attention(q: Tensor, k: Tensor, v: Tensor, hidden: Tensor | None = None) -> Tensor:
+    """All rows of one prompt: q (S, H, Dh), k, v (S, Hkv, Dh), hidden (S,) bool -> (S, H, Dh).
+
+    Row i attends to the rows 0..i that are not hidden. A hidden row is not even visible to itself;
+    a row that sees nothing returns zeros.
+    """
+    S, gqa = len(q), q.shape[1] != k.shape[1]
+    q, k, v = (t.transpose(0, 1)[None] for t in (q, k, v))  # (1, H | Hkv, S, Dh)
+    if hidden is None:
+        y = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=gqa)
+        return y[0].transpose(0, 1)
+    seen = (~hidden).nonzero()[:, 0]  # (s,)
+    if not len(seen):
+        return torch.zeros_like(q[0].transpose(0, 1))
+    k, v = k[:, :, seen], v[:, :, seen]  # (1, Hkv, s, Dh)
+    blocks = []
+    for start in range(0, S, MASK_ROWS):
+        part = q[:, :, start : start + MASK_ROWS]  # (1, H, rows, Dh)
+        row = torch.arange(start, start + part.shape[2], device=q.device)
+        sees = seen <= row[:, None]  # (rows, s)
+        nothing = ~sees.any(-1, keepdim=True)  # (rows, 1)
+        y = F.scaled_dot_product_attention(part, k, v, attn_mask=sees | nothing, enable_gqa=gqa)
+        blocks.append(y.masked_fill(nothing, 0.0))
+    return torch.cat(blocks, dim=2)[0].transpose(0, 1)
+
+
+def token_attention(q: Tensor, k: Tensor, v: Tensor, visible: Tensor | None) -> Tensor:
+    """One new row per sample: q (B, H, Dh), k, v (B, Hkv, S, Dh) of the KV cache -> (B, H, Dh).
+
+    visible (B, 1, 1, S) bool: which cached rows each sample sees; None: all of them.
+    """
+    (B, H, Dh), Hkv = q.shape, k.shape[1]
+    # the query heads that share keys become the rows of one attention: no key is copied
+    q = q.view(B, Hkv, H // Hkv, Dh)
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=visible).reshape(B, H, Dh)
+
+
+def attention_received(
+    q: Tensor,
+    k: Tensor,
+    at: Tensor | None,
+    hidden: Tensor | None = None,
+    strongest: bool = False,
+) -> Tensor:
+    """Attention weight that each of S rows receives from r rows, their mean: (H, S), float32.
+
+    q (r, H, Dh) and k (S, Hkv, Dh), both already rotated. at (r,): query row i sees the rows up to
+    at[i]; None: all rows. hidden (S,) bool: rows that nobody sees. strongest: take the largest
+    weight over the heads before the mean over the r rows: (1, S). The softmax is float32, and the
+    weights are computed in blocks of rows. r = 0 gives zeros.
+    """
+    (r, H, Dh), (S, Hkv, _) = q.shape, k.shape
+    total = q.new_zeros((1 if strongest else H, S), dtype=torch.float32)
+    if not r:
+        return total
+    columns = torch.arange(S, device=k.device)
+    k = k.permute(1, 2, 0)  # (Hkv, Dh, S)
+    block = max(1, WEIGHT_ROWS // H)
+    ends = [S] * r  # of each block: the number of columns that its rows see between them
+    if at is not None:
+        ends = (torch.stack([rows.max() for rows in at.split(block)]) + 1).tolist()
+    for start, end in zip(range(0, r, block), ends, strict=False):
+        rows = q[start : start + block]  # (b, H, Dh)
+        b = len(rows)
+        rows = rows.view(b, Hkv, H // Hkv, Dh).permute(1, 2, 0, 3).reshape(Hkv, -1, Dh)
+        weights = (rows @ k[:, :, :end]).float().view(H, b, end) * Dh**-0.5
+        if at is not None:
+            later = columns[:end] > at[start : start + block, None]  # (b, end)
+            weights = weights.masked_fill(later, -torch.inf)
+        if hidden is None:
+            weights = weights.softmax(-1)
+        else:  # a row that sees nothing gives nothing, where softmax would give NaN
+            weights = weights.masked_fill(hidden[:end], -torch.inf)
+            blind = (weights == -torch.inf).all(-1, keepdim=True)
+            weights = weights.masked_fill(blind, 0.0).softmax(-1).masked_fill(blind, 0.0)
+        total[:, :end] += (weights.amax(0, keepdim=True) if strongest else weights).sum(1)
+    return total / r

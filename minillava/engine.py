@@ -1,0 +1,273 @@
+"""The forward pass with pruning in it: `prefill` runs the prompts, `decode` one more token each.
+
+Before the projector, before the decoder and before any decoder layer a plan may ask methods which
+image tokens stay. In drop mode the others leave the sequence, so that all later layers, and their
+KV cache, are really shorter; in mask mode they stay and are hidden from attention.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .cache import KVCache
+from .llava import Encoded, LLaVA
+from .pruning.base import Context, Plan, Step, check_keep
+from .rows import Choice, Keep, Rows, prune_images
+from .sample import CacheView, LayerAttention, Mask, NewToken, Prompt, Sample, Segment
+
+Memory = dict[tuple[int, ...], dict[str, Any]]  # Context.memory of one sample, by step and images
+
+
+@dataclass(frozen=True)
+class Pruned:
+    """The rows of each sample after one step of the plan."""
+
+    step: Step
+    rows: list[Rows]  # [b]
+    hidden: list[Tensor | None]  # [b] (S,) bool
+
+
+@dataclass
+class State:
+    """What decode() needs between tokens, and what the prefill did."""
+
+    plan: Plan
+    samples: list[Sample]
+    segments: list[Segment]
+    history: list[Pruned]
+    cache: KVCache | None
+    position: Tensor  # (segments, B) position of the next token in each segment's layers
+    length: Tensor  # (segments, B) rows that each segment's layers hold of each sample
+
+
+# ---------------------------------------------------------------- prompt
+
+
+def prefill(
+    model: LLaVA,
+    prompts: Sequence[Prompt],
+    encoded: Encoded | None,
+    plan: Plan,
+    cache: KVCache | None = None,
+    seed: int = 0,
+    memories: Sequence[Memory] | None = None,
+) -> tuple[Tensor, State]:
+    """Run all prompts through the model: logits (B, V) of the next tokens, and the state.
+
+    seed: sample b draws random choices with seed + b. memories: what methods kept from earlier
+    calls on the same samples (generation without a cache runs the prefill once per token).
+    """
+    memories = memories or [{} for _ in prompts]
+    samples = [
+        begin_sample(model, prompt, encoded, seed + b, memory)
+        for b, (prompt, memory) in enumerate(zip(prompts, memories, strict=True))
+    ]
+    history: list[Pruned] = []
+    prune(model, samples, plan.at("vision"), history)  # x: [b] (S, C), text rows not yet filled
+    embed_rows(model, samples)  # x: [b] (S, D)
+    prune(model, samples, plan.at("embed"), history)
+    for sample in samples:
+        sample.embedded = (sample.x, sample.rows) if plan.has_stage("decoder") else None
+
+    segments = []
+    for layers in plan.segments(model.config.text.num_hidden_layers):
+        prune(model, samples, plan.at("decoder", layers.start), history)
+        hidden = [s.hidden(layers.start) for s in samples]
+        segments.append(Segment(layers, [s.rows for s in samples], hidden))
+        if cache is not None:
+            cache.reserve(layers, [len(s.rows) for s in samples])
+        rope = model.llama.rope(torch.cat([s.rows.position for s in samples]), model.dtype)
+        x = pack_rows(samples)  # (R, D): R rows of all samples
+        for layer in layers:
+            remember = bool(plan.at("decoder", layer + 1))
+            attend = LayerAttention(layer, samples, cache, hidden, None, remember)
+            x = model.block(layer)(x, rope, attend)  # (R, D)
+        unpack_rows(samples, x)
+    logits = model.llama.logits(torch.cat([s.x[-1:] for s in samples]))  # (B, V)
+    return logits, begin_decoding(plan, samples, segments, history, cache)
+
+
+def begin_sample(
+    model: LLaVA, prompt: Prompt, encoded: Encoded | None, seed: int, memory: Memory
+) -> Sample:
+    """A prompt with its image features (S, C) in the places of their placeholders."""
+    rows = prompt.rows(model.config.vision.num_patches)
+    C, vision = model.config.vision.hidden_size, {}
+    x = torch.zeros(len(rows), C, dtype=model.dtype, device=model.device)
+    if prompt.images:
+        assert encoded is not None
+        vision = {i: hidden[list(prompt.images)] for i, hidden in encoded.hidden.items()}
+        # a method may compute all image features itself: then any state serves as a placeholder
+        features = vision.get(model.feature_layer, next(iter(vision.values())))
+        x[rows.image >= 0] = features[:, 1:].flatten(0, 1)
+    generator = torch.Generator().manual_seed(seed)
+    generated = len(prompt.ids) - prompt.length
+    return Sample(prompt, rows, x, vision, generator, memory, generated)
+
+
+def embed_rows(model: LLaVA, samples: Sequence[Sample]) -> None:
+    """Image features (S, C) through the projector, text rows from the embedding table: (S, D)."""
+    is_image = torch.cat([s.rows.image >= 0 for s in samples])  # (R,)
+    last = [len(s.prompt.ids) - 1 for s in samples]  # rows that methods added have no id
+    ids = [s.prompt.ids[s.rows.id.clamp(max=n)] for s, n in zip(samples, last, strict=True)]
+    y = model.embed(torch.cat(ids))  # (R, D)
+    if any(s.prompt.images for s in samples):
+        y[is_image] = model.projector(torch.cat([s.x for s in samples])[is_image])
+    unpack_rows(samples, y)
+
+
+def pack_rows(samples: Sequence[Sample]) -> Tensor:
+    """The hidden states of all samples one behind the other, (R, D); samples keep no copy."""
+    x = torch.cat([s.x for s in samples])
+    for s in samples:
+        s.x = x[:0]
+    return x
+
+
+def unpack_rows(samples: Sequence[Sample], x: Tensor) -> None:
+    """Give each sample its part of x (R, D)."""
+    for s, part in zip(samples, x.split([len(s.rows) for s in samples]), strict=True):
+        s.x = part
+
+
+# ---------------------------------------------------------------- one token
+
+
+def begin_decoding(
+    plan: Plan,
+    samples: list[Sample],
+    segments: list[Segment],
+    history: list[Pruned],
+    cache: KVCache | None,
+) -> State:
+    """The state after a prefill, without what only methods of the prefill could read."""
+    for s in samples:
+        s.vision, s.embedded, s.last, s.x = {}, None, None, s.x[:0]
+    device = samples[0].rows.id.device
+    next_positions = [[rows.next_position for rows in segment.rows] for segment in segments]
+    position = torch.tensor(next_positions, device=device)
+    length = torch.tensor([[len(r) for r in segment.rows] for segment in segments], device=device)
+    return State(plan, samples, segments, history, cache, position, length)
+
+
+def decode(model: LLaVA, tokens: Tensor, state: State) -> Tensor:
+    """Feed one token per sample (B,): logits (B, V) of the next. Advances the state's KV cache.
+
+    Dropped rows are gone. Masks of methods that read the newest row are chosen again.
+    """
+    cache, samples, plan = state.cache, state.samples, state.plan
+    assert cache is not None, "decoding needs a cache; without one, the prompt is prefilled again"
+    x = model.embed(tokens)  # (B, D)
+    for s in samples:
+        s.generated += 1
+    for number, segment in enumerate(state.segments):
+        layers = segment.layers
+        position = state.position[number]  # (B,)
+        enter_segment(samples, segment, x, position, cache)
+        prune(model, samples, plan.chosen_again(layers.start), [])
+        hidden = [s.hidden(layers.start) for s in samples]
+        view = view_cache(state, number, hidden)
+        rope = model.llama.rope(position, model.dtype)
+        for layer in layers:
+            remember = bool(plan.chosen_again(layer + 1))
+            attend = LayerAttention(layer, samples, cache, hidden, view, remember)
+            x = model.block(layer)(x, rope, attend)  # (B, D)
+    state.position += 1
+    state.length += 1
+    return model.llama.logits(x)
+
+
+def enter_segment(
+    samples: Sequence[Sample], segment: Segment, x: Tensor, position: Tensor, cache: KVCache
+) -> None:
+    """Give each sample its new token's hidden state, from x (B, D), and the rows cached there."""
+    for b, s in enumerate(samples):
+        s.rows, s.x = segment.rows[b], x[b : b + 1]
+        s.token = NewToken(position[b : b + 1], cache.keys_of(segment.layers.start, b))
+
+
+def view_cache(state: State, number: int, hidden: Sequence[Tensor | None]) -> CacheView:
+    """What new tokens see in the layers of segment `number`, with rows hidden [b] (S,) masked."""
+    assert state.cache is not None
+    lengths, length = state.cache.lengths[state.segments[number].layers.start], state.length[number]
+    end, ragged = max(lengths) + 1, len(set(lengths)) > 1
+    if not ragged and all(h is None for h in hidden):
+        return CacheView(end, None, None)
+    visible = torch.arange(end, device=length.device) <= length[:, None]  # (B, end)
+    for b, rows in enumerate(hidden):
+        if rows is not None:
+            visible[b, : len(rows)] &= ~rows
+    return CacheView(end, length if ragged else None, visible[:, None, None])
+
+
+# ---------------------------------------------------------------- pruning
+
+
+def prune(
+    model: LLaVA, samples: Sequence[Sample], steps: Sequence[Step], history: list[Pruned]
+) -> None:
+    """Carry out steps of a plan on the rows that each sample has now, and note what is left."""
+    for step in steps:
+        for s in samples:
+            choices = choose(model, step, s)
+            if step.method.mode == "mask":
+                s.masks[step.number] = hide_rows(step, s.rows, choices)
+            else:
+                s.x, s.rows = prune_images(s.x, s.rows, choices, step.method.compact)
+        hidden = [s.hidden(step.layer) for s in samples]
+        history.append(Pruned(step, [s.rows for s in samples], hidden))
+
+
+def choose(model: LLaVA, step: Step, sample: Sample) -> list[Choice]:
+    """Ask a step's method what to keep, image by image, or once for all images (scope=all)."""
+    images = list(range(len(sample.prompt.images)))
+    groups = [[i] for i in images]
+    if step.method.scope == "all" and images:
+        groups = [images]
+    hidden = sample.hidden(step.layer, before=step.number)
+    choices = []
+    for group in groups:
+        window = torch.cat([sample.rows.of_image(i) for i in group]) + step.method.shift
+        if step.method.shift:
+            window = window[window < len(sample.rows)]
+        candidates = window if hidden is None else window[~hidden[window]]
+        keep = Keep(candidates)  # of no candidates none are kept, and the method is not asked
+        if len(candidates):
+            context = Context(model, sample, step, group, candidates)
+            keep = step.method.choose(context)
+            check_keep(step.method, keep, len(candidates), sample.x.shape[1])
+        choices.append(Choice(window, candidates, keep))
+    return choices
+
+
+def hide_rows(step: Step, rows: Rows, choices: Sequence[Choice]) -> Mask:
+    """The mask that hides the candidates that were not kept."""
+    hidden = torch.zeros(rows.n_ids, dtype=torch.bool, device=rows.id.device)
+    for choice in choices:
+        ids = rows.id[choice.candidates]
+        hidden[ids] = True
+        hidden[ids[choice.keep.index]] = False
+    return Mask(step.layer, step.method.until, hidden)
+
+
+def hidden_states_read(model: LLaVA, plan: Plan) -> set[int]:
+    """Numbers of the vision tower's hidden states that LLaVA and the plan's methods read."""
+    vision, read = model.config.vision, set[int]()
+    for method in plan.methods:
+        layers: Any = method.vision_layers(vision.num_hidden_layers)
+        if not isinstance(layers, tuple) or not set(layers) <= {
+            *range(vision.num_hidden_layers + 1)
+        }:
+            raise ValueError(
+                f"{method.name}: vision_layers() gave {layers!r}; it must be a tuple of numbers "
+                f"from 0 to {vision.num_hidden_layers}"
+            )
+        read |= set(layers)
+    if len(plan.methods) == 1 and plan.methods[0].own_features(vision.num_patches):
+        return read
+    return read | {model.feature_layer}

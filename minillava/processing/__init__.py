@@ -1,0 +1,1 @@
+"""Prompts and images -> Batch, and ids -> text: templates, SentencePiece, placeholders."""

@@ -1,0 +1,255 @@
+"""The methods and presets that exist, and for each method where it comes from."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from .base import Method
+from .baselines import Random, TextOnly, Uniform
+from .cdpruner import CDPruner
+from .dart import DART
+from .divprune import DivPrune
+from .fastervlm import FasterVLM
+from .fastv import FastV
+from .fitprune import FitPrune
+from .grid import Grid
+from .hiprune import HiPrune
+from .hired import HiRED
+from .holov import HoloV
+from .pool import Pool
+from .prumerge import PruMerge, PruMergePlus
+from .pyramiddrop import PyramidDrop
+from .simignore import Simignore
+from .sparsevlm import SparseVLM
+from .tome import ToMe
+from .trim import TRIM
+from .visionzip import VisionZip
+from .vispruner import VisPruner
+from .vscan import VScan
+from .vtw import VTW
+
+METHODS: dict[str, type[Method]] = {
+    method.name: method
+    for method in (
+        FastV,
+        Simignore,
+        SparseVLM,
+        PyramidDrop,
+        VTW,
+        DART,
+        FitPrune,
+        VisionZip,
+        PruMerge,
+        PruMergePlus,
+        FasterVLM,
+        HiRED,
+        VisPruner,
+        DivPrune,
+        TRIM,
+        CDPruner,
+        HoloV,
+        HiPrune,
+        VScan,
+        ToMe,
+        Random,
+        Uniform,
+        Grid,
+        Pool,
+        TextOnly,
+    )
+}
+
+
+@dataclass(frozen=True)
+class Origin:
+    """Where a method comes from."""
+
+    paper: str
+    acts: str  # where in the model
+    checked: str  # against what
+    source: str = ""  # the released code that it follows
+
+
+CATALOGUE: dict[str, Origin] = {
+    "fastv": Origin(
+        "FastV, ECCV 2024, arXiv 2403.06764",
+        "input of decoder layer K",
+        "outputs of the released code in six modes (tests/goldens/fastv)",
+        "pkunlp-icler/FastV, modeling_llama.py",
+    ),
+    "simignore": Origin(
+        "Simignore, AAAI 2025, arXiv 2412.09817",
+        "after the projector, before layer 0",
+        "outputs of the released code, 7B and 13B (tests/goldens/simignore)",
+        "FanshuoZeng/Simignore, llava_arch.py",
+    ),
+    "sparsevlm": Origin(
+        "SparseVLM, ICML 2025, arXiv 2410.04417",
+        "input of several decoder layers",
+        "outputs of the released code, two runs (tests/goldens/sparsevlm)",
+        "Gumpest/SparseVLMs 26a5f48, modelling_sparse_llama.py, score.py",
+    ),
+    "pyramiddrop": Origin(
+        "PyramidDrop, CVPR 2025, arXiv 2410.17247",
+        "input of several decoder layers",
+        "outputs of the released code, four runs (tests/goldens/pyramiddrop)",
+        "Cooperx521/PyramidDrop 6444f30, modeling_llama_pdrop.py",
+    ),
+    "vtw": Origin(
+        "VTW, AAAI 2025, arXiv 2405.05803",
+        "input of decoder layer K",
+        "the released function, transcribed, on 210 random draws; a reference in the tests",
+        "lzhxmu/VTW 34a4199, VTW.py",
+    ),
+    "dart": Origin(
+        "DART, EMNLP 2025, arXiv 2502.11494",
+        "input of decoder layer K",
+        "the released function, transcribed, on 210 random draws; a reference in the tests",
+        "xqy1111111/DART 0247657, modeling_llama_self.py",
+    ),
+    "fitprune": Origin(
+        "FitPrune, AAAI 2025, arXiv 2409.10197",
+        "behind the attention of most decoder layers",
+        "the released function, transcribed, on 210 random draws; a reference in the tests",
+        "ywh187/FitPrune d28e418, LLaVA_1.5 modeling_llama.py",
+    ),
+    "visionzip": Origin(
+        "VisionZip, CVPR 2025, arXiv 2412.04467",
+        "after the vision tower, before the projector",
+        "outputs of the released code (tests/goldens/visionzip)",
+        "JIA-Lab-research/VisionZip 3151f6d, visionzip/clip_encoder.py",
+    ),
+    "prumerge": Origin(
+        "PruMerge, ICCV 2025, arXiv 2403.15388",
+        "after the vision tower, before the projector",
+        "the released function, transcribed, on random draws; a reference in the tests",
+        "42Shawn/LLaVA-PruMerge 097c041, clip_encoder.py",
+    ),
+    "prumerge-plus": Origin(
+        "PruMerge+, ICCV 2025, arXiv 2403.15388",
+        "after the vision tower, before the projector",
+        "the released function, transcribed, on random draws; a reference in the tests",
+        "42Shawn/LLaVA-PruMerge 097c041, clip_encoder.py",
+    ),
+    "fastervlm": Origin(
+        "FasterVLM, arXiv 2412.01818 v1",
+        "after the vision tower, before the projector",
+        "the released function, transcribed, on random draws; a reference in the tests",
+        "Theia-4869/FasterVLM f5d5f12, llava_arch.py",
+    ),
+    "hired": Origin(
+        "HiRED, AAAI 2025, arXiv 2408.10945",
+        "after the vision tower, before the projector",
+        "the released function, transcribed, on random draws; a reference in the tests",
+        "hasanar1f/HiRED 502d6dd, modeling_llava.py",
+    ),
+    "vispruner": Origin(
+        "VisPruner, ICCV 2025, arXiv 2412.01818 v2",
+        "after the vision tower, before the projector",
+        "the released function, transcribed, on random draws; a reference in the tests",
+        "Theia-4869/VisPruner aefa01a, llava_arch.py",
+    ),
+    "divprune": Origin(
+        "DivPrune, CVPR 2025, arXiv 2503.02175",
+        "after the projector, before layer 0",
+        "outputs of the released code (tests/goldens/divprune)",
+        "vbdi/divprune 799e2d9, llava_arch.py",
+    ),
+    "trim": Origin(
+        "TRIM, COLING 2025, arXiv 2409.10994",
+        "before the projector",
+        "the released function, transcribed, on random draws; a reference in the tests",
+        "FreedomIntelligence/TRIM f5a232d, clip_encoder.py",
+    ),
+    "cdpruner": Origin(
+        "CDPruner, NeurIPS 2025, arXiv 2506.10967",
+        "after the projector, before layer 0",
+        "the released function, transcribed, on random draws; a reference in the tests",
+        "Theia-4869/CDPruner 9541616, llava_arch.py, clip_encoder.py",
+    ),
+    "holov": Origin(
+        "HoloV, NeurIPS 2025, arXiv 2510.02912",
+        "after the projector, before layer 0",
+        "the released function, transcribed, on random draws; a reference in the tests",
+        "obananas/HoloV 1d2e65e, llava/model/utils.py",
+    ),
+    "hiprune": Origin(
+        "HiPrune, ACL 2026 Findings, arXiv 2508.00553",
+        "after the vision tower, before the projector",
+        "the released function, transcribed, on random draws; a reference in the tests",
+        "Danielement321/HiPrune, llava_arch.py (read in a fork, 78324f3)",
+    ),
+    "vscan": Origin(
+        "VScan, TMLR 2026, arXiv 2505.22654",
+        "after the projector, and input of decoder layer 16",
+        "an independent reference, token by token",
+        "Tencent/SelfEvolvingAgent, VScan/llava/model/llava_arch.py",
+    ),
+    "tome": Origin(
+        "ToMe, ICLR 2023, arXiv 2210.09461",
+        "in every block of the vision tower",
+        "the released function, transcribed, on random draws; a reference in the tests",
+        "facebookresearch/ToMe, tome/merge.py and tome/patch/clip.py",
+    ),
+    "random": Origin("baseline", "after the projector, before layer 0", "properties", ""),
+    "uniform": Origin("baseline", "after the projector, before layer 0", "properties", ""),
+    "grid": Origin(
+        "baseline", "after the projector, before layer 0", "an independent reference", ""
+    ),
+    "pool": Origin(
+        "baseline", "after the projector, before layer 0", "an independent reference", ""
+    ),
+    "text-only": Origin("baseline", "after the projector, before layer 0", "properties", ""),
+}
+
+
+@dataclass(frozen=True)
+class Preset:
+    """A plan by name. tokens, focus: what the processor is asked for (tokens: if released=1)."""
+
+    plan: str
+    source: str
+    focus: str | None = None
+    tokens: str | None = None
+
+
+PRESETS: dict[str, Preset] = {
+    "simignore-7b": Preset(
+        "simignore:keep=452,step=1,i_index=1,mode=mask,until=5+fastv:layer=5,keep=144",
+        "released ScienceQA script for LLaVA-1.5-7B, inference_sqa_llava_7b.py",
+        focus="options",
+        tokens="simignore",
+    ),
+    "simignore-13b": Preset(
+        "simignore:keep=451,step=2,i_index=0,mode=mask,until=4+fastv:layer=4,keep=144",
+        "released ScienceQA script for LLaVA-1.5-13B, inference_sqa_llava_13b.py",
+        focus="options-lettered",
+        tokens="simignore",
+    ),
+    **{
+        f"sparsevlm-{budget}": Preset(
+            f"sparsevlm:layers=3/7/16,keep={keep}", f"list of {budget} in the released score.py"
+        )
+        for budget, keep in {
+            192: "300/200/110",
+            128: "303/110/36",
+            96: "238/48/26",
+            64: "66/30/17",
+        }.items()
+    },
+    "visionzip-64": Preset(
+        "visionzip:dominant=54,contextual=10", "README of the released code, for 64 tokens"
+    ),
+    "visionzip-128": Preset(
+        "visionzip:dominant=108,contextual=20",
+        "128 tokens, split as the README's 54 + 10; the split itself is not in the released code",
+    ),
+    "visionzip-192": Preset(
+        "visionzip:dominant=162,contextual=30",
+        "192 tokens, split as the README's 54 + 10; the split itself is not in the released code",
+    ),
+    "divprune-56": Preset("divprune:keep=0.098", "the paper's ratio: 56 of 576 tokens"),
+    "vscan-64": Preset(
+        "vscan:keep=96,layer=16,final=32", "released scripts: 64 tokens in the mean over 32 layers"
+    ),
+}

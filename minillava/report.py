@@ -1,0 +1,133 @@
+"""What a generation returns: the tokens, and a report of what really happened.
+
+dataclasses.asdict(report) holds plain numbers, strings and lists, so json.dumps takes it as it is.
+"""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from .config import Config
+from .engine import Pruned, State
+from .pruning.base import Plan
+from .rows import Rows
+
+
+@dataclass(frozen=True)
+class Kept:
+    """Which image tokens were left after one pruning step of the prefill."""
+
+    rule: str  # name of the method
+    layer: int  # whose input was pruned; 0 before the decoder
+    positions: list[list[int]]  # [b] ascending original positions still present (mask: visible)
+    extra: list[int]  # [b] number of image rows without a patch: class token, means
+
+
+@dataclass(frozen=True)
+class Report:
+    """What happened. Rows are counted without padding; times are in seconds."""
+
+    prompt_tokens: list[int]  # [b]
+    kept: list[Kept]
+    tokens_entering: list[list[int]]  # [layer][b] all rows
+    image_tokens_entering: list[list[int]]  # [layer][b] image rows; mask mode: the visible ones
+    cache_lengths: list[list[int]]  # [layer][b] after the prefill; 0 without a cache
+    next_position: list[int]  # [b] position of the first new token in layer 0
+    stopped: list[str]  # [b] eos, length, context or stop
+    vision: float
+    prefill: float
+    first_token: float  # from the start to the first token
+    per_token: float  # mean of the later ones
+    cache_bytes: int  # keys and values held after the prefill
+    peak_bytes: int | None  # peak of allocated memory, CUDA only
+
+
+@dataclass(frozen=True)
+class Result:
+    """The answers to a batch."""
+
+    tokens: list[list[int]]  # [b] new ids, EOS included
+    texts: list[str] | None  # [b] the same decoded; None without a tokenizer
+    report: Report
+    plan: Plan  # with average= solved
+    config: Config
+    starts: list[tuple[int, ...]]  # [b] index of the first token of each image in the prompt
+    logits: Tensor | None = None  # (B, n_new, V): each token's logits; NaN after a sample's end
+
+
+class Clock:
+    """Measures one generation, in seconds since it was made. It waits for CUDA before it reads."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.cuda = device if device.type == "cuda" else None
+        self.read: dict[str, float] = {}  # vision, prefill, first_token, last: when each had ended
+        self.n_tokens = 0
+        if self.cuda:
+            torch.cuda.reset_peak_memory_stats(self.cuda)
+        self.start = self._now()
+
+    def _now(self) -> float:
+        if self.cuda:
+            torch.cuda.synchronize(self.cuda)
+        return time.perf_counter()
+
+    def note(self, what: str) -> None:
+        self.read[what] = self._now() - self.start
+
+    def note_token(self) -> None:
+        self.n_tokens += 1
+        self.note("first_token" if self.n_tokens == 1 else "last")
+
+    def per_token(self) -> float:
+        """Mean of the tokens after the first."""
+        if self.n_tokens < 2:
+            return 0.0
+        return (self.read["last"] - self.read["first_token"]) / (self.n_tokens - 1)
+
+
+def make_report(state: State, stopped: list[str], clock: Clock, cache_bytes: int) -> Report:
+    """The report on a generation whose prefill left `state`."""
+    by_layer = [segment for segment in state.segments for _ in segment.layers]
+    entering = [[len(rows) for rows in segment.rows] for segment in by_layer]
+    images = [(count_images(s.rows, s.hidden), s.layers) for s in state.segments]
+    read = clock.read
+    return Report(
+        prompt_tokens=[len(s.prompt.ids) for s in state.samples],
+        kept=[image_tokens_left(pruned) for pruned in state.history],
+        tokens_entering=entering,
+        image_tokens_entering=[list(n) for n, layers in images for _ in layers],
+        cache_lengths=[list(n) if state.cache else [0] * len(n) for n in entering],
+        next_position=[rows.next_position for rows in state.segments[0].rows],
+        stopped=stopped,
+        vision=read["vision"],
+        prefill=read["prefill"] - read["vision"],
+        first_token=read.get("first_token", read["prefill"]),
+        per_token=clock.per_token(),
+        cache_bytes=cache_bytes,
+        peak_bytes=torch.cuda.max_memory_allocated(clock.cuda) if clock.cuda else None,
+    )
+
+
+def count_images(rows: list[Rows], hidden: list[Tensor | None]) -> list[int]:
+    """[b] number of image rows that are visible."""
+    return [int(visible_images(r, h).sum()) for r, h in zip(rows, hidden, strict=True)]
+
+
+def image_tokens_left(pruned: Pruned) -> Kept:
+    positions, extra = [], []
+    for rows, hidden in zip(pruned.rows, pruned.hidden, strict=True):
+        visible = visible_images(rows, hidden)
+        ids = rows.id[visible & (rows.patch >= 0)]
+        positions.append(sorted(ids.tolist()))
+        extra.append(int(visible.sum()) - len(ids))
+    return Kept(pruned.step.method.name, pruned.step.layer, positions, extra)
+
+
+def visible_images(rows: Rows, hidden: Tensor | None) -> Tensor:
+    """Which rows (S,) belong to an image and are not hidden."""
+    is_image = rows.image >= 0
+    return is_image if hidden is None else is_image & ~hidden

@@ -1,0 +1,183 @@
+"""Everything that is settled, or refused, before the first forward of a generation.
+
+Each check raises ValueError with one line that names the value, what was allowed and what to do.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from .config import Config
+from .llava import Encoded, LLaVA
+from .pruning.base import Plan
+from .sample import Batch as Batch
+from .sample import Prompt
+
+SLACK = (
+    0.5  # image tokens by which average= may miss what can be reached, as people type it rounded
+)
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How tokens are drawn, and when to stop."""
+
+    max_new_tokens: int = 256
+    min_new_tokens: int = 0  # before them neither EOS nor a stop string ends a sample
+    stop: str | Sequence[str] = ()  # strings that end the answer
+    temperature: float = 0.0  # 0: the likeliest token (greedy)
+    top_p: float = 1.0  # draw from the likeliest tokens that together have this probability
+    seed: int | None = None  # sample b draws with seed + b; None: anew each time, plans with 0
+    use_cache: bool = True  # False: the whole sequence is run again for every token
+    output_logits: bool = False
+
+    @property
+    def stop_strings(self) -> tuple[str, ...]:
+        return (self.stop,) if isinstance(self.stop, str) else tuple(self.stop)
+
+    def __post_init__(self) -> None:
+        for name in ("max_new_tokens", "min_new_tokens"):
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, int) or value < 0:
+                raise ValueError(f"{name}={value!r} must be a whole number, 0 or more")
+        for name in ("temperature", "top_p"):
+            if not isinstance(getattr(self, name), (int, float)):
+                raise ValueError(f"{name}={getattr(self, name)!r} must be a number")
+        if self.min_new_tokens > self.max_new_tokens:
+            raise ValueError(
+                f"min_new_tokens={self.min_new_tokens} is more than "
+                f"max_new_tokens={self.max_new_tokens}"
+            )
+        if not 0 <= self.temperature < float("inf"):
+            raise ValueError(f"temperature={self.temperature} must be 0 (greedy) or more, finite")
+        if not 0 < self.top_p <= 1:
+            raise ValueError(f"top_p={self.top_p} must be above 0 and at most 1")
+        if any(not isinstance(s, str) or not s for s in self.stop_strings):
+            raise ValueError(f"stop={self.stop!r}: stop strings must be text, not empty")
+        if self.seed is not None and not 0 <= self.seed < 2**62:
+            raise ValueError(f"seed={self.seed} must be from 0 to 2^62 - 1")
+
+
+# ---------------------------------------------------------------- prompts
+
+
+def prompts_of(model: LLaVA, batch: Batch) -> list[Prompt]:
+    """The samples of a batch without padding, with the place of every image."""
+    config, ids, mask = model.config, batch.ids, batch.mask
+    if ids.ndim != 2 or ids.dtype != torch.int64 or not len(ids):
+        raise ValueError(f"ids must be (B, T) int64, not {tuple(ids.shape)} {ids.dtype}")
+    if mask.shape != ids.shape or mask.dtype != torch.bool:
+        raise ValueError(
+            f"mask must be {tuple(ids.shape)} bool as ids, not {tuple(mask.shape)} {mask.dtype}"
+        )
+    if batch.focus is not None and len(batch.focus) != len(ids):
+        raise ValueError(f"focus has {len(batch.focus)} entries for {len(ids)} prompts")
+    n_images = 0 if batch.pixels is None else check_pixels(config, batch.pixels)
+    prompts: list[Prompt] = []
+    used = 0
+    for b in range(len(ids)):
+        sample = ids[b][mask[b]]  # (T,)
+        focus = batch.focus[b] if batch.focus is not None else None
+        check_ids(config, sample, f"prompt {b}")
+        starts = find_images(config, sample.tolist(), b)
+        if focus is not None:
+            check_ids(config, focus, f"the focus of prompt {b}")
+            focus = focus.to(model.device)
+        images = tuple(range(used, used + len(starts)))
+        prompts.append(Prompt(sample.to(model.device), images, starts, focus, len(sample)))
+        used += len(starts)
+    if used != n_images:
+        raise ValueError(
+            f"the prompts have placeholders for {used} images, but pixels holds {n_images}; "
+            f"each image takes {config.vision.num_patches} placeholders"
+        )
+    return prompts
+
+
+def check_pixels(config: Config, pixels: Tensor) -> int:
+    """The number of images in pixels."""
+    S = config.vision.image_size
+    if pixels.ndim != 4 or pixels.shape[1:] != (3, S, S) or not pixels.is_floating_point():
+        raise ValueError(
+            f"pixels must be (images, 3, {S}, {S}) float, not {tuple(pixels.shape)} {pixels.dtype}"
+        )
+    return len(pixels)
+
+
+def check_ids(config: Config, ids: Tensor, what: str) -> None:
+    V = config.text.vocab_size
+    if ids.ndim != 1 or ids.dtype != torch.int64 or not len(ids):
+        raise ValueError(f"{what} must be one row of int64 ids, at least one; got {ids!r}")
+    if int(ids.min()) < 0 or int(ids.max()) >= V:
+        wrong = ids[(ids < 0) | (ids >= V)][0].item()
+        raise ValueError(f"{what} has id {wrong}; the vocabulary has ids 0 to {V - 1}")
+
+
+def find_images(config: Config, ids: list[int], b: int) -> tuple[int, ...]:
+    """Where each image of prompt b begins. Two adjacent images are 2N placeholders in a row."""
+    N, starts, at = config.vision.num_patches, [], 0
+    while at < len(ids):
+        if ids[at] != config.image_token_id:
+            at += 1
+            continue
+        if ids[at : at + N] != [config.image_token_id] * N:
+            run = next((i for i, x in enumerate(ids[at:]) if x != ids[at]), len(ids) - at)
+            raise ValueError(
+                f"prompt {b} has {run} placeholders from index {at} on, which is no whole image; "
+                f"each image takes {N} in a row"
+            )
+        starts.append(at)
+        at += N
+    return tuple(starts)
+
+
+def check_encoded(batch: Batch, encoded: Encoded | None, read: set[int]) -> Encoded | None:
+    """Images encoded before have to be the batch's, with the hidden states that are read."""
+    if encoded is None:
+        return None
+    n_images = 0 if batch.pixels is None else len(batch.pixels)
+    if any(len(h) != n_images for h in encoded.hidden.values()):
+        raise ValueError(f"encoded holds other images than the {n_images} of this batch")
+    if missing := read - encoded.hidden.keys():
+        raise ValueError(
+            f"encoded lacks hidden states {sorted(missing)} that the plan reads; "
+            "call encode_images with this plan"
+        )
+    return encoded
+
+
+# ---------------------------------------------------------------- plans
+
+
+def check_plan(model: LLaVA, prompts: Sequence[Prompt], plan: Plan, settings: Settings) -> None:
+    """Refuse a plan that cannot run on the prompts, and prompts beyond the model's positions."""
+    config = model.config
+    if settings.stop_strings and model.tokenizer is None:
+        raise ValueError("stop strings need a model with a tokenizer, as load() gives it")
+    N, most = config.vision.num_patches, config.text.max_position_embeddings
+    for b, prompt in enumerate(prompts):
+        plan.check(config.text.num_hidden_layers, N, prompt.starts)
+        images = len(prompt.starts)
+        left = plan.left(N, images)
+        text = len(prompt.ids) - images * N
+        if not text and plan.methods:
+            raise ValueError(
+                f"prompt {b} is nothing but images: a plan could leave no row of it; put text "
+                "(at least the BOS token) before them"
+            )
+        if text + left <= most:
+            continue
+        room = (most - text - min(settings.max_new_tokens, most // 8)) // max(images, 1)
+        advice = (
+            f"prune before the decoder, for example uniform:keep={room},positions=compact"
+            if images and room > 0
+            else "shorten the text"
+        )
+        raise ValueError(
+            f"prompt {b} has {len(prompt.ids)} tokens, {text + left} of them for the decoder, but "
+            f"the model has {most} positions: {advice}"
+        )

@@ -1,0 +1,203 @@
+"""One prompt on its way through the model, and how its rows attend in a decoder layer.
+
+Samples of a batch are packed: their rows stand one behind the other in one (R, D) tensor without
+padding. Every layer but attention works on single rows, and attention runs within a sample, so a
+batch gives what each of its prompts gives alone, whatever was dropped from which.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from .attention import causal_attention, token_attention
+from .cache import KVCache
+from .rows import GENERATED, NO_PATCH, TEXT, Rows
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Prompts and their images, made by the processor or by hand with from_padded().
+
+    ids (B, T) int64, left-padded, each image as N placeholders (576). mask (B, T) bool: ids under
+    False are padding. pixels (images, 3, S, S) float32 or None, in the order of the placeholders.
+    focus: None, or for each sample None or the ids (t,) that text-guided methods look at.
+    """
+
+    ids: Tensor
+    mask: Tensor
+    pixels: Tensor | None = None
+    focus: Sequence[Tensor | None] | None = None
+
+    @classmethod
+    def from_padded(
+        cls,
+        ids: Tensor,
+        mask: Tensor | None = None,
+        pixels: Tensor | None = None,
+        focus: Sequence[Tensor | None] | None = None,
+    ) -> Batch:
+        """A batch from what Hugging Face's LlavaProcessor returns: input_ids, attention_mask (0 and
+        1, or bool; None: no padding) and pixel_values. It is checked when it is used."""
+        mask = torch.ones_like(ids, dtype=torch.bool) if mask is None else mask.bool()
+        return cls(ids, mask, pixels, focus)
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """One sample of a batch without its padding."""
+
+    ids: Tensor  # (T,), each image as N placeholders
+    images: tuple[int, ...]  # index of each of its images in the batch
+    starts: tuple[int, ...]  # index of each image's first placeholder
+    focus: Tensor | None  # ids (t,) that text-guided methods compare image tokens with
+    length: int  # T without generated tokens
+
+    def rows(self, per_image: int) -> Rows:
+        """The table of all rows, before anything is pruned."""
+        numbers = torch.arange(len(self.ids), device=self.ids.device)
+        image, patch = torch.full_like(numbers, TEXT), torch.full_like(numbers, NO_PATCH)
+        image[self.length :] = GENERATED
+        for i, start in enumerate(self.starts):
+            image[start : start + per_image] = i
+            patch[start : start + per_image] = numbers[:per_image]
+        return Rows(numbers, numbers, image, patch, len(numbers), self.starts, len(numbers))
+
+    def extended(self, tokens: Sequence[int]) -> Prompt:
+        """The prompt followed by generated tokens."""
+        return replace(self, ids=torch.cat((self.ids, self.ids.new_tensor(tokens))))
+
+
+@dataclass(frozen=True)
+class Mask:
+    """Rows that one step of a plan hides in the layers [layer, until)."""
+
+    layer: int
+    until: int | None  # None: to the last layer
+    hidden: Tensor  # (ids,) bool, by Rows.id; ids given out later are visible
+
+
+@dataclass(frozen=True)
+class LastAttention:
+    """One sample in the layer that ran last: what a method may compute attention weights from."""
+
+    q: Tensor  # (T, H, Dh): T = S in the prefill, T = 1 while decoding
+    k: Tensor  # (S, Hkv, Dh)
+    hidden: Tensor | None  # (S,) bool
+    rows: Rows  # the prompt's rows in that layer; generated rows follow them
+
+
+@dataclass(frozen=True)
+class NewToken:
+    """One sample's new token before a decoder layer, while decoding with a cache."""
+
+    position: Tensor  # (1,)
+    cached_keys: Tensor  # (S, Hkv, Dh): keys that the layer holds of the earlier rows
+
+
+@dataclass
+class Sample:
+    """One prompt on its way through the model."""
+
+    prompt: Prompt
+    rows: Rows  # as they enter what runs next
+    x: Tensor  # (S, C | D) their hidden states; while decoding (1, D), the new token's
+    vision: Mapping[int, Tensor]  # hidden states of the vision tower, (images, 1 + N, C) by number
+    generator: torch.Generator
+    memory: dict[tuple[int, ...], dict[str, Any]]  # what methods keep between tokens, by step
+    generated: int = 0  # tokens generated so far
+    masks: dict[int, Mask] = field(default_factory=dict)  # by number of the step
+    embedded: tuple[Tensor, Rows] | None = None  # (S, D) and rows as they entered layer 0
+    last: LastAttention | None = None
+    token: NewToken | None = None  # while decoding
+
+    def hidden(self, layer: int, before: int | None = None) -> Tensor | None:
+        """Which of the rows (S,) a layer hides, by steps before number `before`; None: no rows."""
+        result = None
+        for number, mask in self.masks.items():
+            ended = mask.until is not None and layer >= mask.until
+            if mask.layer <= layer and not ended and (before is None or number < before):
+                table = F.pad(mask.hidden, (0, self.rows.n_ids - len(mask.hidden)))
+                rows = table[self.rows.id]
+                result = rows if result is None else result | rows
+        return result
+
+    def text_rows(self) -> Tensor:
+        """The question: rows (t,) of the prompt's text after its last image.
+
+        Without any: all text rows except the first (BOS); if BOS is all there is, BOS.
+        """
+        rows = self.rows.of_image(TEXT)
+        if self.prompt.starts:
+            question = rows[self.rows.id[rows] > self.prompt.starts[-1]]
+            if len(question):
+                return question
+        return rows[1:] if len(rows) > 1 and rows[0] == 0 else rows
+
+
+# ---------------------------------------------------------------- layers
+
+
+@dataclass(frozen=True)
+class Segment:
+    """Consecutive decoder layers that see the same rows: the layers between two pruning steps."""
+
+    layers: range
+    rows: list[Rows]  # [b] of the prompt
+    hidden: list[Tensor | None]  # [b] (S,) bool, as the prefill left it
+
+
+@dataclass(frozen=True)
+class CacheView:
+    """What the new tokens of a batch see of a segment's layers in the KV cache."""
+
+    end: int  # rows of the longest sample, the new one included
+    at: Tensor | None  # (B,) where each new row goes; None: all at end - 1
+    visible: Tensor | None  # (B, 1, 1, end) bool; None: everything
+
+
+@dataclass(frozen=True)
+class LayerAttention:
+    """Attention of one decoder layer: the block calls it with its queries, keys and values."""
+
+    layer: int
+    samples: list[Sample]
+    cache: KVCache | None
+    hidden: list[Tensor | None]  # [b] (S,) bool
+    view: CacheView | None  # of new tokens; None: these are the rows of the prompts
+    remember: bool  # whether a method reads this layer's queries and keys afterwards
+
+    def __call__(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """q (R, H, Dh), k, v (R, Hkv, Dh) of all samples -> (R, H, Dh)."""
+        return self._prompts(q, k, v) if self.view is None else self._tokens(q, k, v, self.view)
+
+    def _prompts(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        if self.cache is not None:
+            self.cache.store(self.layer, k, v)
+        lengths = [len(s.rows) for s in self.samples]
+        parts = list(zip(*(t.split(lengths) for t in (q, k, v)), self.hidden, strict=True))
+        if self.remember:
+            for s, (q_, k_, _, hidden) in zip(self.samples, parts, strict=True):
+                s.last = LastAttention(q_, k_, hidden, s.rows)
+        seen = [causal_attention(*part) for part in parts]
+        return seen[0] if len(seen) == 1 else torch.cat(seen)
+
+    def _tokens(self, q: Tensor, k: Tensor, v: Tensor, view: CacheView) -> Tensor:
+        assert self.cache is not None
+        keys, values = self.cache.append(self.layer, k, v, view.end, view.at)
+        if self.remember:
+            for b, (s, hidden) in enumerate(zip(self.samples, self.hidden, strict=True)):
+                cached = self.cache.keys_of(self.layer, b)
+                hidden = pad_visible(hidden, len(cached))
+                s.last = LastAttention(q[b : b + 1], cached, hidden, s.rows)
+        return token_attention(q, keys, values, view.visible)
+
+
+def pad_visible(hidden: Tensor | None, n: int) -> Tensor | None:
+    """Extend hidden (S,) of the prompt's rows to n rows: the generated ones are visible."""
+    return None if hidden is None else F.pad(hidden, (0, n - len(hidden)))

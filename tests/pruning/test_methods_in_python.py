@@ -1,0 +1,287 @@
+"""A user's own method in Python: the checks of a plan, tracebacks, and what decoding offers."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import pytest
+import torch
+from tiny import alone, make_batch
+from torch import Tensor
+
+from minillava.generate import generate
+from minillava.pruning import Context, Keep, Method, Plan
+from minillava.pruning.base import amount, count, option, top
+
+
+@dataclass(frozen=True)
+class Loud(Method):
+    """Keeps the image tokens with the largest features; `wrong` makes it return something else."""
+
+    keep: float = amount(0.5)
+    wrong: str = option("", choices=("", *"abcdefghijk"))
+
+    def stages(self) -> Any:
+        return (("embed", 0),)
+
+    def choose(self, c: Context) -> Keep:
+        keep = top(c.features().norm(dim=-1), count(self.keep, c.n_tokens), c.where)
+        n, x = len(c.candidates), c.features()
+        wrong: dict[str, Any] = {
+            "": Keep(keep),
+            "a": Keep(torch.tensor([3, 3])),
+            "b": Keep(torch.tensor([-1])),
+            "c": Keep(torch.tensor([0, n])),
+            "d": Keep(torch.ones(n, dtype=torch.bool)),
+            "e": Keep(keep, merged=x[keep]),
+            "f": Keep(keep, extra=x[:1]),
+            "g": Keep(keep, ordered=True),
+            "h": keep,
+            "i": Keep(keep[None]),
+            "j": Keep([0, 1]),  # type: ignore[arg-type]
+            "k": None,
+        }
+        return wrong[self.wrong]
+
+
+@dataclass(frozen=True)
+class Merging(Loud):
+    drops_only = False
+    shape: str = "good"
+
+    def choose(self, c: Context) -> Keep:
+        x = c.features()
+        rows: dict[str, Any] = {
+            "good": x[:2],
+            "few": x[:1],
+            "narrow": x[:2, :3],
+            "flat": x[0],
+            "integers": x[:2].long(),
+            "nan": x[:2] * torch.nan,
+            "list": [1.0],
+        }
+        return Keep(torch.arange(2), merged=rows[self.shape])
+
+
+def run(model: Any, *methods: Method, prompts: tuple[str, ...] = ("ttItt",), **options: Any) -> Any:
+    return generate(model, make_batch(model, *prompts), Plan(methods), **options)
+
+
+def test_a_plan_of_objects_runs(model: Any) -> None:
+    report = run(model, Loud(keep=3), max_new_tokens=2).report
+    assert (report.kept[0].rule, len(report.kept[0].positions[0])) == ("loud", 3)
+    assert run(model, Merging(), max_new_tokens=1).report.tokens_entering[0] == [2 + 2 + 2]
+
+
+@pytest.mark.parametrize(
+    ("wrong", "words"),
+    [
+        ("a", "has 3; name each of the 16 candidates"),
+        ("b", "has -1"),
+        ("c", "has 16"),
+        ("d", "mask.nonzero()"),
+        ("e", "drops_only = False"),
+        ("f", "drops_only = False"),
+        ("g", "drops_only = False"),
+        ("h", "must return Keep"),
+        ("i", "(1, 8)"),
+        ("j", "must return Keep"),
+        ("k", "must return Keep"),
+    ],
+)
+def test_a_choice_that_does_not_fit_is_refused(model: Any, wrong: str, words: str) -> None:
+    with pytest.raises(ValueError, match=r"^loud: choose\(\)") as error:
+        run(model, Loud(wrong=wrong), max_new_tokens=1)
+    assert words in str(error.value)
+
+
+@pytest.mark.parametrize("shape", ["few", "narrow", "flat", "integers", "nan", "list"])
+def test_merged_rows_that_do_not_fit_are_refused(model: Any, shape: str) -> None:
+    with pytest.raises(ValueError, match=r"merging: choose\(\): Keep.merged"):
+        run(model, Merging(shape=shape), max_new_tokens=1)
+
+
+@pytest.mark.parametrize(
+    ("keep", "words"), [(-1, "keep=-1"), (1.5, "keep=1.5"), (17, "there are 16 image tokens")]
+)
+def test_options_are_checked_as_on_the_command_line(model: Any, keep: float, words: str) -> None:
+    with pytest.raises(ValueError, match=words):
+        run(model, Loud(keep=keep), max_new_tokens=1)
+
+
+def test_a_plain_field_called_keep_is_an_amount(model: Any) -> None:
+    @dataclass(frozen=True)
+    class Plain(Method):
+        keep: float = 0.5
+
+        def stages(self) -> Any:
+            return (("embed", 0),)
+
+        def choose(self, c: Context) -> Keep:
+            return Keep(torch.arange(count(self.keep, c.n_tokens)))
+
+    assert run(model, Plain(), max_new_tokens=1).report.image_tokens_entering[0] == [8]
+    with pytest.raises(ValueError, match=r"keep=-0.5 must be a whole number of tokens"):
+        Plain(keep=-0.5)
+    with pytest.raises(ValueError, match="there are 16 image tokens"):
+        run(model, Plain(keep=17), max_new_tokens=1)
+
+
+def test_a_class_without_its_decorator_is_refused() -> None:
+    class Bare(Loud):
+        size: int = 3
+
+    for arguments in ({}, {"size": 4}):
+        with pytest.raises(ValueError, match=r"put @dataclass\(frozen=True\) above class Bare"):
+            Bare(**arguments)
+
+
+def test_an_incomplete_class_is_refused() -> None:
+    @dataclass(frozen=True)
+    class Half(Method):
+        def stages(self) -> Any:
+            return (("embed", 0),)
+
+    with pytest.raises(ValueError, match="class Half has no method choose"):
+        Plan((Half(),))
+    with pytest.raises(ValueError, match="derive one from Method"):
+        Plan(("fastv",))  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    "stages",
+    [
+        ("embed", 0),
+        (("embed", 1),),
+        (("vision", 1),),
+        (("middle", 0),),
+        (("decoder", 1.0),),
+        (),
+        None,
+    ],
+)
+def test_stages_that_are_none_are_refused(stages: Any) -> None:
+    @dataclass(frozen=True)
+    class Where(Loud):
+        def stages(self) -> Any:
+            return stages
+
+    with pytest.raises(ValueError, match=r"where: stages\(\) gave"):
+        Plan((Where(),))
+
+
+def test_hidden_states_that_the_tower_lacks_are_refused(model: Any) -> None:
+    @dataclass(frozen=True)
+    class Deep(Loud):
+        def vision_layers(self, n_layers: int) -> tuple[int, ...]:
+            return (-2,)
+
+    with pytest.raises(ValueError, match=r"deep: vision_layers\(\) gave \(-2,\)"):
+        run(model, Deep(), max_new_tokens=1)
+
+
+def test_an_authors_exception_stays_what_it_is(model: Any) -> None:
+    @dataclass(frozen=True)
+    class Broken(Loud):
+        def choose(self, c: Context) -> Keep:
+            return Keep(torch.arange(1 // 0))
+
+    with pytest.raises(ZeroDivisionError):
+        run(model, Broken(), max_new_tokens=1)
+
+
+# ---------------------------------------------------------------- while decoding
+
+
+@dataclass(frozen=True)
+class Again(Method):
+    """Hides all but `keep` tokens, chosen again every `every` tokens from the newest row."""
+
+    keep: int = 4
+    every: int = 3
+    rows: str = option("newest", choices=("newest", "question", "first"))
+    layer: int = 2
+    calls: list[tuple[int, list[int]]] = field(default_factory=list, compare=False)
+
+    newest_row = True
+
+    def stages(self) -> Any:
+        return (("decoder", self.layer),)
+
+    def choose(self, c: Context) -> Keep:
+        if c.generated % self.every == 0:
+            c.memory["kept"] = top(c.attention(self.asked(c)).mean(0), self.keep, c.where)
+        self.calls.append((c.generated, sorted(c.memory["kept"].tolist())))
+        return Keep(c.memory["kept"])
+
+    def asked(self, c: Context) -> Tensor:
+        if c.generated and self.rows == "question":
+            return c.text_rows
+        return c.text_rows[:1] if c.generated and self.rows == "first" else c.newest
+
+
+@dataclass(frozen=True)
+class Standing(Again):
+    choice_stands = True
+
+
+@pytest.mark.parametrize("use_cache", [True, False])
+def test_a_choice_made_again_every_three_tokens(model: Any, use_cache: bool) -> None:
+    often, seldom = Again(mode="mask", every=1), Again(mode="mask", every=3)
+    for method in (often, seldom):
+        run(model, method, max_new_tokens=8, min_new_tokens=8, use_cache=use_cache)
+        assert [generated for generated, _ in method.calls] == list(range(8))
+    kept = [k for _, k in seldom.calls]
+    assert kept[0] == kept[1] == kept[2]
+    assert kept[3] == kept[4] == kept[5]
+    assert len({tuple(k) for _, k in often.calls}) > 1, (
+        "the choice never changes: nothing is tested"
+    )
+    assert kept != [k for _, k in often.calls]
+
+
+def test_memory_is_the_samples_own(model: Any) -> None:
+    prompts = ("ttItt", "tItIttt", "ttttt")
+    together = Again(mode="mask")
+    options = {"max_new_tokens": 7, "min_new_tokens": 7}
+    result = run(model, together, prompts=prompts, **options)
+    batch = make_batch(model, *prompts)
+    for b in range(3):
+        single = generate(model, alone(model, batch, b), Plan((Again(mode="mask"),)), **options)
+        assert single.tokens[0] == result.tokens[b]
+
+
+def test_a_choice_that_stands_is_not_made_again(model: Any) -> None:
+    method = Standing(mode="mask")
+    run(model, method, max_new_tokens=6, min_new_tokens=6)
+    assert [generated for generated, _ in method.calls] == [0]
+
+
+@pytest.mark.parametrize("rows", ["question", "first"])
+@pytest.mark.parametrize("layer", [2, 0])
+def test_only_the_newest_row_has_a_query_while_decoding(model: Any, rows: str, layer: int) -> None:
+    """A single other row, too: it must not be answered with the newest row's query."""
+
+    @dataclass(frozen=True)
+    class Asking(Again):
+        def choose(self, c: Context) -> Keep:
+            return Keep(top(c.attention(self.asked(c), layer=0).mean(0), 4, c.where))
+
+    method = Asking(mode="mask", rows=rows, layer=layer)
+    run(model, method, max_new_tokens=1)
+    with pytest.raises(ValueError, match="while decoding only the newest row"):
+        run(model, method, max_new_tokens=2, min_new_tokens=2)
+    if layer:
+        with pytest.raises(ValueError, match="while decoding only the newest row"):
+            run(model, Again(mode="mask", rows=rows, every=1), max_new_tokens=2, min_new_tokens=2)
+
+
+def test_the_prompts_hidden_states_are_gone_while_decoding(model: Any) -> None:
+    @dataclass(frozen=True)
+    class Reading(Again):
+        def choose(self, c: Context) -> Keep:
+            return Keep(top(c.features().norm(dim=-1), 4, c.where))
+
+    with pytest.raises(ValueError, match="the prompt's hidden states are gone"):
+        run(model, Reading(mode="mask"), max_new_tokens=2, min_new_tokens=2)

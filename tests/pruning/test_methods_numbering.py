@@ -1,0 +1,87 @@
+"""Position numbers of each method by default, and budgets over several images."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import tiny
+import torch
+
+from minillava import Batch, parse_plan
+from minillava.generate import Result, generate
+from minillava.pruning import METHODS
+
+# What each method's released code does: it keeps the position numbers of the unpruned prompt
+# ("original"), or numbers the rows that are left 0, 1, 2, ... ("compact").
+NUMBERING = {
+    "cdpruner": "compact",
+    "dart": "original",
+    "divprune": "compact",
+    "fastervlm": "compact",
+    "fastv": "original",
+    "fitprune": "original",
+    "grid": "compact",
+    "hiprune": "compact",
+    "hired": "compact",
+    "holov": "compact",
+    "pool": "compact",
+    "prumerge": "compact",
+    "prumerge-plus": "compact",
+    "pyramiddrop": "compact",
+    "random": "original",
+    "simignore": "original",
+    "sparsevlm": "compact",
+    "text-only": "compact",
+    "tome": "compact",
+    "trim": "compact",
+    "uniform": "original",
+    "vispruner": "compact",
+    "visionzip": "compact",
+    "vscan": "compact",
+    "vtw": "original",
+}
+
+
+@pytest.fixture(scope="module")
+def batch(model: Any) -> Batch:
+    return tiny.make_batch(model, "ttItttttt", seed=3)
+
+
+def run(model: Any, batch: Batch, plan: Any) -> Result:
+    return generate(model, batch, plan, 1, output_logits=True)
+
+
+def test_every_method_of_ours_is_in_the_table() -> None:
+    ours = {n for n, method in METHODS.items() if method.__module__.startswith("minillava.")}
+    assert ours == set(NUMBERING), "write in NUMBERING what the method's released code does"
+
+
+@pytest.mark.parametrize("name", NUMBERING)
+def test_positions_are_numbered_as_released(model: Any, batch: Batch, name: str) -> None:
+    result = run(model, batch, tiny.example(name))
+    report = result.report
+    left = zip(report.tokens_entering[-1], report.prompt_tokens, strict=True)
+    assert all(rows < prompt for rows, prompt in left)  # else both numberings are the same
+    # the next number in layer 0: methods inside the decoder renumber in the layers behind
+    compact = NUMBERING[name] == "compact"
+    assert report.next_position == (report.tokens_entering[0] if compact else report.prompt_tokens)
+    other = "original" if compact else "compact"
+    renumbered = run(model, batch, tiny.example(name, f"positions={other}"))
+    assert not torch.equal(renumbered.logits, result.logits)
+
+
+@pytest.mark.parametrize(
+    "plan",
+    [
+        "random:keep=1,scope=all+uniform:keep=0,scope=all",
+        "random:keep=1,scope=all+fastv:layer=1,keep=0,scope=all",
+        "fastv:layer=1,keep=1,scope=all+fastv:layer=2,keep=0,scope=all",
+    ],
+)
+def test_a_joint_budget_is_spent_while_any_image_has_a_token(model: Any, plan: str) -> None:
+    """After the first method one of the two images has nothing left, the other one token."""
+    batch = tiny.make_batch(model, "tIttItt", seed=3)
+    first, second = run(model, batch, parse_plan(plan)).report.kept
+    assert len(first.positions[0]) == 1
+    assert second.positions == [[]]
