@@ -95,9 +95,8 @@ def unpickle(file: Path) -> dict[str, Tensor]:
         state: Any = torch.load(file, map_location="cpu", weights_only=True, mmap=mapped)
     except Exception as error:  # torch.load raises many types, depending on the damage
         raise ValueError(_explain_unpickling_error(file, error)) from error
-    if isinstance(state, dict) and isinstance(
-        state.get("state_dict"), dict
-    ):  # as training writes it
+    # training scripts save the weights as one entry of a larger dictionary
+    if isinstance(state, dict) and isinstance(state.get("state_dict"), dict):
         state = {str(name).removeprefix("module."): t for name, t in state["state_dict"].items()}
     if not isinstance(state, dict) or not all(map(_is_dense, state.values())):
         raise ValueError(

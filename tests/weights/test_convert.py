@@ -825,7 +825,7 @@ BAD: dict[str, tuple[Callable[[Path], Any], str]] = {
     ),
     "image size": (
         clip_entry(image_size="x"),
-        "config.json: image_size is 'x', but must be one",
+        "clip/config.json: image_size is 'x', but must be one",
     ),
     "open_clip's gelu": (
         open_clip(model_cfg={"vision_cfg": {"head_width": 8}}),
