@@ -40,7 +40,7 @@ class MiniLLaVA(lmms):  # type: ignore[misc,unused-ignore]
 
     pretrained: folder or hub id; revision, dtype, quantize: as on our command line
     prune: a plan, in quotes if it has a comma; methods in files are refused
-    template: a name of minillava/prompt.py, by default the checkpoint's
+    template: a name of minillava/processing/templates.py, by default the checkpoint's
     image_aspect: crop or pad, by default the checkpoint's
     tokens: hf, llava or simignore, by default the plan's
     seed: by default 0; request i draws its random numbers with seed + i

@@ -71,8 +71,10 @@ def prefill(
     prune(model, samples, plan.at("vision"), history)  # x: [b] (S, C), text rows not yet filled
     embed_rows(model, samples)  # x: [b] (S, D)
     prune(model, samples, plan.at("embed"), history)
-    for sample in samples:
-        sample.embedded = (sample.x, sample.rows) if plan.has_stage("decoder") else None
+    if plan.has_stage("decoder"):
+        for s in samples:
+            is_image = s.rows.image >= 0  # (S,)
+            s.embedded = s.x[is_image], s.rows.image[is_image]
 
     segments = []
     for layers in plan.segments(model.config.text.num_hidden_layers):
@@ -101,7 +103,8 @@ def begin_sample(
     x = torch.zeros(len(rows), C, dtype=model.dtype, device=model.device)
     if prompt.images:
         assert encoded is not None
-        vision = {i: hidden[list(prompt.images)] for i, hidden in encoded.hidden.items()}
+        own = slice(prompt.images[0], prompt.images[-1] + 1)  # a view: nothing is copied
+        vision = {i: hidden[own] for i, hidden in encoded.hidden.items()}
         # a method may compute all image features itself: then any state serves as a placeholder
         features = vision.get(model.feature_layer, next(iter(vision.values())))
         x[rows.image >= 0] = features[:, 1:].flatten(0, 1)
@@ -112,12 +115,16 @@ def begin_sample(
 
 def embed_rows(model: LLaVA, samples: Sequence[Sample]) -> None:
     """Image features (S, C) through the projector, text rows from the embedding table: (S, D)."""
-    is_image = torch.cat([s.rows.image >= 0 for s in samples])  # (R,)
+    is_image = [s.rows.image >= 0 for s in samples]  # [b] (S,)
+    features = torch.cat([s.x[rows] for s, rows in zip(samples, is_image, strict=True)])  # (n, C)
+    for s in samples:
+        s.x = s.x.new_empty(0, s.x.shape[1])  # the features are the only copy left
+    features = model.projector(features) if len(features) else features  # (n, D)
     last = [len(s.prompt.ids) - 1 for s in samples]  # rows that methods added have no id
     ids = [s.prompt.ids[s.rows.id.clamp(max=n)] for s, n in zip(samples, last, strict=True)]
     y = model.embed(torch.cat(ids))  # (R, D)
-    if any(s.prompt.images for s in samples):
-        y[is_image] = model.projector(torch.cat([s.x for s in samples])[is_image])
+    if len(features):
+        y[torch.cat(is_image)] = features
     unpack_rows(samples, y)
 
 
@@ -125,7 +132,7 @@ def pack_rows(samples: Sequence[Sample]) -> Tensor:
     """The hidden states of all samples one behind the other, (R, D); samples keep no copy."""
     x = torch.cat([s.x for s in samples])
     for s in samples:
-        s.x = x[:0]
+        s.x = x.new_empty(0, x.shape[1])  # an empty slice would hold all of x
     return x
 
 
@@ -147,7 +154,8 @@ def begin_decoding(
 ) -> State:
     """The state after a prefill, without what only methods of the prefill could read."""
     for s in samples:
-        s.vision, s.embedded, s.last, s.x = {}, None, None, s.x[:0]
+        s.vision, s.embedded = {}, None
+        s.x = s.x.new_empty(0, s.x.shape[1])
     device = samples[0].rows.id.device
     next_positions = [[rows.next_position for rows in segment.rows] for segment in segments]
     position = torch.tensor(next_positions, device=device)
@@ -221,6 +229,8 @@ def prune(
                 s.x, s.rows = prune_images(s.x, s.rows, choices, step.method.compact)
         hidden = [s.hidden(step.layer) for s in samples]
         history.append(Pruned(step, [s.rows for s in samples], hidden))
+    for s in samples:
+        s.last = None  # the queries and keys that were kept for these steps
 
 
 def choose(model: LLaVA, step: Step, sample: Sample) -> list[Choice]:
@@ -264,7 +274,7 @@ def hidden_states_read(model: LLaVA, plan: Plan) -> set[int]:
             *range(vision.num_hidden_layers + 1)
         }:
             raise ValueError(
-                f"{method.name}: vision_layers() gave {layers!r}; it must be a tuple of numbers "
+                f"{method.label}: vision_layers() gave {layers!r}; it must be a tuple of numbers "
                 f"from 0 to {vision.num_hidden_layers}"
             )
         read |= set(layers)

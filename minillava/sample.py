@@ -112,7 +112,7 @@ class Sample:
     memory: dict[tuple[int, ...], dict[str, Any]]  # what methods keep between tokens, by step
     generated: int = 0  # tokens generated so far
     masks: dict[int, Mask] = field(default_factory=dict)  # by number of the step
-    embedded: tuple[Tensor, Rows] | None = None  # (S, D) and rows as they entered layer 0
+    embedded: tuple[Tensor, Tensor] | None = None  # image rows of layer 0 (m, D), Rows.image (m,)
     last: LastAttention | None = None
     token: NewToken | None = None  # while decoding
 

@@ -99,7 +99,7 @@ class Score:
 
 @dataclass(frozen=True)
 class Setup:
-    """How a protocol asks. template is a name of minillava/prompt.py.
+    """How a protocol asks. template is a name of minillava/processing/templates.py.
 
     If template or aspect is None, the checkpoint's is used.
     """

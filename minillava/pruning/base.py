@@ -200,6 +200,11 @@ class Method:
         return False
 
     @property
+    def label(self) -> str:
+        """The name in errors: a user's method with the file that it was read from."""
+        return f"{self.name} ({self.file})" if self.file else self.name
+
+    @property
     def shift(self) -> int:
         """Rows by which the window is moved towards the end (FastV as released: 1)."""
         return 0
@@ -223,7 +228,7 @@ def check_method(method: Any) -> None:
             case ("vision" | "embed", 0) | ("decoder", int()):
                 continue
         raise ValueError(
-            f"{method.name}: stages() gave {stages!r}; it must be a tuple of pairs: "
+            f"{method.label}: stages() gave {stages!r}; it must be a tuple of pairs: "
             '("vision", 0) before the projector, ("embed", 0) after it, ("decoder", K) at the '
             "input of layer K"
         )
@@ -231,7 +236,7 @@ def check_method(method: Any) -> None:
 
 def check_keep(method: Method, keep: Any, n: int, width: int) -> None:
     """Raise ValueError for a Keep that does not fit its n candidates (n, width) or its method."""
-    who = f"{method.name}{f' ({method.file})' if method.file else ''}: choose()"
+    who = f"{method.label}: choose()"
     index = keep.index if isinstance(keep, Keep) else None
     if not isinstance(index, Tensor) or index.ndim != 1 or index.dtype != torch.int64:
         said = f"index {tuple(index.shape)} {index.dtype}" if isinstance(index, Tensor) else keep
@@ -376,8 +381,8 @@ class Context:
         """Image rows in scope (m, D) as they entered decoder layer 0."""
         self.sequence()  # refuses while decoding
         assert self._sample.embedded is not None, "only a step of the decoder can look back"
-        x, rows = self._sample.embedded
-        return x[torch.isin(rows.image, torch.tensor(self._images, device=x.device))]
+        x, image = self._sample.embedded
+        return x[torch.isin(image, torch.tensor(self._images, device=x.device))]
 
     def _check_queries(self, rows: Tensor) -> None:
         if self._sample.token is not None and not torch.equal(rows, self.newest):

@@ -82,8 +82,3 @@ class PruMerge(Method):
         merged = add_neighbours(features, score, cosines(keys[kept], keys, c.where), kept)
         dropped = score.index_fill(0, kept, 0.0).to(features.dtype)  # (n,) 0 where kept
         return Keep(kept, merged=merged, extra=(dropped @ features)[None], ordered=True)
-
-
-@dataclass(frozen=True)
-class PruMergePlus(PruMerge):
-    name, plus = "prumerge-plus", True

@@ -5,7 +5,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from .base import Method
-from .baselines import Random, TextOnly, Uniform
 from .cdpruner import CDPruner
 from .dart import DART
 from .divprune import DivPrune
@@ -17,12 +16,16 @@ from .hiprune import HiPrune
 from .hired import HiRED
 from .holov import HoloV
 from .pool import Pool
-from .prumerge import PruMerge, PruMergePlus
+from .prumerge import PruMerge
+from .prumerge_plus import PruMergePlus
 from .pyramiddrop import PyramidDrop
+from .random import Random
 from .simignore import Simignore
 from .sparsevlm import SparseVLM
+from .text_only import TextOnly
 from .tome import ToMe
 from .trim import TRIM
+from .uniform import Uniform
 from .visionzip import VisionZip
 from .vispruner import VisPruner
 from .vscan import VScan

@@ -1,17 +1,14 @@
 """Simignore: keep the image tokens that resemble the text.
 
 Zhang et al., AAAI 2025, arXiv 2412.09817. Released code (FanshuoZeng/Simignore): llava_arch.py,
-prepare_inputs_labels_for_multimodal. After the projector, before layer 0, every image token is
-compared with every token of the focus (input embeddings, no positions), and all pairs are sorted by
-falling similarity. The method walks through them from pair `i_index` in steps of `step` and keeps
-each pair's image token, until `keep` different ones are kept. With step=1 and i_index=0 these are
-the tokens with the largest maximum.
+prepare_inputs_labels_for_multimodal. After the projector, before layer 0, all pairs of an image
+token and a token of the focus (input embeddings) are sorted by falling similarity. The walk goes
+through them from pair `i_index` in steps of `step` and keeps each pair's image token, until `keep`
+different ones are kept. With step=1 and i_index=0 these are the tokens with the largest maximum.
 
 Deviations: any prompt and any number of images, where the released code needs a ScienceQA prompt
-with one image. In the released code FastV rebuilds the attention mask at its layer and so ends
-Simignore's mask, apparently unintended: `until=` reproduces that. The measures euclidean and
-manhattan are commented out there; here they rank pairs by distance, the nearest first. The
-processor decides what the focus is and how the prompt is tokenised (`focus`, `tokens`).
+with one image. There FastV rebuilds the attention mask at its layer and so ends Simignore's mask
+(`until=` reproduces that), and the other measures are commented out (here the nearest is first).
 """
 
 from __future__ import annotations
@@ -37,11 +34,9 @@ def walk(pairs: Tensor, keep: int, step: int = 1, i_index: int = 0) -> Tensor:
     """Rows of pairs (n, t) in the order in which the walk meets them first, at most `keep`."""
     n, t = pairs.shape
     order = torch.sort(pairs.flatten(), descending=True, stable=True).indices[i_index::step]
-    met = torch.full((n,), n * t, device=pairs.device)  # rank at which each row is first met
     rank = torch.arange(len(order), device=pairs.device)
-    met = met.scatter_reduce(0, order // t, rank, "amin")
-    rows = met.argsort()[: int((met < n * t).sum())]
-    return rows[:keep]
+    met = rank.new_full((n,), n * t).scatter_reduce(0, order // t, rank, "amin")  # first rank
+    return met.argsort()[: int((met < n * t).sum())][:keep]
 
 
 @dataclass(frozen=True)
@@ -50,7 +45,6 @@ class Simignore(Method):
     step: int = option(1, low=1, help="pairs per step of the walk")
     i_index: int = option(0, low=0, help="index of the pair that the walk starts with")
     measure: str = option("cosine", choices=("cosine", "euclidean", "manhattan"))
-
     name, identity = "simignore", "keep=1.0"
 
     def stages(self) -> Stages:

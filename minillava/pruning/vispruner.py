@@ -11,9 +11,8 @@ llava/model/llava_arch.py, encode_images. Between vision tower and projector, T 
   equal in float32 can change much of the choice.
 All that stay are in reading order and are renumbered.
 
-Deviations: the released code breaks on most lists of odd length (on a few it leaves one token too
-few) and on short ones. Here the even part is the longer one, and is dropped whole if it has fewer
-than 8.
+Deviations: the released code breaks on short lists and most of odd length (on a few it leaves one
+token too few). Here the even part is the longer one, and is dropped whole if it has fewer than 8.
 """
 
 from __future__ import annotations

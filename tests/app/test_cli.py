@@ -24,7 +24,7 @@ from minillava.app import chat, cli
 from minillava.app.command import quiet_libraries
 from minillava.generate import generate
 from minillava.llava import LLaVA
-from minillava.pruning import METHODS, PRESETS, Preset, option_fields, parse_plan
+from minillava.pruning import CATALOGUE, METHODS, PRESETS, Preset, option_fields, parse_plan
 
 ROOT = Path(__file__).parents[2]
 TINY = ROOT / "tests" / "goldens" / "checkpoints" / "tiny-a" / "hub-sharded"
@@ -183,7 +183,7 @@ def test_methods_are_listed_without_a_model(run: Run, monkeypatch: pytest.Monkey
     words = set(output.out.replace("=", " ").replace(";", " ").replace("|", " ").split())
     blocks = {block.partition(":")[0]: block for block in output.out.split("\n\n")}
     for name, method in METHODS.items():
-        assert method.paper.split(",")[0] in blocks[name]
+        assert CATALOGUE[name].paper.split(",")[0] in blocks[name]
         for option in option_fields(method):
             assert option in blocks[name] or not method.drops_only
     assert set(PRESETS) <= words

@@ -25,7 +25,7 @@ def test_a_mistake_in_it_is_one_line(tmp_path: Path, capsys: pytest.CaptureFixtu
     assert demo.main(["--questions", "2", plan]) == 2
     error = capsys.readouterr().err.splitlines()[-1]
     assert error.startswith("error: ")
-    assert "mine.py, line" in error
+    assert "mine.py): choose(): Keep.index has" in error
 
 
 @pytest.mark.parametrize(("name", "stem"), [

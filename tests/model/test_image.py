@@ -18,7 +18,7 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from minillava.loading.processor_files import read_image_config
-from minillava.processing import resize
+from minillava.processing import resize as strips
 from minillava.processing.image import ImageConfig, preprocess
 
 TINY_A = Path(__file__).parents[1] / "goldens" / "checkpoints" / "tiny-a"
@@ -126,7 +126,7 @@ def test_every_size_equals_transformers_in_strips_of_any_height(
     config = ImageConfig(size, S, resample)
     image = noise("RGB", width, height)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(resize, "STRIP", strip)
+        patch.setattr(strips, "STRIP", strip)
         assert torch.equal(preprocess(image, config, aspect), reference(image, config, aspect))
 
 
@@ -196,7 +196,7 @@ def test_no_step_holds_more_than_a_strip(
         held.extend((self.width * self.height, result.width * result.height))
         return result
 
-    monkeypatch.setattr(resize, "STRIP", 1 << 18)
+    monkeypatch.setattr(strips, "STRIP", 1 << 18)
     monkeypatch.setattr(Image.Image, "resize", spy)
     preprocess(noise("RGB", *size), SMALL, aspect)
     assert max(held) <= 1 << 18

@@ -83,12 +83,19 @@ def test_sparsevlm_is_the_released_code(golden: Golden, monkeypatch: pytest.Monk
     expected, p = golden.tensors, golden.meta["parameters"]
     assert golden.start == p["tokens_before_image"]
     seen = tiny.choices(monkeypatch, sparsevlm.SparseVLM)
+    rated: list[Tensor] = []
+    select_raters = sparsevlm.select_raters
+
+    def noting(image: Tensor, text: Tensor) -> Tensor:
+        rated.append(select_raters(image, text))
+        return rated[-1]
+
+    monkeypatch.setattr(sparsevlm, "select_raters", noting)
     layers = [layer + 1 for layer in p["pruning_layers"]]
     keep = p["kept_list"][: len(layers)]
     result = golden.run(f"sparsevlm:layers={slashes(layers)},keep={slashes(keep)}", 1)
-    assert len(seen) == len(layers)
-    for stage, (c, chosen) in enumerate(seen):
-        raters = sparsevlm.select_raters(c.entered(), c.text())
+    assert len(seen) == len(rated) == len(layers)
+    for stage, ((_, chosen), raters) in enumerate(zip(seen, rated, strict=True)):
         assert raters.tolist() == expected["text_rater_offset"].tolist()
         mask = expected[f"stage{stage}_keep_mask"][0].bool()
         assert sorted(chosen.index.tolist()) == mask.nonzero()[:, 0].tolist()

@@ -904,7 +904,11 @@ def test_folders_are_checked_first(
     for at, to, says in (
         (src, taken, r"contains other files \(photo.png\)"),
         (src, file, "file is a file"),
-        (src, file / "new", r"file/new cannot be written \(Not a directory\); give a writable"),
+        (
+            src,
+            file / "new",
+            r"file/new cannot be written \(Not a directory\); give a writable folder",
+        ),
         (src, src, "is inside .*src, which is only read"),
         (src, src / "new", "is inside .*src, which is only read"),
         (src, src / "clip", "is inside .*src"),
