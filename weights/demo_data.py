@@ -1,8 +1,8 @@
-"""What the demo is trained on: its sizes, its tokenizer, and scenes packed into batches.
+"""The demo's config, its tokenizer, and training batches made from scenes.
 
-A batch holds P pictures. All questions of a picture stand behind one shared prefix
-(`USER: <image>`): each sees the prefix and itself, its positions go on from the prefix, so that
-rows and gradients are those of separate prompts at a fraction of the cost.
+A batch has P images. All questions about an image follow one shared prefix (`USER: <image>`). Each
+question attends to the prefix and to itself, and its positions continue from the prefix. Hidden
+states and gradients are therefore those of separate prompts, at a fraction of the cost.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from . import scenes
 
 RUNS = Path(__file__).parent / "runs"
 
-VOCAB = 640  # pieces, <image>, <pad>, and unused rows up to a multiple of 64
+VOCAB = 640  # PIECES, <image> and <pad>, rounded up to a multiple of 64
 PIECES = 600
 IMAGE_ID, PAD_ID, BOS, EOS = PIECES, PIECES + 1, 1, 2
 VISION = VisionConfig(
@@ -50,11 +50,11 @@ TEXT = TextConfig(
 CONFIG = Config(vision=VISION, text=TEXT, image_token_id=IMAGE_ID)
 
 
-# Text: a SentencePiece of our own, and prompts exactly as Hugging Face's processor encodes them.
+# Text: a SentencePiece model, and prompts encoded exactly as by Hugging Face's processor.
 
 
 def train_tokenizer() -> bytes:
-    """Llama-style BPE with byte fallback whose pieces are the words of the scenes."""
+    """Train a Llama-style BPE with byte fallback on the words of the questions and answers."""
     words: dict[str, int] = defaultdict(int)
     rng = np.random.default_rng(0)
     for _ in range(400):
@@ -64,7 +64,7 @@ def train_tokenizer() -> bytes:
                 words[word.strip("?.,:()")] += 1
     lines = []
     for word, count in sorted(words.items()):
-        # "(Which" gives the piece without a space in front: a question's first word stands so
+        # "(Which" adds the piece without a leading space, as at the start of a question
         lines += [word] * min(count, 60) + ([f"({word}"] * 30 if word[0].isupper() else [])
     lines += [f"{mark}" for mark in map(chr, range(33, 127))] * 3
     written = io.BytesIO()
@@ -87,67 +87,69 @@ def train_tokenizer() -> bytes:
 
 @lru_cache
 def tokenizer() -> sentencepiece.SentencePieceProcessor:
+    """The trained tokenizer, which is stored in runs/."""
     path = RUNS / "tokenizer.model"
     if not path.exists():
-        write_whole(path, train_tokenizer())
+        write_atomically(path, train_tokenizer())
     return sentencepiece.SentencePieceProcessor(model_proto=path.read_bytes())
 
 
 @lru_cache
 def prefix_ids() -> tuple[int, ...]:
-    """`USER: <image>` widened to its placeholders."""
+    """Ids of `USER: <image>`, with the image token repeated for each of the N patches."""
     return (BOS, *tokenizer().encode("USER: "), *[IMAGE_ID] * VISION.num_patches)
 
 
 def segment_ids(example: scenes.Example) -> tuple[list[int], list[int]]:
-    """Ids of what follows the picture in the prompt, and of the answer."""
+    """Ids of the prompt after the image, and ids of the answer with EOS."""
     question = tokenizer().encode(f"\n{example.question} ASSISTANT:")
     return question, [*tokenizer().encode(example.answer), EOS]
 
 
-def write_whole(path: Path, data: bytes) -> None:
-    """All or nothing, so that a kill leaves the file before."""
+def write_atomically(path: Path, data: bytes) -> None:
+    """Write a file atomically: a killed process leaves the previous file."""
     path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_suffix(".part")
     part.write_bytes(data)
     part.replace(path)
 
 
-# Batches: pure functions of the generator.
+# Batches: pure functions of the random generator.
 
 
 @dataclass(frozen=True)
 class Batch:
-    """P pictures with T rows each: the prefix, then questions with answers, then padding."""
+    """P images with T tokens each: the prefix, then questions with answers, then padding."""
 
-    codes: Tensor  # (P, N, codes) which words belong to which patch
-    pixels: Tensor | None  # (P, 3, S, S) uint8
+    codes: Tensor  # (P, N, N_CODES) 0 or 1: which words describe which patch
+    pixels: Tensor | None  # (P, 3, S, S) uint8; None if no images are drawn
     ids: Tensor  # (P, T)
-    segments: Tensor  # (P, T) 0 for the prefix, 1.. for the questions, -1 for padding
+    segments: Tensor  # (P, T) 0: prefix, 1, 2, ...: questions, -1: padding
     positions: Tensor  # (P, T)
-    targets: Tensor  # (P, T) the next id where it belongs to an answer, else -100
-    weights: Tensor  # (P, T) of each target in the loss
-    looks: Tensor  # (P, T) bit i is set where the target is about the picture's thing i
-    owners: Tensor  # (P, N) number of the thing on each patch, or -1
-    kinds: list[list[str]]  # per picture, the kind of each segment from 1 on
+    targets: Tensor  # (P, T) the next id if it belongs to an answer, else -100
+    weights: Tensor  # (P, T) weight of each target in the loss
+    things: Tensor  # (P, T) bits: bit i is set if the target is about thing i of the image
+    owners: Tensor  # (P, N) index of the thing on each patch, or -1
+    kinds: list[list[str]]  # of each image: the kinds of question in segments 1, 2, ...
 
 
-ROWS = 192  # of questions and answers behind each prefix
+ROWS = 192  # tokens of questions and answers after each prefix
 
 
 @dataclass(frozen=True)
 class Mix:
-    """Which questions stand behind a picture; short ones follow while there is room."""
+    """Which questions an image gets. Short questions then fill the remaining tokens."""
 
-    choices: int = 2  # multiple choice questions
-    captions: float = 1.0  # chance of a caption
+    choices: int = 2  # number of multiple-choice questions
+    captions: float = 1.0  # probability of a caption
 
 
 def make_batch(
-    rng: np.random.Generator, pictures: int, draw: bool, split: scenes.Split, mix: Mix
+    rng: np.random.Generator, images: int, draw: bool, split: scenes.Split, mix: Mix
 ) -> Batch:
+    """A random batch of scenes. draw=False leaves out the pixels."""
     drawn, packed, codes, owners = [], [], [], []
-    for _ in range(pictures):
+    for _ in range(images):
         things = scenes.make_things(rng, split)
         kinds = ["choice"] * mix.choices + [*rng.choice([*_SHARES], 10, p=_CHANCES)]
         if rng.random() < mix.captions:
@@ -160,7 +162,7 @@ def make_batch(
     return collate(packed, codes, owners, drawn)
 
 
-# Of the short questions; the hard ones come more often.
+# Relative frequencies of the short questions; difficult kinds are more frequent.
 _SHARES = {
     "digit": 1,
     "shape": 1,
@@ -176,7 +178,11 @@ _CHANCES = np.array([*_SHARES.values()]) / sum(_SHARES.values())
 def pack(
     examples: Sequence[scenes.Example], things: Sequence[scenes.Thing]
 ) -> tuple[NDArray[np.int64], list[str]]:
-    """As many examples as fit behind one prefix: (6, T), ids to looks as in Batch."""
+    """Pack as many examples as fit after one prefix.
+
+    Returns (6, T): ids, segments, positions, targets, weights and things, as in Batch; and the
+    kinds of the packed examples.
+    """
     prefix = prefix_ids()
     T = len(prefix) + ROWS
     rows = np.full((6, T), -1, dtype=np.int64)
@@ -197,15 +203,15 @@ def pack(
         rows[2, at:end] = range(len(prefix), len(prefix) + len(ids))
         rows[3, end - len(answer) : end] = answer
         rows[4, end - len(answer) : end] = 1 if example.kind == "caption" else 4
-        rows[5, end - len(answer) : end - 1] = looks(example, things, answer[:-1])
+        rows[5, end - len(answer) : end - 1] = things_of_answer(example, things, answer[:-1])
         at = end
     return rows, kinds
 
 
-def looks(
+def things_of_answer(
     example: scenes.Example, things: Sequence[scenes.Thing], answer: Sequence[int]
 ) -> list[int]:
-    """For each token of the answer, the things it is about, as bits."""
+    """For each token of the answer, the things that it is about, as bits."""
     if example.kind != "caption":
         return [sum(1 << i for i, t in enumerate(things) if t.name in example.about)] * len(answer)
     comma = tokenizer().piece_to_id(",")
@@ -219,17 +225,18 @@ def collate(
     owners: Sequence[NDArray[np.int64]],
     drawn: Sequence[NDArray[np.uint8]],
 ) -> Batch:
+    """Stack the rows of `pack`, codes and owners of each image, and the images if drawn."""
     rows = torch.from_numpy(np.stack([rows for rows, _ in packed], axis=1))  # (6, P, T)
     pixels = torch.from_numpy(np.stack(drawn)).permute(0, 3, 1, 2) if drawn else None
-    ids, segments, positions, targets, weights, looks = rows
+    ids, segments, positions, targets, weights, about = rows
     names = [kinds for _, kinds in packed]
     coded, owned = torch.from_numpy(np.stack(codes)), torch.from_numpy(np.stack(owners))
     return Batch(
-        coded, pixels, ids, segments, positions, targets, weights.float(), looks, owned, names
+        coded, pixels, ids, segments, positions, targets, weights.float(), about, owned, names
     )
 
 
-# The code: which words are true of a patch.
+# Patch codes: which words describe a patch.
 
 NAMES = (*scenes.DIGITS, *scenes.SHAPES)
 WORDS = (*NAMES, *scenes.COLOURS, "top", "bottom", "left", "right", "center", "digit", "shape")
@@ -239,7 +246,7 @@ N_LABELS = len(NAMES) + len(scenes.COLOURS)
 
 
 def patch_codes(things: Sequence[scenes.Thing]) -> NDArray[np.float32]:
-    """(N, codes) of 0 and 1: the words of the thing on the patch, and where the patch is."""
+    """(N, N_CODES) of 0 and 1: words of the thing on each patch, and the patch's row and column."""
     grid, size = VISION.grid, VISION.patch_size
     codes = np.zeros((grid, grid, N_CODES), np.float32)
     codes[..., EMPTY] = 1
@@ -261,7 +268,7 @@ def patch_codes(things: Sequence[scenes.Thing]) -> NDArray[np.float32]:
 
 
 def patch_owners(things: Sequence[scenes.Thing]) -> NDArray[np.int64]:
-    """(N,) which thing covers the patch, or -1."""
+    """(N,) index of the thing that covers each patch, or -1."""
     grid, size = VISION.grid, VISION.patch_size
     middle = (np.arange(grid) + 0.5) * size
     owners = np.full((grid, grid), -1)

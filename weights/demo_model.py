@@ -1,4 +1,4 @@
-"""The demo in training: our modules with read-outs, the losses, and Muon."""
+"""The demo model in training: minillava's modules with auxiliary heads, the losses, and Muon."""
 
 from __future__ import annotations
 
@@ -33,20 +33,22 @@ from .export_demo import MEAN, STD
 
 FEATURE = VISION.num_hidden_layers - 1  # hidden state -2 of the tower
 EMBEDDING_STD = 0.25
-LOOKING = (2, 3, 4, 5)  # blocks whose first head is taught where to look
+GUIDED = (2, 3, 4, 5)  # blocks whose first head is trained to attend to what an answer is about
 
 
 class Heads(nn.Module):
-    """Read-outs that exist in training only."""
+    """Classifiers on the vision tower's output that exist only in training."""
 
     def __init__(self) -> None:
         super().__init__()
         self.name = nn.Linear(VISION.hidden_size, len(NAMES) + 1)
         self.colour = nn.Linear(VISION.hidden_size, len(scenes.COLOURS) + 1)
-        self.picture = nn.Linear(VISION.hidden_size, N_LABELS)  # from the class token
+        self.picture = nn.Linear(VISION.hidden_size, N_LABELS)  # of the class token
 
 
 class Demo(nn.Module):
+    """The demo model with its training heads; parameters are initialised from `seed`."""
+
     def __init__(self, seed: int) -> None:
         super().__init__()
         generator = torch.Generator().manual_seed(seed)
@@ -67,60 +69,65 @@ class Demo(nn.Module):
                 nn.init.normal_(p, std=EMBEDDING_STD, generator=generator)
             else:
                 nn.init.normal_(p, std=p[0].numel() ** -0.5, generator=generator)
-        with torch.no_grad():  # copying a word is easy when reading and writing agree
+        with torch.no_grad():  # equal embedding and output head make it easy to copy a word
             self.llama.lm_head.weight.copy_(self.llama.embed_tokens.weight)
-            for block in self.llama.blocks:  # and finding it when asking and offering do
+            for block in self.llama.blocks:  # equal queries and keys make it easy to find one
                 attn = cast(Block, block).attn
                 attn.k_proj.weight.copy_(attn.q_proj.weight)
         codes = code_vectors(self.llama.embed_tokens.weight.detach(), generator)
         self.register_buffer("codes", codes)
         self.codes: Tensor
 
-    def see(self, pixels: Tensor) -> Tensor:
+    def encode_images(self, pixels: Tensor) -> Tensor:
         """(P, 3, S, S) uint8 -> hidden state of the feature layer (P, 1 + N, C)."""
         mean, std = torch.tensor(MEAN)[:, None, None], torch.tensor(STD)[:, None, None]
         x = (pixels.float() / 255 - mean) / std
-        with sdpa_kernel(SDPBackend.MATH):  # the fast one for sequences as short as these
+        with sdpa_kernel(SDPBackend.MATH):  # the fastest backend for sequences this short
             return self.vision(x, (FEATURE,))[FEATURE]
 
-    def read(self, image: Tensor, batch: Batch) -> tuple[Tensor, list[Tensor]]:
-        """Image rows (P, N, D) in the place of the placeholders -> last hidden rows (P, T, D), and
-        the attention (P, T, N) that one head of each of the LOOKING blocks pays to the patches.
+    def decode(self, image: Tensor, batch: Batch) -> tuple[Tensor, list[Tensor]]:
+        """Run the decoder on image features (P, N, D) and the batch's tokens.
+
+        Returns the last hidden states (P, T, D) and, for each of the GUIDED blocks, the attention
+        (P, T, N) of its first head to the patches.
         """
         P, T = batch.ids.shape
         x = self.llama.embed_tokens(batch.ids)  # (P, T, D)
         a = len(prefix_ids()) - VISION.num_patches
         x = torch.cat((x[:, :a], image.to(x.dtype), x[:, a + VISION.num_patches :]), dim=1)
         dtype = torch.bfloat16 if torch.is_autocast_enabled("cpu") else torch.float32
-        hidden = _hidden(batch.segments, dtype)  # (P, 1, T, T)
+        mask = _attention_mask(batch.segments, dtype)  # (P, 1, T, T)
         attention: list[Tensor] = []
 
         def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-            # written out: with a mask, on a CPU, training through SDPA takes twice as long
+            # not SDPA: with a mask, on a CPU, training through it takes twice as long
             q, k, v = (y.view(P, T, -1, TEXT.head_dim).transpose(1, 2) for y in (q, k, v))
-            scores = (q * TEXT.head_dim**-0.5) @ k.mT + hidden  # (P, H, T, T)
-            paid = scores.softmax(-1)
-            attention.append(paid[:, 0, :, a : a + VISION.num_patches])
-            y = paid @ v  # (P, H, T, Dh)
+            scores = (q * TEXT.head_dim**-0.5) @ k.mT + mask  # (P, H, T, T)
+            weights = scores.softmax(-1)
+            attention.append(weights[:, 0, :, a : a + VISION.num_patches])
+            y = weights @ v  # (P, H, T, Dh)
             return y.transpose(1, 2).reshape(P * T, -1, TEXT.head_dim)
 
         rope = self.llama.rope(batch.positions.flatten(), dtype)
         x = x.flatten(0, 1)
         for block in self.llama.blocks:
             x = block(x, rope, attend)
-        return x.view(P, T, -1), [attention[i] for i in LOOKING]
+        return x.view(P, T, -1), [attention[i] for i in GUIDED]
 
 
 def code_vectors(embedding: Tensor, generator: torch.Generator) -> Tensor:
-    """(codes, D): the embeddings of the words, random vectors for the rest."""
+    """(N_CODES, D): the embeddings of the words, and random vectors for the other codes."""
     ids = [tokenizer().encode(word) for word in WORDS]
-    assert all(len(i) == 1 for i in ids), "every word of the code is one piece"
+    assert all(len(i) == 1 for i in ids), "every word in WORDS must be one piece"
     rest = torch.randn(N_CODES - len(WORDS), embedding.shape[1], generator=generator)
     return torch.cat((embedding[[i[0] for i in ids]], EMBEDDING_STD * rest))
 
 
-def _hidden(segments: Tensor, dtype: torch.dtype) -> Tensor:
-    """(P, T) -> (P, 1, T, T): 0 where a row sees: prefix and own segment, up to itself."""
+def _attention_mask(segments: Tensor, dtype: torch.dtype) -> Tensor:
+    """Attention mask (P, 1, T, T) of segments (P, T): 0 if visible, else -1e9.
+
+    A token sees the prefix and its own segment, up to itself.
+    """
     row, column = segments[:, :, None], segments[:, None, :]
     before = torch.ones(segments.shape[1], segments.shape[1], dtype=torch.bool).tril()
     seen = ((column == 0) | (row == column)) & before
@@ -128,7 +135,12 @@ def _hidden(segments: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def patch_loss(model: Demo, state: Tensor, codes: Tensor) -> tuple[Tensor, dict[str, float]]:
-    """How well the feature layer (P, 1 + N, C) says what each patch shows."""
+    """Loss of the vision tower and the projector, and figures for the log.
+
+    state (P, 1 + N, C) is the hidden state of the feature layer. The heads classify the name and
+    the colour on each patch, the projector regresses the patch's code (P, N, N_CODES) as a sum of
+    code vectors, and the class token tells which names and colours the image contains.
+    """
     patches = state[:, 1:]
     split = len(NAMES), len(NAMES) + len(scenes.COLOURS)
     empty = codes[..., EMPTY]
@@ -162,25 +174,32 @@ def patch_loss(model: Demo, state: Tensor, codes: Tensor) -> tuple[Tensor, dict[
 
 
 def answer_loss(model: Demo, image: Tensor, batch: Batch) -> tuple[Tensor, Tensor]:
-    """Cross-entropy of the answers, and how much the looking heads miss what a token is about."""
-    hidden, attention = model.read(image, batch)
+    """Cross-entropy of the answers, and the loss of the guided heads' attention.
+
+    image: (P, N, D). The second loss is -log of the attention that a guided head pays to the
+    patches that the answer's token is about, averaged over heads and tokens.
+    """
+    hidden, attention = model.decode(image, batch)
     asked = batch.targets >= 0
     logits = model.llama.logits(hidden[asked])
     each = F.cross_entropy(logits, batch.targets[asked], reduction="none")
     weight = batch.weights[asked]
     bits = 1 << batch.owners.clamp(min=0)
-    meant = ((batch.looks[:, :, None] & bits[:, None]) > 0) & (batch.owners >= 0)[:, None]
-    rows = batch.looks > 0
-    missed = [-(paid[rows].float() * meant[rows]).sum(-1).add(1e-4).log() for paid in attention]
+    meant = ((batch.things[:, :, None] & bits[:, None]) > 0) & (batch.owners >= 0)[:, None]
+    rows = batch.things > 0
+    missed = [-(a[rows].float() * meant[rows]).sum(-1).add(1e-4).log() for a in attention]
     share = batch.weights[rows] / batch.weights[rows].sum()
     return (each * weight).sum() / weight.sum(), (torch.stack(missed).mean(0) * share).sum()
 
 
-def symbols(model: Demo, codes: Tensor, generator: torch.Generator) -> Tensor:
-    """(P, N, codes) -> (P, N, D): image rows as a good tower would give them, not quite clean."""
+def noisy_features(model: Demo, codes: Tensor, generator: torch.Generator) -> Tensor:
+    """Image features (P, N, D) from codes (P, N, N_CODES), as a good vision tower would give them.
+
+    Noise is added, and 15 % of the patches lose their words.
+    """
     P, N, _ = codes.shape
     blurred = codes.clone()
-    lost = torch.rand(P, N, generator=generator) < 0.15  # now and then a patch says nothing
+    lost = torch.rand(P, N, generator=generator) < 0.15
     blurred[..., :CENTRE] *= ~lost[..., None]
     clean = blurred @ model.codes
     return clean + 0.3 * EMBEDDING_STD * torch.randn(clean.shape, generator=generator)
@@ -190,7 +209,10 @@ def symbols(model: Demo, codes: Tensor, generator: torch.Generator) -> Tensor:
 
 
 class Muon(torch.optim.Optimizer):
-    """Momentum whose update is made orthogonal (Jordan et al. 2024), by shape of the matrices."""
+    """Momentum with an orthogonalised update (Muon, Jordan et al. 2024).
+
+    Matrices of the same shape are orthogonalised in one batch.
+    """
 
     def __init__(self, groups: list[dict[str, Any]]) -> None:
         super().__init__(groups, {"lr": 0.02, "momentum": 0.95, "decay": 0.02})
@@ -215,7 +237,7 @@ class Muon(torch.optim.Optimizer):
 
 
 def orthogonal(x: Tensor) -> Tensor:
-    """Newton-Schulz: each (m, n) matrix of the stack with its singular values brought near one."""
+    """Bring the singular values of matrices (K, m, n) near one, by five Newton-Schulz steps."""
     wide = x.shape[1] <= x.shape[2]
     y = (x if wide else x.mT).bfloat16()
     y = y / (y.float().norm(dim=(1, 2), keepdim=True) + 1e-7).bfloat16()

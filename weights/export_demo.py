@@ -1,4 +1,4 @@
-"""Write a trained demo model as a llava-hf folder, and measure it as its users will run it."""
+"""Write the trained demo model as a llava-hf folder, and measure it with `generate`."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from minillava.loading.keys import published_name
 
 from . import scenes
 
-Shown = Literal["picture", "grey", "nothing"]
+Shown = Literal["image", "grey", "nothing"]
 MEAN = (0.48145466, 0.4578275, 0.40821073)
 STD = (0.26862954, 0.26130258, 0.27577711)
 TEMPLATE = (
@@ -39,7 +39,10 @@ TEMPLATE = (
 
 
 def export(folder: Path, config: Config, weights: Mapping[str, Tensor], pieces: bytes) -> None:
-    """Every file of the checkpoint: weights (our names, stored as float16), tokenizer, settings."""
+    """Write all files of the checkpoint.
+
+    weights: by minillava's names; they are stored as float16. pieces: tokenizer.model.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     tensors = {published_name(name): t.half().contiguous() for name, t in weights.items()}
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
@@ -51,7 +54,7 @@ def export(folder: Path, config: Config, weights: Mapping[str, Tensor], pieces: 
 
 
 def write_example(folder: Path) -> None:
-    """example.png and example.json: a held-out picture, a question about it and the answer."""
+    """Write example.png and example.json: a held-out image, a question about it and the answer."""
     for scene, example in scenes.held_out(2026, 1000, ["digit"]):
         digits = sum(thing.is_digit for thing in scene.things)
         if len(scene.things) == 5 and digits == 3 and example.question == "What digit is red?":
@@ -62,7 +65,7 @@ def write_example(folder: Path) -> None:
 
 
 def settings(config: Config, pieces: bytes) -> dict[str, Any]:
-    """File name -> content of every json file."""
+    """Return file name -> content of every JSON file."""
     vision, text, image_id = config.vision, config.text, config.image_token_id
     pad_id = image_id + 1
     special = {0: "<unk>", 1: "<s>", 2: "</s>", image_id: "<image>", pad_id: "<pad>"}
@@ -172,7 +175,7 @@ def settings(config: Config, pieces: bytes) -> dict[str, Any]:
 
 
 def fast_tokenizer(pieces: bytes, special: Mapping[int, str]) -> dict[str, Any]:
-    """The SentencePiece model in the words of the tokenizers library."""
+    """Return tokenizer.json: the SentencePiece model in the format of the tokenizers library."""
     model = sentencepiece.SentencePieceProcessor(model_proto=pieces)
     vocab = {model.id_to_piece(i): i for i in range(model.get_piece_size())}
     merges = []
@@ -231,21 +234,21 @@ def fast_tokenizer(pieces: bytes, special: Mapping[int, str]) -> dict[str, Any]:
     }
 
 
-def measure(folder: Path, seed: int, n: int, shown: Shown = "picture") -> dict[str, float]:
-    """Share of exactly right answers per kind on n fresh held-out questions, by generation.
+def measure(folder: Path, seed: int, n: int, shown: Shown = "image") -> dict[str, float]:
+    """Share of exactly right generated answers per kind, on n new held-out questions.
 
-    shown: the picture; "grey", an empty picture instead; "nothing", the question alone.
+    shown: "image"; "grey", an empty grey image instead; or "nothing", the question alone.
     """
     model, processor = load(folder)
     right: dict[str, list[bool]] = defaultdict(list)
     for group in _groups(scenes.held_out(seed, n), 32):
-        image = "" if shown == "nothing" else "<image>\n"
-        pictures = [scene.image for scene, _ in group]
+        placeholder = "" if shown == "nothing" else "<image>\n"
+        images = [scene.image for scene, _ in group]
         if shown == "grey":
-            pictures = [Image.new("RGB", picture.size, (50, 50, 50)) for picture in pictures]
+            images = [Image.new("RGB", image.size, (50, 50, 50)) for image in images]
         batch = processor(
-            [f"USER: {image}{example.question} ASSISTANT:" for _, example in group],
-            images=None if shown == "nothing" else [[picture] for picture in pictures],
+            [f"USER: {placeholder}{example.question} ASSISTANT:" for _, example in group],
+            images=None if shown == "nothing" else [[image] for image in images],
         )
         result = generate(model, batch, max_new_tokens=48)
         for (_, example), tokens in zip(group, result.tokens, strict=True):
@@ -254,7 +257,7 @@ def measure(folder: Path, seed: int, n: int, shown: Shown = "picture") -> dict[s
 
 
 def summary(right: Mapping[str, list[bool]]) -> dict[str, float]:
-    """Accuracy per kind, and over all but captions."""
+    """Accuracy of each kind of question, and "all": of all questions but captions."""
     answers = [x for kind, xs in right.items() if kind != "caption" for x in xs]
     figures = {kind: float(np.mean(right[kind])) for kind in scenes.KINDS if right.get(kind)}
     return {**figures, "all": float(np.mean(answers))}
@@ -263,6 +266,7 @@ def summary(right: Mapping[str, list[bool]]) -> dict[str, float]:
 def _groups(
     items: Iterable[tuple[scenes.Scene, scenes.Example]], size: int
 ) -> Iterable[list[tuple[scenes.Scene, scenes.Example]]]:
+    """Yield lists of `size` items; the last list may be shorter."""
     group = []
     for item in items:
         group.append(item)

@@ -304,7 +304,7 @@ def _explain_os_errors(folder: Path) -> Iterator[None]:
         yield
     except OSError as error:
         full = error.errno in (errno.ENOSPC, errno.EDQUOT)
-        todo = "free some space" if full else "give a writable folder, or change its permissions"
+        todo = "free some space" if full else "give a writable folder or change its permissions"
         raise ValueError(
             f"{error.filename or folder} cannot be written ({error.strerror}); {todo}, "
             "then run the command again: it resumes where it stopped"

@@ -1,9 +1,9 @@
-"""Pictures with known answers: coloured shapes and handwritten digits on a noisy canvas.
+"""Images with questions and known answers: coloured shapes and handwritten digits.
 
-A scene is a 112 x 112 picture with two to five things on it, at most one in each cell of a 3 x 3
-grid, and a question is text with exactly one right answer for that scene. Digits are the real
-handwriting of scikit-learn's `load_digits`; no image of the "held-out" split is ever drawn for the
-"train" split. Everything is a pure function of the generator passed in.
+A scene is a 112 x 112 image of two to five things on a noisy canvas, at most one in each cell of a
+3 x 3 grid. A question is text with exactly one right answer for its scene. The digits are real
+handwriting from scikit-learn's `load_digits`; the "train" split never contains an image of the
+"held-out" split. Everything is a pure function of the random generator passed in.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ class Thing:
     colour: str
     place: str
     box: tuple[float, float, float, float]  # left, top, right, bottom in pixels
-    digit_index: int = -1  # row of load_digits, -1 for a shape
+    digit_index: int = -1  # index in load_digits, -1 for a shape
 
     @property
     def is_digit(self) -> bool:
@@ -60,7 +60,7 @@ class Thing:
 
 @dataclass(frozen=True)
 class Scene:
-    """A picture and what is on it, in reading order."""
+    """An image and its things, in reading order."""
 
     image: Image.Image
     things: tuple[Thing, ...]
@@ -68,29 +68,29 @@ class Scene:
 
 @dataclass(frozen=True)
 class Example:
-    """A question about a scene, without any prompt template, and its only right answer."""
+    """A question about a scene, without a prompt template, and its only right answer."""
 
     kind: str
     question: str
     answer: str
-    about: tuple[str, ...]  # names of the things one has to look at
+    about: tuple[str, ...]  # names of the things that the answer depends on
 
 
 def make_scene(rng: np.random.Generator, split: Split) -> Scene:
-    """A random scene; digits come from that split's handwriting."""
+    """Make a random scene with digits of the split."""
     things = make_things(rng, split)
     return Scene(draw(things, rng), things)
 
 
 def make_things(rng: np.random.Generator, split: Split) -> tuple[Thing, ...]:
-    """What is on the picture, before it is drawn: 2-5 things with different names."""
+    """Choose 2 to 5 things with different names, in reading order; nothing is drawn."""
     count = int(rng.integers(2, 6))
     n_digits = int(rng.integers(0, count + 1))
     names = [*rng.choice(DIGITS, n_digits, replace=False)]
     names += [*rng.choice(SHAPES, count - n_digits, replace=False)]
     boxes = _boxes(rng, count)
     colours: list[str] = []
-    for _ in names:  # now and then a colour comes back, so that counting colours means something
+    for _ in names:  # colours are sometimes repeated, so that counting them is not trivial
         again = colours and rng.random() < 0.3
         colours.append(str(rng.choice(colours if again else list(COLOURS))))
     things = []
@@ -101,7 +101,7 @@ def make_things(rng: np.random.Generator, split: Split) -> tuple[Thing, ...]:
 
 
 def draw(things: Sequence[Thing], rng: np.random.Generator) -> Image.Image:
-    """Things on a dim, uneven, noisy canvas: a 112 x 112 RGB picture."""
+    """Draw things on a dim, uneven, noisy canvas: a 112 x 112 RGB image."""
     y, x = _grid()
     tint = rng.uniform(15, 85) + rng.uniform(-12, 12, 3)
     slope = rng.uniform(-45, 45, 2).astype(np.float32)
@@ -121,7 +121,7 @@ def draw(things: Sequence[Thing], rng: np.random.Generator) -> Image.Image:
 def questions(
     things: Sequence[Thing], rng: np.random.Generator, kinds: Sequence[str]
 ) -> list[Example]:
-    """One example for each of the kinds (which may repeat) that this scene has an answer to."""
+    """One example of each kind in `kinds`, without those that are ambiguous in this scene."""
     found = (KINDS[kind](things, rng) for kind in kinds)
     return [example for example in found if example]
 
@@ -129,7 +129,7 @@ def questions(
 def held_out(
     seed: int, n: int, kinds: Sequence[str] | None = None
 ) -> Iterator[tuple[Scene, Example]]:
-    """n questions, each about a new scene with held-out handwriting, the kinds in turn."""
+    """Yield n questions, each about a new scene with held-out digits, cycling through `kinds`."""
     kinds = tuple(kinds or KINDS)
     for i in range(n):
         rng = np.random.default_rng([seed, i])
@@ -140,7 +140,7 @@ def held_out(
         yield Scene(draw(things, rng), things), found[0]
 
 
-# The questions. Each function returns None when the scene has no unambiguous one of its kind.
+# The questions. Each function returns None if every question of its kind is ambiguous.
 
 
 def _which(things: Sequence[Thing], rng: np.random.Generator, digits: bool) -> Example | None:
@@ -186,7 +186,7 @@ def _count(things: Sequence[Thing], rng: np.random.Generator) -> Example:
     what = _pick(rng, ("objects", "digits", "shapes", "colour"))
     if what == "colour":
         groups = [[t for t in things if t.colour == colour] for colour in COLOURS]
-        number = _pick(rng, sorted({len(g) for g in groups}))  # zero no more often than others
+        number = _pick(rng, sorted({len(g) for g in groups}))  # or zero would be the usual answer
         colour = _pick(rng, [c for c, g in zip(COLOURS, groups, strict=True) if len(g) == number])
         counted, what = [t for t in things if t.colour == colour], f"{colour} things"
     else:
@@ -205,7 +205,7 @@ def _yes_no(things: Sequence[Thing], rng: np.random.Generator) -> Example:
         colour = _other(rng, colour, [t.colour for t in things], tuple(COLOURS))
     elif not yes:
         names = DIGITS if thing.is_digit else SHAPES
-        # any other name is wrong, unless a thing of that name happens to have the colour
+        # another name makes the answer "no", unless a thing of that name has this colour
         taken = [t.name for t in things if t.colour == colour]
         name = _pick(rng, [n for n in names if n not in taken])
     if form == "there":
@@ -277,7 +277,7 @@ def _other(
     everywhere: Sequence[str],
     without: Sequence[str] = (),
 ) -> str:
-    """A wrong answer: half the time one that is true of another thing in the picture."""
+    """A wrong answer; with probability 1/2 one that is right for another thing in the image."""
     near = [text for text in here if text != right and text not in without]
     if near and rng.random() < 0.5:
         return _pick(rng, near)
@@ -288,7 +288,7 @@ def _other(
 
 
 def _boxes(rng: np.random.Generator, count: int) -> dict[int, tuple[float, float, float, float]]:
-    """Cell number -> box; centres stay well inside their cell, boxes do not overlap."""
+    """Cell number -> box. Centres stay well inside their cell; boxes do not overlap."""
     cell = SIZE / 3
     while True:
         boxes: dict[int, tuple[float, float, float, float]] = {}
@@ -307,12 +307,12 @@ def _overlap(a: tuple[float, ...], b: tuple[float, ...]) -> bool:
 
 @lru_cache
 def _grid() -> NDArray[np.float32]:
-    """(2, S, S): y and x of each pixel in -0.5..0.5."""
+    """(2, S, S): y and x of each pixel, from -0.5 to 0.5."""
     return (np.mgrid[0:SIZE, 0:SIZE] / SIZE - 0.5).astype(np.float32)
 
 
 def _digit_mask(thing: Thing, side: int, rng: np.random.Generator) -> NDArray[np.float32]:
-    """(side, side) in 0..1: the 8 x 8 handwriting, slightly turned, sheared, scaled, sharpened."""
+    """(side, side) in 0..1: the 8 x 8 digit, slightly rotated, sheared, scaled and sharpened."""
     turn, shear = rng.uniform(-0.2, 0.2), rng.uniform(-0.15, 0.15)
     scale = np.exp(rng.uniform(-0.1, 0.1, 2)) * 9.5 / side  # the 8 pixels and a margin
     cos, sin = math.cos(turn), math.sin(turn)
@@ -353,7 +353,7 @@ def _shape_mask(thing: Thing, side: int, rng: np.random.Generator) -> NDArray[np
 
 @lru_cache
 def _outline(name: str) -> tuple[tuple[float, float], ...]:
-    """Corners of a shape as (radius in 0..1, angle from the top, clockwise)."""
+    """Corners of a shape: (radius, 1 is the shape's size; angle from the top, clockwise)."""
     tau = 2 * math.pi
     if name == "square":
         return tuple((1.1, tau * (k + 0.5) / 4) for k in range(4))
@@ -378,14 +378,14 @@ def _load_digits() -> tuple[NDArray[np.float64], NDArray[np.int64]]:
 
 @lru_cache
 def _digit_images() -> list[Image.Image]:
-    """Every handwritten digit as a 12 x 12 grey picture, two empty pixels on each side."""
+    """Every handwritten digit as a 12 x 12 grey image, with two empty pixels on each side."""
     padded = np.pad(_load_digits()[0], ((0, 0), (2, 2), (2, 2)))
     return [Image.fromarray((image * (255 / 16)).astype(np.uint8)) for image in padded]
 
 
 @lru_cache
 def _digit_rows(split: Split) -> dict[str, list[int]]:
-    """Digit -> rows of load_digits in a split: one image in five is held out, at random."""
+    """Digit -> indices in load_digits of a split; a random fifth of the images is held out."""
     targets = _load_digits()[1]
     held = np.random.default_rng(20).permutation(len(targets)) % 5 == 0
     return {

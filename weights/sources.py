@@ -30,7 +30,7 @@ ENDINGS = (".safetensors", ".bin", ".pt", ".pth")
 KINDS = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}
 DTYPES = {kind: dtype for dtype, kind in KINDS.items()}
 
-_AGAIN = "fetch it again"
+_REMEDY = "download it again"
 _SHA256 = re.compile(r"[0-9a-f]{64}")
 _CODE = re.compile(
     r"GLOBAL +['`]*(?P<named>[A-Za-z_][\w.]*)"
@@ -95,9 +95,8 @@ def unpickle(file: Path) -> dict[str, Tensor]:
         state: Any = torch.load(file, map_location="cpu", weights_only=True, mmap=mapped)
     except Exception as error:  # torch.load raises many types, depending on the damage
         raise ValueError(_explain_unpickling_error(file, error)) from error
-    if isinstance(state, dict) and isinstance(
-        state.get("state_dict"), dict
-    ):  # as training writes it
+    # training scripts save the weights as one entry of a larger dictionary
+    if isinstance(state, dict) and isinstance(state.get("state_dict"), dict):
         state = {str(name).removeprefix("module."): t for name, t in state["state_dict"].items()}
     if not isinstance(state, dict) or not all(map(_is_dense, state.values())):
         raise ValueError(
@@ -128,7 +127,7 @@ def _explain_unpickling_error(file: Path, error: Exception) -> str:
     if isinstance(error, PermissionError | FileNotFoundError | IsADirectoryError):
         return f"{file} cannot be read ({error.strerror}); give a readable file"
     reason = text.rpartition("WeightsUnpickler error: ")[2].partition(" Check the doc")[0][:120]
-    return f"{file} is truncated, damaged or not a weight file ({reason or 'empty'}); {_AGAIN}"
+    return f"{file} is truncated, damaged or not a weight file ({reason or 'empty'}); {_REMEDY}"
 
 
 # ---------------------------------------------------------------- checksums
@@ -148,7 +147,7 @@ def verify(files: Sequence[Path]) -> dict[Path, str]:
             published = _published_sha256(file)
             if published is not None and digest != published:
                 raise ValueError(
-                    f"{file} has SHA-256 {digest}, but should have {published}; {_AGAIN}"
+                    f"{file} has SHA-256 {digest}, but should have {published}; {_REMEDY}"
                 )
             if published is None and file.suffix != ".safetensors" and zipfile.is_zipfile(file):
                 _check_zip(file)
@@ -161,11 +160,11 @@ def _check_zip(file: Path) -> None:
             bad = archive.testzip()
             packed = [i.filename for i in archive.infolist() if i.compress_type]
     except (zipfile.BadZipFile, OSError, EOFError, NotImplementedError) as error:
-        raise ValueError(f"{file} is damaged ({error}); {_AGAIN}") from error
+        raise ValueError(f"{file} is damaged ({error}); {_REMEDY}") from error
     if bad or packed:  # a compressed entry cannot be memory-mapped
         raise ValueError(
             f"{file} is damaged: its entry {bad or packed[0]} has a wrong checksum or is "
-            f"compressed; {_AGAIN} (a file that was written without checksums needs its SHA-256 "
+            f"compressed; {_REMEDY} (a file that was written without checksums needs its SHA-256 "
             "in a file SHA256SUMS beside it)"
         )
 

@@ -1,4 +1,4 @@
-"""The trained demo: its files, the scenes it is asked about, and that it sees what is on them."""
+"""The demo checkpoint: its files, the scenes of its questions, and its accuracy on them."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ DEMO = Path(__file__).parents[2] / "weights" / "demo"
 # The files.
 
 
-def test_files_are_those_of_the_hub_layout_and_small():
+def test_the_hub_layouts_files_are_there_and_small():
     names = {path.name for path in DEMO.iterdir()}
     assert {
         "added_tokens.json",
@@ -50,14 +50,14 @@ def test_weights_are_16_bit_and_the_decoder_is_deep_enough():
     assert (config["image_size"] // config["patch_size"]) ** 2 >= 64
 
 
-def test_tokenizer_spec_carries_no_path():
+def test_the_tokenizer_contains_no_path():
     trainer = dict(_fields(dict(_fields((DEMO / "tokenizer.model").read_bytes()))[2]))
     assert not trainer.get(1, b"")  # input
     assert not trainer.get(2, b"")  # model_prefix
 
 
 def _fields(data: bytes):
-    """Number and value of every field of a protocol buffer; of repeated ones the last counts."""
+    """Yield number and value of every field of a protocol buffer."""
     at = 0
 
     def varint() -> int:
@@ -97,7 +97,7 @@ def test_scenes_are_a_function_of_the_seed():
     assert first.image.tobytes() != other.image.tobytes()
 
 
-def test_no_handwriting_is_in_both_splits():
+def test_no_digit_image_is_in_both_splits():
     used = {}
     for split in ("train", "held-out"):
         rng = np.random.default_rng(0)
@@ -107,7 +107,7 @@ def test_no_handwriting_is_in_both_splits():
     assert len(used["held-out"]) > 300
 
 
-def test_things_have_a_place_and_a_name_of_their_own():
+def test_things_have_different_places_and_names():
     rng = np.random.default_rng(3)
     for _ in range(200):
         things = scenes.make_things(rng, "train")
@@ -118,16 +118,16 @@ def test_things_have_a_place_and_a_name_of_their_own():
             assert scenes.PLACES.index(t.place) == int(y * 3 / 112) * 3 + int(x * 3 / 112)
 
 
-def test_answers_are_true_and_follow_from_the_scene():
+def test_answers_are_right():
     rng = np.random.default_rng(4)
     for _ in range(300):
         things = scenes.make_things(rng, "train")
         for example in scenes.questions(things, rng, list(scenes.KINDS)):
-            assert example.answer in _right(things, example), (things, example)
+            assert example.answer in _right_answers(things, example), (things, example)
 
 
-def _right(things: tuple[scenes.Thing, ...], example: scenes.Example) -> list[str]:
-    """The answer by another way than the one the question was made by; [] if it is ambiguous."""
+def _right_answers(things: tuple[scenes.Thing, ...], example: scenes.Example) -> list[str]:
+    """The right answers, derived from the question's text and the things alone."""
     question, options = example.question, {}
     if example.kind == "choice":
         question, line, _ = example.question.split("\n")
@@ -166,11 +166,11 @@ def _right(things: tuple[scenes.Thing, ...], example: scenes.Example) -> list[st
             found = [t.place for t in things if words[-2] == t.colour]
     else:
         found = [f"{t.colour} {t.name}" for t in things if t.place == rest] or ["nothing"]
-    assert len(found) == 1, "one thing is meant"
+    assert len(found) == 1, "the question is ambiguous"
     return [options[found[0]]] if options else found
 
 
-def test_guessing_does_not_pay():
+def test_constant_answers_are_rarely_right():
     answers: dict[str, Counter[str]] = {kind: Counter() for kind in scenes.KINDS}
     for i in range(3000):
         rng = np.random.default_rng([5, i])
@@ -186,12 +186,12 @@ def test_guessing_does_not_pay():
 # The model.
 
 
-def test_right_on_held_out_scenes():
+def test_accuracy_on_held_out_scenes():
     figures = measure(DEMO, seed=11, n=120)
     assert figures["all"] >= 0.9, figures
 
 
-def test_the_bundled_question_is_answered():
+def test_the_example_question_is_answered():
     asked = json.loads((DEMO / "example.json").read_text())
     model, processor = load(DEMO)
     prompt = f"USER: <image>\n{asked['question']} ASSISTANT:"
