@@ -177,7 +177,7 @@ def decode(model: LLaVA, tokens: Tensor, state: State) -> Tensor:
         layers = segment.layers
         position = state.position[number]  # (B,)
         enter_segment(samples, segment, x, position, cache)
-        prune(model, samples, plan.chosen_again(layers.start), [])
+        prune(model, samples, plan.chosen_again(layers.start), None)
         hidden = [s.hidden(layers.start) for s in samples]
         view = view_cache(state, number, hidden)
         rope = model.llama.rope(position, model.dtype)
@@ -217,7 +217,7 @@ def view_cache(state: State, number: int, hidden: Sequence[Tensor | None]) -> Ca
 
 
 def prune(
-    model: LLaVA, samples: Sequence[Sample], steps: Sequence[Step], history: list[Pruned]
+    model: LLaVA, samples: Sequence[Sample], steps: Sequence[Step], history: list[Pruned] | None
 ) -> None:
     """Carry out steps of a plan on the rows that each sample has now, and note what is left."""
     for step in steps:
@@ -227,8 +227,9 @@ def prune(
                 s.masks[step.number] = hide_rows(step, s.rows, choices)
             else:
                 s.x, s.rows = prune_images(s.x, s.rows, choices, step.method.compact)
-        hidden = [s.hidden(step.layer) for s in samples]
-        history.append(Pruned(step, [s.rows for s in samples], hidden))
+        if history is not None:
+            hidden = [s.hidden(step.layer) for s in samples]
+            history.append(Pruned(step, [s.rows for s in samples], hidden))
     for s in samples:
         s.last = None  # the queries and keys that were kept for these steps
 

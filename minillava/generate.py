@@ -97,7 +97,8 @@ class Answer:
         text, vision = model.config.text, model.config.vision
         self.plan = plan.resolve(text.num_hidden_layers, vision.num_patches)
         check_plan(model, self.prompts, self.plan, settings)
-        self.encoded = check_encoded(batch, encoded, hidden_states_read(model, self.plan))
+        self.states_read = hidden_states_read(model, self.plan)
+        self.encoded = check_encoded(batch, encoded, self.states_read)
 
     @torch.inference_mode()
     def __iter__(self) -> Iterator[list[int | None]]:
@@ -107,7 +108,7 @@ class Answer:
 
         # 1. images
         if encoded is None and self.batch.pixels is not None:
-            encoded = model.encode(self.batch.pixels, hidden_states_read(model, self.plan))
+            encoded = model.encode(self.batch.pixels, self.states_read)
         clock.note("vision")
 
         # 2. prompt

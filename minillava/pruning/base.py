@@ -127,11 +127,12 @@ class Method:
         for name, value, rule in self.options():
             check_option(f"{self.name}: {name}", value, rule)
         masks, compact = self.mode == "mask", self.positions == "compact"
+        ends = self.until is not None
         only_drops = "needs a method that only drops"
         for refused, why in (
             (masks and not self.drops_only, f"mode=mask {only_drops}; use mode=drop"),
             (masks and compact, "mode=mask renumbers nothing; use positions=original"),
-            (self.until and not masks, f"until={self.until} ends a mask; it needs mode=mask"),
+            (ends and not masks, f"until={self.until} ends a mask; it needs mode=mask"),
             (self.scope == "all" and not self.drops_only, f"scope=all {only_drops}"),
         ):
             if refused:
@@ -225,7 +226,7 @@ def check_method(method: Any) -> None:
     stages: Any = method.stages()
     for pair in stages if isinstance(stages, tuple) and stages else (stages,):
         match pair:
-            case ("vision" | "embed", 0) | ("decoder", int()):
+            case ("vision" | "embed", 0) | ("decoder", int()) if isinstance(pair, tuple):
                 continue
         raise ValueError(
             f"{method.label}: stages() gave {stages!r}; it must be a tuple of pairs: "

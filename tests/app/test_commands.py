@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from tiny import refusal
 
 from eval import demo, fit, lmms, published, rivals
 from minillava.app.command import run_command
@@ -48,16 +49,6 @@ def main_of(name: str) -> Callable[[list[str]], int]:
     return main
 
 
-def read_error(capsys: pytest.CaptureFixture[str]) -> str:
-    """The one line of an error, and nothing else."""
-    out, err = capsys.readouterr()
-    assert out == ""
-    assert err.startswith("error: ")
-    assert err.endswith("\n")
-    assert err.count("\n") == 1, err
-    return err
-
-
 def test_every_program_is_tested() -> None:
     """Each module that defines main() is in the list, or has tests elsewhere."""
     found = {
@@ -72,7 +63,7 @@ def test_every_program_is_tested() -> None:
 @pytest.mark.parametrize("command", COMMANDS)
 def test_an_unknown_option_is_one_line(command: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert main_of(command)(["--nonsense"]) == 2
-    read_error(capsys)
+    refusal(capsys)
 
 
 @pytest.mark.parametrize("command", [*COMMANDS, "eval.lmms"])
@@ -136,7 +127,7 @@ def test_bad_input_is_one_line(
     command: str, words: str, message: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert main_of(command)(words.split()) == 2
-    assert message in read_error(capsys)
+    assert message in refusal(capsys)
 
 
 # ---------------------------------------------------------------- errors before the work
@@ -159,10 +150,10 @@ def test_an_unwritable_path_is_refused_before_the_work(
     (tmp_path / "taken.md").mkdir()
     for out in ("file/out", "taken"):
         assert demo.main(["--questions", "1", "--out", str(tmp_path / out)]) == 2
-        read_error(capsys)
+        refusal(capsys)
     monkeypatch.setattr(demo.os, "access", lambda path, mode: False)  # root may write anywhere
     assert demo.main(["--questions", "1", "--out", str(tmp_path / "x")]) == 2
-    assert "x.json cannot be written; give another name" in read_error(capsys)
+    assert "x.json cannot be written; give another name" in refusal(capsys)
 
 
 @pytest.mark.usefixtures("no_work")
@@ -188,7 +179,7 @@ def test_bad_samples_are_named(tmp_path: Path, capsys: pytest.CaptureFixture[str
     }.items():
         file.write_text(content)
         assert fit.main(["vtw", "--samples", str(file)]) == 2
-        assert re.search(message, read_error(capsys))
+        assert re.search(message, refusal(capsys))
 
 
 @pytest.mark.parametrize("prints", ["", "[]", "[1, 2]", '[{"avg_ns": 1}, {"avg_ns": 1}]'])
@@ -226,7 +217,7 @@ def test_exit_codes(
     monkeypatch.setattr(module, name, fail)
     assert module.main(words.split()) == code
     if code == 2:
-        read_error(capsys)
+        refusal(capsys)
     else:
         assert capsys.readouterr() == ("", "")
 
@@ -326,7 +317,7 @@ MODEL_REGISTRY_V2.register_manifest = staticmethod(lambda manifest: None)
             "--tasks pope": "SystemError: no",
         }.items():
             assert lmms.main(words.split()) == 2
-            assert message in read_error(capsys)
+            assert message in refusal(capsys)
     finally:
         for name in [name for name in sys.modules if name.split(".")[0] == "lmms_eval"]:
             del sys.modules[name]

@@ -157,6 +157,8 @@ def test_an_incomplete_class_is_refused() -> None:
         (("vision", 1),),
         (("middle", 0),),
         (("decoder", 1.0),),
+        (["decoder", 1],),
+        (["embed", 0],),
         (),
         None,
     ],

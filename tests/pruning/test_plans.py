@@ -244,6 +244,7 @@ def test_an_incomplete_dict_is_refused(key: str) -> None:
         ("fastv:scope=some", "image, all"),
         ("fastv:released=yes", "released=yes"),
         ("fastv:until=3", "until=3"),
+        ("fastv:until=0", "until=0 ends a mask"),
         ("fastv:mode=mask,positions=compact", "mode=mask"),
         ("simignore", "keep="),
         ("simignore:keep=3,step=0", "step=0"),
