@@ -18,8 +18,8 @@ from .config import TextConfig
 class KVCache:
     """Per layer two tensors (B, Hkv, longest prompt + room, Dh), allocated by reserve().
 
-    `room` is the number of tokens that can be added, for example max_new_tokens - 1. A sample with
-    fewer rows than the longest is padded at the end of its prompt's rows.
+    `room` is the number of tokens that can be added, for example max_new_tokens - 1. A shorter
+    sample is followed by zeros, which its new tokens overwrite.
     """
 
     def __init__(
@@ -47,8 +47,8 @@ class KVCache:
         """Write the packed rows of the prompts, k and v (R, Hkv, Dh)."""
         lengths = self.lengths[layer]
         for held, rows in ((self.keys[layer], k), (self.values[layer], v)):
-            for b, sample in enumerate(rows.split(lengths)):
-                held[b, :, : lengths[b]] = sample.transpose(0, 1)
+            for b, part in enumerate(rows.split(lengths)):
+                held[b, :, : lengths[b]] = part.transpose(0, 1)
                 # attention multiplies masked rows by 0, and 0 x garbage may be NaN
                 held[b, :, lengths[b] : max(lengths)] = 0.0
 

@@ -17,7 +17,7 @@ from torch import Tensor
 from .cache import KVCache
 from .llava import Encoded, LLaVA
 from .pruning.base import Context, Plan, Step, check_keep
-from .rows import Choice, Keep, Rows, prune_images
+from .rows import Choice, Keep, Rows, drop_image_rows
 from .sample import CacheView, LayerAttention, Mask, NewToken, Prompt, Sample, Segment
 
 Memory = dict[tuple[int, ...], dict[str, Any]]  # Context.memory of one sample, by step and images
@@ -68,8 +68,8 @@ def prefill(
         for b, (prompt, memory) in enumerate(zip(prompts, memories, strict=True))
     ]
     history: list[Pruned] = []
-    prune(model, samples, plan.at("vision"), history)  # x: [b] (S, C), text rows not yet filled
-    embed_rows(model, samples)  # x: [b] (S, D)
+    prune(model, samples, plan.at("vision"), history)  # s.x is (S, C), text rows still zero
+    embed_rows(model, samples)  # s.x is (S, D)
     prune(model, samples, plan.at("embed"), history)
     if plan.has_stage("decoder"):
         for s in samples:
@@ -87,7 +87,7 @@ def prefill(
         x = pack_rows(samples)  # (R, D): R rows of all samples
         for layer in layers:
             remember = bool(plan.at("decoder", layer + 1))
-            attend = LayerAttention(layer, samples, cache, hidden, None, remember)
+            attend = LayerAttention(layer, samples, cache, hidden, view=None, remember=remember)
             x = model.block(layer)(x, rope, attend)  # (R, D)
         unpack_rows(samples, x)
     logits = model.llama.logits(torch.cat([s.x[-1:] for s in samples]))  # (B, V)
@@ -103,10 +103,12 @@ def begin_sample(
     x = torch.zeros(len(rows), C, dtype=model.dtype, device=model.device)
     if prompt.images:
         assert encoded is not None
-        own = slice(prompt.images[0], prompt.images[-1] + 1)  # a view: nothing is copied
-        vision = {i: hidden[own] for i, hidden in encoded.hidden.items()}
+        mine = slice(prompt.images[0], prompt.images[-1] + 1)  # views: nothing is copied
+        vision = {i: state[mine] for i, state in encoded.states.items()}
         # a method may compute all image features itself: then any state serves as a placeholder
-        features = vision.get(model.feature_layer, next(iter(vision.values())))
+        features = vision.get(
+            model.feature_layer, next(iter(vision.values()))
+        )  # (images, 1 + N, C)
         x[rows.image >= 0] = features[:, 1:].flatten(0, 1)
     generator = torch.Generator().manual_seed(seed)
     generated = len(prompt.ids) - prompt.length
@@ -116,11 +118,12 @@ def begin_sample(
 def embed_rows(model: LLaVA, samples: Sequence[Sample]) -> None:
     """Image features (S, C) through the projector, text rows from the embedding table: (S, D)."""
     is_image = [s.rows.image >= 0 for s in samples]  # [b] (S,)
-    features = torch.cat([s.x[rows] for s, rows in zip(samples, is_image, strict=True)])  # (n, C)
+    features = torch.cat([s.x[mask] for s, mask in zip(samples, is_image, strict=True)])  # (n, C)
     for s in samples:
         s.x = s.x.new_empty(0, s.x.shape[1])  # the features are the only copy left
     features = model.projector(features) if len(features) else features  # (n, D)
-    last = [len(s.prompt.ids) - 1 for s in samples]  # rows that methods added have no id
+    # rows that methods added have no token: any one stands in, and is overwritten
+    last = [len(s.prompt.ids) - 1 for s in samples]
     ids = [s.prompt.ids[s.rows.id.clamp(max=n)] for s, n in zip(samples, last, strict=True)]
     y = model.embed(torch.cat(ids))  # (R, D)
     if len(features):
@@ -129,7 +132,7 @@ def embed_rows(model: LLaVA, samples: Sequence[Sample]) -> None:
 
 
 def pack_rows(samples: Sequence[Sample]) -> Tensor:
-    """The hidden states of all samples one behind the other, (R, D); samples keep no copy."""
+    """The hidden states of all samples one after another, (R, D); samples keep no copy."""
     x = torch.cat([s.x for s in samples])
     for s in samples:
         s.x = x.new_empty(0, x.shape[1])  # an empty slice would hold all of x
@@ -166,7 +169,8 @@ def begin_decoding(
 def decode(model: LLaVA, tokens: Tensor, state: State) -> Tensor:
     """Feed one token per sample (B,): logits (B, V) of the next. Advances the state's KV cache.
 
-    Dropped rows are gone. Masks of methods that read the newest row are chosen again.
+    Dropped rows are gone. Masks of methods that read the newest row are chosen again, unless their
+    choice stands.
     """
     cache, samples, plan = state.cache, state.samples, state.plan
     assert cache is not None, "decoding needs a cache; without one, the prompt is prefilled again"
@@ -183,7 +187,7 @@ def decode(model: LLaVA, tokens: Tensor, state: State) -> Tensor:
         rope = model.llama.rope(position, model.dtype)
         for layer in layers:
             remember = bool(plan.chosen_again(layer + 1))
-            attend = LayerAttention(layer, samples, cache, hidden, view, remember)
+            attend = LayerAttention(layer, samples, cache, hidden, view, remember=remember)
             x = model.block(layer)(x, rope, attend)  # (B, D)
     state.position += 1
     state.length += 1
@@ -202,6 +206,7 @@ def enter_segment(
 def view_cache(state: State, number: int, hidden: Sequence[Tensor | None]) -> CacheView:
     """What new tokens see in the layers of segment `number`, with rows hidden [b] (S,) masked."""
     assert state.cache is not None
+    # the same numbers on the host and on the device
     lengths, length = state.cache.lengths[state.segments[number].layers.start], state.length[number]
     end, ragged = max(lengths) + 1, len(set(lengths)) > 1
     if not ragged and all(h is None for h in hidden):
@@ -219,14 +224,15 @@ def view_cache(state: State, number: int, hidden: Sequence[Tensor | None]) -> Ca
 def prune(
     model: LLaVA, samples: Sequence[Sample], steps: Sequence[Step], history: list[Pruned] | None
 ) -> None:
-    """Carry out steps of a plan on the rows that each sample has now, and note what is left."""
+    """Carry out steps of a plan on the rows that each sample has now, and note what is left in
+    `history` (None while decoding: nothing is noted)."""
     for step in steps:
         for s in samples:
-            choices = choose(model, step, s)
+            choices = ask_method(model, step, s)
             if step.method.mode == "mask":
                 s.masks[step.number] = hide_rows(step, s.rows, choices)
             else:
-                s.x, s.rows = prune_images(s.x, s.rows, choices, step.method.compact)
+                s.x, s.rows = drop_image_rows(s.x, s.rows, choices, step.method.compact)
         if history is not None:
             hidden = [s.hidden(step.layer) for s in samples]
             history.append(Pruned(step, [s.rows for s in samples], hidden))
@@ -234,7 +240,7 @@ def prune(
         s.last = None  # the queries and keys that were kept for these steps
 
 
-def choose(model: LLaVA, step: Step, sample: Sample) -> list[Choice]:
+def ask_method(model: LLaVA, step: Step, sample: Sample) -> list[Choice]:
     """Ask a step's method what to keep, image by image, or once for all images (scope=all)."""
     images = list(range(len(sample.prompt.images)))
     groups = [[i] for i in images]
@@ -247,7 +253,7 @@ def choose(model: LLaVA, step: Step, sample: Sample) -> list[Choice]:
         if step.method.shift:
             window = window[window < len(sample.rows)]
         candidates = window if hidden is None else window[~hidden[window]]
-        keep = Keep(candidates)  # of no candidates none are kept, and the method is not asked
+        keep = Keep(candidates)  # empty if there is nothing to choose from: no method is asked
         if len(candidates):
             context = Context(model, sample, step, group, candidates)
             keep = step.method.choose(context)

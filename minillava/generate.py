@@ -38,8 +38,8 @@ def generate(
     """Answer every prompt of a batch. Each sample gets the answer that it would get alone.
 
     options: min_new_tokens, stop, temperature, top_p, seed, use_cache, output_logits (Settings in
-    request.py says what they mean). encoded: the images as `encode_images` left them, so that the
-    vision tower is not run again.
+    request.py says what they mean). encoded: the result of `encode_images`, so that the vision
+    tower is not run again.
     Raises ValueError, before any forward, for what cannot be done.
     """
     answer = Answer(model, batch, plan or Plan(), Settings(max_new_tokens, **options), encoded)
@@ -92,6 +92,8 @@ class Answer:
         self, model: LLaVA, batch: Batch, plan: Plan, settings: Settings, encoded: Encoded | None
     ) -> None:
         """Checks everything that can be refused."""
+        if not isinstance(plan, Plan):
+            raise ValueError(f"plan={plan!r} must be a Plan: parse_plan(text), or Plan((method,))")
         self.model, self.batch, self.settings = model, batch, settings
         self.prompts = prompts_of(model, batch)
         text, vision = model.config.text, model.config.vision
@@ -115,7 +117,8 @@ class Answer:
         memories: list[Memory] = [{} for _ in self.prompts]
         seed, cache = settings.seed or 0, self._new_cache()
         logits, state = prefill(model, self.prompts, encoded, self.plan, cache, seed, memories)
-        prompt_state, cache_bytes = state, cache.used_bytes() if cache else 0
+        prompt_state = state
+        cache_bytes = cache.used_bytes() if cache else 0
         clock.note("prefill")
 
         # 3. one token after the other
@@ -138,7 +141,7 @@ class Answer:
 
         # 4. what happened
         report = make_report(prompt_state, tokens.stopped, clock, cache_bytes)
-        none = logits[:, None][:, :0]  # (B, 0, V)
+        none = logits.new_empty(len(logits), 0, logits.shape[1])
         stacked = torch.stack(chosen_from, 1) if chosen_from else none  # (B, n_new, V)
         self.result = self._make_result(tokens.tokens, report, stacked)
 

@@ -1,6 +1,6 @@
 """The Llama decoder: its weights, and what one block computes on packed rows.
 
-The rows of all samples stand one behind the other in one (R, D) tensor, without padding: RMSNorm,
+The rows of all samples stand one after another in one (R, D) tensor, without padding: RMSNorm,
 projections and MLP work on single rows and need no more. Attention is the exception, so a block is
 handed an `attend` function that knows which rows belong together (LayerAttention in sample.py).
 A row's position is data beside it, never its index.

@@ -33,7 +33,7 @@ IMAGES_AT_ONCE = 8  # images in the vision tower at one time
 class Encoded:
     """Images as the vision tower saw them: hidden states by number, (images, 1 + N, C) each."""
 
-    hidden: Mapping[int, Tensor]
+    states: Mapping[int, Tensor]
 
 
 class Projector(nn.Module):

@@ -23,7 +23,8 @@ class Kept:
 
     rule: str  # name of the method
     layer: int  # whose input was pruned; 0 before the decoder
-    positions: list[list[int]]  # [b] ascending original positions still present (mask: visible)
+    # [b] indices in the unpruned prompt (Rows.id), ascending, of patches still present or visible
+    positions: list[list[int]]
     extra: list[int]  # [b] number of image rows without a patch: class token, means
 
 
@@ -38,7 +39,7 @@ class Report:
     cache_lengths: list[list[int]]  # [layer][b] after the prefill; 0 without a cache
     next_position: list[int]  # [b] position of the first new token in layer 0
     stopped: list[str]  # [b] eos, length, context or stop
-    vision: float
+    vision: float  # in the vision tower
     prefill: float
     first_token: float  # from the start to the first token
     per_token: float  # mean of the later ones
@@ -51,7 +52,7 @@ class Result:
     """The answers to a batch."""
 
     tokens: list[list[int]]  # [b] new ids, EOS included
-    texts: list[str] | None  # [b] the same decoded; None without a tokenizer
+    texts: list[str] | None  # [b] the same decoded, a stop string included; None: no tokenizer
     report: Report
     plan: Plan  # with average= solved
     config: Config
@@ -118,6 +119,7 @@ def count_images(rows: list[Rows], hidden: list[Tensor | None]) -> list[int]:
 
 
 def image_tokens_left(pruned: Pruned) -> Kept:
+    """What one step left: ids of patches, sorted since methods may reorder, and added rows."""
     positions, extra = [], []
     for rows, hidden in zip(pruned.rows, pruned.hidden, strict=True):
         visible = visible_images(rows, hidden)

@@ -17,21 +17,18 @@ from .pruning.base import Plan
 from .sample import Batch as Batch
 from .sample import Prompt
 
-SLACK = (
-    0.5  # image tokens by which average= may miss what can be reached, as people type it rounded
-)
-
 
 @dataclass(frozen=True)
 class Settings:
     """How tokens are drawn, and when to stop."""
 
     max_new_tokens: int = 256
-    min_new_tokens: int = 0  # before them neither EOS nor a stop string ends a sample
+    min_new_tokens: int = 0  # with fewer tokens neither EOS nor a stop string ends the answer
     stop: str | Sequence[str] = ()  # strings that end the answer
     temperature: float = 0.0  # 0: the likeliest token (greedy)
     top_p: float = 1.0  # draw from the likeliest tokens that together have this probability
-    seed: int | None = None  # sample b draws with seed + b; None: anew each time, plans with 0
+    seed: int | None = None  # sample b draws with seed + b; None: sampling differs from call to
+    # call, and methods that draw use 0
     use_cache: bool = True  # False: the whole sequence is run again for every token
     output_logits: bool = False
 
@@ -80,15 +77,15 @@ def prompts_of(model: LLaVA, batch: Batch) -> list[Prompt]:
     prompts: list[Prompt] = []
     used = 0
     for b in range(len(ids)):
-        sample = ids[b][mask[b]]  # (T,)
+        tokens = ids[b][mask[b]]  # (T,)
         focus = batch.focus[b] if batch.focus is not None else None
-        check_ids(config, sample, f"prompt {b}")
-        starts = find_images(config, sample.tolist(), b)
+        check_ids(config, tokens, f"prompt {b}")
+        starts = find_images(config, tokens.tolist(), b)
         if focus is not None:
             check_ids(config, focus, f"the focus of prompt {b}")
             focus = focus.to(model.device)
         images = tuple(range(used, used + len(starts)))
-        prompts.append(Prompt(sample.to(model.device), images, starts, focus, len(sample)))
+        prompts.append(Prompt(tokens.to(model.device), images, starts, focus, len(tokens)))
         used += len(starts)
     if used != n_images:
         raise ValueError(
@@ -127,7 +124,7 @@ def find_images(config: Config, ids: list[int], b: int) -> tuple[int, ...]:
         if ids[at : at + N] != [config.image_token_id] * N:
             run = next((i for i, x in enumerate(ids[at:]) if x != ids[at]), len(ids) - at)
             raise ValueError(
-                f"prompt {b} has {run} placeholders from index {at} on, which is no whole image; "
+                f"prompt {b} has {run} placeholders from index {at} on, not a whole image; "
                 f"each image takes {N} in a row"
             )
         starts.append(at)
@@ -140,9 +137,9 @@ def check_encoded(batch: Batch, encoded: Encoded | None, read: set[int]) -> Enco
     if encoded is None:
         return None
     n_images = 0 if batch.pixels is None else len(batch.pixels)
-    if any(len(h) != n_images for h in encoded.hidden.values()):
+    if any(len(state) != n_images for state in encoded.states.values()):
         raise ValueError(f"encoded holds other images than the {n_images} of this batch")
-    if missing := read - encoded.hidden.keys():
+    if missing := read - encoded.states.keys():
         raise ValueError(
             f"encoded lacks hidden states {sorted(missing)} that the plan reads; "
             "call encode_images with this plan"

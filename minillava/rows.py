@@ -104,7 +104,7 @@ class Choice:
     keep: Keep
 
 
-def prune(x: Tensor, rows: Rows, choice: Choice) -> tuple[Tensor, Rows]:
+def drop_rows(x: Tensor, rows: Rows, choice: Choice) -> tuple[Tensor, Rows]:
     """Drop from x (S, C | D) and from its table the rows of the window that were not kept."""
     keep = choice.keep
     kept = choice.candidates[keep.index]  # (K,) row numbers, in the order of keep.index
@@ -116,8 +116,8 @@ def prune(x: Tensor, rows: Rows, choice: Choice) -> tuple[Tensor, Rows]:
     stays = torch.ones_like(order, dtype=torch.bool)
     stays[choice.window] = False
     stays[places] = True
-    index = order[stays]  # (s,)
-    left, x_left = rows.select(index), x[index]
+    remaining = order[stays]  # (s,)
+    left, x_left = rows.select(remaining), x[remaining]
     if keep.extra is not None:
         image = int(rows.image[choice.window[0]])
         at = int(choice.window[0])  # rows before the window all stay
@@ -127,7 +127,7 @@ def prune(x: Tensor, rows: Rows, choice: Choice) -> tuple[Tensor, Rows]:
     return x_left, left
 
 
-def prune_images(
+def drop_image_rows(
     x: Tensor, rows: Rows, choices: list[Choice], compact: bool
 ) -> tuple[Tensor, Rows]:
     """Carry out one step's choices for the images of a sample; compact: renumber what is left.
@@ -135,7 +135,7 @@ def prune_images(
     The last image comes first, so that the row numbers of the others stay valid.
     """
     for choice in reversed(choices):
-        x, rows = prune(x, rows, choice)
+        x, rows = drop_rows(x, rows, choice)
     return x, rows.renumber() if compact else rows
 
 

@@ -1,6 +1,6 @@
 """One prompt on its way through the model, and how its rows attend in a decoder layer.
 
-Samples of a batch are packed: their rows stand one behind the other in one (R, D) tensor without
+Samples of a batch are packed: their rows stand one after another in one (R, D) tensor without
 padding. Every layer but attention works on single rows, and attention runs within a sample, so a
 batch gives what each of its prompts gives alone, whatever was dropped from which.
 """
@@ -106,7 +106,8 @@ class Sample:
 
     prompt: Prompt
     rows: Rows  # as they enter what runs next
-    x: Tensor  # (S, C | D) their hidden states; while decoding (1, D), the new token's
+    # their hidden states (S, C | D), (0, D) while packed; while decoding (1, D), the new token's
+    x: Tensor
     vision: Mapping[int, Tensor]  # hidden states of the vision tower, (images, 1 + N, C) by number
     generator: torch.Generator
     memory: dict[tuple[int, ...], dict[str, Any]]  # what methods keep between tokens, by step
@@ -122,6 +123,7 @@ class Sample:
         for number, mask in self.masks.items():
             ended = mask.until is not None and layer >= mask.until
             if mask.layer <= layer and not ended and (before is None or number < before):
+                # ids given out since then are visible
                 table = F.pad(mask.hidden, (0, self.rows.n_ids - len(mask.hidden)))
                 rows = table[self.rows.id]
                 result = rows if result is None else result | rows
@@ -145,7 +147,8 @@ class Sample:
 
 @dataclass(frozen=True)
 class Segment:
-    """Consecutive decoder layers that see the same rows: the layers between two pruning steps."""
+    """Consecutive decoder layers that see the same rows: a pruning step, or the end of a mask,
+    begins the next segment."""
 
     layers: range
     rows: list[Rows]  # [b] of the prompt
@@ -184,8 +187,8 @@ class LayerAttention:
         if self.remember:
             for s, (q_, k_, _, hidden) in zip(self.samples, parts, strict=True):
                 s.last = LastAttention(q_, k_, hidden, s.rows)
-        seen = [causal_attention(*part) for part in parts]
-        return seen[0] if len(seen) == 1 else torch.cat(seen)
+        outputs = [causal_attention(*part) for part in parts]
+        return outputs[0] if len(outputs) == 1 else torch.cat(outputs)
 
     def _tokens(self, q: Tensor, k: Tensor, v: Tensor, view: CacheView) -> Tensor:
         assert self.cache is not None

@@ -20,7 +20,8 @@ class TextStream:
     """One prompt's answer in pieces of text, to be iterated; then it has `result`.
 
     Text that may be the beginning of a stop string is held back, and so are incomplete characters.
-    The stop string itself is not part of the text.
+    The text ends before the first stop string; tokens that min_new_tokens adds after it are in the
+    result, but not in the text.
     """
 
     def __init__(self, steps: TokenSteps, tokenizer: Tokenizer, stop: Sequence[str]) -> None:

@@ -1,6 +1,6 @@
 """Budgets as papers state them: image tokens ENTERING a layer, averaged over the layers.
 
-`average=192` is no option of a method but a result of its options: with 32 layers and 576 image
+`average=192` is not an option of a method but a result of its options: with 32 layers and 576 image
 tokens, FastV at layer 2 reaches 191.6 by keeping 166. A plan of one method with average= is solved
 against the model before anything runs: of the method's variants(), the one whose average is nearest
 is taken. Any method works whose left() says how many tokens stay, also a user's.

@@ -104,9 +104,11 @@ class Method:
     until: int | None = option(None, help="mode=mask: the mask ends where this layer begins")
 
     file: ClassVar[str] = ""  # the user's file that the class was read from
-    name: ClassVar[str]  # without one of its own, a class is called by its name in lower case
+    name: ClassVar[str]  # default: the class's name in lower case
     identity: ClassVar[str | None] = None  # options that keep everything, if there are any
-    drops_only: ClassVar[bool] = True  # Keep has neither merged or extra rows nor another order
+    drops_only: ClassVar[bool] = (
+        True  # choose() returns indices only: nothing merged, added, reordered
+    )
     newest_row: ClassVar[bool] = False  # the score reads the newest row
     choice_stands: ClassVar[bool] = False  # ... but mode=mask does not choose again for new tokens
     numbering: ClassVar[str] = "original"  # default of `positions`
@@ -155,7 +157,7 @@ class Method:
         raise NotImplementedError
 
     def left(self, n_tokens: int) -> tuple[int, ...]:
-        """Image rows left after each stage, out of n_tokens; at most so many, if it depends."""
+        """Image rows left after each stage, out of n_tokens; at most that many, if it depends."""
         return tuple(n_tokens for _ in self.stages())
 
     def variants(self, n_layers: int, n_tokens: int) -> Iterator[Method]:
@@ -187,7 +189,7 @@ class Method:
                 if rule["amount"] and isinstance(v, int) and v > n_tokens:
                     raise ValueError(
                         f"{self.name}: {name}={v}, but there are {n_tokens} image tokens; give at "
-                        f"most so many, or a share such as {name}=0.5"
+                        f"most that many, or a share such as {name}=0.5"
                     )
 
     def vision_layers(self, n_layers: int) -> tuple[int, ...]:
@@ -217,7 +219,7 @@ class Method:
 
 
 def check_method(method: Any) -> None:
-    """Raise ValueError for an object that is no method, or whose class is not complete."""
+    """Raise ValueError for an object that is not a method, or whose class is not complete."""
     if not isinstance(method, Method):
         raise ValueError(f"a plan holds pruning methods, not {method!r}; derive one from Method")
     for needed in ("stages", "choose"):
@@ -242,16 +244,16 @@ def check_keep(method: Method, keep: Any, n: int, width: int) -> None:
     if not isinstance(index, Tensor) or index.ndim != 1 or index.dtype != torch.int64:
         said = f"index {tuple(index.shape)} {index.dtype}" if isinstance(index, Tensor) else keep
         raise ValueError(
-            f"{who} must return Keep(index) with index (K,) of int64, not {str(said)[:80]}; of a "
-            "bool mask take mask.nonzero()[:, 0]"
+            f"{who} must return Keep(index) with index (K,) of int64, not {str(said)[:80]}; for a "
+            "bool mask pass mask.nonzero()[:, 0]"
         )
     numbers = index.sort().values.tolist()
     if numbers and (numbers[0] < 0 or numbers[-1] >= n or len(set(numbers)) < len(numbers)):
         pairs = zip(numbers, [*numbers[1:], n], strict=True)
         wrong = next(a for a, b in pairs if a == b or not 0 <= a < n)
         raise ValueError(
-            f"{who}: Keep.index has {wrong}; name each of the {n} candidates, 0 to {n - 1}, once "
-            "at most"
+            f"{who}: Keep.index has {wrong}; name each of the {n} candidates, 0 to {n - 1}, at "
+            "most once"
         )
     if method.drops_only and (keep.merged is not None or keep.extra is not None or keep.ordered):
         raise ValueError(f"{who}: Keep has new rows or another order; say drops_only = False")
@@ -283,7 +285,7 @@ class Context:
         self._sample, self._step, self._images = sample, step, images
         self.model = model  # for methods that run a part of it themselves
         self.candidates = candidates  # (n,) row numbers in the sequence
-        self.stage_index = step.part  # which of the method's own stages() this is
+        self.stage_index = step.stage_index  # which of the method's own stages() this is
         self.grid = model.config.vision.grid  # patches along one side of an image: 24
         self.n_tokens = len(images) * self.grid**2  # image tokens in scope before any pruning
         self.generator = sample.generator  # the sample's own, on the CPU, seeded for each prefill
@@ -292,6 +294,9 @@ class Context:
 
         memory = sample.memory  # kept from token to token, for this step and image of this sample
         self.memory: dict[str, Any] = memory.setdefault((step.number, *images), {})
+
+    def _error(self, text: str) -> ValueError:
+        return ValueError(f"{self._step.method.name}: {text}")
 
     # ------------------------------------------------------------ the candidates
 
@@ -352,13 +357,17 @@ class Context:
 
         layer -1: in the decoder layer that ran last; 0: in the coming one, from the queries and
         keys that it will compute. strongest=True: max over heads before the mean: (1, n).
-        While decoding with a cache only `newest` has a query; other rows raise ValueError.
+        Rows added after that layer do not count in the mean. While decoding with a cache only
+        `newest` has a query; other rows raise ValueError.
         """
         self._check_queries(rows)
+        if layer not in (-1, 0):
+            raise self._error(f"attention(layer={layer}): -1 is the layer before, 0 the coming one")
         if layer == 0:
             return self._coming_attention(rows, strongest)[:, self.candidates]
         last, there = self._last(), self._rows_in_last()
         at, columns = there[rows], there[self.candidates]
+        at = at[at >= 0]  # rows added since then had no query there
         q = last.q[at - (len(last.k) - len(last.q))]  # (r, H, Dh)
         received = attention_received(q, last.k, at, last.hidden, strongest)  # (H, S)
         return received[:, columns] * (columns >= 0)
@@ -371,27 +380,30 @@ class Context:
     def sequence(self) -> Tensor:
         """Hidden states (S, C | D) of all rows of the sample."""
         if self._sample.token is not None:
-            raise ValueError(
-                f"{self._step.method.name}: while decoding, the prompt's hidden states are gone; "
-                "read nothing but the attention of `newest`, or say choice_stands = True, so that "
-                "the choice made for the prompt stands"
+            raise self._error(
+                "while decoding, the prompt's hidden states are gone; read nothing but the "
+                "attention of `newest`, or say choice_stands = True, so that the choice made for "
+                "the prompt stands"
             )
         return self._sample.x
 
     def entered(self) -> Tensor:
         """Image rows in scope (m, D) as they entered decoder layer 0."""
         self.sequence()  # refuses while decoding
-        assert self._sample.embedded is not None, "only a step of the decoder can look back"
+        if self._sample.embedded is None:
+            raise self._error('entered() is for the stages ("decoder", K)')
         x, image = self._sample.embedded
         return x[torch.isin(image, torch.tensor(self._images, device=x.device))]
 
     def _check_queries(self, rows: Tensor) -> None:
         if self._sample.token is not None and not torch.equal(rows, self.newest):
-            raise ValueError(
-                f"{self._step.method.name}: attention of rows {rows.tolist()} was asked for, but "
-                f"while decoding only the newest row {self.newest.tolist()} has a query; ask for "
-                "`newest`, or say choice_stands = True: the choice made for the prompt then stands"
+            raise self._error(
+                f"attention of rows {rows.tolist()} was asked for, but while decoding only the "
+                f"newest row {self.newest.tolist()} has a query; ask for `newest`, or say "
+                "choice_stands = True: the choice made for the prompt then stands"
             )
+        if self._step.stage == "vision":
+            raise self._error('attention() is for the stages ("embed", 0) and ("decoder", K)')
 
     def _coming_attention(self, rows: Tensor, strongest: bool) -> Tensor:
         """(H, S) in the layer that runs next."""
@@ -409,9 +421,9 @@ class Context:
 
     def _last(self) -> LastAttention:
         if self._sample.last is None or self._step.layer == 0:
-            raise ValueError(
-                f"{self._step.method.name}: layer 0 has no layer before it whose attention could "
-                "be read; ask for that of the coming layer, attention(rows, layer=0)"
+            raise self._error(
+                f"layer {self._step.layer} has no layer before it whose attention could be read; "
+                "ask for that of the coming layer, attention(rows, layer=0)"
             )
         return self._sample.last
 
@@ -430,15 +442,17 @@ class Context:
         token first. None: LLaVA's feature layer. Others have to be named by vision_layers()."""
         layer = self.model.feature_layer if layer is None else layer
         if layer not in self._sample.vision:
-            raise ValueError(
-                f"{self._step.method.name}: hidden state {layer} of the vision tower was not kept; "
-                "name it in vision_layers(), and read it in the prefill only"
+            raise self._error(
+                f"hidden state {layer} of the vision tower was not kept; name it in "
+                "vision_layers(), and read it in the prefill only"
             )
         return self._sample.vision[layer][self._images]
 
     def vision_attention(self, block: int, query: Literal["class", "mean"] = "class") -> Tensor:
         """Attention weight that each candidate's patch receives in a block of the tower, (H, n),
         float32: from the class token, or the mean over all tokens. block -2: the second last."""
+        if query not in ("class", "mean"):
+            raise self._error(f"vision_attention(query={query!r}) must be 'class' or 'mean'")
         q, k = self._vision_heads(block)
         rows = q[:, :1] if query == "class" else q
         each = [attention_received(a, b, None)[:, 1:] for a, b in zip(rows, k, strict=True)]
@@ -449,17 +463,19 @@ class Context:
         return self._vision_heads(block)[1][:, 1:].flatten(0, 1)[self.whole_patches()]
 
     def _vision_heads(self, block: int) -> tuple[Tensor, Tensor]:
-        tower = self.model.vision
-        block %= len(tower.blocks)
+        tower, n = self.model.vision, len(self.model.vision.blocks)
+        if not -n <= block < n:
+            raise self._error(f"block {block} of the vision tower; its blocks are {-n} to {n - 1}")
+        block %= n
         return tower.heads(block, self.vision_state(block))  # each (images, 1 + N, H, Dh)
 
     def whole_patches(self) -> Tensor:
         """`patches`, after refusing candidates that are no patch and so have no rank there."""
         patches = self.patches
         if (patches < 0).any():
-            raise ValueError(
-                f"{self.where}: an earlier method left rows that are no patch, which "
-                f"{self._step.method.name} cannot rank; put the method that merges last"
+            raise self._error(
+                f"at {self.where}, an earlier method left rows that are not patches, which cannot "
+                "be ranked here; put the method that merges last"
             )
         return patches
 
@@ -469,11 +485,11 @@ class Context:
 
 @dataclass(frozen=True)
 class Step:
-    """One act of one method of a plan."""
+    """One stage of one method of a plan."""
 
     number: int  # in the order in which the steps run
     method: Method
-    part: int  # index in the method's stages()
+    stage_index: int  # index in the method's stages()
     stage: Stage
     layer: int
 
@@ -492,21 +508,23 @@ class Plan:
     text: str = ""
 
     def __post_init__(self) -> None:
+        if not isinstance(self.methods, tuple):
+            raise ValueError("methods must be a tuple, as in Plan((method,)) with the comma")
         for method in self.methods:
             check_method(method)
 
     @cached_property
     def steps(self) -> tuple[Step, ...]:
-        """All acts in stage order; within a stage, in the order of the methods."""
-        acts = [
-            (STAGES.index(stage), layer, method, part)
+        """All stages of all methods in the order they run; at one place, in that of the methods."""
+        found = [
+            (STAGES.index(stage), layer, method, index)
             for method in self.methods
-            for part, (stage, layer) in enumerate(method.stages())
+            for index, (stage, layer) in enumerate(method.stages())
         ]
-        acts.sort(key=lambda act: act[:2])
+        found.sort(key=lambda entry: entry[:2])
         return tuple(
-            Step(number, method, part, STAGES[stage], layer)
-            for number, (stage, layer, method, part) in enumerate(acts)
+            Step(number, method, index, STAGES[stage], layer)
+            for number, (stage, layer, method, index) in enumerate(found)
         )
 
     def at(self, stage: Stage, layer: int = 0) -> list[Step]:
@@ -553,7 +571,9 @@ class Plan:
         for step in self.steps:
             if step.stage != "decoder" and step.method.mode == "drop":
                 joint = step.method.scope == "all"
-                most = step.method.left(per_image * n_images if joint else per_image)[step.part]
+                most = step.method.left(per_image * n_images if joint else per_image)[
+                    step.stage_index
+                ]
                 most = most if joint else most * n_images
                 # a method that adds rows can leave more than there were
                 left = min(left, most) if step.method.drops_only else most

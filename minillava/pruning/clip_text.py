@@ -105,7 +105,7 @@ def _load(source: str) -> ClipText:
     elif not source.startswith("hf-hub:"):
         name, slash, weights = source.rpartition("/")
         if not slash or name not in open_clip.list_models():
-            raise ValueError(f"clip={source} is no folder, file or model of open_clip; {REMEDY}")
+            raise ValueError(f"clip={source} is not a folder, file or model of open_clip; {REMEDY}")
     before = logging.root.manager.disable
     logging.disable(logging.ERROR)  # open_clip logs on the root logger what it then raises
     try:

@@ -9,7 +9,7 @@ of 1000 a. A run's score is the mean (very nearly 1.09 times the mean of 1000 a:
 cancels). Each run gets its share of `keep` by score, rounded down; what is left over goes one each
 to the largest shares. Within a run the attention alone ranks. Rows are renumbered.
 
-As released, the tokens of a run stand by falling attention (in reading order if the whole run
+As released, the tokens of a run stand by descending attention (in reading order if the whole run
 stays), and what a run's budget exceeds its length by is not given to other runs: rows of zeros at
 the end make up the number. Deviation: the released code hard-codes T = 64.
 """

@@ -2,7 +2,7 @@
 
 Zhang et al., AAAI 2025, arXiv 2412.09817. Released code (FanshuoZeng/Simignore): llava_arch.py,
 prepare_inputs_labels_for_multimodal. After the projector, before layer 0, all pairs of an image
-token and a token of the focus (input embeddings) are sorted by falling similarity. The walk goes
+token and a token of the focus (input embeddings) are sorted by descending similarity. The walk goes
 through them from pair `i_index` in steps of `step` and keeps each pair's image token, until `keep`
 different ones are kept. With step=1 and i_index=0 these are the tokens with the largest maximum.
 

@@ -9,7 +9,7 @@ layer, between attention and MLP:
    number of patches that each stands for.
 Once sizes differ, attention adds log(size) to the logits of a key.
 
-The order is that of the released code, in every block anew: first the even tokens that are left,
+In every block the order is that of the released code: first the even tokens that are left,
 then the odd ones. It is not the order of the grid. Positions are renumbered, and a merged token has
 the number of the odd token that it was merged into. `keep` instead of r: as many merges as leave
 that number, spread over the blocks as evenly as possible, the first ones taking more.
@@ -82,7 +82,7 @@ def run_block(block: Block, tokens: Tokens, r: int, where: str) -> Tokens:
 
 
 def most_merges(tokens: int, blocks: int) -> int:
-    """How many of so many tokens (with the class token) so many blocks can merge."""
+    """How many of `tokens` (class token included) `blocks` blocks can merge."""
     left = tokens
     for _ in range(blocks):
         left -= (left - 1) // 2

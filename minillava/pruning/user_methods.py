@@ -25,11 +25,11 @@ PREFIX = "_user_method_"  # of the names of modules made from users' files
 def load_file_method(spec: str) -> type[Method]:
     """The class behind FILE.py:Class.
 
-    Raises ValueError, in one line, for a file that does not run and for a class that is no method.
+    Raises ValueError, in one line, for a file that does not run and for a class that is no Method.
     """
     found = SPEC.fullmatch(spec)
     if found is None or found["options"]:
-        raise ValueError(f"{spec!r} is no method in a file; write FILE.py:Class")
+        raise ValueError(f"{spec!r} is not a method in a file; write FILE.py:Class")
     file, wanted = Path(found["file"]), found["cls"]
     if not file.is_file():
         raise ValueError(f"there is no file {file}; write FILE.py:Class")

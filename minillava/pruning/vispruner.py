@@ -4,10 +4,10 @@ Zhang et al., ICCV 2025, arXiv 2412.01818 v2. Released code: Theia-4869/VisPrune
 llava/model/llava_arch.py, encode_images. Between vision tower and projector, T = keep tokens stay:
 - important: the int(T * important) patches that receive most attention from the class token in the
   second-last block, mean over heads;
-- diverse: the others form a list by falling attention. While the list is too long, it is split into
+- diverse: the others form a list by descending attention. While it is too long, it is split into
   its even and odd places, and the min(8, surplus) even ones with the largest cosine (of features
   before the projector) to any odd one are dropped. The next list is the rest of the even ones, by
-  falling cosine, then the odd ones. This order decides the next round, so that two cosines that are
+  descending cosine, then the odd ones. This order decides the next round, so two cosines that are
   equal in float32 can change much of the choice.
 All that stay are in reading order and are renumbered.
 

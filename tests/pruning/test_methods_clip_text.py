@@ -67,7 +67,7 @@ def pictures(model: Any, batch: Batch) -> tuple[Tensor, Tensor]:
     """Patch features before the projector (images, N, C) and after it (images, N, D)."""
     assert batch.pixels is not None
     layer = model.feature_layer
-    seen = model.encode(batch.pixels, {layer}).hidden[layer][:, 1:]
+    seen = model.encode(batch.pixels, {layer}).states[layer][:, 1:]
     return seen, model.projector(seen)
 
 
@@ -200,7 +200,7 @@ def test_outliers_are_counted_as_written_out(seed: int) -> None:
 
 def test_rows_without_a_patch_have_no_relevance(model: Any, batch: Batch, clip: ClipText) -> None:
     plan = f"trim:keep=20,clip={clip.source}+cdpruner:keep=9,clip={clip.source}"
-    with pytest.raises(ValueError, match="rows that are no patch, which cdpruner cannot rank"):
+    with pytest.raises(ValueError, match=r"cdpruner: at .* rows that are not patches"):
         run(model, batch, plan)
 
 
@@ -280,8 +280,8 @@ def test_keeping_everything_needs_no_clip(model: Any, batch: Batch) -> None:
 @pytest.mark.parametrize(
     ("source", "said"),
     [
-        ("gone", "clip=gone is no folder, file or model of open_clip; give clip=FOLDER"),
-        ("ViT-Z/openai", "is no folder, file or model of open_clip"),
+        ("gone", "clip=gone is not a folder, file or model of open_clip; give clip=FOLDER"),
+        ("ViT-Z/openai", "is not a folder, file or model of open_clip"),
         ("ViT-L-14-336/nonsense", "is not a known tag or valid file path"),
         ("hf-hub:org/none", "cannot load clip=hf-hub:org/none ("),
     ],

@@ -287,3 +287,107 @@ def test_the_prompts_hidden_states_are_gone_while_decoding(model: Any) -> None:
 
     with pytest.raises(ValueError, match="the prompt's hidden states are gone"):
         run(model, Reading(mode="mask"), max_new_tokens=2, min_new_tokens=2)
+
+
+# ---------------------------------------------------------------- questions that have no answer
+
+
+@dataclass(frozen=True)
+class Asking(Method):
+    """Asks the Context a question at a stage, and keeps everything."""
+
+    stage: str = "embed"
+    question: str = ""
+
+    def stages(self) -> Any:
+        return ((self.stage, 2 if self.stage == "decoder" else 0),)
+
+    def vision_layers(self, n_layers: int) -> tuple[int, ...]:
+        return (n_layers - 2,)
+
+    def choose(self, c: Context) -> Keep:
+        questions: dict[str, Any] = {
+            "the layer by its number": lambda: c.attention(c.newest, layer=2),
+            "before the decoder": lambda: c.attention(c.newest, layer=0),
+            "what entered it": lambda: c.entered(),
+            "a query that there is not": lambda: c.vision_attention(-2, "clas"),  # type: ignore[arg-type]
+            "a block that there is not": lambda: c.vision_attention(57),
+        }
+        questions[self.question]()
+        return Keep(torch.arange(len(c.candidates)))
+
+
+@pytest.mark.parametrize(
+    ("stage", "question", "words"),
+    [
+        ("decoder", "the layer by its number", r"layer=2\): -1 is the layer before, 0 the coming"),
+        ("vision", "before the decoder", r'is for the stages \("embed", 0\) and \("decoder", K\)'),
+        ("embed", "what entered it", r'is for the stages \("decoder", K\)'),
+        ("vision", "a query that there is not", "'clas'.* must be 'class' or 'mean'"),
+        ("vision", "a block that there is not", "block 57 .*-10 to 9"),
+    ],
+)
+def test_a_question_without_an_answer_is_refused(
+    model: Any, stage: str, question: str, words: str
+) -> None:
+    with pytest.raises(ValueError, match=words):
+        run(model, Asking(stage=stage, question=question), max_new_tokens=1)
+
+
+@dataclass(frozen=True)
+class Adding(Method):
+    """Adds a row at layer 1; at layer 2 asks for the attention of all image rows, that row too."""
+
+    drops_only = False
+
+    def stages(self) -> Any:
+        return (("decoder", 1), ("decoder", 2))
+
+    def choose(self, c: Context) -> Keep:
+        index = torch.arange(8)
+        if c.stage_index == 0:
+            return Keep(index, extra=c.features()[:1])
+        return Keep(top(c.attention(c.candidates).mean(0), 8, c.where))
+
+
+@dataclass(frozen=True)
+class AddingLater(Adding):
+    """Both acts at layer 2: the added row was not there when layer 1 ran."""
+
+    def stages(self) -> Any:
+        return (("decoder", 2), ("decoder", 2))
+
+
+@pytest.mark.parametrize("method", [Adding(), AddingLater()])
+def test_an_added_row_that_had_no_query_does_not_count(model: Any, method: Method) -> None:
+    with_cache, without = (
+        run(model, method, use_cache=cache, max_new_tokens=3, output_logits=True)
+        for cache in (True, False)
+    )
+    assert with_cache.logits.isfinite().all()
+    assert with_cache.report.kept == without.report.kept
+    assert [len(k.positions[0]) + k.extra[0] for k in with_cache.report.kept] == [9, 8]
+
+
+def test_the_attention_of_rows_that_had_a_query_is_their_mean(model: Any) -> None:
+    seen = []
+
+    @dataclass(frozen=True)
+    class Looking(AddingLater):
+        def choose(self, c: Context) -> Keep:
+            if c.stage_index == 1:
+                seen.append((c.attention(c.candidates), c.attention(c.candidates[:8])))
+            return super().choose(c)
+
+    run(model, Looking(), max_new_tokens=1)
+    everything, old = seen[0]
+    assert torch.equal(everything, old)
+    assert everything[:, 8].eq(0).all()  # nothing attended to the added row
+
+
+def test_a_plan_without_the_comma_or_as_text_is_refused(model: Any) -> None:
+    with pytest.raises(ValueError, match=r"tuple, as in Plan\(\(method,\)\)"):
+        Plan(Loud(keep=3))  # type: ignore[arg-type]
+    for plan in ("fastv:k=2", Loud(keep=3)):
+        with pytest.raises(ValueError, match=r"must be a Plan: parse_plan\(text\)"):
+            generate(model, make_batch(model, "ttItt"), plan)  # type: ignore[arg-type]

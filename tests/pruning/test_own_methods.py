@@ -87,7 +87,7 @@ def test_a_sound_one_runs(tried: Try) -> None:
         ("return Keep(top(c.features(), 4, c.where))", "(4, 128)"),
         (
             "return Keep(torch.tensor([7, 7, 9]))",
-            "Keep.index has 7; name each of the 64 candidates, 0 to 63, once at most",
+            "Keep.index has 7; name each of the 64 candidates, 0 to 63, at most once",
         ),
         ("return Keep(torch.tensor([3, 64]))", "has 64; name each of the 64 candidates, 0 to 63"),
         ("return Keep(torch.tensor([-1, 3]))", "has -1; name each of the 64 candidates, 0 to 63"),
