@@ -6,10 +6,10 @@ image is N = 24 x 24 = 576 rows. Pruning removes rows, and does so at different 
 sample in its own way. Therefore the number of rows says nothing about a token's position: whatever
 has to be known about a row is a column of the table.
 
-    prompt             35 text | 576 image       | 44 text    655 rows    positions 0..654
-    layers 0 and 1     35 text | 576 image       | 44 text    655 rows    positions 0..654
-    FastV at layer 2   35 text | 144 image       | 44 text    223 rows    positions with gaps
-    next token                                     1 row                  position 655
+    prompt              5 text | 576 image       | 39 text    620 rows    positions 0..619
+    layers 0 and 1      5 text | 576 image       | 39 text    620 rows    positions 0..619
+    FastV at layer 2    5 text | 144 image       | 39 text    188 rows    positions with gaps
+    next token                                     1 row                  position 620
 
 Positions are what RoPE rotates queries and keys by. Attention only sees differences of positions,
 so rows that keep their numbers (`positions=original`) stay as far apart as they were in the prompt;

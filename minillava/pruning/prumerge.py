@@ -12,7 +12,7 @@ training). Between the vision tower and the projector:
 4. One added row is the sum of a_j x_j over the dropped patches.
 
 The number of tokens depends on the image. They are ordered by descending attention, then step 2,
-then the added row. Positions are renumbered. Deviations: where PruMerge+ divides by zero (no outlier),
+then the added row. Positions are renumbered. Deviations: where PruMerge+ divides by 0 (no outlier),
 here it counts one. Its regular patches end before the last patch for any N, as the released ones do
 for 576. The numbers in the paper are of a model trained with the method.
 """
