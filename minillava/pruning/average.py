@@ -45,12 +45,20 @@ class AveragePlan(Plan):
 
 def nearest_variant(method: Method, average: float, n_layers: int, n_tokens: int) -> Method:
     """Of a method's variants, the one whose average is nearest; of equally near ones the first."""
-    found = [
-        (average_entering(variant, n_layers, n_tokens), variant)
-        for variant in method.variants(n_layers, n_tokens)
-    ]
-    if not found:
-        raise ValueError(f"{method.name}: average={average} cannot be solved for these options")
+    variants = list(method.variants(n_layers, n_tokens))
+    if not variants:
+        raise ValueError(
+            f"{method.label}: average={average} cannot be solved for these options; variants() "
+            "gives nothing to choose from (without an option `keep`, the method has to define it)"
+        )
+    if type(method).left is Method.left:
+        raise ValueError(
+            f"{method.label}: average={average} needs to know how many image tokens stay; define "
+            "left(n_tokens), a tuple with one number for each stage"
+        )
+    if not hasattr(method, method.strength):
+        raise ValueError(f"{method.label}: strength={method.strength!r} must name an option of it")
+    found = [(average_entering(variant, n_layers, n_tokens), variant) for variant in variants]
     reached, nearest = min(found, key=lambda pair: abs(pair[0] - average))
     averages = [reached for reached, _ in found]
     if not min(averages) <= average <= max(averages) and abs(reached - average) > SLACK:
@@ -68,7 +76,13 @@ def nearest_variant(method: Method, average: float, n_layers: int, n_tokens: int
 def average_entering(method: Method, n_layers: int, n_tokens: int) -> float:
     """Image tokens of one image that enter a decoder layer, averaged over the layers."""
     total, now, since = 0, n_tokens, 0
-    for (_, layer), left in zip(method.stages(), method.left(n_tokens), strict=True):
+    numbers: object = method.left(n_tokens)
+    if not isinstance(numbers, tuple) or len(numbers) != len(method.stages()):
+        raise ValueError(
+            f"{method.label}: left({n_tokens}) gave {numbers!r}, but must give a tuple with one "
+            f"number for each of its {len(method.stages())} stages"
+        )
+    for (_, layer), left in zip(method.stages(), numbers, strict=True):
         total += now * (layer - since)
         now, since = left, layer
     return (total + now * (n_layers - since)) / n_layers

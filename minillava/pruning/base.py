@@ -69,7 +69,7 @@ def check_option(name: str, value: Any, rule: Mapping[str, Any]) -> None:
             allowed = "a whole number of tokens, or a share from 0.0 to 1.0"
         if (low is not None and not v >= low) or (high is not None and not v <= high):
             allowed = f"{low} or more" if high is None else f"from {low} to {high}"
-            allowed += f" ({rule['help']})"
+            allowed += f" ({rule['help']})" if rule["help"] else ""
     if allowed:
         raise ValueError(f"{name}={said} must be {allowed}")
 
@@ -84,8 +84,14 @@ def count(keep: float, n_tokens: int) -> int:
 def top(scores: Tensor, k: int, where: str) -> Tensor:
     """Indices (k,) of the k highest of scores (n,), highest first, equal ones by lower index.
     NaN raises ValueError, which says `where` it was found (Context.where)."""
+    if scores.ndim != 1:
+        raise ValueError(
+            f"top() ranks scores (n,), not {tuple(scores.shape)}; mean over the heads?"
+        )
     if scores.isnan().any():
-        raise ValueError(f"NaN among the scores of {where}: the weights or the input are broken")
+        raise ValueError(
+            f"NaN among the scores of {where}: the weights, input or method are broken"
+        )
     return torch.sort(scores, descending=True, stable=True).indices[:k]
 
 
@@ -443,8 +449,8 @@ class Context:
         layer = self.model.feature_layer if layer is None else layer
         if layer not in self._sample.vision:
             raise self._error(
-                f"hidden state {layer} of the vision tower was not kept; name it in "
-                "vision_layers(), and read it in the prefill only"
+                f"hidden state {layer} of the vision tower was not kept; vision_layers() has to "
+                f"name it, `return ({layer},)`, and only the prefill can read it"
             )
         return self._sample.vision[layer][self._images]
 

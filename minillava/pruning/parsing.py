@@ -11,6 +11,7 @@ import dataclasses
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
+from types import NoneType
 from typing import Any, get_args, get_type_hints
 
 from .average import AveragePlan
@@ -168,6 +169,11 @@ def make_method(cls: type[Method], options: Mapping[str, str]) -> tuple[Method, 
 def read_value(what: str, text: str, hint: Any, choices: tuple[str, ...]) -> Any:
     """One option's value, by the type of its field."""
     kinds = plain_types(hint)
+    if not kinds <= OPTION_TYPES or len(kinds - {NoneType, Ellipsis, int}) > 1:
+        raise ValueError(
+            f"{what}: its field is annotated {hint}; the text of a plan can be read for int, float,"
+            " str, bool, each also with `| None`, tuple[int, ...] and tuple[float, ...]"
+        )
     if choices and text not in choices:
         raise ValueError(f"{what}: must be one of {', '.join(choices)}")
     if str in kinds:
@@ -179,6 +185,9 @@ def read_value(what: str, text: str, hint: Any, choices: tuple[str, ...]) -> Any
     items = text.split("/") if Ellipsis in kinds else [text]
     numbers = [read_number(what, item, float in kinds) for item in items]
     return tuple(numbers) if Ellipsis in kinds else numbers[0]
+
+
+OPTION_TYPES = frozenset((int, float, str, bool, NoneType, Ellipsis))
 
 
 def plain_types(hint: Any) -> set[Any]:

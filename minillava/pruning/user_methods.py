@@ -6,6 +6,7 @@ Loading it runs the file, so only commands do that, for a plan that a person typ
 
 from __future__ import annotations
 
+import dataclasses
 import importlib.util
 import inspect
 import re
@@ -19,6 +20,7 @@ from typing import Any
 from .base import Method
 
 SPEC = re.compile(r"(?P<file>.+\.py):(?P<cls>[A-Za-z_]\w*)(?::(?P<options>.*))?", re.DOTALL)
+ENGINE_OPTIONS = frozenset(f.name for f in dataclasses.fields(Method))
 PREFIX = "_user_method_"  # of the names of modules made from users' files
 
 
@@ -43,13 +45,30 @@ def load_file_method(spec: str) -> type[Method]:
         there = ", ".join(methods) or "none; derive one from minillava.pruning.Method"
         raise ValueError(f"{file} has no method {wanted}; its methods: {there}")
     method = methods[wanted]
-    if "__dataclass_fields__" not in vars(method):
-        raise ValueError(f"{file}: put @dataclass(frozen=True) above class {wanted}")
-    for needed in ("stages", "choose"):
-        if getattr(method, needed) is getattr(Method, needed):
-            raise ValueError(f"{file}: class {wanted} has no method {needed}; see Method")
+    check_class(method, f"{file}: class {wanted}")
     method.file = str(file)
     return method
+
+
+def check_class(method: type[Method], who: str) -> None:
+    """Raise ValueError for a class whose declarations nothing would read, or would misread."""
+    if "__dataclass_fields__" not in vars(method):
+        raise ValueError(f"{who}: put @dataclass(frozen=True) above it")
+    for needed in ("stages", "choose"):
+        if getattr(method, needed) is getattr(Method, needed):
+            raise ValueError(f"{who} has no method {needed}; see Method")
+    own = {f.name for f in dataclasses.fields(method)} - ENGINE_OPTIONS
+    taken = (ENGINE_OPTIONS | {"average"}) & vars(method).get("__annotations__", {}).keys()
+    if taken:
+        raise ValueError(f"{who}: the option {min(taken)!r} is the engine's; choose another name")
+    if method.numbering not in ("original", "compact"):
+        raise ValueError(f"{who}: numbering={method.numbering!r} must be original or compact")
+    if method.strength not in own and method.strength != Method.strength:
+        raise ValueError(f"{who}: strength={method.strength!r} must be one of {sorted(own)}")
+    aliases = {f.metadata.get("alias") for f in dataclasses.fields(method)}
+    for item in filter(None, (method.identity or "").split(",")):
+        if item.partition("=")[0].strip() not in own | ENGINE_OPTIONS | aliases:
+            raise ValueError(f"{who}: identity={method.identity!r} must give options of it")
 
 
 def run_file(file: Path) -> dict[str, object]:
@@ -109,7 +128,9 @@ def describe_user_error(error: BaseException) -> str | None:
     """
     where = None
     for frame, line in traceback.walk_tb(error.__traceback__):
-        if frame.f_globals.get("__name__", "").startswith(PREFIX):
+        # code that dataclasses generate has the module's name, but no file
+        generated = frame.f_code.co_filename.startswith("<")
+        if frame.f_globals.get("__name__", "").startswith(PREFIX) and not generated:
             where = f"{frame.f_code.co_filename}, line {line}"
     if where is None and isinstance(error, TypeError):  # called with other arguments than it takes
         for name, loaded in list(sys.modules.items()):
@@ -118,4 +139,6 @@ def describe_user_error(error: BaseException) -> str | None:
                 where = loaded.__file__
     if where is None:
         return None
-    return f"{where}: {type(error).__name__}: {' '.join(str(error).split())}"
+    text = f"{where}: {type(error).__name__}: {' '.join(str(error).split())}"
+    frozen = isinstance(error, dataclasses.FrozenInstanceError)
+    return text + (" (what is to be kept between calls goes into c.memory)" if frozen else "")

@@ -84,7 +84,6 @@ def test_a_sound_one_runs(tried: Try) -> None:
         ("return Keep(torch.arange(4.0))", "not index (4,) torch.float32"),
         ("return Keep(torch.tensor([]))", "not index (0,) torch.float32"),
         ("return Keep(torch.ones(64, dtype=torch.bool))", "mask.nonzero()"),
-        ("return Keep(top(c.features(), 4, c.where))", "(4, 128)"),
         (
             "return Keep(torch.tensor([7, 7, 9]))",
             "Keep.index has 7; name each of the 64 candidates, 0 to 63, at most once",
@@ -277,3 +276,43 @@ def test_a_name_that_is_taken_and_a_file_without_a_class(
 ) -> None:
     refused(tried(more="    name = 'fastv'\n"), "the name 'fastv' is taken")
     refused((main(["--prune", str(tmp_path / "mine.py")]), *capsys.readouterr()), "FILE.py:Class")
+
+
+# ---------------------------------------------------------------- declarations and mistakes
+
+
+@pytest.mark.parametrize(
+    ("declared", "words"),
+    [
+        ("mode: str = 'drop'", "the option 'mode' is the engine's; choose another name"),
+        ("average: int = 3", "the option 'average' is the engine's"),
+        ("numbering = 'compakt'", "numbering='compakt' must be original or compact"),
+        ("strength = 'kep'", "strength='kep' must be one of ['keep', 'layer']"),
+        ("identity = 'kep=1.0'", "identity='kep=1.0' must give options of it"),
+    ],
+)
+def test_a_declaration_that_nothing_would_read(tried: Try, declared: str, words: str) -> None:
+    refused(tried(more=f"    {declared}\n"), words)
+
+
+@pytest.mark.parametrize(
+    ("body", "options", "words"),
+    [
+        ("self.k = 3", "", "FrozenInstanceError"),
+        ("self.k = 3", "", "what is to be kept between calls goes into c.memory"),
+        (
+            "return Keep(top(c.vision_state()[0], 3, c.where))",
+            "",
+            "top() ranks scores (n,), not (65, 128); mean over the heads?",
+        ),
+        ("", ":keep=99999", "keep=99999, but there are 64 image tokens"),
+        (
+            "",
+            ":until=5",
+            "error: mine: until=5 ends a mask",
+        ),  # a fault of the plan, not of the file
+        ("", ":average=32", "define left(n_tokens), a tuple with one number for each stage"),
+    ],
+)
+def test_mistakes_in_a_method(tried: Try, body: str, options: str, words: str) -> None:
+    refused(tried(body or FIRST, options=options), words)

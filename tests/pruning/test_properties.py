@@ -16,13 +16,14 @@ from tiny import IMAGE, alone, assert_close, example, make_batch, watching
 from minillava import Batch, parse_plan
 from minillava.generate import Result, generate
 from minillava.pruning import METHODS
-from minillava.pruning.base import Plan
+from minillava.pruning.base import Context, Method, Plan
 
 N = 16
 PROMPTS = ("tttItttttt", "tttt", "tItIttt", "Itttt", "tIItt", "tI")
 IN_TEXT = PROMPTS[:-1]  # what a picture ends may lose the very row that it is answered from
 DROPPING = [name for name, method in METHODS.items() if method.drops_only]
 RANKING = [name for name, method in METHODS.items() if not method.newest_row]
+ADAPTIVE = ("prumerge", "prumerge-plus")  # how many tokens stay depends on the image
 IDENTITIES = [name for name, method in METHODS.items() if method.identity is not None]
 
 
@@ -262,6 +263,36 @@ def test_the_report_adds_up(model: Any, batch: Batch, name: str) -> None:
             assert report.cache_lengths[i][b] == entering[b]
     if pictures_left := [k for k in report.kept if k.positions[0]]:
         assert len(pictures_left[-1].positions[0]) < N
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_left_says_how_many_image_tokens_stay(model: Any, one: Batch, name: str) -> None:
+    """As many as were left or, of a method whose number depends on the image, at least as many."""
+    (method,) = example(name).methods
+    if type(method).left is Method.left:
+        pytest.skip("it does not say; average= refuses it")
+    report = run(model, one, Plan((method,)), n=1).report
+    left = [len(kept.positions[0]) + kept.extra[0] for kept in report.kept]
+    said = list(method.left(N))
+    assert (
+        all(a <= b for a, b in zip(left, said, strict=True)) if name in ADAPTIVE else left == said
+    )
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_a_method_that_asks_the_newest_row_says_so(
+    model: Any, one: Batch, name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Otherwise mode=mask would not choose again for a new token."""
+    attention, read = Context.attention, []
+
+    def note(c: Context, rows: Any, *args: Any, **options: Any) -> Any:
+        read.append(rows.tolist() == c.newest.tolist())
+        return attention(c, rows, *args, **options)
+
+    monkeypatch.setattr(Context, "attention", note)
+    run(model, one, example(name), n=1)
+    assert METHODS[name].newest_row or not any(read)
 
 
 # ---------------------------------------------------------------- 6.6 the same every time
