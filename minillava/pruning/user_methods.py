@@ -45,15 +45,16 @@ def load_file_method(spec: str) -> type[Method]:
         there = ", ".join(methods) or "none; derive one from minillava.pruning.Method"
         raise ValueError(f"{file} has no method {wanted}; its methods: {there}")
     method = methods[wanted]
-    check_class(method, f"{file}: class {wanted}")
+    check_class(method, file)
     method.file = str(file)
     return method
 
 
-def check_class(method: type[Method], who: str) -> None:
+def check_class(method: type[Method], file: Path) -> None:
     """Raise ValueError for a class whose declarations nothing would read, or would misread."""
+    who = f"{file}: class {method.__name__}"
     if "__dataclass_fields__" not in vars(method):
-        raise ValueError(f"{who}: put @dataclass(frozen=True) above it")
+        raise ValueError(f"{file}: put @dataclass(frozen=True) above class {method.__name__}")
     for needed in ("stages", "choose"):
         if getattr(method, needed) is getattr(Method, needed):
             raise ValueError(f"{who} has no method {needed}; see Method")

@@ -536,7 +536,7 @@ def test_only_the_command_line_runs_files(own: Path) -> None:
         ("mine.py:Shortest", OWN, "has no method Shortest; its methods: Longest, Bare"),
         ("mine.py:NUMBER", OWN, "has no method NUMBER"),
         ("mine.py:Method", OWN, "has no method Method"),
-        ("mine.py:Bare", OWN, "class Bare: put @dataclass(frozen=True) above it"),
+        ("mine.py:Bare", OWN, "put @dataclass(frozen=True) above class Bare"),
         ("mine.py:A", "x = 1\nx = (", "mine.py, line 2 does not run: SyntaxError: '(' was never"),
         ("mine.py:A", "x = 1\n1 / 0", "line 2 does not run: ZeroDivisionError: division by zero"),
         ("mine.py:A", "\n\nimport nothing_here", "mine.py, line 3 does not run: ModuleNotFoundE"),
