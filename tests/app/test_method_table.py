@@ -54,7 +54,7 @@ def test_the_first_example_in_the_readme_can_be_loaded(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     "method",
-    ["Seen", "Seen:keep=8,mode=mask", "Central:block=2", "Folded", "EveryThird:mode=mask"],
+    ["Seen", "Seen:keep=8,mode=mask", "Central:block=4", "Folded", "EveryThird:mode=mask"],
 )
 def test_the_other_examples_in_the_readme_run(
     method: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
