@@ -137,7 +137,7 @@ class Answer:
                 logits, state = prefill(model, longer, encoded, self.plan, None, seed, memories)
 
         # 4. what happened
-        report = make_report(prompt_state, tokens.stopped, clock, cache_bytes)
+        report = make_report(model, prompt_state, tokens.stopped, clock, cache_bytes)
         none = logits[:, None][:, :0]  # (B, 0, V)
         stacked = torch.stack(chosen_from, 1) if chosen_from else none  # (B, n_new, V)
         self.result = self._make_result(tokens.tokens, report, stacked)
