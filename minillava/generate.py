@@ -140,7 +140,7 @@ class Answer:
                 logits, state = prefill(model, longer, encoded, self.plan, None, seed, memories)
 
         # 4. what happened
-        report = make_report(prompt_state, tokens.stopped, clock, cache_bytes)
+        report = make_report(model, prompt_state, tokens.stopped, clock, cache_bytes)
         none = logits.new_empty(len(logits), 0, logits.shape[1])
         stacked = torch.stack(chosen_from, 1) if chosen_from else none  # (B, n_new, V)
         self.result = self._make_result(tokens.tokens, report, stacked)

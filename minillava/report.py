@@ -13,6 +13,7 @@ from torch import Tensor
 
 from .config import Config
 from .engine import Pruned, State
+from .llava import LLaVA
 from .pruning.base import Plan
 from .rows import Rows
 
@@ -45,6 +46,7 @@ class Report:
     per_token: float  # mean of the later ones
     cache_bytes: int  # keys and values held after the prefill
     peak_bytes: int | None  # peak of allocated memory, CUDA only
+    arithmetic: str  # of the decoder's linear layers: float32, bfloat16, or its stored form's
 
 
 @dataclass(frozen=True)
@@ -90,8 +92,11 @@ class Clock:
         return (self.read["last"] - self.read["first_token"]) / (self.n_tokens - 1)
 
 
-def make_report(state: State, stopped: list[str], clock: Clock, cache_bytes: int) -> Report:
+def make_report(
+    model: LLaVA, state: State, stopped: list[str], clock: Clock, cache_bytes: int
+) -> Report:
     """The report on a generation whose prefill left `state`."""
+    linear = model.llama.get_submodule("blocks.0.mlp.down_proj")
     by_layer = [segment for segment in state.segments for _ in segment.layers]
     entering = [[len(rows) for rows in segment.rows] for segment in by_layer]
     images = [(count_images(s.rows, s.hidden), s.layers) for s in state.segments]
@@ -110,6 +115,7 @@ def make_report(state: State, stopped: list[str], clock: Clock, cache_bytes: int
         per_token=clock.per_token(),
         cache_bytes=cache_bytes,
         peak_bytes=torch.cuda.max_memory_allocated(clock.cuda) if clock.cuda else None,
+        arithmetic=getattr(linear, "arithmetic", str(model.dtype).removeprefix("torch.")),
     )
 
 

@@ -133,7 +133,8 @@ def _make_parser() -> argparse.ArgumentParser:
     add("--seed", metavar="S", type=parse_int, help="for sampling and random pruning methods")
     add("--stop", metavar="TEXT", action="append", default=[], help="end the answer before TEXT")
     add("--device", metavar="D", default="cpu", help="cpu, cuda or cuda:N; default cpu")
-    add("--dtype", metavar="T", help="float32, float16 or bfloat16; on a CPU for storage only")
+    dtype_help = "float32, float16, bfloat16 or auto (the fastest 16 bits); CPU default: float32"
+    add("--dtype", metavar="T", help=dtype_help)
     add("--quantize", metavar="Q", help="int8, int8-dynamic or int4")
     add("--image-aspect", choices=ASPECTS, help="default: the checkpoint's")
     add("--raw-prompt", action="store_true", help="use --prompt as it is, with <image> in it")

@@ -11,7 +11,14 @@ from torch import Tensor, nn
 from tqdm import tqdm  # type: ignore[import-untyped,unused-ignore]
 
 from ..llava import LLaVA
-from ..quant.linear import Int4, Int8, Weight, WidenedLinear, choose_linear
+from ..quant.linear import (
+    Int4,
+    Int8,
+    Weight,
+    WidenedLinear,
+    choose_linear,
+    multiplies_bfloat16,
+)
 from ..quant.quantise import to_int4, to_int8
 from .memory import return_freed_memory
 from .tensor_files import FLOATS, StoredTensor
@@ -66,6 +73,20 @@ def choose_forms(
     }
 
 
+def choose_arithmetic(
+    device: torch.device, storage: torch.dtype, forms: Mapping[str, str]
+) -> torch.dtype:
+    """The dtype that a model computes in, from the dtype that its weights are held in.
+
+    On CUDA they are the same. A CPU computes in float32, but in bfloat16 where it multiplies
+    bfloat16 in hardware and no weight is stored in integers (those kernels take float32).
+    """
+    if device.type != "cpu":
+        return storage
+    native = storage == torch.bfloat16 and not forms and multiplies_bfloat16()
+    return storage if native else torch.float32
+
+
 def load_weights(
     model: LLaVA,
     found: Mapping[str, StoredTensor],
@@ -77,13 +98,11 @@ def load_weights(
     """Give a model on the meta device its weights, reading and converting one at a time.
 
     found: our name -> tensor in a file, for all weights. storage: dtype that linear and embedding
-    weights are held in; all others are held in the dtype of the arithmetic, float32 on a CPU and
-    `storage` on CUDA. forms: the quantised layers, see choose_forms. progress: a bar on stderr.
+    weights are held in; all others are held in the dtype of the arithmetic. forms: the quantised layers, see choose_forms. progress: a bar on stderr.
     Raises ValueError for values that the dtype or the integers cannot represent.
     """
-    on_cpu = device.type == "cpu"
     model.requires_grad_(False).eval()
-    model.dtype = torch.float32 if on_cpu else storage  # CPUs have no fast 16-bit arithmetic
+    model.dtype = choose_arithmetic(device, storage, forms)
     converted = {name for name in linear_layers(model) if name in forms or model.dtype != storage}
     tied = TIED if model.config.text.tie_word_embeddings else ()
     if tied:

@@ -20,6 +20,7 @@ from ..config import Config
 from ..llava import LLaVA
 from ..processing.processor import Processor
 from ..processing.tokenizer import Tokenizer
+from ..quant.linear import multiplies_bfloat16
 from ..quant.quantise import stored_parts
 from .assemble import TIED, choose_forms, linear_layers, load_weights
 from .config_file import read_config
@@ -57,7 +58,9 @@ def load(
     path_or_hub_id: a folder, or a repository org/name on the Hugging Face hub. revision: a branch,
     tag or commit of that repository. device: cpu, cuda or cuda:N. dtype: float32, float16 or
     bfloat16, as a torch.dtype or by name; None means float32 on a CPU and the dtype of the files on
-    CUDA. On a CPU it only affects how weights are stored; arithmetic is always float32. quantize:
+    CUDA; "auto" the fastest 16-bit dtype of the device. On a CPU arithmetic is float32 and the
+    dtype only says how weights are stored, except that bfloat16 is computed in where the CPU has
+    instructions for it (AVX-512 BF16, AMX, Arm). quantize:
     int8, int8-dynamic (faster and less accurate, CPU only) or int4 for the weights of the decoder's
     blocks; the other weights are then stored in the dtype of the files unless `dtype` is given. A
     checkpoint that is already quantised needs no `quantize`. progress: show a bar on stderr if that
@@ -65,7 +68,8 @@ def load(
 
     Raises ValueError for every failure, in one line with the value, what is allowed and what to do.
     """
-    target, storage = find_device(device), _parse_dtype(dtype)
+    target = find_device(device)
+    storage = _parse_dtype(dtype, target)
     if quantize not in (None, *QUANTIZE):
         raise ValueError(f"quantize={quantize!r}, but must be {', '.join(QUANTIZE)}; choose one")
     if quantize == "int8-dynamic" and target != _CPU:
@@ -179,12 +183,15 @@ def find_device(device: str | torch.device) -> torch.device:
     return found
 
 
-def _parse_dtype(dtype: str | torch.dtype | None) -> torch.dtype | None:
+def _parse_dtype(dtype: str | torch.dtype | None, device: torch.device) -> torch.dtype | None:
     if dtype is None:
         return None
+    if dtype == "auto":
+        native = torch.cuda.is_bf16_supported if device.type == "cuda" else multiplies_bfloat16
+        return torch.bfloat16 if native() else torch.float16
     known = DTYPES | {str(value): value for value in DTYPES.values()}  # also 'torch.float16'
     if str(dtype) not in known:
         raise ValueError(
-            f"dtype={str(dtype)!r}, but must be {', '.join(DTYPES)} or None; choose one"
+            f"dtype={str(dtype)!r}, but must be {', '.join(DTYPES)}, auto or None; choose one"
         )
     return known[str(dtype)]

@@ -6,10 +6,14 @@ converted to that dtype, multiplied, and overwritten by the next block.
 
     form          on a CPU with torch's fbgemm kernels                        anywhere else
     float16       float16 weights, float32 activations and sums               widened
-    bfloat16      widened                                                     widened
+    bfloat16      widened (see below)                                         widened
     int8          int8 weights, activations as two 7-bit digits, exact sums   widened
     int8-dynamic  int8 weights, activations as one 7-bit digit                widened
     int4          4-bit weights, bfloat16 activations, float32 sums           widened
+
+A CPU that multiplies bfloat16 in hardware (AVX-512 BF16, AMX, Arm's BF16) does so at twice the rate
+of float32 or more. There a model in bfloat16 keeps its nn.Linear layers and computes in bfloat16,
+as on a GPU: multiplies_bfloat16() says whether this is such a CPU.
 
 A row's result does not depend on the other rows of the input: bit-exact for int8 and int4 with
 kernels, up to float32 summation order otherwise. NaN in a row gives NaN in its result.
@@ -18,6 +22,7 @@ kernels, up to float32 summation order otherwise. NaN in a row gives NaN in its 
 from __future__ import annotations
 
 import functools
+import platform
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -64,6 +69,11 @@ class StoredLinear(nn.Module):
         self.bias = None if bias is None else nn.Parameter(bias, requires_grad=False)
         self.nbytes = 0  # memory of the weight in its stored form
 
+    @property
+    def arithmetic(self) -> str:
+        """What is multiplied with what, in words for reports."""
+        raise NotImplementedError
+
     def forward(self, x: Tensor) -> Tensor:
         """x (..., K) -> (..., N) in the dtype of x."""
         rows = x.flatten(0, -2)  # (R, K)
@@ -98,6 +108,11 @@ class WidenedLinear(StoredLinear):
             self.register_buffer(name, part)
         self.nbytes = sum(part.nbytes for part in parts)
 
+    @property
+    def arithmetic(self) -> str:
+        names = {Int8: "int8", Int4: "int4"}
+        return f"weights widened from {names.get(self.form, str(self.weight.dtype)[6:])}"
+
     def multiply(self, x: Tensor) -> Tensor:
         if self.form is Int8:
             x = rotate_columns(x)
@@ -123,6 +138,10 @@ class HalfLinear(StoredLinear):
         super().__init__(weight.shape[1], weight.shape[0], bias)
         self.packed = torch.ops.quantized.linear_prepack_fp16(weight.float(), None)
         self.nbytes = 2 * _packed_values(weight.shape)
+
+    @property
+    def arithmetic(self) -> str:
+        return "float32 with float16 weights (fbgemm)"
 
     @property
     def weight(self) -> Tensor:
@@ -160,6 +179,10 @@ class Int8Linear(StoredLinear):
         range_row = torch.zeros(K)
         range_row[0], range_row[-1] = -MAX_DIGIT - 1, MAX_DIGIT
         self.register_buffer("range_row", range_row, persistent=False)
+
+    @property
+    def arithmetic(self) -> str:
+        return f"int8 weights, activations of {7 * self.digits} bits (fbgemm)"
 
     def multiply(self, x: Tensor) -> Tensor:
         R, K = x.shape
@@ -202,6 +225,10 @@ class Int4Linear(StoredLinear):
         self.register_buffer("packed", torch.cat(packed), persistent=False)
         self.nbytes = self.packed.nbytes + self.pairs.nbytes
 
+    @property
+    def arithmetic(self) -> str:
+        return "int4 weights, bfloat16 activations (torch)"
+
     def multiply(self, x: Tensor) -> Tensor:
         y = torch.ops.aten._weight_int4pack_mm_for_cpu(
             x.bfloat16(), self.packed, self.group, self.pairs
@@ -236,6 +263,24 @@ def _packed_values(shape: Sequence[int]) -> int:
 def _is_finite(weight: Tensor) -> bool:
     """For float16: finite values have a finite float32 sum. fbgemm turns infinity into 65504."""
     return bool(weight.sum(dtype=torch.float32).isfinite())
+
+
+@functools.cache
+def multiplies_bfloat16() -> bool:
+    """Whether this CPU has instructions that multiply bfloat16 matrices, and torch uses them.
+
+    Without them torch computes bfloat16 in float32 with conversions, at a seventh of the rate.
+    oneDNN, which multiplies, can be told to leave them alone (ONEDNN_MAX_CPU_ISA=AVX2); x86 CPUs
+    with AVX-512 but without its BF16 extension pass oneDNN's own test, hence the second one.
+    """
+    try:
+        used = torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    except (RuntimeError, AttributeError):  # a torch without oneDNN
+        return False
+    if platform.machine().lower() in ("x86_64", "amd64"):
+        extensions = ("_is_avx512_bf16_supported", "_is_amx_tile_supported")
+        return used and any(getattr(torch.cpu, name, bool)() for name in extensions)
+    return used
 
 
 @functools.cache
