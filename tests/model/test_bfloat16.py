@@ -116,7 +116,7 @@ ADAPTIVE = ("prumerge", "prumerge-plus")  # the number of tokens follows from th
 
 @pytest.mark.slow
 def test_onednn_without_bfloat16_is_noticed() -> None:
-    """With this variable oneDNN does as on a CPU without the instructions. A process reads it once."""
+    """oneDNN then does as on a CPU without the instructions. A process reads it once."""
     code = "from minillava.quant.linear import multiplies_bfloat16; print(multiplies_bfloat16())"
     env = {**os.environ, "ONEDNN_MAX_CPU_ISA": "AVX2"}
     out = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True)
