@@ -10,6 +10,7 @@ from __future__ import annotations
 import functools
 import re
 from collections.abc import Callable, Collection, Iterable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,14 +19,17 @@ from torch.overrides import TorchFunctionMode
 
 from ..config import Config
 from ..llava import LLaVA
+from ..processing.generation_rules import GenerationRules
 from ..processing.processor import Processor
 from ..processing.tokenizer import Tokenizer
 from ..quant.quantise import stored_parts
 from .assemble import TIED, choose_forms, linear_layers, load_weights
-from .config_file import read_config
+from .config_file import read_config, read_generation_rules
+from .error_text import cut
 from .hub import find_checkpoint
 from .keys import our_name, published_name
 from .processor_files import read_processor
+from .regular_files import is_present
 from .tensor_files import FLOATS, StoredTensor, read_headers
 
 DTYPES = {
@@ -39,6 +43,8 @@ DTYPES = {
 }
 
 QUANTIZE = ("int8", "int8-dynamic", "int4")
+
+ADAPTER = "adapter_config.json"
 
 _CPU = torch.device("cpu")
 _LISTED = 10  # names that an error lists before it says how many more there are
@@ -71,10 +77,14 @@ def load(
     if quantize == "int8-dynamic" and target != _CPU:
         raise ValueError("quantize='int8-dynamic' is for CPUs only; on CUDA use 'int8'")
     folder = find_checkpoint(path_or_hub_id, revision)
+    _refuse_adapters(folder)
     config = read_config(folder / "config.json")
+    rules = read_generation_rules(folder / "config.json", config)
     processor = read_processor(folder, config)
     stored = read_headers(folder)
-    model = empty_model(config, processor.tokenizer)
+    check_sizes(config, stored, folder)
+    config = untie_different_weights(config, stored)
+    model = empty_model(config, processor.tokenizer, rules)
     found = match_tensors(model, stored, folder)
     forms = choose_forms(model, found, quantize, folder)
     if storage is None:
@@ -85,10 +95,73 @@ def load(
     return model, processor
 
 
-def empty_model(config: Config, tokenizer: Tokenizer | None = None) -> LLaVA:
+def _refuse_adapters(folder: Path) -> None:
+    """transformers with peft adds the adapter beside a model to its weights."""
+    if is_present(folder / ADAPTER):
+        raise ValueError(
+            f"{folder} contains {ADAPTER}: an adapter belongs to its weights, and load() does not "
+            "add it; merge it into the weights (peft's merge_and_unload), or remove the file"
+        )
+
+
+def check_sizes(config: Config, stored: Collection[StoredTensor], folder: Path) -> None:
+    """Refuse a config.json that describes a much larger model than the files contain.
+
+    match_tensors compares every shape, but needs the model, and to build a million layers takes
+    hours. Each layer has tensors of its own, and each size is that of some axis of a tensor.
+    """
+    # Two 4-bit codes share a byte, and a tensor without elements may claim any shape.
+    most = 2 * max((n for t in stored if 0 not in t.shape for n in t.shape), default=0)
+    text, vision = config.text, config.vision
+    sizes = {
+        "text_config.num_hidden_layers": (text.num_hidden_layers, len(stored)),
+        "text_config.vocab_size": (text.vocab_size, most),
+        "text_config.hidden_size": (text.hidden_size, most),
+        "text_config.intermediate_size": (text.intermediate_size, most),
+        "text_config.head_dim": (text.num_attention_heads * text.head_dim, most),
+        "vision_config.num_hidden_layers": (vision.num_hidden_layers, len(stored)),
+        "vision_config.hidden_size": (vision.hidden_size, most),
+        "vision_config.intermediate_size": (vision.intermediate_size, most),
+        "vision_config.image_size": (vision.num_patches, most),
+        "vision_config.patch_size": (vision.patch_size, most),
+    }
+    for name, (size, bound) in sizes.items():
+        if size > bound:
+            raise ValueError(
+                f"{cut(str(folder / 'config.json'), 500)}: {name} describes a model with {size}, "
+                f"but the {len(stored)} tensors in the folder have place for at most {bound}; "
+                "correct config.json, or download the checkpoint again"
+            )
+
+
+def untie_different_weights(config: Config, stored: Iterable[StoredTensor]) -> Config:
+    """The config of a model whose files have an output head and another embedding.
+
+    Then tie_word_embeddings is not followed, as in transformers: both are used as they are.
+    """
+    pair = [t for t in stored if _name_of(t) in TIED and t.kind in FLOATS]
+    if not config.text.tie_word_embeddings or len(pair) != 2:
+        return config
+    embedding, head = (t.read(_CPU, FLOATS[t.kind]) for t in pair)
+    if torch.equal(embedding, head):
+        return config
+    return replace(config, text=replace(config.text, tie_word_embeddings=False))
+
+
+def _name_of(tensor: StoredTensor) -> str | None:
+    """Our name of a stored tensor; None if it has none."""
+    try:
+        return our_name(tensor.name)
+    except KeyError:
+        return None
+
+
+def empty_model(
+    config: Config, tokenizer: Tokenizer | None = None, rules: GenerationRules | None = None
+) -> LLaVA:
     """A model on the meta device: shapes without memory."""
     with torch.device("meta"), _NoInitialValues():
-        return LLaVA(config, tokenizer=tokenizer)
+        return LLaVA(config, tokenizer=tokenizer, rules=rules)
 
 
 def match_tensors(
@@ -164,7 +237,8 @@ class _NoInitialValues(TorchFunctionMode):
 
 def _shorten_list(names: list[str]) -> str:
     more = f", and {len(names) - _LISTED} more" if len(names) > _LISTED else ""
-    return ", ".join(names[:_LISTED]) + more
+    listed = names[:_LISTED]
+    return ", ".join(cut(name, 480 // len(listed)) for name in listed) + more
 
 
 def find_device(device: str | torch.device) -> torch.device:

@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from PIL import Image
 from safetensors.torch import load_file
 
-from minillava.loading.processor_files import read_image_config
+from minillava.loading.image_config import read_image_config
 from minillava.processing import resize as strips
 from minillava.processing.image import ImageConfig, preprocess
 
