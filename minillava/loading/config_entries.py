@@ -25,6 +25,7 @@ _OUTPUTS = Unused("says what else a forward returns")
 _KERNELS = Unused("chooses between implementations of the same computation")
 _LABELS = Unused("for classifiers")
 _PARALLEL = Unused("for models on several devices")
+_DECODER = Unused("for decoders")
 _NOTE = Unused("a note about the file")
 _ELSEWHERE = Unused("of the decoder or the tower, which read their own sections")
 _UNQUANTISED = "load the checkpoint's unquantised weights"
@@ -33,11 +34,7 @@ _UNQUANTISED = "load the checkpoint's unquantised weights"
 _EVERYWHERE: Table = {
     "quantization_config": Only((None,), _UNQUANTISED),
     "per_layer_config": Only((None, {})),
-    "is_encoder_decoder": Only((None, False)),
     "attribute_map": Only((None, {}), "remove it: it gives entries other names"),
-    "text_encoder": Only((None,)),
-    "decoder": Only((None,)),
-    "generator": Only((None,)),
     "attn_implementation": _KERNELS,
     "_attn_implementation": _KERNELS,
     "_attn_implementation_internal": _KERNELS,
@@ -73,8 +70,17 @@ _EVERYWHERE: Table = {
     "mtp_layer_types": Unused("for drafting several tokens at once"),
 }
 
+# Names under which transformers looks for a decoder's section.
+_SECTIONS: Table = {
+    "is_encoder_decoder": Only((None, False)),
+    "text_encoder": Only((None,)),
+    "decoder": Only((None,)),
+    "generator": Only((None,)),
+}
+
 TOP: Table = {
     **_EVERYWHERE,
+    **_SECTIONS,
     "model_type": Only(("llava",)),
     "vision_config": Followed(),
     "text_config": Followed(),
@@ -113,11 +119,14 @@ VISION: Table = {
     "hidden_act": Only(("quick_gelu",)),
     "num_channels": Only((3,)),
     "is_causal": Only((None, False)),
-    "text_config": Only((None,)),
-    "layer_types": Unused("for decoders"),
-    "rope_parameters": Unused("for decoders"),
-    "vocab_size": Unused("for decoders"),
-    "tie_word_embeddings": Unused("for decoders"),
+    "is_encoder_decoder": _DECODER,
+    "decoder": _DECODER,
+    "generator": _DECODER,
+    "text_config": _DECODER,
+    "layer_types": _DECODER,
+    "rope_parameters": _DECODER,
+    "vocab_size": _DECODER,
+    "tie_word_embeddings": _DECODER,
     "tie_last_hidden_states": Unused("the tower's last hidden state is the same either way"),
     "vision_aspect_ratio": _ELSEWHERE,
     "vision_feature_layer": _ELSEWHERE,
@@ -126,6 +135,7 @@ VISION: Table = {
 
 TEXT: Table = {
     **_EVERYWHERE,
+    **_SECTIONS,
     "hidden_size": Followed(),
     "intermediate_size": Followed(),
     "num_hidden_layers": Followed(),

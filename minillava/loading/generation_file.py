@@ -45,7 +45,6 @@ GENERATION: Table = {
     "exponential_decay_length_penalty": Only((None,), _GREEDY),
     "watermarking_config": Only((None,), _GREEDY),
     "forced_bos_token_id": Only((None,), _GREEDY),
-    "force_bos_token_to_be_generated": Only((None, False), _GREEDY),
     "token_healing": Only((None, False), _GREEDY),
     "use_mtp": Only((None, False), _GREEDY),
     "speculation_type": Only((None,), _GREEDY),

@@ -4,7 +4,8 @@ transformers reads the image_processor of processor_config.json if it is there, 
 preprocessor_config.json. Its processors are CLIP's and LLaVA's own, which differ in do_pad alone:
 LLaVA's pads the picture to a square of the mean colour, which is our aspect "pad"; CLIP's pads the
 finished squares, which changes nothing. The tables say what becomes of each entry; entries that
-are in none are read by neither. A missing entry, or null, gets the default of both.
+are in none are read by neither. A missing entry gets the default of both; one that is null does
+not, and is refused where the computation needs a value.
 """
 
 from __future__ import annotations
@@ -49,7 +50,7 @@ IMAGES: Table = {
     "device": _TORCHVISION,
     "disable_grouping": _TORCHVISION,
     "image_seq_length": Unused("the number of placeholders follows from the tower"),
-    "auto_map": Unused("names classes that are only used with trust_remote_code"),
+    "auto_map": Followed(),  # its classes are only used with trust_remote_code
     "processor_class": Unused("names the class around tokenizer and image processor"),
 }
 
@@ -74,17 +75,17 @@ def read_image_config(folder: str | Path, image_size: int) -> ImageConfig:
     if e is None:
         return ImageConfig(image_size, image_size)
     e.check(IMAGES)
-    _parse_kind(e)
+    _refuse_nulls(e)
     crop, size = _parse_crop(e), _parse_size(e)
     if crop != image_size:
         raise e.error("crop_size", crop, f"{image_size} like vision_config.image_size")
     if size < crop:
         raise e.error("size", size, f"at least {crop} like crop_size")
-    filters = tuple(f.value for f in Image.Resampling if f != Image.Resampling.NEAREST)
+    filters = [f.value for f in Image.Resampling if f != Image.Resampling.NEAREST]
     return ImageConfig(
         size=size,
         crop=crop,
-        resample=e.only("resample", filters, Image.Resampling.BICUBIC.value),
+        resample=e.integer("resample", Image.Resampling.BICUBIC, min(filters), max(filters)),
         mean=_parse_colour(e, "image_mean", ImageConfig.mean, least=-_MOST),
         std=_parse_colour(e, "image_std", ImageConfig.std, least=1 / _MOST),
         rescale=e.number("rescale_factor", 1 / 255, _MOST, 1 / _MOST),
@@ -118,18 +119,31 @@ def _find_entries(folder: Path) -> Entries | None:
     return Entries(str(own), "", read_json(own)) if is_present(own) else None
 
 
+def _refuse_nulls(e: Entries) -> None:
+    """In transformers null is no default here: a step that is null is left out."""
+    steps = {key for key in IMAGES if key.startswith("do_") and key != "do_pad"}
+    values = {"size", "crop_size", "resample", "rescale_factor", "image_mean", "image_std"}
+    for key, value in e.values.items():
+        if value is None and key in steps | values:
+            raise e.error(key, value, "absent or a value", "remove the entry from the file")
+
+
 def _parse_kind(e: Entries) -> str:
-    """The class: image_processor_type, else feature_extractor_type, else LLaVA's own."""
+    """The class: image_processor_type, else feature_extractor_type, else LLaVA's own.
+
+    Beside code for an image processor, feature_extractor_type is not asked for.
+    """
     old = e.only("feature_extractor_type", (None, "CLIPFeatureExtractor", *_CLIP, *_LLAVA), None)
     kind = e.only("image_processor_type", (None, *_CLIP, *_LLAVA), None)
+    if "AutoImageProcessor" in e.section("auto_map", {}).values:
+        old = None
     return str(kind or (old or _LLAVA[0]).replace("FeatureExtractor", "ImageProcessor"))
 
 
 def _parse_crop(e: Entries) -> int:
     """crop_size: one number (old files), or the same number as height and width."""
     e.seen.add("crop_size")
-    value = e.values.get("crop_size")
-    value = 224 if value is None else value
+    value = e.values.get("crop_size", 224)
     side = value.get("height") if isinstance(value, Mapping) else value
     square = not isinstance(value, Mapping) or value == {"height": side, "width": side}
     return _check_side(e, "crop_size", value, side, square, "height and width")
@@ -141,8 +155,7 @@ def _parse_size(e: Entries) -> int:
     With do_pad the picture is square, so the same height and width mean the same.
     """
     e.seen.update(("size", "default_to_square"))
-    value = e.values.get("size")
-    value = {"shortest_edge": 224} if value is None else value
+    value = e.values.get("size", {"shortest_edge": 224})
     if e.only("default_to_square", (None, False, True), False) and not isinstance(value, Mapping):
         value = {"height": value, "width": value}
     side = next(iter(value.values()), None) if isinstance(value, Mapping) else value
@@ -167,8 +180,7 @@ def _parse_colour(
 ) -> tuple[float, ...]:
     """A number for each of red, green and blue."""
     e.seen.add(key)
-    value = e.values.get(key)
-    value = default if value is None else value
+    value = e.values.get(key, default)
     numbers = isinstance(value, list | tuple) and all(
         type(v) in (int, float) and least <= v <= _MOST for v in value
     )
