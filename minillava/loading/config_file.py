@@ -85,7 +85,10 @@ _VIT_L_14_336 = {
 def _refuse_original_layout(top: Entries) -> None:
     marks = [key for key in top.values if key.startswith("mm_")]
     names = top.values.get("architectures")
-    if isinstance(names, list) and "LlavaLlamaForCausalLM" in names:
+    names = [] if names is None else names
+    if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+        raise top.error("architectures", names, "a list of names", "correct the file")
+    if "LlavaLlamaForCausalLM" in names:
         marks.append("architectures")
     if marks:
         raise ValueError(

@@ -23,10 +23,10 @@ def is_present(path: str | Path) -> bool:
     """
     name = cut(str(path), 500)
     try:
-        if not os.path.lexists(path):
-            return False
         mode = os.stat(path).st_mode
     except (OSError, ValueError) as error:  # ValueError: a zero byte in the name
+        if isinstance(error, FileNotFoundError) and not os.path.islink(path):
+            return False
         reason = error.strerror if isinstance(error, OSError) else error
         raise ValueError(
             f"{name} cannot be read ({reason}), but must be a regular file or a link to one; "
