@@ -27,7 +27,7 @@ class Settings:
     """How tokens are drawn, and when to stop."""
 
     max_new_tokens: int = 256
-    min_new_tokens: int = 0  # before them neither EOS nor a stop string ends a sample
+    min_new_tokens: int = 0  # before them no EOS or stop string ends a sample; 0: as in the files
     stop: str | Sequence[str] = ()  # strings that end the answer
     temperature: float = 0.0  # 0: the likeliest token (greedy)
     top_p: float = 1.0  # draw from the likeliest tokens that together have this probability

@@ -125,6 +125,8 @@ def outcome(folder: Path) -> Any:
 def compare(folder: Path, loaded: Any) -> bool:
     """Whether transformers answers too; if so, with the same tokens and pixels."""
     model, processor = loaded
+    if model.config.text.max_position_embeddings < 30:
+        return False  # the prompt would be refused, see test_generate.py
     batch = tiny.make_batch(model, "ttItt")
     try:
         hf = LlavaForConditionalGeneration.from_pretrained(folder, dtype=torch.float32)
