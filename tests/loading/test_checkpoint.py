@@ -383,8 +383,10 @@ def test_a_model_beyond_the_files_is_refused_before_it_is_built(
 
 def test_long_names_are_cut(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     names = {f"{i}{'x' * 5000}\n": torch.zeros(1) for i in range(30)}
-    rewrite(folder, lambda state: {**state, **names})
-    assert len(refused(folder, monkeypatch)) < 1500
+    rewrite(folder, lambda state: {**state, **names, "0\n0": torch.zeros(1)})
+    message = refused(folder, monkeypatch)
+    assert len(message) < 1500
+    assert r"0\n0" in message
 
 
 # ------------------------------------------------------------ files
