@@ -25,7 +25,7 @@ from ..processing.tokenizer import Tokenizer
 from ..quant.quantise import stored_parts
 from .assemble import TIED, choose_forms, linear_layers, load_weights
 from .config_file import read_config, read_generation_rules
-from .error_text import cut
+from .error_text import cut, shorten
 from .hub import find_checkpoint
 from .keys import our_name, published_name
 from .processor_files import read_processor
@@ -44,7 +44,8 @@ DTYPES = {
 
 QUANTIZE = ("int8", "int8-dynamic", "int4")
 
-ADAPTER = "adapter_config.json"
+ADAPTER = "adapter_config.json"  # with it, transformers (with peft) adds an adapter
+_DISTRIBUTED = re.compile(r"shard-\d{5}-model-\d{5}-of-\d{5}\.safetensors")
 
 _CPU = torch.device("cpu")
 _LISTED = 10  # names that an error lists before it says how many more there are
@@ -73,11 +74,12 @@ def load(
     """
     target, storage = find_device(device), _parse_dtype(dtype)
     if quantize not in (None, *QUANTIZE):
-        raise ValueError(f"quantize={quantize!r}, but must be {', '.join(QUANTIZE)}; choose one")
+        allowed = ", ".join(QUANTIZE)
+        raise ValueError(f"quantize={shorten(quantize)}, but must be {allowed}; choose one")
     if quantize == "int8-dynamic" and target != _CPU:
         raise ValueError("quantize='int8-dynamic' is for CPUs only; on CUDA use 'int8'")
     folder = find_checkpoint(path_or_hub_id, revision)
-    _refuse_adapters(folder)
+    _refuse_other_weights(folder)
     config = read_config(folder / "config.json")
     rules = read_generation_rules(folder / "config.json", config)
     processor = read_processor(folder, config)
@@ -95,8 +97,14 @@ def load(
     return model, processor
 
 
-def _refuse_adapters(folder: Path) -> None:
-    """transformers with peft adds the adapter beside a model to its weights."""
+def _refuse_other_weights(folder: Path) -> None:
+    """Refuse weights that transformers would read, instead of the model's files or beside them."""
+    shards = sorted(path.name for path in folder.iterdir() if _DISTRIBUTED.match(path.name))
+    if shards:
+        raise ValueError(
+            f"{folder} contains {shards[0]}, a part of a distributed checkpoint, which load() does "
+            "not read; save the model again in whole (save_pretrained), or remove these files"
+        )
     if is_present(folder / ADAPTER):
         raise ValueError(
             f"{folder} contains {ADAPTER}: an adapter belongs to its weights, and load() does not "
@@ -244,13 +252,14 @@ def _shorten_list(names: list[str]) -> str:
 def find_device(device: str | torch.device) -> torch.device:
     """Parse cpu, cuda or cuda:N. Raises ValueError for other devices and for missing ones."""
     name = str(device)
-    if not re.fullmatch(r"cpu|cuda(:\d+)?", name):
-        raise ValueError(f"device={name!r}, but must be cpu, cuda or cuda:N; choose one of them")
-    found = torch.device(name)
-    if found.type == "cuda" and (found.index or 0) >= torch.cuda.device_count():
+    match = re.fullmatch(r"cpu|cuda(?::(0|[1-9]\d{0,8}))?", name)
+    if match is None:
+        asked = shorten(name)
+        raise ValueError(f"device={asked}, but must be cpu, cuda or cuda:N; choose one of them")
+    if name != "cpu" and int(match[1] or 0) >= torch.cuda.device_count():
         n = torch.cuda.device_count()
         raise ValueError(f"device={name!r}, but torch sees {n} CUDA devices; use device='cpu'")
-    return found
+    return torch.device(name)
 
 
 def _parse_dtype(dtype: str | torch.dtype | None) -> torch.dtype | None:
@@ -259,6 +268,6 @@ def _parse_dtype(dtype: str | torch.dtype | None) -> torch.dtype | None:
     known = DTYPES | {str(value): value for value in DTYPES.values()}  # also 'torch.float16'
     if str(dtype) not in known:
         raise ValueError(
-            f"dtype={str(dtype)!r}, but must be {', '.join(DTYPES)} or None; choose one"
+            f"dtype={shorten(str(dtype))}, but must be {', '.join(DTYPES)} or None; choose one"
         )
     return known[str(dtype)]

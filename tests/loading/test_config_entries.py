@@ -212,6 +212,10 @@ UNKNOWN = {
 }
 
 
+# The dtype changes the arithmetic of transformers; the others exclude further entries.
+ALONE = {"dtype", "torch_dtype", "decoder", "generator", "prompt_lookup_num_tokens"}
+
+
 def unused() -> Iterator[tuple[str, str, str, Any]]:
     for section, table in SECTIONS.items():
         for key, rule in table.items():
@@ -225,6 +229,24 @@ def unused() -> Iterator[tuple[str, str, str, Any]]:
         yield file, section if file == "config.json" else "", key, value
 
 
+def test_all_entries_without_influence_are_let_pass_together(
+    folder: Path, tmp_path: Path, expected: tuple[torch.Tensor, list[int]]
+) -> None:
+    changed = tmp_path / "c"
+    shutil.copytree(folder, changed)
+    files = {f: json.loads((folder / f).read_text()) for f in ("config.json", GENERATION_FILE)}
+    for file, section, key, value in unused():
+        if key not in ALONE:
+            (files[file][section] if section else files[file])[key] = value
+    for name, values in files.items():
+        (changed / name).write_text(json.dumps(values))
+    logits, tokens = answer(changed)
+    tiny.assert_close(logits, expected[0])
+    assert tokens == expected[1]
+    assert read_config(changed / "config.json") == read_config(folder / "config.json")
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize(("file", "section", "key", "value"), list(unused()))
 def test_an_entry_without_influence_is_let_pass(
     folder: Path,
@@ -297,7 +319,7 @@ def test_tied_matrices_that_differ_are_both_used(folder: Path, tmp_path: Path) -
     assert not torch.equal(embedding, theirs.lm_head.weight)
 
 
-def test_an_adapter_beside_the_weights_is_refused(folder: Path, tmp_path: Path) -> None:
+def test_other_weights_in_the_folder_are_refused(folder: Path, tmp_path: Path) -> None:
     to = tmp_path / "c"
     shutil.copytree(folder, to)
     (to / "adapter_model.safetensors").write_bytes(b"")
@@ -305,3 +327,17 @@ def test_an_adapter_beside_the_weights_is_refused(folder: Path, tmp_path: Path) 
     (to / "adapter_config.json").write_text("{}")
     with pytest.raises(ValueError, match=r"contains adapter_config\.json.*merge it"):
         load(to)
+    (to / "adapter_config.json").unlink()
+    (to / "shard-00000-model-00001-of-00002.safetensors").write_bytes(b"")
+    with pytest.raises(ValueError, match=r"contains shard-00000.*save the model again"):
+        load(to)
+
+
+def test_a_list_of_one_hidden_state_is_that_state(
+    folder: Path, tmp_path: Path, expected: tuple[torch.Tensor, list[int]]
+) -> None:
+    one = variant(folder, tmp_path / "1", "config.json", "", "vision_feature_layer", [-2])
+    tiny.assert_close(answer(one)[0], expected[0])
+    other = variant(folder, tmp_path / "2", "config.json", "", "vision_feature_layer", [-1])
+    assert not torch.allclose(answer(other)[0], expected[0], atol=0.01)
+    assert read_config(one / "config.json") == read_config(folder / "config.json")
