@@ -213,7 +213,10 @@ UNKNOWN = {
 
 
 # The dtype changes the arithmetic of transformers; the others exclude further entries.
-ALONE = {"dtype", "torch_dtype", "decoder", "generator", "prompt_lookup_num_tokens"}
+ALONE = {
+    *("dtype", "torch_dtype", "decoder", "generator"),
+    *("prompt_lookup_num_tokens", "prefill_chunk_size"),
+}
 
 
 def unused() -> Iterator[tuple[str, str, str, Any]]:
