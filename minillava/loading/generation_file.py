@@ -115,35 +115,27 @@ def parse_generation(
     Raises ValueError for settings that minillava does not compute.
     """
     if generation is not None:
-        e = Entries("generation_config.json", "", generation)
-        places = dict.fromkeys(GENERATION, e)
+        e = dict.fromkeys(GENERATION, Entries("generation_config.json", "", generation))
     else:
         top = Entries(source, "", config)
         text = top.section("text_config", {})
-        places = {k: top if config.get(k) is not None else text for k in GENERATION}
+        e = {k: top if config.get(k) is not None else text for k in GENERATION}
     for key, rule in GENERATION.items():
-        places[key].check({key: rule})
-    ids = {
-        key: places[key].ids(key, vocab_size)
-        for key in (
-            "eos_token_id",
-            "suppress_tokens",
-            "begin_suppress_tokens",
-            "forced_eos_token_id",
-        )
-    }
-    least = places["min_new_tokens"]
+        e[key].check({key: rule})
+    unset = e["min_new_tokens"].values.get("min_new_tokens") is None
+    least = e["min_new_tokens"].integer("min_new_tokens", 0, 0)
     return GenerationRules(
-        end_tokens=ids.pop("eos_token_id"),
-        **ids,
-        repetition_penalty=places["repetition_penalty"].number("repetition_penalty", 1.0, 1e6),
-        no_repeat_ngram_size=places["no_repeat_ngram_size"].integer("no_repeat_ngram_size", 0, 0),
-        min_length=places["min_length"].integer("min_length", 0, 0),
-        min_new_tokens=None
-        if least.values.get("min_new_tokens") is None
-        else least.integer("min_new_tokens", 0, 0),
-        bad_words_ids=_parse_words(places["bad_words_ids"], vocab_size),
+        repetition_penalty=e["repetition_penalty"].number("repetition_penalty", 1.0, 1e6),
+        no_repeat_ngram_size=e["no_repeat_ngram_size"].integer("no_repeat_ngram_size", 0, 0),
+        bad_words_ids=_parse_words(e["bad_words_ids"], vocab_size),
+        min_length=e["min_length"].integer("min_length", 0, 0),
+        min_new_tokens=None if unset else least,
+        end_tokens=e["eos_token_id"].ids("eos_token_id", vocab_size),
+        **{key: e[key].ids(key, vocab_size) for key in _TOKENS},
     )
+
+
+_TOKENS = ("forced_eos_token_id", "suppress_tokens", "begin_suppress_tokens")
 
 
 def changes_tokens(rules: GenerationRules) -> bool:

@@ -42,10 +42,17 @@ class GenerationRules:
         """The logits (B, V) of the next tokens, with -inf for ids that may not follow.
 
         ids[b] (T,): those of sample b so far, the last `generated` of which are its answer. A
-        min_new_tokens above 0 in the caller's settings replaces the checkpoint's.
+        min_new_tokens above 0 in the caller's settings replaces the checkpoint's. Raises ValueError
+        if no id may follow.
         """
         rows = zip(logits, ids, strict=True)
-        return torch.stack([self._apply(row, i, generated, settings) for row, i in rows])
+        ruled = torch.stack([self._apply(row, i, generated, settings) for row, i in rows])
+        if ruled.isneginf().all(1).any():
+            raise ValueError(
+                "the checkpoint's settings of generation (suppress_tokens, bad_words_ids, "
+                "no_repeat_ngram_size, ...) allow no token here; change generation_config.json"
+            )
+        return ruled
 
     def _apply(self, logits: Tensor, ids: Tensor, generated: int, settings: Settings) -> Tensor:
         """Logits (V,) of one sample."""

@@ -169,6 +169,16 @@ def test_the_logits_are_those_that_each_token_was_chosen_from(
     assert torch.equal(plain.logits[:, 0, others], result.logits[:, 0, others])
 
 
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_rules_that_allow_no_token_are_refused(
+    folder: Path, tmp_path: Path, temperature: float
+) -> None:
+    everything = {"suppress_tokens": list(range(tiny.VOCABULARY))}
+    model, _ = load(variant(folder, tmp_path / "c", everything))
+    with pytest.raises(ValueError, match="allow no token here; change generation_config"):
+        generate(model, tiny.make_batch(model, "ttt"), temperature=temperature)
+
+
 def test_a_checkpoint_without_rules_has_none(folder: Path) -> None:
     assert load(folder)[0].rules is None
 
