@@ -25,7 +25,7 @@ from ..processing.tokenizer import Tokenizer
 from ..quant.quantise import stored_parts
 from .assemble import TIED, choose_forms, linear_layers, load_weights
 from .config_file import read_config, read_generation_rules
-from .error_text import cut, shorten
+from .error_text import cut, cut_path, shorten
 from .hub import find_checkpoint
 from .keys import our_name, published_name
 from .processor_files import read_processor
@@ -102,13 +102,13 @@ def _refuse_other_weights(folder: Path) -> None:
     shards = sorted(path.name for path in folder.iterdir() if _DISTRIBUTED.match(path.name))
     if shards:
         raise ValueError(
-            f"{folder} contains {shards[0]}, a part of a distributed checkpoint, which load() does "
-            "not read; save the model again in whole (save_pretrained), or remove these files"
+            f"{cut_path(folder)} contains {shards[0]}, a part of a distributed checkpoint, which "
+            "load() does not read; save the whole model (save_pretrained), or remove them"
         )
     if is_present(folder / ADAPTER):
         raise ValueError(
-            f"{folder} contains {ADAPTER}: an adapter belongs to its weights, and load() does not "
-            "add it; merge it into the weights (peft's merge_and_unload), or remove the file"
+            f"{cut_path(folder)} contains {ADAPTER}: an adapter belongs to its weights, and "
+            "load() does not add it; merge it into the weights (merge_and_unload), or remove it"
         )
 
 
@@ -136,7 +136,7 @@ def check_sizes(config: Config, stored: Collection[StoredTensor], folder: Path) 
     for name, (size, bound) in sizes.items():
         if size > bound:
             raise ValueError(
-                f"{cut(str(folder / 'config.json'), 500)}: {name} describes a model with {size}, "
+                f"{cut_path(folder / 'config.json')}: {name} describes a model with {size}, "
                 f"but the {len(stored)} tensors in the folder have place for at most {bound}; "
                 "correct config.json, or download the checkpoint again"
             )
@@ -216,8 +216,8 @@ def match_tensors(
         lists = {"missing": missing, "unknown": unknown, "of another shape or type": unfit}
         wrong = "; ".join(f"{len(n)} {kind}: {_shorten_list(n)}" for kind, n in lists.items() if n)
         raise ValueError(
-            f"the tensors in {folder} are not those that its config.json describes ({wrong}); "
-            "download the checkpoint again, or correct config.json"
+            f"the tensors in {cut_path(folder)} are not those that its config.json describes "
+            f"({wrong}); download the checkpoint again, or correct config.json"
         )
     return found
 

@@ -7,7 +7,7 @@ import re
 from pathlib import Path
 
 from .config_file import read_config
-from .error_text import cut, shorten
+from .error_text import cut_path, shorten
 
 _HUB_ID = re.compile(r"\w[\w.-]*/\w[\w.-]*")  # org/name
 
@@ -22,13 +22,13 @@ def find_checkpoint(path_or_hub_id: str | Path, revision: str | None = None) -> 
     if os.path.isdir(folder):  # Path.is_dir would raise for a name that is too long
         if revision is not None:
             raise ValueError(
-                f"revision={shorten(revision)}, but {cut(name, 500)} is a local folder, which has "
+                f"revision={shorten(revision)}, but {cut_path(name)} is a local folder, which has "
                 "none; leave it out"
             )
         return folder
     if os.path.exists(folder):
         raise ValueError(
-            f"{cut(name, 500)} is a file, not a checkpoint; give the folder that contains it"
+            f"{cut_path(name)} is a file, not a checkpoint; give the folder that contains it"
         )
     if not _HUB_ID.fullmatch(name):
         raise ValueError(

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from .error_text import cut, shorten
+from .error_text import cut, cut_path, shorten
 from .regular_files import MB, read_bytes
 
 MAX_INTEGER = 10**7  # larger than any size in a checkpoint
@@ -56,7 +56,7 @@ class Entries:
 
     def where(self, key: str) -> str:
         """The place of an entry as errors show it: "config.json: text_config.hidden_size"."""
-        return f"{cut(self.source, 500)}: {cut(self.name + key)}"
+        return f"{cut_path(self.source)}: {cut(self.name + key)}"
 
     def error(self, key: str, value: object, allowed: str, todo: str = "") -> ValueError:
         todo = todo or "use a LLaVA-1.5 checkpoint such as llava-hf/llava-1.5-7b-hf"
@@ -134,7 +134,7 @@ def read_json(path: str | Path, limit: int = SMALL_FILE) -> dict[str, Any]:
 
     Raises ValueError if it does not, or if it is no regular file.
     """
-    name = cut(str(path), 500)
+    name = cut_path(path)
     data = read_bytes(path, limit)
     try:
         content = json.loads(data.decode("utf-8"))

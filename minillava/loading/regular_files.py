@@ -11,7 +11,7 @@ import os
 import stat
 from pathlib import Path
 
-from .error_text import cut
+from .error_text import cut_path
 
 MB = 2**20
 
@@ -21,7 +21,7 @@ def is_present(path: str | Path) -> bool:
 
     Raises ValueError for anything else of that name, such as a link to a file that is gone.
     """
-    name = cut(str(path), 500)
+    name = cut_path(path)
     try:
         mode = os.stat(path).st_mode
     except (OSError, ValueError) as error:  # ValueError: a zero byte in the name
@@ -45,7 +45,7 @@ def read_bytes(path: str | Path, limit: int) -> bytes:
 
     Raises ValueError if there is no such file, or if it is larger or cannot be read.
     """
-    name = cut(str(path), 500)
+    name = cut_path(path)
     if not is_present(path):
         raise ValueError(f"there is no {name}; download it, or give a checkpoint that has it")
     try:

@@ -332,7 +332,7 @@ def test_other_weights_in_the_folder_are_refused(folder: Path, tmp_path: Path) -
         load(to)
     (to / "adapter_config.json").unlink()
     (to / "shard-00000-model-00001-of-00002.safetensors").write_bytes(b"")
-    with pytest.raises(ValueError, match=r"contains shard-00000.*save the model again"):
+    with pytest.raises(ValueError, match=r"contains shard-00000.*save the whole model"):
         load(to)
 
 

@@ -247,7 +247,7 @@ def test_rules_change_logits_as_transformers_processors(
     processors.append(MinLengthLogitsProcessor(least, eos))
     processors.append(SuppressTokensLogitsProcessor(suppress))
     processors.append(SuppressTokensAtBeginLogitsProcessor(first, len(prompt) - generated))
-    logits = torch.linspace(-1, 1, 12)[torch.randperm(12)]
+    logits = torch.linspace(-1, 1, 40)[torch.randperm(40)]
     row = torch.tensor(prompt)
     rules = GenerationRules(
         repetition_penalty=penalty,
