@@ -125,6 +125,7 @@ class Answer:
         tokens = Tokens(model, settings, [len(rows) for rows in state.segments[0].rows])
         chosen_from: list[Tensor] = []
         while tokens.running:
+            logits = self._follow_rules(logits, tokens)
             if settings.output_logits:
                 chosen_from.append(tokens.blank_ended(logits))
             new = tokens.draw(logits)  # (B,)
@@ -144,6 +145,15 @@ class Answer:
         none = logits.new_empty(len(logits), 0, logits.shape[1])
         stacked = torch.stack(chosen_from, 1) if chosen_from else none  # (B, n_new, V)
         self.result = self._make_result(tokens.tokens, report, stacked)
+
+    def _follow_rules(self, logits: Tensor, tokens: Tokens) -> Tensor:
+        """Logits (B, V) as the checkpoint's own rules for choosing tokens leave them."""
+        if not logits.isfinite().all():
+            raise ValueError("the logits are not numbers or infinite: weights or input are broken")
+        if self.model.rules is None:
+            return logits
+        ids = [p.extended(f).ids for p, f in zip(self.prompts, tokens.fed, strict=True)]
+        return self.model.rules.apply(logits, ids, len(tokens.fed[0]), self.settings)
 
     def _make_result(self, tokens: list[list[int]], report: Report, logits: Tensor) -> Result:
         model = self.model
@@ -190,10 +200,6 @@ class Tokens:
 
     def draw(self, logits: Tensor) -> Tensor:
         """One new token per sample (B,) from logits (B, V)."""
-        if logits.isnan().any():
-            raise ValueError(
-                "the model's logits are not numbers: its weights or the input are broken"
-            )
         eos = self.model.config.eos_token_ids
         if eos and len(self.fed[0]) < self.settings.min_new_tokens:
             logits = logits.index_fill(1, torch.tensor(eos, device=logits.device), -torch.inf)

@@ -24,6 +24,7 @@ from .config import Config
 from .llama import Block, Llama
 
 if TYPE_CHECKING:
+    from .processing.generation_rules import GenerationRules
     from .processing.tokenizer import Tokenizer
 
 IMAGES_AT_ONCE = 8  # images in the vision tower at one time
@@ -54,7 +55,7 @@ class LLaVA(nn.Module):
 
     dtype is that of its arithmetic; weights may be stored in a smaller one. tokenizer turns ids
     into text for stop strings and for pruning methods that read the question as text; without one
-    these two are refused.
+    these two are refused. rules: what the checkpoint says about choosing tokens, if anything.
     """
 
     def __init__(
@@ -62,11 +63,13 @@ class LLaVA(nn.Module):
         config: Config,
         dtype: torch.dtype = torch.float32,
         tokenizer: Tokenizer | None = None,
+        rules: GenerationRules | None = None,
     ) -> None:
         super().__init__()
         self.config = config
         self.dtype = dtype
         self.tokenizer = tokenizer
+        self.rules = rules
         self.vision = CLIPVision(config.vision)
         self.projector = Projector(config)
         self.llama = Llama(config.text)

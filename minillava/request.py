@@ -23,7 +23,8 @@ class Settings:
     """How tokens are drawn, and when to stop."""
 
     max_new_tokens: int = 256
-    min_new_tokens: int = 0  # with fewer tokens neither EOS nor a stop string ends the answer
+    # with fewer tokens neither EOS nor a stop string ends the answer; 0: as the checkpoint says
+    min_new_tokens: int = 0
     stop: str | Sequence[str] = ()  # strings that end the answer
     temperature: float = 0.0  # 0: the likeliest token (greedy)
     top_p: float = 1.0  # draw from the likeliest tokens that together have this probability

@@ -15,7 +15,8 @@ from typing import Any
 import sentencepiece
 import torch
 
-from minillava.loading.json_entries import HARMLESS, Entries
+from minillava.loading.error_text import shorten
+from minillava.loading.json_entries import Entries
 from minillava.loading.processor_files import read_tokenizer
 from minillava.processing.image import ImageConfig
 from minillava.processing.templates import IMAGE
@@ -42,6 +43,24 @@ _TRAINING = """
     pretrain_mm_mlp_adapter tokenizer_model_max_length tokenizer_padding_side tune_mm_mlp_adapter
     tune_mm_vision_resampler unfreeze_mm_vision_tower use_mm_proj
 """.split()  # noqa: SIM905
+
+
+# Written by transformers or by training code; none changes what the model computes.
+_HARMLESS = frozenset(
+    """
+    architectures attention_dropout bad_words_ids begin_suppress_tokens bos_token_id
+    chunk_size_feed_forward decoder_start_token_id diversity_penalty do_sample dropout dtype
+    early_stopping encoder_no_repeat_ngram_size eos_token_id exponential_decay_length_penalty
+    finetuning_task forced_bos_token_id forced_eos_token_id id2label ignore_index image_seq_length
+    initializer_factor initializer_range is_decoder is_encoder_decoder label2id length_penalty
+    max_length max_sequence_length min_length no_repeat_ngram_size num_beam_groups num_beams
+    num_return_sequences output_attentions output_hidden_states output_scores pad_token_id prefix
+    pretraining_tp problem_type projection_dim remove_invalid_values repetition_penalty return_dict
+    return_dict_in_generate sep_token_id suppress_tokens task_specific_params temperature
+    tf_legacy_loss tokenizer_class tokenizer_model_max_length tokenizer_padding_side top_k top_p
+    torch_dtype torchscript transformers_version typical_p use_bfloat16 use_cache
+    """.split()  # noqa: SIM905
+) | {"tie_word_embeddings", "vocab_size"}  # other sections contain stale copies of these
 
 
 @dataclass(frozen=True)
@@ -124,7 +143,19 @@ def check(entries: Entries) -> None:
     e.only("quantization_config", (None,), None, "take the unquantised weights")
     e.integer("mm_vision_select_layer", -2, minimum=-1000)
     e.seen.update(_TEXT)  # checked when config.json is read, as entries of text_config
-    e.refuse_strangers(HARMLESS.union(_TRAINING))
+    _refuse_strangers(e)
+
+
+def _refuse_strangers(e: Entries) -> None:
+    """Raise ValueError for an entry that is not known, unless it is switched off."""
+    for key, value in e.values.items():
+        known = key in e.seen or key in _HARMLESS or key in _TRAINING or key.startswith("_")
+        if not known and value not in (None, False, "", [], {}):
+            raise ValueError(
+                f"{e.where(key)} is {shorten(value)}, an entry that minillava does not know and "
+                "that may change what the model computes; the entries that the original LLaVA "
+                "writes are known; if this one changes nothing, remove it from the file"
+            )
 
 
 def hub_config(

@@ -14,8 +14,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from minillava.loading.image_config import read_image_config
 from minillava.loading.json_entries import Entries, read_json
-from minillava.loading.processor_files import read_image_config
 from minillava.processing.image import ImageConfig
 
 from .download import fetch_tower

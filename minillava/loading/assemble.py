@@ -106,7 +106,8 @@ def load_weights(
     converted = {name for name in linear_layers(model) if name in forms or model.dtype != storage}
     tied = TIED if model.config.text.tie_word_embeddings else ()
     if tied:
-        _set_tied_weights(model, [found[n] for n in TIED if n in found], device, storage)
+        stored = found[next(name for name in TIED if name in found)]
+        _set_tied_weights(model, _read_floats(stored, device, storage))
     # Largest first, so that the temporary memory of converting them does not come on top of the
     # weights already loaded.
     order = sorted(found, key=lambda name: -math.prod(found[name].shape))
@@ -134,19 +135,11 @@ def _set_parameter(model: LLaVA, name: str, value: Tensor) -> None:
     setattr(model.get_submodule(module), leaf, nn.Parameter(value, requires_grad=False))
 
 
-def _set_tied_weights(
-    model: LLaVA, stored: list[StoredTensor], device: torch.device, storage: torch.dtype
-) -> None:
-    """Set the embedding and the output head to one tensor; files have it once or twice."""
-    weights = [_read_floats(tensor, device, storage) for tensor in stored]
-    if not torch.equal(weights[0], weights[-1]):
-        raise ValueError(
-            f"{stored[-1].file}: tie_word_embeddings is true, but the output head and the "
-            "embedding differ; set it to false in config.json if they are meant to differ"
-        )
-    _set_parameter(model, TIED[0], weights[0])
-    if storage != model.dtype:
-        model.llama.set_submodule("lm_head", WidenedLinear(weights[0], None))
+def _set_tied_weights(model: LLaVA, weight: Tensor) -> None:
+    """Set the embedding and the output head to one tensor."""
+    _set_parameter(model, TIED[0], weight)
+    if weight.dtype != model.dtype:
+        model.llama.set_submodule("lm_head", WidenedLinear(weight, None))
     model.llama.lm_head.weight = model.llama.embed_tokens.weight  # one object, so they stay tied
 
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 import functools
 import re
 from collections.abc import Callable, Collection, Iterable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,15 +19,18 @@ from torch.overrides import TorchFunctionMode
 
 from ..config import Config
 from ..llava import LLaVA
+from ..processing.generation_rules import GenerationRules
 from ..processing.processor import Processor
 from ..processing.tokenizer import Tokenizer
 from ..quant.linear import multiplies_bfloat16
 from ..quant.quantise import stored_parts
 from .assemble import TIED, choose_forms, linear_layers, load_weights
-from .config_file import read_config
+from .config_file import read_config, read_generation_rules
+from .error_text import cut, cut_path, shorten
 from .hub import find_checkpoint
 from .keys import our_name, published_name
 from .processor_files import read_processor
+from .regular_files import is_present
 from .tensor_files import FLOATS, StoredTensor, read_headers
 
 DTYPES = {
@@ -40,6 +44,9 @@ DTYPES = {
 }
 
 QUANTIZE = ("int8", "int8-dynamic", "int4")
+
+ADAPTER = "adapter_config.json"  # with it, transformers (with peft) adds an adapter
+_DISTRIBUTED = re.compile(r"shard-\d{5}-model-\d{5}-of-\d{5}\.safetensors")
 
 _CPU = torch.device("cpu")
 _LISTED = 10  # names that an error lists before it says how many more there are
@@ -71,14 +78,19 @@ def load(
     target = find_device(device)
     storage = _parse_dtype(dtype, target)
     if quantize not in (None, *QUANTIZE):
-        raise ValueError(f"quantize={quantize!r}, but must be {', '.join(QUANTIZE)}; choose one")
+        allowed = ", ".join(QUANTIZE)
+        raise ValueError(f"quantize={shorten(quantize)}, but must be {allowed}; choose one")
     if quantize == "int8-dynamic" and target != _CPU:
         raise ValueError("quantize='int8-dynamic' is for CPUs only; on CUDA use 'int8'")
     folder = find_checkpoint(path_or_hub_id, revision)
+    _refuse_other_weights(folder)
     config = read_config(folder / "config.json")
+    rules = read_generation_rules(folder / "config.json", config)
     processor = read_processor(folder, config)
     stored = read_headers(folder)
-    model = empty_model(config, processor.tokenizer)
+    check_sizes(config, stored, folder)
+    config = untie_different_weights(config, stored)
+    model = empty_model(config, processor.tokenizer, rules)
     found = match_tensors(model, stored, folder)
     forms = choose_forms(model, found, quantize, folder)
     if storage is None:
@@ -89,10 +101,79 @@ def load(
     return model, processor
 
 
-def empty_model(config: Config, tokenizer: Tokenizer | None = None) -> LLaVA:
+def _refuse_other_weights(folder: Path) -> None:
+    """Refuse weights that transformers would read, instead of the model's files or beside them."""
+    shards = sorted(path.name for path in folder.iterdir() if _DISTRIBUTED.match(path.name))
+    if shards:
+        raise ValueError(
+            f"{cut_path(folder)} contains {shards[0]}, a part of a distributed checkpoint, which "
+            "load() does not read; save the whole model (save_pretrained), or remove them"
+        )
+    if is_present(folder / ADAPTER):
+        raise ValueError(
+            f"{cut_path(folder)} contains {ADAPTER}: an adapter belongs to its weights, and "
+            "load() does not add it; merge it into the weights (merge_and_unload), or remove it"
+        )
+
+
+def check_sizes(config: Config, stored: Collection[StoredTensor], folder: Path) -> None:
+    """Refuse a config.json that describes a much larger model than the files contain.
+
+    match_tensors compares every shape, but needs the model, and to build a million layers takes
+    hours. Each layer has tensors of its own, and each size is that of some axis of a tensor.
+    """
+    # Two 4-bit codes share a byte, and a tensor without elements may claim any shape.
+    most = 2 * max((n for t in stored if 0 not in t.shape for n in t.shape), default=0)
+    text, vision = config.text, config.vision
+    sizes = {
+        "text_config.num_hidden_layers": (text.num_hidden_layers, len(stored)),
+        "text_config.vocab_size": (text.vocab_size, most),
+        "text_config.hidden_size": (text.hidden_size, most),
+        "text_config.intermediate_size": (text.intermediate_size, most),
+        "text_config.head_dim": (text.num_attention_heads * text.head_dim, most),
+        "vision_config.num_hidden_layers": (vision.num_hidden_layers, len(stored)),
+        "vision_config.hidden_size": (vision.hidden_size, most),
+        "vision_config.intermediate_size": (vision.intermediate_size, most),
+        "vision_config.image_size": (vision.num_patches, most),
+        "vision_config.patch_size": (vision.patch_size, most),
+    }
+    for name, (size, bound) in sizes.items():
+        if size > bound:
+            raise ValueError(
+                f"{cut_path(folder / 'config.json')}: {name} describes a model with {size}, "
+                f"but the {len(stored)} tensors in the folder have place for at most {bound}; "
+                "correct config.json, or download the checkpoint again"
+            )
+
+
+def untie_different_weights(config: Config, stored: Iterable[StoredTensor]) -> Config:
+    """The config of a model whose files have an output head and another embedding.
+
+    Then tie_word_embeddings is not followed, as in transformers: both are used as they are.
+    """
+    pair = [t for t in stored if _name_of(t) in TIED and t.kind in FLOATS]
+    if not config.text.tie_word_embeddings or len(pair) != 2:
+        return config
+    embedding, head = (t.read(_CPU, FLOATS[t.kind]) for t in pair)
+    if torch.equal(embedding, head):
+        return config
+    return replace(config, text=replace(config.text, tie_word_embeddings=False))
+
+
+def _name_of(tensor: StoredTensor) -> str | None:
+    """Our name of a stored tensor; None if it has none."""
+    try:
+        return our_name(tensor.name)
+    except KeyError:
+        return None
+
+
+def empty_model(
+    config: Config, tokenizer: Tokenizer | None = None, rules: GenerationRules | None = None
+) -> LLaVA:
     """A model on the meta device: shapes without memory."""
     with torch.device("meta"), _NoInitialValues():
-        return LLaVA(config, tokenizer=tokenizer)
+        return LLaVA(config, tokenizer=tokenizer, rules=rules)
 
 
 def match_tensors(
@@ -139,8 +220,8 @@ def match_tensors(
         lists = {"missing": missing, "unknown": unknown, "of another shape or type": unfit}
         wrong = "; ".join(f"{len(n)} {kind}: {_shorten_list(n)}" for kind, n in lists.items() if n)
         raise ValueError(
-            f"the tensors in {folder} are not those that its config.json describes ({wrong}); "
-            "download the checkpoint again, or correct config.json"
+            f"the tensors in {cut_path(folder)} are not those that its config.json describes "
+            f"({wrong}); download the checkpoint again, or correct config.json"
         )
     return found
 
@@ -168,19 +249,21 @@ class _NoInitialValues(TorchFunctionMode):
 
 def _shorten_list(names: list[str]) -> str:
     more = f", and {len(names) - _LISTED} more" if len(names) > _LISTED else ""
-    return ", ".join(names[:_LISTED]) + more
+    listed = names[:_LISTED]
+    return ", ".join(cut(name, 480 // len(listed)) for name in listed) + more
 
 
 def find_device(device: str | torch.device) -> torch.device:
     """Parse cpu, cuda or cuda:N. Raises ValueError for other devices and for missing ones."""
     name = str(device)
-    if not re.fullmatch(r"cpu|cuda(:\d+)?", name):
-        raise ValueError(f"device={name!r}, but must be cpu, cuda or cuda:N; choose one of them")
-    found = torch.device(name)
-    if found.type == "cuda" and (found.index or 0) >= torch.cuda.device_count():
+    match = re.fullmatch(r"cpu|cuda(?::(0|[1-9]\d{0,8}))?", name)
+    if match is None:
+        asked = shorten(name)
+        raise ValueError(f"device={asked}, but must be cpu, cuda or cuda:N; choose one of them")
+    if name != "cpu" and int(match[1] or 0) >= torch.cuda.device_count():
         n = torch.cuda.device_count()
         raise ValueError(f"device={name!r}, but torch sees {n} CUDA devices; use device='cpu'")
-    return found
+    return torch.device(name)
 
 
 def _parse_dtype(dtype: str | torch.dtype | None, device: torch.device) -> torch.dtype | None:
@@ -192,6 +275,6 @@ def _parse_dtype(dtype: str | torch.dtype | None, device: torch.device) -> torch
     known = DTYPES | {str(value): value for value in DTYPES.values()}  # also 'torch.float16'
     if str(dtype) not in known:
         raise ValueError(
-            f"dtype={str(dtype)!r}, but must be {', '.join(DTYPES)}, auto or None; choose one"
+            f"dtype={shorten(str(dtype))}, but must be {', '.join(DTYPES)}, auto or None; choose one"
         )
     return known[str(dtype)]

@@ -1,8 +1,8 @@
 """config.json -> Config.
 
 Missing entries get transformers' defaults (for example rms_norm_eps 1e-6), which are not always the
-dataclass defaults (1e-5, those of the 7B). An entry that asks for something this code does not
-compute is refused, never ignored.
+dataclass defaults (1e-5, those of the 7B). config_entries.py says which entries matter and why; one
+that asks for something this code does not compute is refused, never ignored.
 """
 
 from __future__ import annotations
@@ -12,7 +12,14 @@ from pathlib import Path
 from typing import Any
 
 from ..config import Config, TextConfig, VisionConfig
+from ..processing.generation_rules import GenerationRules
+from .config_entries import ROPE, TEXT, TOP, VISION
+from .error_text import shorten
+from .generation_file import changes_tokens, parse_generation
 from .json_entries import Entries, read_json
+from .regular_files import is_present
+
+GENERATION_FILE = "generation_config.json"
 
 
 def read_config(path: str | Path) -> Config:
@@ -21,10 +28,19 @@ def read_config(path: str | Path) -> Config:
     Raises ValueError for an unreadable file and for a model that this code does not compute. It
     names the file, the entry, its value, what is allowed and what to do.
     """
-    generation = Path(path).with_name("generation_config.json")
-    return parse_config(
-        read_json(path), read_json(generation) if generation.is_file() else {}, str(path)
-    )
+    return parse_config(read_json(path), _read_generation(path), str(path))
+
+
+def read_generation_rules(path: str | Path, config: Config) -> GenerationRules | None:
+    """The rules for choosing tokens of the checkpoint whose config.json this is, if it has any."""
+    values, generation = read_json(path), _read_generation(path)
+    rules = parse_generation(values, generation, config.text.vocab_size, str(path))
+    return rules if changes_tokens(rules) else None
+
+
+def _read_generation(path: str | Path) -> dict[str, Any] | None:
+    generation = Path(path).with_name(GENERATION_FILE)
+    return read_json(generation) if is_present(generation) else None
 
 
 def parse_config(
@@ -32,32 +48,28 @@ def parse_config(
     generation: Mapping[str, Any] | None = None,
     source: str = "config.json",
 ) -> Config:
-    """Parse the contents of the two files. `source` is the name of config.json in errors."""
+    """Parse the contents of the two files; generation None: there is no generation_config.json.
+
+    `source` is the name of config.json in errors.
+    """
     top = Entries(source, "", config)
     _refuse_original_layout(top)
     if top.only("model_type", ("llava",), None) is None:
         raise top.error("model_type", None, "'llava'")
-    top.only("projector_hidden_act", ("gelu",), "gelu")
-    top.only("multimodal_projector_bias", (True,), True)
-    top.only("vision_feature_select_strategy", ("default",), "default")
+    top.check(TOP)
     _check_quantization(top)
     # Without a vision_config the tower is CLIP ViT-L/14-336; an entry missing from one that is
     # there gets the default of transformers' CLIPVisionConfig, which is a smaller model.
     vision = _parse_vision(top.section("vision_config", _VIT_L_14_336))
     text = _parse_text(top.section("text_config", {}), tied=top.flag("tie_word_embeddings", False))
-
-    result = Config(
+    return Config(
         vision=vision,
         text=text,
         image_token_id=_parse_image_token(top, text.vocab_size),
         vision_feature_layer=_parse_feature_layer(top, vision.num_hidden_layers),
-        eos_token_ids=_parse_eos(
-            top, Entries("generation_config.json", "", generation or {}), text.vocab_size
-        ),
-        image_aspect=_parse_aspect(top),
+        eos_token_ids=parse_generation(config, generation, text.vocab_size, source).end_tokens,
+        image_aspect="pad" if config.get("image_aspect_ratio") == "pad" else "crop",
     )
-    top.refuse_strangers()
-    return result
 
 
 _VIT_L_14_336 = {
@@ -72,12 +84,16 @@ _VIT_L_14_336 = {
 
 def _refuse_original_layout(top: Entries) -> None:
     marks = [key for key in top.values if key.startswith("mm_")]
-    if "LlavaLlamaForCausalLM" in (top.values.get("architectures") or ()):
+    names = top.values.get("architectures")
+    names = [] if names is None else names
+    if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+        raise top.error("architectures", names, "a list of names", "correct the file")
+    if "LlavaLlamaForCausalLM" in names:
         marks.append("architectures")
     if marks:
         raise ValueError(
-            f"{top.where(marks[0])} is {top.values[marks[0]]!r}: this is a checkpoint in the "
-            "original LLaVA layout, and only the llava-hf layout is read; write that with "
+            f"{top.where(marks[0])} is {shorten(top.values[marks[0]])}: this is a checkpoint in "
+            "the original LLaVA layout, and only the llava-hf layout is read; write that with "
             "`python -m weights.convert SRC DST` (SRC: the folder with its weights)"
         )
 
@@ -92,10 +108,7 @@ def _check_quantization(top: Entries) -> None:
 
 
 def _parse_vision(e: Entries) -> VisionConfig:
-    e.only("model_type", ("clip_vision_model",), "clip_vision_model")
-    e.only("hidden_act", ("quick_gelu",), "quick_gelu")
-    e.only("num_channels", (3,), 3)
-    e.only("quantization_config", (None,), None, "load the checkpoint's unquantised weights")
+    e.check(VISION)
     config = VisionConfig(
         hidden_size=e.integer("hidden_size", 768),
         intermediate_size=e.integer("intermediate_size", 3072),
@@ -103,21 +116,15 @@ def _parse_vision(e: Entries) -> VisionConfig:
         num_attention_heads=e.integer("num_attention_heads", 12),
         image_size=e.integer("image_size", 224),
         patch_size=e.integer("patch_size", 32),
-        layer_norm_eps=e.number("layer_norm_eps", 1e-5),
+        layer_norm_eps=e.number("layer_norm_eps", 1e-5, 1.0),
     )
     e.multiple("hidden_size", config.hidden_size, "num_attention_heads", config.num_attention_heads)
     e.multiple("image_size", config.image_size, "patch_size", config.patch_size)
-    e.refuse_strangers()
     return config
 
 
 def _parse_text(e: Entries, tied: bool) -> TextConfig:
-    e.only("model_type", ("llama",), "llama")
-    e.only("hidden_act", ("silu",), "silu")
-    e.only("attention_bias", (False,), False)
-    e.only("mlp_bias", (False,), False)
-    e.only("sliding_window", (None, False), None)
-    e.only("quantization_config", (None,), None, "load the checkpoint's unquantised weights")
+    e.check(TEXT)
     hidden_size = e.integer("hidden_size", 4096)
     heads = e.integer("num_attention_heads", 32)
     kv_heads = e.integer("num_key_value_heads", heads)
@@ -126,46 +133,51 @@ def _parse_text(e: Entries, tied: bool) -> TextConfig:
     head_dim = e.integer("head_dim", hidden_size // heads)
     if head_dim % 2:
         raise e.error("head_dim", head_dim, "an even number (rotary embedding rotates pairs)")
+    layers = e.integer("num_hidden_layers", 32)
+    kinds = e.values.get("layer_types")
+    e.seen.add("layer_types")
+    listed = isinstance(kinds, list) and len(kinds) == layers
+    if kinds is not None and not (listed and all(kind == "full_attention" for kind in kinds)):
+        raise e.error("layer_types", kinds, "absent or 'full_attention' for each layer")
     theta, factor = _parse_rope(e)
-    config = TextConfig(
+    return TextConfig(
         hidden_size=hidden_size,
         intermediate_size=e.integer("intermediate_size", 11008),
-        num_hidden_layers=e.integer("num_hidden_layers", 32),
+        num_hidden_layers=layers,
         num_attention_heads=heads,
         num_key_value_heads=kv_heads,
         head_dim=head_dim,
         vocab_size=e.integer("vocab_size", 32000),
-        rms_norm_eps=e.number("rms_norm_eps", 1e-6),
+        rms_norm_eps=e.number("rms_norm_eps", 1e-6, 1.0),
         rope_theta=theta,
         rope_factor=factor,
         max_position_embeddings=e.integer("max_position_embeddings", 2048),
         # Either of two entries ties them, as in transformers; files differ in which one they set.
         tie_word_embeddings=e.flag("tie_word_embeddings", False) or tied,
     )
-    e.refuse_strangers()
-    return config
 
 
 def _parse_rope(e: Entries) -> tuple[float, float]:
     """Base and linear factor, from rope_theta and rope_scaling or from rope_parameters.
 
-    If a file has both, rope_scaling wins, and a rope_theta inside it, as in transformers.
+    If a file has both, rope_scaling wins, and a rope_theta inside it, as in transformers. A factor
+    is read for rope_type "linear" alone, and `type` only where rope_type is missing.
     """
-    theta = e.number("rope_theta", 10000.0)
-    name = "rope_scaling" if e.values.get("rope_scaling") else "rope_parameters"
-    e.seen.update(("rope_scaling", "rope_parameters"))
-    r = e.section(name, {})
-    old_kind = r.only("type", ("default", "linear"), "default")
-    kind = r.only("rope_type", ("default", "linear"), old_kind)
-    if r.values.get("type") not in (None, kind):
-        raise r.error("type", old_kind, f"{kind!r} like rope_type beside it")
-    factor = r.number("factor", 1.0 if kind == "default" else None, minimum=1.0)
-    if kind == "default" and factor != 1.0:
-        raise r.error("factor", factor, "1.0, or rope_type 'linear'")
-    r.only("partial_rotary_factor", (1,), 1)
-    theta = r.number("rope_theta", theta)
-    r.refuse_strangers()
-    return theta, factor
+    theta = e.number("rope_theta", 10000.0, _MOST_THETA, _LEAST_THETA)
+    r = e.section("rope_scaling", {})
+    if not r.values:
+        r = e.section("rope_parameters", {})
+    r.check(ROPE)
+    nested = [key for key, value in r.values.items() if isinstance(value, Mapping)]
+    if nested:
+        raise r.error(nested[0], r.values[nested[0]], "absent: all layers have the same rotation")
+    key = "type" if r.values.get("rope_type") is None else "rope_type"
+    kind = r.only(key, ("default", "linear"), "default")
+    factor = r.number("factor", None, 1e6, minimum=1.0) if kind == "linear" else 1.0
+    return r.number("rope_theta", theta, _MOST_THETA, _LEAST_THETA), factor
+
+
+_LEAST_THETA, _MOST_THETA = 1e-3, 1e12  # beyond them the angles are no useful numbers
 
 
 def _parse_image_token(top: Entries, vocab_size: int) -> int:
@@ -180,30 +192,15 @@ def _parse_image_token(top: Entries, vocab_size: int) -> int:
 
 
 def _parse_feature_layer(top: Entries, n_layers: int) -> int:
-    """Hidden state 0 enters the first block; hidden state i leaves block i - 1."""
+    """Hidden state 0 enters the first block; hidden state i leaves block i - 1.
+
+    A list of one number means the same as the number.
+    """
+    value = top.values.get("vision_feature_layer")
+    if isinstance(value, list) and len(value) == 1:
+        top = Entries(top.source, top.name, {"vision_feature_layer": value[0]})
     layer = top.integer("vision_feature_layer", -2, minimum=-n_layers - 1)
     if layer > n_layers:
         allowed = f"one whole number from {-n_layers - 1} to {n_layers}"
         raise top.error("vision_feature_layer", layer, allowed)
     return layer
-
-
-def _parse_eos(top: Entries, generation: Entries, vocab_size: int) -> tuple[int, ...]:
-    """From generation_config.json, else config.json, else text_config, else transformers' 2.
-
-    A text_config with eos_token_id null has no end token: generation stops at the limit only.
-    """
-    text = top.section("text_config", {})
-    source = next((s for s in (generation, top) if s.values.get("eos_token_id") is not None), text)
-    ids = source.values.get("eos_token_id", 2)
-    ids = [] if ids is None else ids if isinstance(ids, list) else [ids]
-    if not all(type(i) is int and 0 <= i < vocab_size for i in ids):
-        allowed = f"a token id or a list of token ids from 0 to {vocab_size - 1}"
-        raise source.error("eos_token_id", ids, allowed)
-    return tuple(ids)
-
-
-def _parse_aspect(top: Entries) -> str:
-    """From image_aspect_ratio, which checkpoints converted from the original layout keep."""
-    aspect = top.only("image_aspect_ratio", (None, "square", "crop", "pad"), None)
-    return "pad" if aspect == "pad" else "crop"

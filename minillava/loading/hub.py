@@ -7,6 +7,7 @@ import re
 from pathlib import Path
 
 from .config_file import read_config
+from .error_text import cut_path, shorten
 
 _HUB_ID = re.compile(r"\w[\w.-]*/\w[\w.-]*")  # org/name
 
@@ -21,14 +22,17 @@ def find_checkpoint(path_or_hub_id: str | Path, revision: str | None = None) -> 
     if os.path.isdir(folder):  # Path.is_dir would raise for a name that is too long
         if revision is not None:
             raise ValueError(
-                f"revision={revision!r}, but {name} is a local folder, which has none; leave it out"
+                f"revision={shorten(revision)}, but {cut_path(name)} is a local folder, which has "
+                "none; leave it out"
             )
         return folder
     if os.path.exists(folder):
-        raise ValueError(f"{name} is a file, not a checkpoint; give the folder that contains it")
+        raise ValueError(
+            f"{cut_path(name)} is a file, not a checkpoint; give the folder that contains it"
+        )
     if not _HUB_ID.fullmatch(name):
         raise ValueError(
-            f"there is no folder {name!r}, and a hub id has the form org/name; "
+            f"there is no folder {shorten(name)}, and a hub id has the form org/name; "
             "give a checkpoint's folder or an id such as llava-hf/llava-1.5-7b-hf"
         )
     return download_checkpoint(name, revision)
@@ -67,10 +71,11 @@ def download_files(
             )
         )
     except Exception as error:  # of huggingface_hub, httpx or the system: they share no base class
-        at = "" if revision is None else f" at revision {revision!r}"
+        at = "" if revision is None else f" at revision {shorten(revision)}"
         reason = " ".join(str(error).split())[:300] or type(error).__name__
         raise ValueError(
-            f"there is no folder {hub_id!r}, and the hub's {hub_id!r}{at} could not be downloaded "
-            f"({reason}); check the id, the revision and the network (HF_HUB_OFFLINE=1 reads only "
-            "the cache; private and gated ones need `hf auth login`), or give a local folder"
+            f"there is no folder {shorten(hub_id)}, and the hub's {shorten(hub_id)}{at} could not "
+            f"be downloaded ({reason}); check the id, the revision and the network "
+            "(HF_HUB_OFFLINE=1 reads only the cache; private and gated ones need `hf auth login`), "
+            "or give a local folder"
         ) from error

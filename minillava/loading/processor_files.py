@@ -1,5 +1,5 @@
-"""The small files of a checkpoint -> Processor: tokenizer.model with the json files beside it, and
-preprocessor_config.json.
+"""The small files of a checkpoint -> Processor: tokenizer.model with the json files beside it. The
+settings of pictures are read by image_config.py.
 
 Missing entries get transformers' defaults. An entry that asks for something this code does not
 compute is refused, never ignored.
@@ -11,13 +11,11 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from PIL import Image
-
 from ..config import Config
-from ..processing.image import ImageConfig
 from ..processing.processor import Processor
 from ..processing.templates import IMAGE
 from ..processing.tokenizer import Tokenizer
+from .image_config import pads_images, read_image_config
 from .json_entries import Entries, read_json
 
 
@@ -43,7 +41,7 @@ def read_processor(folder: str | Path, config: Config) -> Processor:
         tokenizer,
         read_image_config(folder, config.vision.image_size),
         config.vision.num_patches,
-        config.image_aspect,
+        "pad" if pads_images(folder) else config.image_aspect,
         "vicuna_v1" if config.image_aspect == "pad" else "llava-hf",
     )
 
@@ -109,79 +107,3 @@ def _check_token(path: Path, token: Mapping[str, Any], number: object) -> tuple[
             "supported, only plain tokens with an id are; use the files of llava-hf/llava-1.5-7b-hf"
         )
     return content, number
-
-
-# ---------------------------------------------------------------- images
-
-
-def read_image_config(folder: str | Path, image_size: int) -> ImageConfig:
-    """Read preprocessor_config.json, or else the image_processor of processor_config.json.
-
-    Without either, CLIP's settings at the vision tower's `image_size` are used. Raises ValueError
-    for settings that this code does not compute; it names the file, the entry, its value, what is
-    allowed and what to do.
-    """
-    own, nested = (Path(folder) / f"{n}_config.json" for n in ("preprocessor", "processor"))
-    if own.is_file():
-        entries = Entries(str(own), "", read_json(own))
-    elif nested.is_file():
-        entries = Entries(str(nested), "", read_json(nested)).section("image_processor", {})
-    else:
-        return ImageConfig(image_size, image_size)
-    return (
-        _parse_image_config(entries, image_size)
-        if entries.values
-        else ImageConfig(image_size, image_size)
-    )
-
-
-def _parse_image_config(e: Entries, image_size: int) -> ImageConfig:
-    """Missing entries get the defaults of transformers' CLIPImageProcessor."""
-    for key in ("do_resize", "do_center_crop", "do_rescale", "do_normalize", "do_convert_rgb"):
-        e.only(key, (True,), True)
-    e.only("do_pad", (False,), False, "leave it out and ask for image_aspect='pad'")
-    kinds = ("CLIPImageProcessor", "CLIPImageProcessorFast", "CLIPImageProcessorPil")
-    e.only("image_processor_type", kinds, kinds[0])
-    e.only("feature_extractor_type", ("CLIPFeatureExtractor", *kinds), kinds[0])
-    crop, size = (
-        _parse_side(e, "crop_size", ("height", "width")),
-        _parse_side(e, "size", ("shortest_edge",)),
-    )
-    if crop != image_size:
-        raise e.error("crop_size", crop, f"{image_size} like vision_config.image_size")
-    if size < crop:
-        raise e.error("size", size, f"at least {crop} like crop_size")
-    filters = tuple(f.value for f in Image.Resampling if f != Image.Resampling.NEAREST)
-    config = ImageConfig(
-        size=size,
-        crop=crop,
-        resample=e.only("resample", filters, Image.Resampling.BICUBIC.value),
-        mean=_parse_colour(e, "image_mean", ImageConfig.mean),
-        std=_parse_colour(e, "image_std", ImageConfig.std),
-        rescale=e.number("rescale_factor", 1 / 255),
-    )
-    # Read by transformers' loading code, or without influence on the pixels.
-    e.seen.update(("processor_class", "data_format", "input_data_format", "return_tensors"))
-    e.seen.update(("default_to_square", "device", "disable_grouping", "image_seq_length"))
-    e.refuse_strangers()
-    return config
-
-
-def _parse_side(e: Entries, key: str, names: tuple[str, ...]) -> int:
-    """A length given as one number (old files) or as the same number under each of `names`."""
-    e.seen.add(key)
-    value = e.values.get(key, 224)
-    side = value[names[0]] if isinstance(value, dict) and names[0] in value else value
-    if value not in (side, dict.fromkeys(names, side)) or type(side) is not int or side < 1:
-        allowed = f"pixels as one number, or the same number under {' and '.join(names)}"
-        raise e.error(key, value, allowed)
-    return side
-
-
-def _parse_colour(e: Entries, key: str, default: tuple[float, ...]) -> tuple[float, ...]:
-    e.seen.add(key)
-    value = e.values.get(key, default)
-    numbers = isinstance(value, list | tuple) and all(type(v) in (int, float) for v in value)
-    if not numbers or len(value) != 3 or (key == "image_std" and 0 in value):
-        raise e.error(key, value, "three numbers (std: none of them 0)")
-    return tuple(float(v) for v in value)

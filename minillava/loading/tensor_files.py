@@ -12,7 +12,9 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from .error_text import cut, cut_path, shorten
 from .json_entries import read_json
+from .regular_files import is_present
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 
@@ -50,6 +52,8 @@ def read_headers(folder: Path) -> list[StoredTensor]:
 
 def read_header(path: Path) -> list[StoredTensor]:
     """List every tensor of one safetensors file."""
+    if not is_present(path):
+        raise ValueError(f"there is no {cut_path(path)}; download it")
     tensors = []
     with _open_safetensors(path) as file:
         for name in file.keys():  # noqa: SIM118 (not a mapping: it cannot be iterated itself)
@@ -59,19 +63,20 @@ def read_header(path: Path) -> list[StoredTensor]:
 
 
 def _find_files(folder: Path) -> list[Path]:
-    if (folder / SINGLE).is_file():
+    if is_present(folder / SINGLE):
         return [folder / SINGLE]
-    if (folder / INDEX).is_file():
+    if is_present(folder / INDEX):
         return read_index(folder / INDEX)
     if pickles := sorted(path.name for path in folder.glob("*.bin")):
+        names = ", ".join(map(cut, pickles[:3]))
         raise ValueError(
-            f"{folder} has its weights only as pickles ({', '.join(pickles[:3])}), which load() "
-            "does not read; convert them to the llava-hf layout, without running code in them, "
-            f"with `python -m weights.convert {folder} DST`, and load DST"
+            f"{cut_path(folder)} has its weights only as pickles ({names}), which load() does not "
+            "read; convert them to the llava-hf layout, without running code in them, "
+            f"with `python -m weights.convert {cut_path(folder)} DST`, and load DST"
         )
     raise ValueError(
-        f"{folder} has neither {SINGLE} nor {INDEX}; give the folder of a checkpoint in the "
-        "llava-hf layout, or download one with `python -m weights.download`"
+        f"{cut_path(folder)} has neither {SINGLE} nor {INDEX}; give the folder of a checkpoint in "
+        "the llava-hf layout, or download one with `python -m weights.download`"
     )
 
 
@@ -83,17 +88,22 @@ def read_index(index: Path) -> list[Path]:
     weight_map = read_json(index).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
         raise ValueError(
-            f"{index}: weight_map is {weight_map!r}, but must be an object of tensor: file pairs; "
-            "download it again"
+            f"{cut_path(index)}: weight_map is {shorten(weight_map)}, but must be an object of "
+            "tensor: file pairs; download it again"
         )
-    names = sorted({str(name) for name in weight_map.values()})
+    names = sorted(
+        {name if isinstance(name, str) else shorten(name) for name in weight_map.values()}
+    )
     for name in names:
         if Path(name).name != name or name in (".", ".."):
             raise ValueError(
-                f"{index} names {name!r}, but must name files in its own folder; download it again"
+                f"{cut_path(index)} names {shorten(name)}, but must name files in its own folder; "
+                "download it again"
             )
-        if not (index.parent / name).is_file():
-            raise ValueError(f"{index} names {name}, which is not there; download the file")
+        if not is_present(index.parent / name):
+            raise ValueError(
+                f"{cut_path(index)} names {cut(name)}, which is not there; download the file"
+            )
     return [index.parent / name for name in names]
 
 
@@ -104,5 +114,6 @@ def _open_safetensors(path: Path) -> Iterator[Any]:
             yield file
     except (SafetensorError, OSError) as error:
         raise ValueError(
-            f"{path} is truncated, damaged or not a safetensors file ({error}); download it again"
+            f"{cut_path(path)} is truncated, damaged or not a safetensors file "
+            f"({cut(str(error))}); download it again"
         ) from error

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import shutil
 import subprocess
@@ -14,18 +15,22 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from tiny import rewrite_config
 from torch import Tensor
 from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration
 
 from minillava.llava import LLaVA
 from minillava.loading.checkpoint import load, match_tensors, widest_dtype
 from minillava.loading.config_file import parse_config, read_config
+from minillava.loading.json_entries import read_json
 from minillava.loading.keys import published_name
+from minillava.loading.regular_files import is_present, read_bytes
 from minillava.loading.tensor_files import StoredTensor, read_headers
 
 torch.set_num_threads(1)
 
 TINY_A = Path(__file__).parents[1] / "goldens" / "checkpoints" / "tiny-a" / "hub-sharded"
+PICTURES = "preprocessor_config.json"
 SMALL_FILES = ("tokenizer.model", "preprocessor_config.json", "generation_config.json")
 
 # Our names -> those of transformers' modules, independent of the table under test.
@@ -179,11 +184,13 @@ def test_a_tied_head_may_also_be_in_the_file(tmp_path: Path, keep_embedding: boo
     assert model.llama.lm_head.weight is model.llama.embed_tokens.weight
 
 
-def test_a_tied_head_that_differs_is_refused(tmp_path: Path) -> None:
+def test_a_tied_head_that_differs_is_used_as_it_is(tmp_path: Path) -> None:
+    """As in transformers, see test_config_entries.py."""
     write_hf(tmp_path, tied=True)
     set_head(tmp_path, lambda embedding: embedding + 1)
-    with pytest.raises(ValueError, match=r"tie_word_embeddings is true, .* differ; set it"):
-        load(tmp_path)
+    model, _ = load(tmp_path)
+    assert not model.config.text.tie_word_embeddings
+    assert torch.equal(model.llama.lm_head.weight, model.llama.embed_tokens.weight + 1)
 
 
 # ------------------------------------------------------------ dtype, device, quantize
@@ -243,6 +250,9 @@ def test_a_checkpoints_own_dtype_holds_all_its_tensors(
         ({"device": "cuda:"}, "device='cuda:', but must be cpu, cuda or cuda:N"),
         ({"device": "gpu"}, "device='gpu', but must be cpu, cuda or cuda:N"),
         ({"device": "cuda:99"}, "device='cuda:99', but .* use device='cpu'"),
+        ({"device": "cuda:" + "9" * 20}, "device='cuda:9{20}', but must be cpu, cuda or cuda:N"),
+        ({"device": "cuda:01"}, "device='cuda:01', but must be cpu, cuda or cuda:N"),
+        ({"device": "x" * 5000}, "device='x{50,200}.*, but must be cpu, cuda or cuda:N"),
         ({"quantize": "int3"}, "quantize='int3', but must be int8, int8-dynamic, int4"),
         ({"revision": "main"}, "revision='main', but .* is a local folder.*leave it out"),
     ],
@@ -342,7 +352,110 @@ def test_tensors_that_are_computed_may_be_in_the_file(folder: Path) -> None:
     assert all(torch.equal(state[name], expected[name]) for name in expected)
 
 
+@pytest.mark.parametrize(
+    ("section", "sizes"),
+    [
+        ("text_config", {"num_hidden_layers": 10**6}),
+        ("vision_config", {"num_hidden_layers": 10**6}),
+        ("text_config", {"vocab_size": 10**7}),
+        ("text_config", {"hidden_size": 10**7, "num_attention_heads": 10}),
+        ("text_config", {"intermediate_size": 10**7}),
+        ("text_config", {"head_dim": 10**7}),
+        ("vision_config", {"hidden_size": 10**7, "num_attention_heads": 1}),
+        ("vision_config", {"intermediate_size": 10**7}),
+        ("vision_config", {"image_size": 10**7, "patch_size": 1}),
+        ("vision_config", {"image_size": 10**6, "patch_size": 10**6}),
+    ],
+    ids=str,
+)
+def test_a_model_beyond_the_files_is_refused_before_it_is_built(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, section: str, sizes: dict[str, int]
+) -> None:
+    def build(*_: object) -> LLaVA:
+        raise AssertionError("the model was built before the headers were compared")
+
+    monkeypatch.setattr("minillava.loading.checkpoint.empty_model", build)
+    rewrite_config(folder, lambda values: values[section].update(sizes))
+    side = sizes.get("image_size")
+    if side:
+        rewrite_config(folder, lambda v: v.update(size=side, crop_size=side), PICTURES)
+    with pytest.raises(ValueError, match=r"config\.json: |crop_size|size is ") as caught:
+        load(folder)
+    assert "\n" not in str(caught.value)
+
+
+def test_long_names_are_cut(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    names = {f"{i}{'x' * 5000}\n": torch.zeros(1) for i in range(30)}
+    rewrite(folder, lambda state: {**state, **names, "0\n0": torch.zeros(1)})
+    message = refused(folder, monkeypatch)
+    assert len(message) < 1500
+    assert r"0\n0" in message
+
+
 # ------------------------------------------------------------ files
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "config.json",
+        "generation_config.json",
+        "preprocessor_config.json",
+        "processor_config.json",
+        "model.safetensors",
+        "model.safetensors.index.json",
+        "adapter_config.json",
+    ],
+)
+@pytest.mark.parametrize("kind", ["dangling", "pipe", "folder", "device", "loop"])
+def test_only_regular_files_are_opened(folder: Path, name: str, kind: str) -> None:
+    path = folder / name
+    path.unlink(missing_ok=True)
+    if name.endswith("index.json"):
+        (folder / "model.safetensors").unlink()
+    if kind == "dangling":
+        path.symlink_to(folder / "nowhere")
+    elif kind == "pipe":
+        os.mkfifo(path)
+    elif kind == "folder":
+        path.mkdir()
+    elif kind == "device":
+        path.symlink_to("/dev/zero")
+    else:
+        path.symlink_to(path)
+    with pytest.raises(ValueError, match=rf"{re.escape(str(path))} .*must be a regular file"):
+        load(folder)
+
+
+def test_links_to_files_are_followed(folder: Path) -> None:
+    files = [path for path in folder.iterdir() if path.is_file()]
+    snapshot = folder / "snapshots" / "main"  # as in the hub's cache
+    snapshot.mkdir(parents=True)
+    for path in files:
+        (snapshot / path.name).symlink_to(path)
+    assert load(snapshot)[0].config == load(folder)[0].config
+
+
+def test_a_file_that_is_too_large_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "a.json"
+    path.write_bytes(b" " * 3_000_000)
+    with pytest.raises(ValueError, match=r"a\.json has more than 2 MB"):
+        read_json(path, 2 * 2**20)
+
+
+def test_an_unreadable_file_is_an_error(tmp_path: Path) -> None:
+    assert not is_present(tmp_path / "nothing")
+    with pytest.raises(ValueError, match="there is no"):
+        read_bytes(tmp_path / "nothing", 1)
+    with pytest.raises(ValueError, match="cannot be read"):
+        is_present(tmp_path / ("x" * 5000))
+    with pytest.raises(ValueError, match="must be a regular file"):
+        is_present(tmp_path / "a\0b")
+    long = tmp_path / "/".join(["y" * 200] * 10)
+    long.mkdir(parents=True)
+    with pytest.raises(ValueError, match="must be a regular file") as caught:
+        is_present(long)
+    assert len(str(caught.value)) < 700
 
 
 def test_weights_do_not_change_with_their_file(folder: Path) -> None:
@@ -427,7 +540,7 @@ def replace_tokenizer_model(folder: Path) -> None:
         (remove_file("model.safetensors"), "neither model.safetensors nor .*; give the folder"),
         (replace_by_pickle, r"pickles \(pytorch_model.bin\).*`python -m weights.convert .* DST`"),
         (use_original_layout, "original LLaVA layout.*`python -m weights.convert SRC DST`"),
-        (remove_file("config.json"), "cannot read .*config.json"),
+        (remove_file("config.json"), "there is no .*config.json"),
         (replace_tokenizer_model, "tokenizer.model; only SentencePiece.*: copy tokenizer.model"),
         (remove_file("tokenizer.model"), "tokenizer.model"),
     ],

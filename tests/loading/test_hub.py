@@ -114,7 +114,8 @@ def test_ctrl_c_ends_a_download_quietly(monkeypatch: pytest.MonkeyPatch) -> None
 def test_a_name_that_is_neither_folder_nor_id_is_refused(hub: Hub, name: str) -> None:
     with pytest.raises(ValueError, match=r"there is no folder .* org/name") as caught:
         find_checkpoint(name)
-    assert repr(name) in str(caught.value)
+    assert repr(name)[:60] in str(caught.value)
+    assert len(str(caught.value)) < 500
     assert not hub.calls
 
 

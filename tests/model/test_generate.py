@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import tiny
 import torch
 from tiny import (
     IMAGE,
@@ -102,13 +103,10 @@ def test_an_answer_ends_with_the_checkpoints_end_token(
     def change(values: dict[str, Any]) -> None:
         (values["text_config"] if place == "text_config" else values)["eos_token_id"] = ends
 
-    def drop(values: dict[str, Any]) -> None:
-        values.pop("eos_token_id", None)
-
     before = {path: path.read_text() for path in folder.glob("*config.json")}
     try:
         if place != "generation_config.json":
-            rewrite_config(folder, drop, "generation_config.json")
+            (folder / "generation_config.json").unlink()  # with it, config.json is not read
         rewrite_config(folder, change, place if place.endswith("json") else "config.json")
         result = generate(load(folder)[0], batch, max_new_tokens=8)
     finally:
@@ -266,6 +264,17 @@ def test_top_p_keeps_the_smallest_likely_set(top_p: float, kept: set[int]) -> No
     total = float(sum(probabilities[list(kept)]))
     for token, share in found.items():
         assert share == pytest.approx(float(probabilities[token]) / total, abs=0.06)
+
+
+@pytest.mark.parametrize("value", [float("inf"), float("-inf"), float("nan")])
+def test_logits_that_are_not_finite_are_refused(value: float, tmp_path: Path) -> None:
+    tiny.write_hf(tmp_path, layers=1, vision_layers=2)
+    model, _ = load(tmp_path)
+    batch = tiny.make_batch(model, "ttt")
+    generate(model, batch, max_new_tokens=2)
+    model.llama.lm_head.weight[5, 0] = value  # only the logit of token 5 is affected
+    with pytest.raises(ValueError, match="logits are not numbers or infinite"):
+        generate(model, batch, max_new_tokens=2)
 
 
 # ---------------------------------------------------------------- text in pieces

@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from PIL import Image
 from safetensors.torch import load_file
 
-from minillava.loading.processor_files import read_image_config
+from minillava.loading.image_config import read_image_config
 from minillava.processing import resize as strips
 from minillava.processing.image import ImageConfig, preprocess
 
@@ -246,10 +246,12 @@ def test_settings_are_read_from_either_file(tmp_path: Path) -> None:
 
     old = {"crop_size": 56, "size": 64, "resample": 2, "feature_extractor_type": None}
     (tmp_path / "preprocessor_config.json").write_text(json.dumps(old))
-    assert read_image_config(tmp_path, 56) == ImageConfig(64, 56, 2)  # it has priority
+    assert read_image_config(tmp_path, 56) == nested  # it has priority
+
+    (tmp_path / "processor_config.json").write_text('{"patch_size": 14, "image_processor": null}')
+    assert read_image_config(tmp_path, 56) == ImageConfig(64, 56, 2)
 
     (tmp_path / "preprocessor_config.json").unlink()
-    (tmp_path / "processor_config.json").write_text('{"patch_size": 14}')
     assert read_image_config(tmp_path, 56) == published
 
 
@@ -261,8 +263,10 @@ def test_settings_are_read_from_either_file(tmp_path: Path) -> None:
         ({"do_rescale": False}, "do_rescale is False"),
         ({"do_normalize": False}, "do_normalize is False"),
         ({"do_convert_rgb": False}, "do_convert_rgb is False"),
-        ({"do_pad": True}, "leave it out and ask for image_aspect='pad'"),
-        ({"do_flip_channel_order": True}, "do_flip_channel_order is True"),
+        ({"do_resize": None}, "do_resize is None, but must be absent or a value"),
+        ({"resample": None}, "resample is None, but must be absent or a value"),
+        ({"use_square_size": True}, "use_square_size is True"),
+        ({"default_to_square": True}, "size is {'height': 56, 'width': 56}"),
         ({"image_processor_type": "SiglipImageProcessor"}, "'CLIPImageProcessor' or"),
         ({"crop_size": 28}, "crop_size is 28, but must be 56 like vision_config.image_size"),
         ({"crop_size": {"height": 56, "width": 28}}, "under height and width"),
@@ -270,8 +274,22 @@ def test_settings_are_read_from_either_file(tmp_path: Path) -> None:
         ({"size": {"height": 56, "width": 56}}, "under shortest_edge"),
         ({"size": {"shortest_edge": 56, "longest_edge": 90}}, "under shortest_edge"),
         ({"size": 56.5}, "size is 56.5"),
+        ({"size": 10**400}, "size is 1000000"),
+        ({"size": 10**9}, "at most 100000"),
+        ({"size": {}}, "size is {}"),
+        ({"size": {"shortest_edge": [56]}}, "size is "),
+        ({"crop_size": {"height": True, "width": True}}, "crop_size is "),
         ({"resample": 0}, "resample is 0"),
+        ({"resample": "bicubic"}, "resample is 'bicubic'"),
+        ({"resample": 3.0}, "resample is 3.0"),
         ({"rescale_factor": -1}, "rescale_factor is -1"),
+        ({"rescale_factor": 10**400}, "rescale_factor is 1000000"),
+        ({"rescale_factor": float("nan")}, "rescale_factor is nan"),
+        ({"image_mean": [10**400, 0, 0]}, "image_mean is [1000000"),
+        ({"image_mean": [float("nan"), 0, 0]}, "image_mean is [nan, 0, 0]"),
+        ({"image_std": [1, -1, 1]}, "image_std is [1, -1, 1]"),
+        ({"image_std": [float("inf"), 1, 1]}, "image_std is [inf, 1, 1]"),
+        ({"auto_map": 3}, "auto_map is 3, but must be an object"),
         ({"image_mean": [0.5]}, "image_mean is [0.5], but must be three numbers"),
         ({"image_std": [1, 1, 0]}, "image_std is [1, 1, 0]"),
     ],

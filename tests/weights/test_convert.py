@@ -850,7 +850,7 @@ BAD: dict[str, tuple[Callable[[Path], Any], str]] = {
     ),
     "rows": (entry(vocab_size=100), "ids go up to 317, but the weights have 100 rows"),
     "no tokenizer": (lambda src: (src / "tokenizer.model").unlink(), "no .*tokenizer.model"),
-    "no config": (lambda src: (src / "config.json").unlink(), "cannot read .*config.json"),
+    "no config": (lambda src: (src / "config.json").unlink(), "there is no .*config.json"),
     "no weights": (
         lambda src: (src / "pytorch_model.bin.index.json").unlink(),
         "has no weights: neither pytorch_model.bin",
