@@ -16,7 +16,7 @@ import sentencepiece
 import torch
 
 from minillava.loading.json_entries import HARMLESS, Entries
-from minillava.loading.processor_files import read_tokenizer
+from minillava.loading.tokenizer_files import read_tokenizer
 from minillava.processing.image import ImageConfig
 from minillava.processing.templates import IMAGE
 
@@ -199,7 +199,7 @@ def small_files(
         "clean_up_tokenization_spaces": False,
         "extra_special_tokens": {"image_token": IMAGE},
         "image_token": IMAGE,
-        "legacy": False,
+        "legacy": True,  # a space before each stretch of text, as in llava-hf's tokenizer.json
         "padding_side": "left",
         "processor_class": "LlavaProcessor",
         "sp_model_kwargs": {},

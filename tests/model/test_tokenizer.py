@@ -12,7 +12,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from minillava.loading.processor_files import read_tokenizer
+from minillava.loading.tokenizer_files import read_tokenizer
 from minillava.processing.tokenizer import StreamDecoder, Tokenizer
 
 GOLDENS = Path(__file__).parents[1] / "goldens"
