@@ -46,7 +46,9 @@ def download_checkpoint(
     """
     folder = download_files(hub_id, revision, to, ["*.json", "*.jinja", "tokenizer.model"])
     read_config(folder / "config.json")
-    return download_files(hub_id, revision, to, ["*.json", "*.jinja", "tokenizer.model", "*.safetensors"])
+    return download_files(
+        hub_id, revision, to, ["*.json", "*.jinja", "tokenizer.model", "*.safetensors"]
+    )
 
 
 def download_files(

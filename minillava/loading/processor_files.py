@@ -1,5 +1,5 @@
-"""The small files of a checkpoint -> Processor: tokenizer.model with the json files beside it, and
-preprocessor_config.json.
+"""The small files of a checkpoint -> Processor: those of the tokenizer (tokenizer_files.py), of the
+prompt (prompt_files.py) and preprocessor_config.json.
 
 Missing entries get transformers' defaults. An entry that asks for something this code does not
 compute is refused, never ignored.
@@ -16,6 +16,7 @@ from ..processing.image import ImageConfig
 from ..processing.processor import Processor
 from ..processing.templates import IMAGE
 from .json_entries import Entries, read_json
+from .prompt_files import check_placeholders, read_template
 from .tokenizer_files import read_tokenizer
 
 
@@ -23,8 +24,8 @@ def read_processor(folder: str | Path, config: Config) -> Processor:
     """Read the processor of a checkpoint.
 
     image_aspect_ratio "pad" in config.json means that the checkpoint was converted from the
-    original LLaVA layout, so it gets that code's vicuna_v1 template. Raises ValueError if the files
-    do not fit each other.
+    original LLaVA layout, so without a chat template it gets that code's vicuna_v1. Raises
+    ValueError if the files do not fit each other.
     """
     tokenizer = read_tokenizer(folder, config.image_token_id)
     if tokenizer.image_id != config.image_token_id:
@@ -37,12 +38,13 @@ def read_processor(folder: str | Path, config: Config) -> Processor:
             f"{folder}: the tokenizer's ids go up to {len(tokenizer) - 1}, but the model has "
             f"vocab_size={config.text.vocab_size}; take both from one checkpoint"
         )
+    check_placeholders(folder, config)
     return Processor(
         tokenizer,
         read_image_config(folder, config.vision.image_size),
         config.vision.num_patches,
         config.image_aspect,
-        "vicuna_v1" if config.image_aspect == "pad" else "llava-hf",
+        read_template(folder, "vicuna_v1" if config.image_aspect == "pad" else "llava-hf"),
     )
 
 
