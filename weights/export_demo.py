@@ -173,7 +173,9 @@ def fast_tokenizer(pieces: bytes, special: Mapping[int, str]) -> dict[str, Any]:
             for cut in range(1, len(piece)):
                 left, right = piece[:cut], piece[cut:]
                 if left in vocab and right in vocab:
-                    merges.append((i, vocab[left], vocab[right], f"{left} {right}"))
+                    merges.append(
+                        (-model.get_score(i), i, vocab[left], vocab[right], f"{left} {right}")
+                    )
     flags = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False)
     first: list[dict[str, Any]] = [{"SpecialToken": {"id": "<s>", "type_id": 0}}]
     again = {"SpecialToken": {"id": "<s>", "type_id": 1}}

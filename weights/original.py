@@ -12,11 +12,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import sentencepiece
 import torch
 
 from minillava.loading.json_entries import HARMLESS, Entries
-from minillava.loading.tokenizer_files import read_tokenizer
+from minillava.loading.regular_files import read_bytes
+from minillava.loading.sentencepiece_model import load_pieces
+from minillava.loading.tokenizer_files import MAX_MODEL, read_tokenizer
 from minillava.processing.image import ImageConfig
 from minillava.processing.templates import IMAGE
 
@@ -62,8 +63,9 @@ class Vocabulary:
         `rows` is the number of rows in the source's embedding. If it is too small, `size` is the
         next multiple of 64. Raises ValueError if not even the tokenizer's own ids fit.
         """
+        path = folder / "tokenizer.model"
+        pieces = load_pieces(str(path), read_bytes(path, MAX_MODEL))
         tokenizer = read_tokenizer(folder, -1)  # -1: no image token unless a file names one
-        pieces = sentencepiece.SentencePieceProcessor(model_file=str(folder / "tokenizer.model"))
         special, end = dict(tokenizer.special_tokens), len(tokenizer)
         if end > rows:
             raise ValueError(
