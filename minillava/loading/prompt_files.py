@@ -29,7 +29,7 @@ def read_template(folder: str | Path, default: str) -> str:
         path = folder / "chat_template.json"
         text = _read_entry(path) or None
     elif text is None:
-        for name in ("chat_template.jinja", "chat_templates/default.jinja"):
+        for name in ("chat_template.jinja", "additional_chat_templates/default.jinja"):
             if text is None and is_present(folder / name):
                 path = folder / name
                 text = _read_text(path)
@@ -61,11 +61,11 @@ def check_placeholders(folder: str | Path, config: Config) -> None:
 
 
 def _read_entry(path: Path) -> str | None:
-    """The text under chat_template, or under its default; "" if there are only others."""
+    """The text under chat_template, or under its default; their names if there are only others."""
     e = Entries(str(path), "", read_json(path))
     value = e.values.get("chat_template")
     if isinstance(value, dict):
-        value = value.get("default", "")
+        value = value.get("default", ", ".join(value))
     if not isinstance(value, str | None):
         raise e.error("chat_template", value, "a text, or texts of which one is 'default'", CORRECT)
     return value

@@ -53,6 +53,8 @@ _DECODERS = [
     {"type": "ByteFallback"},
     {"type": "Fuse"},
 ]
+_NORMALIZERS = ("Prepend", "Replace", "NFC", "NFD", "NFKC", "NFKD", "Strip", "Lowercase")
+_PRE_TOKENIZERS = ("Metaspace", "Split", "Digits", "Punctuation", "WhitespaceSplit")
 _STRIP = {"type": "Strip", "content": " ", "start": 1, "stop": 0}
 
 # Entries of tokenizer_config.json that transformers would hand to the code of the tokenizer, of the
@@ -183,16 +185,14 @@ def _read_pipeline(e: Entries, config: Entries, folder: Path) -> Pipeline:
     vocab = _read_vocab(model)
     merges = _read_merges(model, vocab)
     added = read_added_tokens(folder, config, read_listed_tokens(e))
-    prefix, split = _read_spaces(e.values.get("normalizer"), e.values.get("pre_tokenizer"))
+    prefix, split = _read_spaces(e)
     before, after = _read_template(e)
-    odd = [model.values.get(k) for k in ("continuing_subword_prefix", "end_of_word_suffix")]
-    unknown = model.values.get("unk_token")
+    for key in ("continuing_subword_prefix", "end_of_word_suffix"):
+        model.only(key, ("",), "")
+    begin, end = added.roles.get("bos_token", "<s>"), added.roles.get("eos_token", "</s>")
     pieces = None
-    if model.flag("byte_fallback", False) and not any([*odd, model.flag("ignore_merges", False)]):
-        begin, end = (
-            added.roles.get(f"{r}_token", t) for r, t in (("bos", "<s>"), ("eos", "</s>"))
-        )
-        pieces = build_model(vocab, merges, (str(unknown), begin, end))
+    if model.flag("byte_fallback", False) and not model.flag("ignore_merges", False):
+        pieces = build_model(vocab, merges, (str(model.values.get("unk_token")), begin, end))
     return Pipeline(
         source=e.source,
         vocab=vocab,
@@ -247,9 +247,20 @@ def _all_known(pair: list[Any], vocab: Mapping[str, int]) -> bool:
     return all(isinstance(text, str) and text in vocab for text in pair)
 
 
-def _read_spaces(normalizer: object, words: object) -> tuple[str | None, bool]:
-    """PieceEncoder's prefix and split for a normalizer and a pre_tokenizer; None if unknown."""
-    steps = _steps(normalizer, "normalizers")
+def _read_spaces(e: Entries) -> tuple[str | None, bool]:
+    """PieceEncoder's prefix and split for normalizer and pre_tokenizer.
+
+    (None, False) if only the tokenizers library computes them.
+    """
+    words = e.values.get("pre_tokenizer")
+    steps = _steps(e.values.get("normalizer"), "normalizers")
+    for key, found, known in (
+        ("normalizer", steps, _NORMALIZERS),
+        ("pre_tokenizer", _steps(words, "pretokenizers"), _PRE_TOKENIZERS),
+    ):
+        for step in found:
+            if not isinstance(step, Mapping) or step.get("type") not in known:
+                raise e.error(key, step, f"one of {', '.join(known)}, or a Sequence of them")
     if words is None and steps == [_PREPEND, _REPLACE]:
         return "prepend", False
     if words is None and steps == [_REPLACE]:
