@@ -16,7 +16,7 @@ from minillava.loading.hub import download_checkpoint as fetch
 from minillava.loading.hub import download_files as snapshot
 from minillava.loading.json_entries import read_json
 
-_SMALL_FILES = ["*.json", "tokenizer.model"]
+_SMALL_FILES = ["*.json", "*.jinja", "tokenizer.model"]
 
 
 def main(argv: list[str] | None = None) -> int:

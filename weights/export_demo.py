@@ -18,24 +18,13 @@ from minillava.config import Config
 from minillava.generate import generate
 from minillava.loading.checkpoint import load
 from minillava.loading.keys import published_name
+from minillava.processing.templates import LLAVA_HF_JINJA
 
 from . import scenes
 
 Shown = Literal["image", "grey", "nothing"]
 MEAN = (0.48145466, 0.4578275, 0.40821073)
 STD = (0.26862954, 0.26130258, 0.27577711)
-TEMPLATE = (
-    "{% for message in messages %}{% if message['role'] != 'system' %}"
-    "{{ message['role'].upper() + ': '}}{% endif %}{# Render all images first #}"
-    "{% for content in message['content'] | selectattr('type', 'equalto', 'image') %}"
-    "{{ '<image>\\n' }}{% endfor %}{# Render all text next #}"
-    "{% if message['role'] != 'assistant' %}"
-    "{% for content in message['content'] | selectattr('type', 'equalto', 'text') %}"
-    "{{ content['text'] + ' '}}{% endfor %}{% else %}"
-    "{% for content in message['content'] | selectattr('type', 'equalto', 'text') %}"
-    "{% generation %}{{ content['text'] + ' '}}{% endgeneration %}{% endfor %}{% endif %}"
-    "{% endfor %}{% if add_generation_prompt %}{{ 'ASSISTANT:' }}{% endif %}"
-)
 
 
 def export(folder: Path, config: Config, weights: Mapping[str, Tensor], pieces: bytes) -> None:
@@ -169,7 +158,7 @@ def settings(config: Config, pieces: bytes) -> dict[str, Any]:
             )
         },
         "added_tokens.json": {"<image>": image_id, "<pad>": pad_id},
-        "chat_template.json": {"chat_template": TEMPLATE},
+        "chat_template.json": {"chat_template": LLAVA_HF_JINJA},
         "tokenizer.json": fast_tokenizer(pieces, special),
     }
 
@@ -184,7 +173,9 @@ def fast_tokenizer(pieces: bytes, special: Mapping[int, str]) -> dict[str, Any]:
             for cut in range(1, len(piece)):
                 left, right = piece[:cut], piece[cut:]
                 if left in vocab and right in vocab:
-                    merges.append((i, vocab[left], vocab[right], f"{left} {right}"))
+                    merges.append(
+                        (-model.get_score(i), i, vocab[left], vocab[right], f"{left} {right}")
+                    )
     flags = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False)
     first: list[dict[str, Any]] = [{"SpecialToken": {"id": "<s>", "type_id": 0}}]
     again = {"SpecialToken": {"id": "<s>", "type_id": 1}}

@@ -12,12 +12,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import sentencepiece
 import torch
 
 from minillava.loading.error_text import shorten
 from minillava.loading.json_entries import Entries
-from minillava.loading.processor_files import read_tokenizer
+from minillava.loading.regular_files import read_bytes
+from minillava.loading.sentencepiece_model import load_pieces
+from minillava.loading.tokenizer_files import MAX_MODEL, read_tokenizer
 from minillava.processing.image import ImageConfig
 from minillava.processing.templates import IMAGE
 
@@ -81,8 +82,9 @@ class Vocabulary:
         `rows` is the number of rows in the source's embedding. If it is too small, `size` is the
         next multiple of 64. Raises ValueError if not even the tokenizer's own ids fit.
         """
+        path = folder / "tokenizer.model"
+        pieces = load_pieces(str(path), read_bytes(path, MAX_MODEL))
         tokenizer = read_tokenizer(folder, -1)  # -1: no image token unless a file names one
-        pieces = sentencepiece.SentencePieceProcessor(model_file=str(folder / "tokenizer.model"))
         special, end = dict(tokenizer.special_tokens), len(tokenizer)
         if end > rows:
             raise ValueError(
@@ -230,7 +232,7 @@ def small_files(
         "clean_up_tokenization_spaces": False,
         "extra_special_tokens": {"image_token": IMAGE},
         "image_token": IMAGE,
-        "legacy": False,
+        "legacy": True,  # a space before each stretch of text, as in llava-hf's tokenizer.json
         "padding_side": "left",
         "processor_class": "LlavaProcessor",
         "sp_model_kwargs": {},

@@ -83,8 +83,8 @@ def shards_in(folder: Path) -> list[Path]:
 
 
 def small_files(folder: Path) -> list[Path]:
-    """Return the files beside the weights: tokenizer.model and the JSON files except indices."""
-    found = [*sorted(folder.glob("*.json")), folder / "tokenizer.model"]
+    """Return the files beside the weights: tokenizer.model, and JSON and Jinja except indices."""
+    found = [*sorted([*folder.glob("*.json"), *folder.glob("*.jinja")]), folder / "tokenizer.model"]
     return [p for p in found if p.is_file() and not p.name.endswith(".index.json")]
 
 

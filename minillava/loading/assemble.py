@@ -98,7 +98,8 @@ def load_weights(
     """Give a model on the meta device its weights, reading and converting one at a time.
 
     found: our name -> tensor in a file, for all weights. storage: dtype that linear and embedding
-    weights are held in; all others are held in the dtype of the arithmetic. forms: the quantised layers, see choose_forms. progress: a bar on stderr.
+    weights are held in; all others are held in the dtype of the arithmetic. forms: the quantised
+    layers, see choose_forms. progress: a bar on stderr.
     Raises ValueError for values that the dtype or the integers cannot represent.
     """
     model.requires_grad_(False).eval()

@@ -275,6 +275,7 @@ def _parse_dtype(dtype: str | torch.dtype | None, device: torch.device) -> torch
     known = DTYPES | {str(value): value for value in DTYPES.values()}  # also 'torch.float16'
     if str(dtype) not in known:
         raise ValueError(
-            f"dtype={shorten(str(dtype))}, but must be {', '.join(DTYPES)}, auto or None; choose one"
+            f"dtype={shorten(str(dtype))}, but must be {', '.join(DTYPES)}, auto or None; "
+            "choose one"
         )
     return known[str(dtype)]

@@ -48,9 +48,11 @@ def download_checkpoint(
     unsupported model is refused before gigabytes of weights are downloaded. Raises ValueError if
     the hub, the network or the config refuses.
     """
-    folder = download_files(hub_id, revision, to, ["*.json", "tokenizer.model"])
+    folder = download_files(hub_id, revision, to, ["*.json", "*.jinja", "tokenizer.model"])
     read_config(folder / "config.json")
-    return download_files(hub_id, revision, to, ["*.json", "tokenizer.model", "*.safetensors"])
+    return download_files(
+        hub_id, revision, to, ["*.json", "*.jinja", "tokenizer.model", "*.safetensors"]
+    )
 
 
 def download_files(

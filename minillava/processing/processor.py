@@ -30,7 +30,7 @@ class Processor:
     image: ImageConfig
     num_image_tokens: int  # N, placeholder ids per image: 576
     aspect: str = "crop"  # how the checkpoint expects images to be made square
-    template: str = "llava-hf"  # a key of templates.TEMPLATES
+    template: str = "llava-hf"  # a key of templates.TEMPLATES, or a file with an unknown template
 
     def __call__(
         self,

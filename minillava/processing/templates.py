@@ -44,6 +44,27 @@ TEMPLATES = {
 }
 
 
+_IMAGES_FIRST = (
+    "{% for message in messages %}{% if message['role'] != 'system' %}"
+    "{{ message['role'].upper() + ': '}}{% endif %}{# Render all images first #}"
+    "{% for content in message['content'] | selectattr('type', 'equalto', 'image') %}"
+    "{{ '<image>\\n' }}{% endfor %}{# Render all text next #}"
+)
+_TEXT = (
+    "{% for content in message['content'] | selectattr('type', 'equalto', 'text') %}"
+    "{{ content['text'] + ' '}}{% endfor %}"
+)
+_END = "{% endfor %}{% if add_generation_prompt %}{{ 'ASSISTANT:' }}{% endif %}"
+# The chat template of the llava-hf repositories as jinja, as it is now and before it marked what
+# the model generates.
+LLAVA_HF_JINJA = (
+    f"{_IMAGES_FIRST}{{% if message['role'] != 'assistant' %}}{_TEXT}{{% else %}}"
+    + _TEXT.replace("{{ ", "{% generation %}{{ ").replace("}}", "}}{% endgeneration %}")
+    + f"{{% endif %}}{_END}"
+)
+JINJA = (("llava-hf", LLAVA_HF_JINJA), ("llava-hf", f"{_IMAGES_FIRST}{_TEXT}{_END}"))
+
+
 def conversation(
     template: str, question: str, turns: Sequence[tuple[str, str]] = (), n_images: int = 0
 ) -> str:
@@ -55,7 +76,10 @@ def conversation(
     """
     if template not in TEMPLATES:
         known = ", ".join(TEMPLATES)
-        raise ValueError(f"there is no template {template!r}; choose one of {known}")
+        raise ValueError(
+            f"{template!r} is no template that is known here; choose one of {known}, or write out "
+            "the whole prompt (--raw-prompt)"
+        )
     t = TEMPLATES[template]
     text = t.system
     images = f"{IMAGE}\n" * n_images

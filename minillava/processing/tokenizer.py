@@ -1,95 +1,206 @@
-"""Text -> token ids and back, with a Llama SentencePiece model (BPE with byte fallback).
+"""Text -> token ids and back, for the BPE tokenizer of a Llama with byte fallback.
 
-`encode` equals Hugging Face's tokenizer of llava-hf checkpoints. `encode_original` equals the
-original LLaVA code (llava/mm_utils.py, tokenizer_image_token, with the LlamaTokenizer of
-transformers 4.37 and legacy=False). The two differ only around special tokens typed in the text.
+`encode` equals the tokenizer that transformers' LlavaProcessor makes of the same files.
+`encode_original` equals the original LLaVA code (llava/mm_utils.py, tokenizer_image_token, with the
+LlamaTokenizer of transformers 4.37 and legacy=False). The two differ only around special tokens
+typed in the text.
 
-Two known differences from Hugging Face: every added token counts as special and is searched for in
-the text as typed, whatever its "special" and "normalized" entries say; negative ids and lone
-surrogates raise ValueError (there OverflowError and TypeError).
+One known difference from Hugging Face: negative ids and lone surrogates raise ValueError (there
+OverflowError and TypeError).
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping
-from pathlib import Path
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any, Protocol
 
 import sentencepiece
 
 from .templates import IMAGE
 
-SPACE = "\u2581"  # SentencePiece writes a space as this character
-
-# normalizer_spec {add_dummy_prefix: false, remove_extra_whitespaces: false}. Appended to the model
-# file it replaces these two fields, since in a protobuf message the last value of a field counts.
-# The leading space is then ours to add: not every piece of text gets one.
-_NO_NORMALIZATION = b"\x1a\x04\x18\x00\x20\x00"
+SPACE = "\u2581"  # tokenizers write a space as this character
+PREFIXES = ("prepend", "always", "first", "never")
 
 
-class Tokenizer:
-    """tokenizer.model together with the special tokens that the json files add to it.
+class Encoder(Protocol):
+    """Turns a text into ids, without BOS and EOS."""
 
-    special_tokens: text -> id of the added ones, which must include <image>. padding: the text of
-    the token that fills up short prompts. Raises ValueError for an unreadable file and for an
-    <image> or padding token without an id.
+    def encode(self, text: str) -> list[int]: ...
+
+    def show(self, token: str) -> str:
+        """The text of an added token: its content, normalised if it is searched for so."""
+        ...
+
+
+@dataclass(frozen=True)
+class Markers:
+    """Tokens that are searched for in a text: content -> id. The first and longest match counts."""
+
+    ids: Mapping[str, int]
+
+    def cut(self, text: str) -> Iterator[tuple[int, str, int | None]]:
+        """The parts of a text: where each begins, its text, and its id if it is a marker."""
+        end = 0
+        for match in self._pattern.finditer(text):
+            if match.start() > end:
+                yield end, text[end : match.start()], None
+            yield match.start(), match[0], self.ids[match[0]]
+            end = match.end()
+        if end < len(text):
+            yield end, text[end:], None
+
+    @cached_property
+    def _pattern(self) -> re.Pattern[str]:
+        longest_first = sorted(self.ids, key=len, reverse=True)
+        return re.compile("|".join(map(re.escape, longest_first)) or r"(?!)")
+
+
+@dataclass(frozen=True)
+class PieceEncoder:
+    """Cuts a text at its added tokens and encodes the stretches between them with SentencePiece.
+
+    pieces: a model that puts no space before a text itself. typed: the added tokens that are
+    searched for in the text as typed; normalized: those that are searched for afterwards, in
+    stretches whose spaces are U+2581, with the prefix if it is "prepend". prefix: before
+    which stretches a space is put: before each of them ("prepend"), each that does not begin with a
+    space ("always"), only the one at the beginning of the text, unless it begins with a space
+    ("first"), or none ("never"). split: encode each word by itself.
     """
 
-    def __init__(
-        self, model_file: str | Path, special_tokens: Mapping[str, int], padding: str
-    ) -> None:
-        try:
-            model = Path(model_file).read_bytes() + _NO_NORMALIZATION
-            self._pieces = sentencepiece.SentencePieceProcessor(model_proto=model)
-        except (OSError, RuntimeError) as error:
-            raise ValueError(
-                f"{model_file} is not a readable SentencePiece model ({error}); download it again"
-            ) from error
-        self.bos_id: int = self._pieces.bos_id()
-        ids = (self._pieces.unk_id(), self.bos_id, self._pieces.eos_id())
-        built_in = {self._pieces.id_to_piece(i): i for i in ids if i >= 0}  # <unk>, <s>, </s>
-        self.special_tokens = built_in | dict(special_tokens)
-        for text in (IMAGE, padding):
-            if text not in self.special_tokens:
-                raise ValueError(
-                    f"{model_file}: {text} is not among the special tokens "
-                    f"{', '.join(self.special_tokens)}; add it to added_tokens.json beside it"
-                )
-        self.image_id = self.special_tokens[IMAGE]
-        self.pad_id = self.special_tokens[padding]
-        self._special_ids = frozenset(self.special_tokens.values())
-        self._any_special = _compile_alternatives(self.special_tokens)
-        self._built_in_special = _compile_alternatives(built_in)
+    pieces: sentencepiece.SentencePieceProcessor
+    typed: Markers
+    normalized: Markers
+    prefix: str
+    split: bool
+
+    def encode(self, text: str) -> list[int]:
+        ids = []
+        for start, part, token in self.typed.cut(text):
+            ids += [token] if token is not None else self._encode_stretch(part, start == 0)
+        return ids
+
+    def show(self, token: str) -> str:
+        return SPACE + token if self.prefix == "prepend" and token in self.normalized.ids else token
+
+    @cached_property
+    def _late(self) -> Markers:
+        return Markers({self.show(token): i for token, i in self.normalized.ids.items()})
+
+    def _encode_stretch(self, text: str, first: bool) -> list[int]:
+        ids: list[int] = []
+        text = text.replace(" ", SPACE)
+        if self.prefix == "prepend":
+            text = SPACE + text
+        for start, part, token in self._late.cut(text):
+            if token is not None:
+                ids.append(token)
+                continue
+            wanted = self.prefix == "always" or (self.prefix == "first" and first and start == 0)
+            if wanted and not part.startswith(SPACE):
+                part = SPACE + part
+            for word in re.split(f"(?={SPACE})", part) if self.split else [part]:
+                ids += self.pieces.encode(word)
+        return ids
+
+
+@dataclass(frozen=True)
+class LibraryEncoder:
+    """A tokenizers.Tokenizer, for what SentencePiece does not compute."""
+
+    library: Any
+
+    def encode(self, text: str) -> list[int]:
+        return self.library.encode(text, add_special_tokens=False).ids
+
+    def show(self, token: str) -> str:
+        return self.library.id_to_token(self.library.token_to_id(token))
+
+
+@dataclass(frozen=True)
+class OriginalEncoder:
+    """The tokenisation of the original code: the text is cut at <image>, and a space is put before
+    each piece. In a piece only <unk>, <s> and </s> are special; no space is put after those.
+
+    pieces: a model that puts no space before a text itself.
+    """
+
+    pieces: sentencepiece.SentencePieceProcessor
+    image_id: int
+
+    def encode(self, text: str) -> list[int]:
+        ids: list[int] = []
+        for i, stretch in enumerate(text.split(IMAGE)):
+            ids += [self.image_id] * (i > 0)
+            parts = list(self._special.cut(stretch))
+            for start, part, token in parts:
+                if token is None:
+                    ids += self.pieces.encode(part if start else " " + part)
+                else:
+                    ids.append(token)
+        return ids
+
+    @property
+    def bos_id(self) -> int:
+        return self.pieces.bos_id()
+
+    @cached_property
+    def _special(self) -> Markers:
+        ids = (self.pieces.unk_id(), self.pieces.bos_id(), self.pieces.eos_id())
+        return Markers({self.pieces.id_to_piece(i): i for i in ids if i >= 0})
+
+
+@dataclass(frozen=True)
+class Tokenizer:
+    """The tokenizer of a checkpoint; read by loading/tokenizer_files.py."""
+
+    source: str  # the file that it is made of, for errors
+    texts: Mapping[int, str]  # the text of each id
+    special_tokens: Mapping[str, int]  # content -> id of the added tokens, searched for in texts
+    skipped: frozenset[int]  # ids of the special ones, which have no text when decoded
+    encoder: Encoder
+    original: OriginalEncoder | None  # None: there is no SentencePiece model
+    image_id: int
+    pad_id: int
+    before: tuple[int, ...] = ()  # ids at the beginning of a prompt: BOS
+    after: tuple[int, ...] = ()  # and at its end: usually none
+    strip: bool = True  # decode removes the first space
+    max_length: int | None = None  # longer prompts are cut by transformers, and refused here
 
     def __len__(self) -> int:
         """One more than the largest id."""
-        return max(self._pieces.get_piece_size(), max(self._special_ids) + 1)
+        return max(max(self.texts), *self.special_tokens.values()) + 1
 
     # ------------------------------------------------------------ text -> ids
 
     def encode(self, text: str, bos: bool = True) -> list[int]:
-        """Encode as Hugging Face: a special token typed in the text becomes that token, and a space
-        is put before each piece of text between them. Raises ValueError for lone surrogates."""
-        ids = [self.bos_id] if bos else []
-        for part in self._any_special.split(_check_unicode(text)):
-            if part in self.special_tokens:
-                ids.append(self.special_tokens[part])
-            elif part:
-                ids += self._pieces.encode(" " + part)
+        """Encode as Hugging Face. bos: put BOS before it, and EOS after it, where the files ask for
+        that. Raises ValueError for lone surrogates, and for more ids than the files allow."""
+        ids = self.encoder.encode(_check_unicode(text))
+        if not bos:
+            return ids
+        ids = [*self.before, *ids, *self.after]
+        if self.max_length is not None and len(ids) > self.max_length:
+            raise ValueError(
+                f"the prompt has {len(ids)} tokens, but the max_length of {self.source} and the "
+                f"files beside it is {self.max_length}, and transformers would cut the prompt; "
+                "shorten it, or remove that entry"
+            )
         return ids
 
     def encode_original(self, text: str, bos: bool = True) -> list[int]:
-        """Encode as the original code: the text is cut at <image>, and a space is put before each
-        piece. In a piece only <unk>, <s> and </s> are special; no space is put after those."""
-        ids = [self.bos_id] if bos else []
-        for i, stretch in enumerate(_check_unicode(text).split(IMAGE)):
-            ids += [self.image_id] * (i > 0)
-            if stretch and not self._built_in_special.match(stretch):
-                stretch = " " + stretch
-            for part in filter(None, self._built_in_special.split(stretch)):
-                special = self.special_tokens.get(part)
-                ids += self._pieces.encode(part) if special is None else [special]
-        return ids
+        """Encode as the original code; an <image> becomes the image token's id.
+
+        Raises ValueError for lone surrogates and without a SentencePiece model.
+        """
+        if self.original is None:
+            raise ValueError(
+                f"tokens='llava' needs a SentencePiece model, which cannot be made of {self.source}"
+                "; copy tokenizer.model from the repository that the checkpoint was made from"
+            )
+        return [self.original.bos_id] * bos + self.original.encode(_check_unicode(text))
 
     # ------------------------------------------------------------ ids -> text
 
@@ -106,15 +217,13 @@ class Tokenizer:
         """The text of one id; an int for a byte token; None if it has no text (special tokens)."""
         if token < 0:
             raise ValueError(f"{token} is not a token id; ids are 0 or more")
-        if token in self._special_ids or token >= self._pieces.get_piece_size():
+        if token in self.skipped or token not in self.texts:
             return None
-        piece: str = self._pieces.id_to_piece(token)
-        return int(piece[3:5], 16) if self._pieces.is_byte(token) else piece.replace(SPACE, " ")
+        text = self.texts[token].replace(SPACE, " ")
+        return int(text[3:5], 16) if BYTE.fullmatch(text) else text
 
 
-def _compile_alternatives(tokens: Mapping[str, int]) -> re.Pattern[str]:
-    longest_first = sorted(tokens, key=len, reverse=True)
-    return re.compile("(" + "|".join(map(re.escape, longest_first)) + ")")
+BYTE = re.compile("<0x[0-9A-Fa-f]{2}>")  # the token of one byte, for example <0x0A>
 
 
 def _check_unicode(text: str) -> str:
@@ -139,7 +248,7 @@ class StreamDecoder:
     def __init__(self, tokenizer: Tokenizer) -> None:
         self._tokenizer = tokenizer
         self._bytes = bytearray()
-        self._started = False
+        self._started = not tokenizer.strip
 
     def push(self, token: int) -> str:
         """Add one id. Returns the text that can no longer change, which is often empty."""

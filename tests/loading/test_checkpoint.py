@@ -541,8 +541,8 @@ def replace_tokenizer_model(folder: Path) -> None:
         (replace_by_pickle, r"pickles \(pytorch_model.bin\).*`python -m weights.convert .* DST`"),
         (use_original_layout, "original LLaVA layout.*`python -m weights.convert SRC DST`"),
         (remove_file("config.json"), "there is no .*config.json"),
-        (replace_tokenizer_model, "tokenizer.model; only SentencePiece.*: copy tokenizer.model"),
-        (remove_file("tokenizer.model"), "tokenizer.model"),
+        (replace_tokenizer_model, "tokenizer.json is not valid json"),
+        (remove_file("tokenizer.model"), "neither tokenizer.json nor tokenizer.model; copy one"),
     ],
 )
 def test_an_incomplete_folder_is_refused_with_a_remedy(

@@ -263,8 +263,11 @@ def test_a_typed_placeholder_is_refused() -> None:
             ours.prompt(question, 1, turns)
 
 
-def test_a_checkpoint_for_padded_images_uses_the_original_template() -> None:
+def test_a_checkpoint_for_padded_images_uses_the_original_template(tmp_path: Path) -> None:
     processor = read_processor(TOY, replace(CONFIG, image_aspect="pad"))
+    assert (processor.aspect, processor.template) == ("pad", "llava-hf")  # a file has that one
+    shutil.copy(TOY / "tokenizer.json", tmp_path)
+    processor = read_processor(tmp_path, replace(CONFIG, image_aspect="pad"))
     assert (processor.aspect, processor.template) == ("pad", "vicuna_v1")
     assert (ours.aspect, ours.template) == ("crop", "llava-hf")
 

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import re
-import shutil
 from pathlib import Path
 from typing import Any
 
@@ -12,8 +10,9 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from minillava.loading.processor_files import read_tokenizer
-from minillava.processing.tokenizer import StreamDecoder, Tokenizer
+from minillava.loading.tokenizer_files import read_tokenizer
+from minillava.processing.tokenizer import PieceEncoder, StreamDecoder, Tokenizer
+from weights.export_demo import fast_tokenizer
 
 GOLDENS = Path(__file__).parents[1] / "goldens"
 TOY = GOLDENS / "checkpoints" / "tiny-a" / "hub-sharded"
@@ -59,6 +58,21 @@ def test_ids_equal_the_goldens(goldens: Path, file: str, ours: Tokenizer) -> Non
         assert ours.encode_original(text, bos=False) == ids[1:], text
 
 
+def write_tokenizer_json(folder: Path, scheme: str | None = None) -> None:
+    """Write the 32000 pieces of a real model in the format of the tokenizers library."""
+    special = dict(zip((0, 1, 2, 32000, 32001), SPECIAL, strict=True))
+    content = fast_tokenizer((REAL / "tokenizer.model").read_bytes(), special)
+    if scheme is not None:
+        step = {"type": "Metaspace", "replacement": "\u2581", "prepend_scheme": scheme}
+        content |= {"normalizer": None, "pre_tokenizer": step | {"split": False}}
+    (folder / "tokenizer.json").write_text(json.dumps(content))
+
+
+def test_a_tokenizer_json_alone_gives_the_goldens_too(goldens: Path, tmp_path: Path) -> None:
+    write_tokenizer_json(tmp_path)
+    test_ids_equal_the_goldens(goldens, "ids_tiny-c", read_tokenizer(tmp_path, 0))
+
+
 @settings(max_examples=100, deadline=None)
 @given(text=texts(toy))
 def test_ids_equal_hugging_faces_for_any_text(theirs: Any, text: str) -> None:
@@ -66,14 +80,15 @@ def test_ids_equal_hugging_faces_for_any_text(theirs: Any, text: str) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("folder", ["tiny-a/hub-sharded", "tiny-c/hub"])
-def test_ids_equal_hugging_faces_for_ten_thousand_texts(goldens: Path, folder: str) -> None:
+@pytest.mark.parametrize("scheme", [None, "always", "first", "never"])
+def test_ids_equal_hugging_faces_for_ten_thousand_texts(tmp_path: Path, scheme: str | None) -> None:
+    """A tokenizer.json alone, made of a real model. scheme: of a Metaspace that replaces the
+    normalizer."""
     from transformers import AutoTokenizer
 
-    path = goldens / "checkpoints" / folder
-    if not (path / "tokenizer.json").is_file():
-        pytest.skip(f"{path} has no tokenizer.json; run with --goldens and the folder of all cases")
-    ours, theirs = read_tokenizer(path, 0), AutoTokenizer.from_pretrained(path)
+    write_tokenizer_json(tmp_path, scheme)
+    ours, theirs = read_tokenizer(tmp_path, 32000), AutoTokenizer.from_pretrained(tmp_path)
+    assert isinstance(ours.encoder, PieceEncoder)
 
     @settings(max_examples=10_000, deadline=None, suppress_health_check=list(HealthCheck))
     @given(text=texts(ours))
@@ -89,6 +104,14 @@ def test_a_lone_surrogate_is_refused() -> None:
     for encode in (toy.encode, toy.encode_original):
         with pytest.raises(ValueError, match=r"character 2 of the text is '\\ud800', half of a"):
             encode("ab\ud800")
+
+
+def test_the_original_code_knows_three_special_tokens() -> None:
+    """<pad> is text to it, also after one of the three."""
+    for text in ("<pad>", "<s><pad>", "<s><pad></s>", "<image><pad>", "a<pad><unk> "):
+        typed = text.replace("<pad>", "<qad>")  # what no tokenizer knows
+        assert toy.pad_id not in toy.encode_original(text)
+        assert len(toy.encode_original(text)) == len(toy.encode_original(typed)), text
 
 
 def test_without_special_tokens_both_ways_of_encoding_agree() -> None:
@@ -136,76 +159,3 @@ def test_a_stream_holds_back_unfinished_characters() -> None:
 def test_a_negative_id_is_refused() -> None:
     with pytest.raises(ValueError, match="-200 is not a token id"):
         toy.decode([-200])
-
-
-# ------------------------------------------------------------ files
-
-
-@pytest.fixture
-def folder(tmp_path: Path) -> Path:
-    shutil.copyfile(TOY / "tokenizer.model", tmp_path / "tokenizer.model")
-    return tmp_path
-
-
-@pytest.mark.parametrize(
-    "file", ["tokenizer.json", "tokenizer_config.json", "added_tokens.json", None]
-)
-def test_special_tokens_are_read_from_any_of_three_files(folder: Path, file: str | None) -> None:
-    if file:
-        shutil.copyfile(TOY / file, folder / file)
-    tokenizer = read_tokenizer(folder, 318)
-    assert tokenizer.encode("<image>a</s>") == toy.encode("<image>a</s>")
-    assert tokenizer.pad_id == (319 if file == "tokenizer_config.json" else 0)
-    assert len(tokenizer) == (320 if file else 319)
-
-
-def test_the_files_override_the_callers_image_id(folder: Path) -> None:
-    shutil.copyfile(TOY / "added_tokens.json", folder / "added_tokens.json")
-    assert read_tokenizer(folder, 7).image_id == 318
-
-
-def test_the_padding_token_may_be_an_object(folder: Path) -> None:
-    config = json.loads((TOY / "tokenizer_config.json").read_text())
-    config["pad_token"] = {"content": "<pad>", "lstrip": False}
-    (folder / "tokenizer_config.json").write_text(json.dumps(config))
-    assert read_tokenizer(folder, 318).pad_id == 319
-
-
-def test_a_folder_without_a_sentencepiece_model_is_refused(tmp_path: Path) -> None:
-    shutil.copyfile(TOY / "tokenizer.json", tmp_path / "tokenizer.json")
-    with pytest.raises(ValueError, match=r"no .*tokenizer.model; only SentencePiece .* copy"):
-        read_tokenizer(tmp_path, 318)
-    (tmp_path / "tokenizer.model").write_bytes(b"rubbish")
-    with pytest.raises(ValueError, match=r"tokenizer.model is not a readable SentencePiece model"):
-        read_tokenizer(tmp_path, 318)
-
-
-@pytest.mark.parametrize(
-    ("file", "content", "message"),
-    [
-        ("tokenizer_config.json", {"add_bos_token": False}, "add_bos_token is False"),
-        ("tokenizer_config.json", {"add_eos_token": True}, "add_eos_token is True"),
-        (
-            "tokenizer_config.json",
-            {"clean_up_tokenization_spaces": True},
-            "clean_up_tokenization_spaces is True",
-        ),
-        (
-            "tokenizer_config.json",
-            {"added_tokens_decoder": {"318": {"content": "<image>", "lstrip": True}}},
-            "the added token '<image>' with id 318 lstrip is not supported",
-        ),
-        (
-            "tokenizer_config.json",
-            {"pad_token": "<fill>"},
-            "<fill> is not among the special tokens",
-        ),
-        ("added_tokens.json", {"<image>": "x"}, "the added token '<image>' with id 'x'"),
-    ],
-)
-def test_unsupported_settings_are_refused(
-    folder: Path, file: str, content: dict[str, Any], message: str
-) -> None:
-    (folder / file).write_text(json.dumps(content))
-    with pytest.raises(ValueError, match=re.escape(message)):
-        read_tokenizer(folder, 318)
