@@ -11,7 +11,7 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
-from minillava.app.command import CommandParser, run_command
+from minillava.app.command import CommandParser, end_program, run_command
 from minillava.loading.hub import download_checkpoint as fetch
 from minillava.loading.hub import download_files as snapshot
 from minillava.loading.json_entries import read_json
@@ -68,4 +68,4 @@ def _fetch_weights(hub_id: str, revision: str | None, to: str | None) -> Path:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    end_program(main())

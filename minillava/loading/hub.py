@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import os
+import queue
 import re
+import threading
+from collections.abc import Callable
 from pathlib import Path
 
 from .config_file import read_config
@@ -56,16 +59,17 @@ def download_files(
     # Importing it takes a third of a second, which a local checkpoint need not pay.
     from huggingface_hub import snapshot_download
 
-    try:
-        return Path(
-            snapshot_download(
-                hub_id,
-                revision=revision,
-                local_dir=to,
-                allow_patterns=patterns,
-                ignore_patterns=["*/*"],  # subfolders hold other things than the model
-            )
+    def download() -> str:
+        return snapshot_download(
+            hub_id,
+            revision=revision,
+            local_dir=to,
+            allow_patterns=patterns,
+            ignore_patterns=["*/*"],  # subfolders hold other things than the model
         )
+
+    try:
+        return Path(_call_in_thread(download))
     except Exception as error:  # of huggingface_hub, httpx or the system: they share no base class
         at = "" if revision is None else f" at revision {revision!r}"
         reason = " ".join(str(error).split())[:300] or type(error).__name__
@@ -74,3 +78,24 @@ def download_files(
             f"({reason}); check the id, the revision and the network (HF_HUB_OFFLINE=1 reads only "
             "the cache; private and gated ones need `hf auth login`), or give a local folder"
         ) from error
+
+
+def _call_in_thread(call: Callable[[], str]) -> str:
+    """The result of a call, which Ctrl-C leaves at once.
+
+    huggingface_hub would first wait for the files that are being downloaded. What they have so far
+    stays in the cache, and the next download continues there.
+    """
+    done: queue.SimpleQueue[str | BaseException] = queue.SimpleQueue()
+
+    def work() -> None:
+        try:
+            done.put(call())
+        except BaseException as error:
+            done.put(error)
+
+    threading.Thread(target=work, daemon=True).start()
+    result = done.get()
+    if isinstance(result, BaseException):
+        raise result
+    return result

@@ -20,7 +20,7 @@ import torch
 from PIL import Image
 
 from minillava import load, pruning
-from minillava.app import chat, cli
+from minillava.app import ask, chat, cli
 from minillava.app.command import quiet_libraries
 from minillava.generate import generate
 from minillava.llava import LLaVA
@@ -109,14 +109,14 @@ def test_without_arguments_it_asks_the_bundled_question(
     shutil.copytree(TINY, demo)
     shutil.copy(photo, demo / "example.png")
     (demo / "example.json").write_text('{"question": "Which?"}')
-    monkeypatch.setattr(cli, "DEMO", demo)
+    monkeypatch.setattr(ask, "DEMO", demo)
     bundled = run(model=None)
     asked = run("--image", photo, "--prompt", "Which?", "--max-new-tokens", 256)
     assert bundled == asked
     assert bundled.code == 0
     assert len(bundled.out) > 1
 
-    monkeypatch.setattr(cli, "DEMO", tmp_path / "wheel" / "demo")
+    monkeypatch.setattr(ask, "DEMO", tmp_path / "wheel" / "demo")
     assert "--model" in read_error(run(model=None))
     assert "--model" in read_error(run("--prompt", "Hi", model=None))
 
@@ -177,7 +177,7 @@ def test_stop_strings_sampling_and_limits_reach_the_loop(run: Run) -> None:
 
 
 def test_methods_are_listed_without_a_model(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(cli, "load", None)
+    monkeypatch.setattr(ask, "load", None)
     output = run("--list-methods", model=None)
     assert (output.code, output.err) == (0, "")
     words = set(output.out.replace("=", " ").replace(";", " ").replace("|", " ").split())
@@ -347,7 +347,7 @@ def test_names_and_library_output_do_not_break_the_line(
 
     monkeypatch.setattr(warnings, "showwarning", show)
 
-    monkeypatch.setattr(cli, "load", load_noisily)
+    monkeypatch.setattr(ask, "load", load_noisily)
     assert read_error(run("--prompt", "Hi")) == "error: two lines\n"
 
 
@@ -364,20 +364,20 @@ def test_names_and_library_output_do_not_break_the_line(
 def test_out_of_memory_is_one_line(
     run: Run, monkeypatch: pytest.MonkeyPatch, error: Exception
 ) -> None:
-    monkeypatch.setattr(cli, "load", lambda *args, **kwargs: (_ for _ in ()).throw(error))
+    monkeypatch.setattr(ask, "load", lambda *args, **kwargs: (_ for _ in ()).throw(error))
     assert "out of memory" in read_error(run("--prompt", "Hi"))
 
 
 def test_faults_of_the_program_are_raised(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     error = RuntimeError("mat1 and mat2 shapes cannot be multiplied")
-    monkeypatch.setattr(cli, "load", lambda *args, **kwargs: (_ for _ in ()).throw(error))
+    monkeypatch.setattr(ask, "load", lambda *args, **kwargs: (_ for _ in ()).throw(error))
     with pytest.raises(RuntimeError, match="mat1"):
         run("--prompt", "Hi")
 
 
 def test_ctrl_c_while_loading(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(
-        cli, "load", lambda *args, **kwargs: (_ for _ in ()).throw(KeyboardInterrupt)
+        ask, "load", lambda *args, **kwargs: (_ for _ in ()).throw(KeyboardInterrupt)
     )
     assert run("--prompt", "Hi") == Output(130, "", "")
 
