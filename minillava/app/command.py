@@ -31,6 +31,9 @@ class CommandParser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
         raise ValueError(f"{message.removeprefix('argument ')}; --help explains the options")
 
+    def print_help(self, file: Any = None) -> None:
+        print(self.format_help(), end="", file=file)  # argparse's own ignores errors
+
     def exit(self, status: int = 0, message: str | None = None) -> NoReturn:
         _flush_stdout()  # the text of --help
         super().exit(status, message)
@@ -190,8 +193,11 @@ def quiet_libraries() -> Iterator[None]:
             warnings.simplefilter("ignore")
             yield
         _flush_stdout()
+    except OSError:
+        _flush_stdout()  # says so if it is stdout that cannot be written
+        raise
     except BaseException:
-        with contextlib.suppress(OSError):
+        with contextlib.suppress(OSError, ValueError):
             _flush_stdout()
         raise
     finally:
@@ -212,18 +218,22 @@ def quiet_decoders() -> Iterator[None]:
 
 
 def _flush_stdout() -> None:
-    """Flush stdout. Raises OSError if that fails: BrokenPipeError if its reader has closed the
-    pipe.
+    """Flush stdout. Raises BrokenPipeError if its reader has closed the pipe, and ValueError if it
+    cannot be written.
 
     The rest of the output is then discarded, since Python would otherwise try to write it again at
     exit and print the error.
     """
     try:
         sys.stdout.flush()
-    except OSError:
+    except OSError as error:
         if sys.stdout is sys.__stdout__:
             os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
-        raise
+        if isinstance(error, BrokenPipeError):
+            raise
+        raise ValueError(
+            f"stdout cannot be written ({error.strerror}); free some space or direct it elsewhere"
+        ) from error
 
 
 def print_error(error: Exception) -> None:

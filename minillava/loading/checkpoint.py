@@ -170,7 +170,7 @@ def _shorten_list(names: list[str]) -> str:
 def find_device(device: str | torch.device) -> torch.device:
     """Parse cpu, cuda or cuda:N. Raises ValueError for other devices and for missing ones."""
     name = str(device)
-    if not re.fullmatch(r"cpu|cuda(:\d+)?", name):
+    if not re.fullmatch(r"cpu|cuda(:(0|[1-9][0-9]?))?", name):  # torch has at most 128
         raise ValueError(f"device={name!r}, but must be cpu, cuda or cuda:N; choose one of them")
     found = torch.device(name)
     if found.type == "cuda" and (found.index or 0) >= torch.cuda.device_count():
