@@ -1,7 +1,8 @@
 """Download a LLaVA-1.5 checkpoint from the Hugging Face hub: `python -m weights.download`.
 
 The JSON files, tokenizer.model and the weights are stored in the hub's cache or in a given folder.
-An interrupted download resumes. llava-hf/llava-1.5-7b-hf has 14 GB, the 13B model has 27 GB.
+After an interruption, the same command downloads the files that are not complete yet.
+llava-hf/llava-1.5-7b-hf has 14 GB, the 13B model has 27 GB.
 For a checkpoint in the original layout (liuhaotian/llava-v1.5-7b), the pickled weights and the CLIP
 that its config names are downloaded; `python -m weights.convert` then writes the llava-hf layout.
 """

@@ -13,7 +13,7 @@ from ..loading.checkpoint import load
 from ..processing.image import check_aspect
 from ..pruning import parse_plan_with_files
 from ..request import Settings
-from .chat import Chat
+from .chat import Chat, part_of
 from .cli import DEMO
 from .command import quiet_decoders
 from .method_table import list_methods
@@ -96,6 +96,14 @@ def _find_demo() -> str:
 
 
 def _check_overlay(path: Path, files: Sequence[str]) -> None:
+    try:
+        part_of(path).lstat()
+    except FileNotFoundError:
+        pass
+    except (OSError, ValueError) as error:  # a name that is too long, or with a zero byte
+        raise ValueError(
+            f"--overlay {path} cannot be written ({error}); give another name"
+        ) from error
     if path.suffix.lower() != ".png" or path.is_dir():
         raise ValueError(f"--overlay {path} must be a file; give a name that ends in .png")
     if not path.parent.is_dir():

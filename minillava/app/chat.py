@@ -162,9 +162,14 @@ def _is_terminal() -> bool:
 
 def _save_png(image: Image.Image, path: Path) -> None:
     """Save completely or not at all: an existing file is only replaced by a finished one."""
-    part = path.with_name(f"{path.name}.part")
+    part = part_of(path)
     try:
         image.save(part, "PNG")
         part.replace(path)
     finally:
         part.unlink(missing_ok=True)
+
+
+def part_of(path: Path) -> Path:
+    """The file that is written before it replaces `path`."""
+    return path.with_name(f"{path.name}.part")

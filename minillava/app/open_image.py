@@ -83,7 +83,8 @@ def _decode(source: Path | io.BytesIO, shown: str) -> Image.Image:
     except Image.DecompressionBombError as error:
         reason = f"is too large: {error}"
     except Exception as error:  # decoders raise many types on damaged data
-        reason = f"cannot be read ({' '.join(str(error).split()) or type(error).__name__})"
+        told = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
+        reason = f"cannot be read ({' '.join(told.split())[:300] or type(error).__name__})"
     raise ValueError(f"{shown} {reason}; give another file or copy of the image")
 
 
