@@ -20,15 +20,14 @@ MAX_BYTES = 1 << 26  # largest download, 64 MiB
 SECONDS = 30.0  # longest download, from the name look-up to the last byte
 MAX_FILE = 1 << 29  # bytes of a file
 MAX_SIDE = 1_000_000  # pixels
-MAX_DECODED = 480_000_000  # bytes: 120 million pixels in colour. Turning an image makes a copy.
+MAX_PIXELS = 100_000_000  # 400 MB in Pillow; to turn it or to make it RGB needs as much again
 
 # Formats that state the size of the image at their beginning and are decoded by Pillow itself.
 # (Of an EPS, Ghostscript would be run; an ICO may hold a PNG of another size.)
 FORMATS = """
     PNG JPEG MPO GIF WEBP AVIF BMP DIB TIFF JPEG2000 PPM TGA PCX SGI SUN PSD
 """.split()  # noqa: SIM905
-_BYTES_PER_PIXEL = {"1": 1, "L": 1, "P": 1, "I;16": 2, "I;16B": 2}  # in Pillow; others 4
-_DECODER_COPIES = {"WEBP": 2, "AVIF": 2, "JPEG2000": 4}  # memory of the decoder; others 1
+_LARGE_DECODERS = ("JPEG2000", "WEBP")  # need twice the memory, so half the pixels are allowed
 _TILE_WIDTH, _TILE_LENGTH = 322, 323  # tags of a TIFF
 
 
@@ -101,12 +100,12 @@ def _check_size(image: Image.Image) -> None:
     sizes = [image.size]
     if isinstance(image, TiffImagePlugin.TiffImageFile):  # a tile may be larger than the image
         sizes.append((image.tag_v2.get(_TILE_WIDTH, 1), image.tag_v2.get(_TILE_LENGTH, 1)))
-    per_pixel = _BYTES_PER_PIXEL.get(image.mode, 4) * _DECODER_COPIES.get(image.format or "", 1)
+    most = MAX_PIXELS // 2 if image.format in _LARGE_DECODERS else MAX_PIXELS
     for width, height in sizes:
-        if max(width, height) > MAX_SIDE or width * height * per_pixel > MAX_DECODED:
+        if max(width, height) > MAX_SIDE or width * height > most:
             raise ValueError(
-                f"it has {width} x {height} pixels, but may have {MAX_SIDE} on a side and "
-                f"{MAX_DECODED // per_pixel} in all; make it smaller"
+                f"it has {width} x {height} pixels, but may have {MAX_SIDE} on a side and {most} "
+                "in all; make it smaller"
             )
 
 

@@ -86,19 +86,7 @@ class Window:
         ranges = [self._neighbours(i) for i in range(self.count)]
         return sum(low < b and high > a for low, high in ranges) * (b - a)
 
-    def resize(self, levels: Tensor, fill: Tensor) -> Tensor:
-        """The wanted pixels of each row, (rows, count, 3) uint8.
-
-        levels (rows, n, 3) uint8: the n pixels `touched`. fill (3,): the colour around the image.
-        """
-        inside, outside = self._weights()  # (count, n), (count,)
-        filled = outside[:, None] * fill.double()  # (count, 3)
-        total = filled.repeat(len(levels), 1, 1)  # (rows, count, 3)
-        hit = inside.any(1)  # (count,)
-        total[:, hit] += torch.einsum("cn,rnd->rcd", inside[hit], levels.double())
-        return ((total + (1 << _PLACES - 1)) / (1 << _PLACES)).floor().clamp(0, 255).byte()
-
-    def _weights(self) -> tuple[Tensor, Tensor]:
+    def weights(self) -> tuple[Tensor, Tensor]:
         """For each wanted pixel the weights of the pixels `touched`, (count, n), and the sum of the
         other weights, (count,); both float64, times 2^22."""
         a, b = self.touched()
@@ -132,3 +120,17 @@ class Window:
         radius = _FILTERS[self.resample][1] * max(self._scale, 1.0)
         low, high = int(self._centre(i) - radius + 0.5), int(self._centre(i) + radius + 0.5)
         return max(low, 0), min(high, self.before)
+
+
+def resize_rows(levels: Tensor, weights: tuple[Tensor, Tensor], fill: Tensor) -> Tensor:
+    """The wanted pixels of each row, (rows, count, 3) uint8.
+
+    levels (rows, n, 3) uint8: the n pixels that the window touches. weights: the window's. fill
+    (3,): the colour around the image.
+    """
+    inside, outside = weights  # (count, n), (count,)
+    filled = outside[:, None] * fill.double()  # (count, 3)
+    total = filled.repeat(len(levels), 1, 1)  # (rows, count, 3)
+    hit = inside.any(1)  # (count,)
+    total[:, hit] += torch.einsum("cn,rnd->rcd", inside[hit], levels.double())
+    return ((total + (1 << _PLACES - 1)) / (1 << _PLACES)).floor().clamp(0, 255).byte()

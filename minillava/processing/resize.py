@@ -15,7 +15,7 @@ import dataclasses
 import torch
 from PIL import Image
 
-from .resample import Window
+from .resample import Window, resize_rows
 
 STRIP = 1 << 24  # pixels per strip (64 MB)
 MAX_AREA = 1 << 32  # pixels of a frame, or of a resized image before its middle is cut out
@@ -95,11 +95,12 @@ def _resize_rows(image: Image.Image, window: Window, fill: tuple[int, ...]) -> I
 def _resize_wanted(image: Image.Image, window: Window, fill: tuple[int, ...]) -> Image.Image:
     """`_resize_rows` without computing what is not wanted."""
     left, right = (x - window.covered[0] for x in window.touched())
+    weights = window.weights()
     result = Image.new("RGB", (window.count, image.height))
     for a, b in split_rows(image.height, 16 * max(right - left, window.count)):
         part = image.crop((left, a, right, b))
         levels = torch.frombuffer(bytearray(part.tobytes()), dtype=torch.uint8)
-        resized = window.resize(levels.view(b - a, right - left, 3), torch.tensor(fill))
+        resized = resize_rows(levels.view(b - a, right - left, 3), weights, torch.tensor(fill))
         strip = Image.frombytes("RGB", (window.count, b - a), bytes(resized.flatten().tolist()))
         result.paste(strip, (0, a))
     return result
