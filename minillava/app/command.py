@@ -193,11 +193,8 @@ def quiet_libraries() -> Iterator[None]:
             warnings.simplefilter("ignore")
             yield
         _flush_stdout()
-    except OSError:
-        _flush_stdout()  # says so if it is stdout that cannot be written
-        raise
     except BaseException:
-        with contextlib.suppress(OSError, ValueError):
+        with contextlib.suppress(OSError):
             _flush_stdout()
         raise
     finally:
@@ -218,22 +215,17 @@ def quiet_decoders() -> Iterator[None]:
 
 
 def _flush_stdout() -> None:
-    """Flush stdout. Raises BrokenPipeError if its reader has closed the pipe, and ValueError if it
-    cannot be written.
+    """Flush stdout. Raises OSError if that fails: BrokenPipeError if its reader has closed it.
 
     The rest of the output is then discarded, since Python would otherwise try to write it again at
     exit and print the error.
     """
     try:
         sys.stdout.flush()
-    except OSError as error:
+    except OSError:
         if sys.stdout is sys.__stdout__:
             os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
-        if isinstance(error, BrokenPipeError):
-            raise
-        raise ValueError(
-            f"stdout cannot be written ({error.strerror}); free some space or direct it elsewhere"
-        ) from error
+        raise
 
 
 def print_error(error: Exception) -> None:

@@ -118,12 +118,13 @@ def _call_in_thread(call: Callable[[], str], stop: threading.Event) -> str:
             done.put(error)
 
     thread = threading.Thread(target=work, daemon=True)
-    thread.start()
     try:
+        thread.start()
         result = done.get()
     except BaseException:
         stop.set()
-        thread.join(SECONDS)
+        if thread.is_alive():
+            thread.join(SECONDS)
         raise
     if isinstance(result, BaseException):
         raise result
