@@ -9,9 +9,18 @@ result = generate(model, batch, plan=parse_plan("fastv:k=2,r=0.5"))
 print(processor.decode(result.tokens[0]))
 """
 
-from .app.overlay import overlay
-from .loading.checkpoint import load
-from .pruning import parse_plan
-from .sample import Batch
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from .app.public import Batch, load, overlay, parse_plan
 
 __all__ = ["Batch", "load", "overlay", "parse_plan"]
+
+
+def __getattr__(name: str) -> Any:
+    """Import torch only when one of them is asked for: the command line begins without it."""
+    if name not in __all__:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    from .app import public
+
+    return getattr(public, name)

@@ -7,6 +7,11 @@ run again for every token, and the plan chooses again each time.
 
 from __future__ import annotations
 
+if __name__ == "__main__":  # before torch is imported, see app/cli.py
+    import runpy
+
+    runpy.run_module("minillava", run_name="__main__", alter_sys=True)
+
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -233,9 +238,3 @@ class Tokens:
 
     def _limit_name(self, limit: int) -> str:
         return "length" if limit == self.settings.max_new_tokens else "context"
-
-
-if __name__ == "__main__":
-    import runpy
-
-    runpy.run_module("minillava", run_name="__main__", alter_sys=True)

@@ -21,7 +21,6 @@ and the logit of a new row is the mean of the existing logits, so it is never th
 from __future__ import annotations
 
 import os
-import sys
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -30,7 +29,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from minillava.app.command import CommandParser, run_command
+from minillava.app.command import CommandParser, end_program, run_command
 from minillava.loading.checkpoint import empty_model
 from minillava.loading.checkpoint import match_tensors as match
 from minillava.loading.config_file import parse_config as config_of
@@ -347,4 +346,4 @@ def _with_mean_rows(rows: Tensor, size: int) -> Tensor:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    end_program(main())

@@ -1,7 +1,8 @@
 """Download a LLaVA-1.5 checkpoint from the Hugging Face hub: `python -m weights.download`.
 
 The JSON files, tokenizer.model and the weights are stored in the hub's cache or in a given folder.
-An interrupted download resumes. llava-hf/llava-1.5-7b-hf has 14 GB, the 13B model has 27 GB.
+After an interruption, the same command downloads the files that are not complete yet.
+llava-hf/llava-1.5-7b-hf has 14 GB, the 13B model has 27 GB.
 For a checkpoint in the original layout (liuhaotian/llava-v1.5-7b), the pickled weights and the CLIP
 that its config names are downloaded; `python -m weights.convert` then writes the llava-hf layout.
 """
@@ -11,7 +12,7 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
-from minillava.app.command import CommandParser, run_command
+from minillava.app.command import CommandParser, end_program, run_command
 from minillava.loading.hub import download_checkpoint as fetch
 from minillava.loading.hub import download_files as snapshot
 from minillava.loading.json_entries import read_json
@@ -68,4 +69,4 @@ def _fetch_weights(hub_id: str, revision: str | None, to: str | None) -> Path:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    end_program(main())

@@ -14,13 +14,12 @@ a time, and an interrupted run resumes (see files.py).
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from minillava.app.command import CommandParser, run_command
+from minillava.app.command import CommandParser, end_program, run_command
 from minillava.loading.assemble import quantise_tensor as integers
 from minillava.loading.assemble import quantised_layers
 from minillava.loading.checkpoint import empty_model
@@ -116,4 +115,4 @@ def _planned(tensor: Stored, bits: int | None) -> list[Planned]:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    end_program(main())

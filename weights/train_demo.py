@@ -21,7 +21,6 @@ from __future__ import annotations
 import argparse
 import io
 import socket
-import sys
 import time
 from collections import defaultdict
 from collections.abc import Sequence
@@ -38,6 +37,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from minillava.app.command import (
     CommandParser,
+    end_program,
     parse_float,
     parse_non_negative_int,
     parse_positive_int,
@@ -430,4 +430,4 @@ def report(seed: int, n: int) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    end_program(main())

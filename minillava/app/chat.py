@@ -23,6 +23,9 @@ from ..sample import Batch
 from .command import print_error
 from .overlay import overlay
 
+LONGEST_PIECE = 100  # characters; the longest tokens of Llama's vocabulary are 16 spaces
+MAX_LINE = 10_000_000  # characters of a question that are read
+
 
 @dataclass(frozen=True)
 class Chat:
@@ -59,6 +62,7 @@ class Chat:
         encoded = None
         for question in _read_questions(first):
             try:
+                self._check_length(question)
                 prompt = self.processor.prompt(question, len(self.images), turns)
                 batch = self._make_batch(prompt)
                 encoded = encoded or encode_images(self.model, batch, self.plan)
@@ -67,6 +71,17 @@ class Chat:
                 if not _is_terminal():
                     raise
                 print_error(error)  # a person at the terminal can ask something else
+
+    def _check_length(self, question: str) -> None:
+        """Refuse a question that is certainly too long before it is tokenised, which takes seconds
+        for a million characters."""
+        positions = self.model.config.text.max_position_embeddings
+        most = positions * LONGEST_PIECE
+        if len(question) > most:
+            raise ValueError(
+                f"the question has more than {most} characters, which do not fit into the model's "
+                f"{positions} positions; ask a shorter one"
+            )
 
     def _make_batch(self, prompt: str) -> Batch:
         aspect = self.args.image_aspect
@@ -131,9 +146,12 @@ def _read_questions(first: str | None) -> Iterator[str]:
     while True:
         if _is_terminal():
             print("> ", end="", file=sys.stderr, flush=True)
-        line = sys.stdin.readline() if sys.stdin else ""
+        line = sys.stdin.readline(MAX_LINE) if sys.stdin else ""
         if not line:
             return
+        end = line
+        while len(end) == MAX_LINE and not end.endswith("\n"):
+            end = sys.stdin.readline(MAX_LINE)  # the rest of the line is not kept
         if line.strip():
             yield line.strip()
 
@@ -144,9 +162,14 @@ def _is_terminal() -> bool:
 
 def _save_png(image: Image.Image, path: Path) -> None:
     """Save completely or not at all: an existing file is only replaced by a finished one."""
-    part = path.with_name(f"{path.name}.part")
+    part = part_of(path)
     try:
         image.save(part, "PNG")
         part.replace(path)
     finally:
         part.unlink(missing_ok=True)
+
+
+def part_of(path: Path) -> Path:
+    """The file that is written before it replaces `path`."""
+    return path.with_name(f"{path.name}.part")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import queue
+import stat
 import threading
 import time
 import urllib.request
@@ -11,10 +12,23 @@ import warnings
 from pathlib import Path
 
 import PIL
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, TiffImagePlugin
+
+from .grey import to_eight_bits
 
 MAX_BYTES = 1 << 26  # largest download, 64 MiB
 SECONDS = 30.0  # longest download, from the name look-up to the last byte
+MAX_FILE = 1 << 29  # bytes of a file
+MAX_SIDE = 1_000_000  # pixels
+MAX_PIXELS = 100_000_000  # 400 MB in Pillow; to turn it or to make it RGB needs as much again
+
+# Formats that state the size of the image at their beginning and are decoded by Pillow itself.
+# (Of an EPS, Ghostscript would be run; an ICO may hold a PNG of another size.)
+FORMATS = """
+    PNG JPEG MPO GIF WEBP AVIF BMP DIB TIFF JPEG2000 PPM TGA PCX SGI SUN PSD
+""".split()  # noqa: SIM905
+_LARGE_DECODERS = ("JPEG2000", "WEBP")  # need twice the memory, so half the pixels are allowed
+_TILE_WIDTH, _TILE_LENGTH = 322, 323  # tags of a TIFF
 
 
 def open_image(
@@ -22,10 +36,11 @@ def open_image(
 ) -> Image.Image:
     """Open and decode an image, and turn it upright according to its EXIF data.
 
-    Of an animation the first frame is used; the mode is not converted. The download of a URL may
-    take `seconds` in all and have at most `max_bytes`. Raises ValueError, in one line, for a file
-    that is missing or unreadable, a URL that is not http(s) or cannot be downloaded, and for bytes
-    that are not an image, are damaged, or are too large for Pillow.
+    Of an animation the first frame is used. Grey of more than 8 bits is scaled to 8 (see grey.py);
+    other modes are not converted. The download of a URL may take `seconds` in all and have at most
+    `max_bytes`. Raises ValueError, in one line, for a file that is missing, unreadable or no
+    regular file, a URL that is not http(s) or cannot be downloaded, and for bytes that are not an
+    image in one of FORMATS, are damaged, or would need too much memory.
     """
     name = str(path_or_url)
     shown = name if len(name) <= 200 else name[:200] + "…"
@@ -47,22 +62,51 @@ def _expand_path(name: str) -> Path:
 
 def _decode(source: Path | io.BytesIO, shown: str) -> Image.Image:
     try:
+        if isinstance(source, Path):
+            _check_file(source)
+        Image.init()
+        known = [name for name in FORMATS if name in Image.OPEN]
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # Pillow's, for odd metadata or 90 megapixels
-            with Image.open(source) as image:
+            with Image.open(source, formats=known) as image:
+                _check_size(image)
                 image.load()
-                return ImageOps.exif_transpose(image)
+                return ImageOps.exif_transpose(to_eight_bits(image))
     except FileNotFoundError:
         raise ValueError(f"there is no file {shown}; check the path of the image") from None
     except PIL.UnidentifiedImageError:
         raise ValueError(
-            f"{shown} is not an image that Pillow {PIL.__version__} can read; give a PNG or JPEG"
+            f"{shown} is not an image that Pillow {PIL.__version__} can read here "
+            f"({', '.join(FORMATS)}); give a PNG or JPEG"
         ) from None
     except Image.DecompressionBombError as error:
         reason = f"is too large: {error}"
     except Exception as error:  # decoders raise many types on damaged data
-        reason = f"cannot be read ({' '.join(str(error).split()) or type(error).__name__})"
+        told = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
+        reason = f"cannot be read ({' '.join(told.split())[:300] or type(error).__name__})"
     raise ValueError(f"{shown} {reason}; give another file or copy of the image")
+
+
+def _check_file(path: Path) -> None:
+    """Raises ValueError for what is no regular file, which might block for ever or never end."""
+    if not stat.S_ISREG((found := path.stat()).st_mode):
+        raise ValueError("it is a directory, a pipe or a device and not a regular file")
+    if found.st_size > MAX_FILE:
+        raise ValueError(f"it has {found.st_size} bytes, more than the {MAX_FILE} allowed")
+
+
+def _check_size(image: Image.Image) -> None:
+    """Raises ValueError if decoding an image would need too much memory; reads its header only."""
+    sizes = [image.size]
+    if isinstance(image, TiffImagePlugin.TiffImageFile):  # a tile may be larger than the image
+        sizes.append((image.tag_v2.get(_TILE_WIDTH, 1), image.tag_v2.get(_TILE_LENGTH, 1)))
+    most = MAX_PIXELS // 2 if image.format in _LARGE_DECODERS else MAX_PIXELS
+    for width, height in sizes:
+        if max(width, height) > MAX_SIDE or width * height > most:
+            raise ValueError(
+                f"it has {width} x {height} pixels, but may have {MAX_SIDE} on a side and {most} "
+                "in all; make it smaller"
+            )
 
 
 def _download(url: str, shown: str, seconds: float, max_bytes: int) -> bytes:
@@ -101,6 +145,9 @@ def _read(url: str, seconds: float, max_bytes: int, deadline: float) -> bytes:
                 raise ValueError(f"more than the {max_bytes >> 20} MiB allowed")
             if time.monotonic() > deadline:  # nobody is waiting any more
                 raise ValueError(f"not fetched within {seconds:g} seconds")
+        promised = response.headers.get("Content-Length", "")
+        if promised.isdecimal() and len(content) < int(promised):  # read1 does not compare
+            raise ValueError(f"only {len(content)} of {promised} bytes were received")
     return bytes(content)
 
 

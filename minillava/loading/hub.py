@@ -3,11 +3,17 @@
 from __future__ import annotations
 
 import os
+import queue
 import re
+import threading
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 from .config_file import read_config
 from .error_text import cut_path, shorten
+
+SECONDS = 5.0  # that a download has to end after Ctrl-C
 
 _HUB_ID = re.compile(r"\w[\w.-]*/\w[\w.-]*")  # org/name
 
@@ -44,9 +50,9 @@ def download_checkpoint(
     """Download the files of a repository that this package reads; returns their folder.
 
     `to` is a folder to write instead of the hub's cache. huggingface_hub handles the cache, the
-    progress bar, resumed downloads and HF_HUB_OFFLINE. The small files come first, so that an
-    unsupported model is refused before gigabytes of weights are downloaded. Raises ValueError if
-    the hub, the network or the config refuses.
+    progress bar and HF_HUB_OFFLINE, and does not download complete files again. The small files
+    come first, so that an unsupported model is refused before gigabytes of weights are downloaded.
+    Raises ValueError if the hub, the network or the config refuses.
     """
     folder = download_files(hub_id, revision, to, ["*.json", "*.jinja", "tokenizer.model"])
     read_config(folder / "config.json")
@@ -62,16 +68,20 @@ def download_files(
     # Importing it takes a third of a second, which a local checkpoint need not pay.
     from huggingface_hub import snapshot_download
 
-    try:
-        return Path(
-            snapshot_download(
-                hub_id,
-                revision=revision,
-                local_dir=to,
-                allow_patterns=patterns,
-                ignore_patterns=["*/*"],  # subfolders hold other things than the model
-            )
+    stop = threading.Event()
+
+    def download() -> str:
+        return snapshot_download(
+            hub_id,
+            revision=revision,
+            local_dir=to,
+            allow_patterns=patterns,
+            ignore_patterns=["*/*"],  # subfolders hold other things than the model
+            tqdm_class=_make_bar(stop),
         )
+
+    try:
+        return Path(_call_in_thread(download, stop))
     except Exception as error:  # of huggingface_hub, httpx or the system: they share no base class
         at = "" if revision is None else f" at revision {shorten(revision)}"
         reason = " ".join(str(error).split())[:300] or type(error).__name__
@@ -81,3 +91,48 @@ def download_files(
             "(HF_HUB_OFFLINE=1 reads only the cache; private and gated ones need `hf auth login`), "
             "or give a local folder"
         ) from error
+
+
+def _make_bar(stop: threading.Event) -> Any:
+    """A progress bar for terminals only, which ends the download that it shows after `stop`."""
+    from huggingface_hub import utils
+
+    class Bar(utils.tqdm):  # type: ignore[misc,name-defined,unused-ignore]
+        def __init__(self, *args: Any, **options: Any) -> None:
+            options["disable"] = options.get("disable") or None  # None: if stderr is no terminal
+            super().__init__(*args, **options)  # type: ignore[no-untyped-call,unused-ignore]
+
+        def update(self, n: float | None = 1) -> bool | None:
+            if stop.is_set():
+                raise KeyboardInterrupt
+            return super().update(n)
+
+    return Bar
+
+
+def _call_in_thread(call: Callable[[], str], stop: threading.Event) -> str:
+    """The result of a download, which Ctrl-C ends within seconds.
+
+    huggingface_hub would first wait for the files that are being downloaded. Now their threads are
+    told to stop, and have SECONDS to remove what they have.
+    """
+    done: queue.SimpleQueue[str | BaseException] = queue.SimpleQueue()
+
+    def work() -> None:
+        try:
+            done.put(call())
+        except BaseException as error:
+            done.put(error)
+
+    thread = threading.Thread(target=work, daemon=True)
+    try:
+        thread.start()
+        result = done.get()
+    except BaseException:
+        stop.set()
+        if thread.is_alive():
+            thread.join(SECONDS)
+        raise
+    if isinstance(result, BaseException):
+        raise result
+    return result

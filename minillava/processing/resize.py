@@ -1,15 +1,21 @@
-"""Convert, frame and resize images of any shape in little memory, strip by strip.
+"""Convert, frame and resize images of any shape in little memory and time.
 
 A resized image may be huge for a moment: 1 x 5000 pixels with the shorter side at 336 become
 336 x 1,680,000, of which only the middle is wanted. Pillow resizes along one axis, rounds to bytes,
-then resizes along the other, and treats each row and each column alone. Working in strips therefore
-gives the same bits. (Pillow 13 resizes columns first where that is cheaper; it never is for an
-image that is enlarged, or for a square that stays one.)
+then resizes along the other, and treats each row and each column alone. Leaving out rows that are
+not wanted, and working in strips, therefore gives the same bits; so does resample.py, which is used
+where most of what Pillow would compute is not wanted. (Pillow 13 resizes columns first where that
+is cheaper; it never is for an image that is enlarged, or for a square that stays one.)
 """
 
 from __future__ import annotations
 
+import dataclasses
+
+import torch
 from PIL import Image
+
+from .resample import Window, resize_rows
 
 STRIP = 1 << 24  # pixels per strip (64 MB)
 MAX_AREA = 1 << 32  # pixels of a frame, or of a resized image before its middle is cut out
@@ -24,7 +30,7 @@ def to_rgb(image: Image.Image, over_white: bool) -> Image.Image:
     if image.mode == "RGB" and not transparent:
         return image
     rgb = Image.new("RGB", image.size)
-    for a, b in _split_rows(image.height, image.width):
+    for a, b in split_rows(image.height, image.width):
         strip = image.crop((0, a, image.width, b))
         if transparent and over_white:
             white = Image.new("RGBA", strip.size, (255, 255, 255, 255))
@@ -53,27 +59,54 @@ def resize_and_cut(
     fill: tuple[int, ...] = (0, 0, 0),
 ) -> Image.Image:
     """Centre an RGB image in a filled frame, resize that to `size`, cut the middle cut x cut."""
-    rows = _resize_rows(image, frame[0], size[0], cut, resample, fill)
+    across = _middle(image.width, frame[0], size[0], cut, resample)
+    down = _middle(image.height, frame[1], size[1], cut, resample)
+    top, bottom = down.touched()
+    start = down.covered[0]
+    wanted = image.crop((0, top - start, image.width, bottom - start))
+    rows = _resize_rows(wanted, across, fill)
+    # the rows that were left out are only replaced by fill where they have no influence
     columns = rows.transpose(Image.Transpose.TRANSPOSE)
-    square = _resize_rows(columns, frame[1], size[1], cut, resample, fill)
-    return square.transpose(Image.Transpose.TRANSPOSE)
+    whole = dataclasses.replace(down, covered=(top, bottom))
+    return _resize_rows(columns, whole, fill).transpose(Image.Transpose.TRANSPOSE)
 
 
-def _resize_rows(
-    image: Image.Image, frame: int, width: int, cut: int, resample: int, fill: tuple[int, ...]
-) -> Image.Image:
-    """Centre each row in `frame` pixels, resize it to `width` pixels, keep the middle `cut`."""
-    left, x = (width - cut) // 2, (frame - image.width) // 2
-    result = Image.new("RGB", (cut, image.height))
-    for a, b in _split_rows(image.height, max(frame, width)):
-        strip = Image.new("RGB", (frame, b - a), fill)
-        strip.paste(image.crop((0, a, image.width, b)), (x, 0))
-        strip = strip.resize((width, b - a), resample)
-        result.paste(strip.crop((left, 0, left + cut, b - a)), (0, a))
+def _middle(length: int, frame: int, size: int, cut: int, resample: int) -> Window:
+    """The middle `cut` of an axis on which an image is centred in a frame and resized to `size`."""
+    start = (frame - length) // 2
+    return Window(frame, size, (size - cut) // 2, cut, (start, start + length), resample)
+
+
+def _resize_rows(image: Image.Image, window: Window, fill: tuple[int, ...]) -> Image.Image:
+    """Resize each row; the image is what `window.covered` says, `window.count` pixels remain."""
+    width = max(window.before, window.after)
+    if image.height * width > STRIP and window.cost() < 4 * width:
+        return _resize_wanted(image, window, fill)
+    result = Image.new("RGB", (window.count, image.height))
+    for a, b in split_rows(image.height, width):
+        strip = Image.new("RGB", (window.before, b - a), fill)
+        strip.paste(image.crop((0, a, image.width, b)), (window.covered[0], 0))
+        strip = strip.resize((window.after, b - a), window.resample)
+        left, right = window.first, window.first + window.count
+        result.paste(strip.crop((left, 0, right, b - a)), (0, a))
     return result
 
 
-def _split_rows(height: int, width: int) -> list[tuple[int, int]]:
+def _resize_wanted(image: Image.Image, window: Window, fill: tuple[int, ...]) -> Image.Image:
+    """`_resize_rows` without computing what is not wanted."""
+    left, right = (x - window.covered[0] for x in window.touched())
+    weights = window.weights()
+    result = Image.new("RGB", (window.count, image.height))
+    for a, b in split_rows(image.height, 16 * max(right - left, window.count)):
+        part = image.crop((left, a, right, b))
+        levels = torch.frombuffer(bytearray(part.tobytes()), dtype=torch.uint8)
+        resized = resize_rows(levels.view(b - a, right - left, 3), weights, torch.tensor(fill))
+        strip = Image.frombytes("RGB", (window.count, b - a), bytes(resized.flatten().tolist()))
+        result.paste(strip, (0, a))
+    return result
+
+
+def split_rows(height: int, width: int) -> list[tuple[int, int]]:
     """Ranges of rows with at most STRIP pixels each, or of a single row."""
     step = max(1, STRIP // width)
     return [(a, min(a + step, height)) for a in range(0, height, step)]

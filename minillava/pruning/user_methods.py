@@ -12,8 +12,6 @@ import inspect
 import re
 import sys
 import traceback
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -109,17 +107,6 @@ def explain_error(error: BaseException, file: Path) -> str:
     line = f", line {lines[-1]}" if lines else ""
     why = error.msg if isinstance(error, SyntaxError) else str(error).partition("\n")[0]
     return f"{file}{line} does not run: {type(error).__name__}: {why}"
-
-
-@contextmanager
-def user_errors() -> Iterator[None]:
-    """Turn exceptions that a user's file raises into ValueErrors of one line, for commands."""
-    try:
-        yield
-    except (Exception, SystemExit) as error:
-        if (line := describe_user_error(error)) is None:
-            raise
-        raise ValueError(line) from error
 
 
 def describe_user_error(error: BaseException) -> str | None:

@@ -6,10 +6,12 @@ import io
 import json
 import logging
 import os
+import random
 import shutil
 import signal
 import subprocess
 import sys
+import time
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -20,10 +22,12 @@ import torch
 from PIL import Image
 
 from minillava import load, pruning
-from minillava.app import chat, cli
+from minillava.app import ask, chat, cli
 from minillava.app.command import quiet_libraries
+from minillava.app.open_image import open_image
 from minillava.generate import generate
 from minillava.llava import LLaVA
+from minillava.processing.tokenizer import Tokenizer
 from minillava.pruning import CATALOGUE, METHODS, PRESETS, Preset, option_fields, parse_plan
 
 ROOT = Path(__file__).parents[2]
@@ -109,14 +113,14 @@ def test_without_arguments_it_asks_the_bundled_question(
     shutil.copytree(TINY, demo)
     shutil.copy(photo, demo / "example.png")
     (demo / "example.json").write_text('{"question": "Which?"}')
-    monkeypatch.setattr(cli, "DEMO", demo)
+    monkeypatch.setattr(ask, "DEMO", demo)
     bundled = run(model=None)
     asked = run("--image", photo, "--prompt", "Which?", "--max-new-tokens", 256)
     assert bundled == asked
     assert bundled.code == 0
     assert len(bundled.out) > 1
 
-    monkeypatch.setattr(cli, "DEMO", tmp_path / "wheel" / "demo")
+    monkeypatch.setattr(ask, "DEMO", tmp_path / "wheel" / "demo")
     assert "--model" in read_error(run(model=None))
     assert "--model" in read_error(run("--prompt", "Hi", model=None))
 
@@ -177,7 +181,7 @@ def test_stop_strings_sampling_and_limits_reach_the_loop(run: Run) -> None:
 
 
 def test_methods_are_listed_without_a_model(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(cli, "load", None)
+    monkeypatch.setattr(ask, "load", None)
     output = run("--list-methods", model=None)
     assert (output.code, output.err) == (0, "")
     words = set(output.out.replace("=", " ").replace(";", " ").replace("|", " ").split())
@@ -243,6 +247,38 @@ def test_a_chat_beyond_the_models_positions_is_refused(
     assert "positions" in output.err
     assert output.err.count("\n") == 1
     assert output.out.count("\n") == 1
+
+
+@pytest.mark.parametrize("line", ["word " * 50_000, "x" * 300_000])
+def test_a_question_that_cannot_fit_is_refused_before_it_is_tokenised(
+    run: Run, photo: Path, line: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lengths: list[int] = []
+    encode = Tokenizer.encode
+
+    def spy(self: Tokenizer, text: str, bos: bool = True) -> list[int]:
+        lengths.append(len(text))
+        return encode(self, text, bos)
+
+    monkeypatch.setattr(Tokenizer, "encode", spy)
+    monkeypatch.setattr(chat, "MAX_LINE", 250_000)
+    monkeypatch.setattr(chat, "_is_terminal", lambda: True)
+    monkeypatch.setattr(sys, "stdin", io.StringIO(f"{line}\nfine\n"))
+    output = run("--image", photo, "--chat")
+    assert output.code == 0
+    assert "> error: the question has more than 204800 characters" in output.err
+    assert output.err.count("error") == 1
+    assert output.out == run("--image", photo, "--prompt", "fine").out
+    assert max(lengths) < 200
+
+
+@pytest.mark.parametrize("stdin", [None, io.StringIO("")])
+def test_a_chat_ends_with_its_input(
+    run: Run, stdin: io.StringIO | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sys, "stdin", stdin)
+    assert run("--chat") == Output(0, "", "")
+    assert run("--prompt", "Hi", "--chat") == run("--prompt", "Hi")
 
 
 # ---------------------------------------------------------------- overlays
@@ -317,6 +353,8 @@ def test_a_failed_overlay_keeps_the_old_file(
         ("--prompt Hi --image {photo} --prune uniform:keep=99", "keep=99 16"),
         ("--prompt Hi --image {photo} --prune simignore:keep=5 --focus=", "'' text"),
         ("--prompt Hi --overlay {tmp}/x.png", "{tmp}/x.png --image"),
+        (f"--prompt Hi --image {{photo}} --overlay {'x' * 255}.png", "too long"),
+        (f"--prompt Hi --image {{photo}} --overlay {'x' * 250}.png", "too long"),
         ("--prompt Hi --image {photo} --overlay {tmp}/x.jpg", "{tmp}/x.jpg .png"),
         ("--prompt Hi --image {photo} --overlay {tmp}/no/x.png", "{tmp}/no folder"),
     ],
@@ -347,8 +385,89 @@ def test_names_and_library_output_do_not_break_the_line(
 
     monkeypatch.setattr(warnings, "showwarning", show)
 
-    monkeypatch.setattr(cli, "load", load_noisily)
+    monkeypatch.setattr(ask, "load", load_noisily)
     assert read_error(run("--prompt", "Hi")) == "error: two lines\n"
+
+
+def test_noise_of_an_image_decoder_does_not_break_the_line(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """libtiff itself prints about a TIFF whose compressed data is no such data."""
+    path = tmp_path / "broken.tif"
+    Image.new("L", (20, 20)).save(path, compression="tiff_adobe_deflate")
+    content = bytearray(path.read_bytes())
+    at = content.index(b"\x78")  # where the zlib data begins
+    content[at : at + 2] = b"\0\0"
+    path.write_bytes(content)
+    with pytest.raises(ValueError, match=r"broken\.tif cannot be read"):
+        open_image(path)
+    assert "ZIPDecode" in capfd.readouterr().err
+    code = cli.main(["--model", str(TINY), "--prompt", "Hi", "--image", str(path)])
+    assert "broken.tif cannot be read" in read_error(Output(code, *capfd.readouterr()))
+
+
+def test_help_and_usage_errors_load_nothing(
+    run: Run, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(ask, "load", None)
+    monkeypatch.setattr(ask, "open_image", None)
+    missing = ("--model", "/no/such", "--image", "/no/such.png", "--prompt", "Hi")
+    assert run(*missing, "--list-methods", model=None).code == 0
+    with pytest.raises(SystemExit):
+        cli.main([*missing, "--help"])
+    assert "usage" in capsys.readouterr().out
+    for wrong in ("--nonsense", "--seed=x", "--prune=no", "--temperature=-1", "--stop="):
+        read_error(run(*missing, wrong, model=None))
+    code = (
+        "import sys\nfrom minillava.app.cli import main\n"
+        "try: main(['--help'])\nexcept SystemExit: assert 'torch' not in sys.modules\n"
+        "assert main(['--nonsense']) == 2 and 'torch' not in sys.modules"
+    )
+    subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True, capture_output=True)
+
+
+ODD = """
+    -- -x - ٣ ² 1_000 1e400 nan inf -0 -1 0 1 2 1e-320 0.5 é 中文 <image> </s> %s{} ../.. / ~ ~no/x
+    /dev/zero /dev/null {pipe} {pipe}.py:Mine /dev/zero.py:Mine {photo} {tmp} http://[::1 https://
+    file:///etc/passwd fastv:k=1,r=0.5 fastv:k=٣,r=0.5 fastv:k=1,r=nan random:keep=3 random:keep=-0
+    random:keep=1e400 + crop pad float16 int8 cuda cuda:200 cuda:٣ cuda:-1 meta cpu options
+""".split()  # noqa: SIM905
+ODD += ["", " ", "\n", "a\0b", "\x1b[31m", "\ud800", "9" * 5000, "x" * 5000, f"cuda:{'9' * 30}"]
+ODD += [f"fastv:k={'9' * 5000},r=0.5", "x\0.py:Mine", f"{'x' * 5000}.py:Mine"]
+TEXTS = """
+    model revision image prompt prune focus max-new-tokens min-new-tokens temperature top-p seed
+    stop device dtype quantize image-aspect overlay
+""".split()  # noqa: SIM905
+
+
+@pytest.mark.parametrize(
+    ("start", "step"), [(0, 8), *(pytest.param(i, 8, marks=pytest.mark.slow) for i in range(1, 8))]
+)
+def test_every_option_with_odd_values_gives_an_answer_or_one_line(
+    run: Run, photo: Path, tmp_path: Path, start: int, step: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pipe = tmp_path / "pipe"
+    for name in (pipe, tmp_path / "pipe.py"):
+        os.mkfifo(name)
+    monkeypatch.chdir(tmp_path)
+    rng = random.Random(start)
+    cases = [(option, value) for option in TEXTS for value in ODD]
+    rng.shuffle(cases)
+    seen = set()
+    for option, value in cases[start::step]:
+        for name, path in {"pipe": pipe, "photo": photo, "tmp": tmp_path}.items():
+            value = value.replace(f"{{{name}}}", str(path))
+        words = ["--prompt=Hi", f"--image={photo}"][: rng.randint(0, 2)]
+        monkeypatch.setattr(sys, "stdin", io.StringIO("Hi\n"))
+        output = run("--max-new-tokens=2", *words, f"--{option}={value}", "--chat")
+        seen.add(output.code)
+        if output.code == 2:
+            assert output.err.startswith("error: "), (option, value)
+            assert output.err.count("\n") == 1, (option, value)
+            assert len(output.err) <= 2001
+        else:
+            assert (output.code, output.err) == (0, ""), (option, value)
+    assert seen == {0, 2}
 
 
 @pytest.mark.parametrize(
@@ -364,20 +483,20 @@ def test_names_and_library_output_do_not_break_the_line(
 def test_out_of_memory_is_one_line(
     run: Run, monkeypatch: pytest.MonkeyPatch, error: Exception
 ) -> None:
-    monkeypatch.setattr(cli, "load", lambda *args, **kwargs: (_ for _ in ()).throw(error))
+    monkeypatch.setattr(ask, "load", lambda *args, **kwargs: (_ for _ in ()).throw(error))
     assert "out of memory" in read_error(run("--prompt", "Hi"))
 
 
 def test_faults_of_the_program_are_raised(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     error = RuntimeError("mat1 and mat2 shapes cannot be multiplied")
-    monkeypatch.setattr(cli, "load", lambda *args, **kwargs: (_ for _ in ()).throw(error))
+    monkeypatch.setattr(ask, "load", lambda *args, **kwargs: (_ for _ in ()).throw(error))
     with pytest.raises(RuntimeError, match="mat1"):
         run("--prompt", "Hi")
 
 
 def test_ctrl_c_while_loading(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(
-        cli, "load", lambda *args, **kwargs: (_ for _ in ()).throw(KeyboardInterrupt)
+        ask, "load", lambda *args, **kwargs: (_ for _ in ()).throw(KeyboardInterrupt)
     )
     assert run("--prompt", "Hi") == Output(130, "", "")
 
@@ -431,3 +550,30 @@ def test_as_a_process_it_ends_quietly_when_its_output_is_closed() -> None:
     done = subprocess.run(command, cwd=ROOT, stdout=writer, stderr=subprocess.PIPE, check=False)
     os.close(writer)
     assert (done.returncode, done.stderr) == (141, b"")
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not hasattr(signal, "SIGHUP"), reason="needs POSIX")
+@pytest.mark.parametrize(
+    ("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGHUP, 129)]
+)
+def test_as_a_process_a_signal_ends_it_at_any_moment_without_a_word(
+    number: signal.Signals, code: int, photo: Path, tmp_path: Path
+) -> None:
+    """Also while torch is imported; before that Python itself ends, in another way."""
+    command = make_command("--image", photo, "--prompt", "Hi", "--overlay", tmp_path / "x.png")
+    pipe = subprocess.PIPE
+
+    def reset() -> None:
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+    for delay in (0.5, 0.8, 1.2, 1.8, 2.5, 3.5):
+        with subprocess.Popen(
+            command, cwd=ROOT, text=True, stdout=pipe, stderr=pipe, preexec_fn=reset
+        ) as p:
+            time.sleep(delay)
+            p.send_signal(number)
+            assert p.wait(60) in (code, 0, -number)  # 0: it had finished; -number: at its end
+            assert p.stderr
+            assert p.stderr.read() == ""
+        assert not list(tmp_path.glob("*.part"))

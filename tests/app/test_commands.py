@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import argparse
+import contextlib
 import importlib
 import importlib.util
+import io
 import os
 import re
+import signal
 import subprocess
 import sys
 import types
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -17,10 +22,20 @@ import pytest
 from tiny import refusal
 
 from eval import demo, fit, lmms, published, rivals
-from minillava.app.command import run_command
+from minillava.app.command import (
+    CommandParser,
+    parse_float,
+    parse_int,
+    parse_non_negative_int,
+    parse_positive_int,
+    quiet_decoders,
+    run_command,
+)
 from weights import download, quantise
+from weights.files import _open_atomically as open_atomically
 
 ROOT = Path(__file__).parents[2]
+TINY = ROOT / "tests" / "goldens" / "checkpoints" / "tiny-a" / "hub-sharded"
 COMMANDS = (
     "minillava.app.cli",
     "eval.check",
@@ -228,6 +243,167 @@ def test_faults_of_the_program_are_raised() -> None:
 
     with pytest.raises(RuntimeError, match="multiplied"):
         run_command(fault)
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGHUP, 129)])
+def test_a_signal_ends_a_command_and_removes_what_is_not_finished(
+    number: signal.Signals, code: int, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def write() -> None:
+        with open_atomically(tmp_path / "out") as file:
+            file.write(b"half")
+            assert (tmp_path / "out.part").is_file()
+            signal.raise_signal(number)
+            raise AssertionError("went on")
+
+    assert run_command(write) == code
+    assert capsys.readouterr() == ("", "")
+    assert not list(tmp_path.iterdir())
+    assert signal.getsignal(number) == signal.SIG_DFL
+
+
+def test_a_signal_that_is_ignored_stays_ignored() -> None:
+    before = signal.signal(signal.SIGTERM, signal.SIG_IGN)  # as a parent may have asked
+    try:
+        assert run_command(lambda: signal.raise_signal(signal.SIGTERM)) == 0
+        assert signal.getsignal(signal.SIGTERM) == signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def test_a_command_runs_in_a_thread_too() -> None:
+    with ThreadPoolExecutor() as pool:  # where no signal can be handled
+        assert pool.submit(run_command, list).result() == 0
+
+
+# ---------------------------------------------------------------- options
+
+
+def parse(words: Sequence[str], **options: Any) -> Any:
+    parser = CommandParser()
+    parser.add_argument("--x", **options)
+    return parser.parse_args(words).x
+
+
+@pytest.mark.parametrize("text", ["--", "-x", "", "--x=--", " ", "=", "--x"])
+def test_the_text_of_an_option_is_taken_as_typed(text: str) -> None:
+    assert parse([f"--x={text}"]) == text
+    assert parse([f"--x={text}"], nargs="+", action="extend") == [text]
+    assert parse([f"--x={text}", "--x=b"], action="append") == [text, "b"]
+
+
+def test_dashes_are_no_number_and_no_choice() -> None:
+    with pytest.raises(ValueError, match="'--' is not a whole number"):
+        parse(["--x=--"], type=parse_int)
+    with pytest.raises(ValueError, match="invalid choice: '--'"):
+        parse(["--x=--"], choices=["a"])
+
+
+@pytest.mark.parametrize(
+    "text", ["٣", "²", "1_000", "１２", "1.0", "1e3", "0x10", " 3", "3 ", "", "+", "9" * 5000, "½"]
+)
+def test_whole_numbers_are_written_with_the_digits_0_to_9(text: str) -> None:
+    for kind in (parse_int, parse_positive_int, parse_non_negative_int):
+        with pytest.raises(argparse.ArgumentTypeError, match="whole number"):
+            kind(text)
+
+
+@pytest.mark.parametrize("text", ["٣", "1_000", "１２", "", "1,5", "0x1"])
+def test_numbers_are_written_with_the_digits_0_to_9(text: str) -> None:
+    with pytest.raises(argparse.ArgumentTypeError, match="is not a number"):
+        parse_float(text)
+
+
+def test_numbers() -> None:
+    assert [parse_int(text) for text in ("-3", "+3", "007", "9" * 31)] == [-3, 3, 7, 10**31 - 1]
+    assert (parse_positive_int("2"), parse_non_negative_int("0")) == (2, 0)
+    assert (parse_float("1e-320"), parse_float("-.5"), parse_float("7")) == (1e-320, -0.5, 7.0)
+
+
+# ---------------------------------------------------------------- error lines and streams
+
+
+def test_an_error_line_has_at_most_2000_characters(capsys: pytest.CaptureFixture[str]) -> None:
+    def fail() -> None:
+        raise ValueError(f"begins {'é' * 5000}\n; do this")
+
+    assert run_command(fail) == 2
+    line = refusal(capsys)
+    assert len(line.rstrip("\n")) == 2000
+    assert line.startswith("error: begins é")
+    assert line.rstrip().endswith("é ; do this")
+    assert line.count("…") == 1
+
+
+def test_closed_streams(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Python has None for a stream that was closed when it started."""
+    monkeypatch.setattr(sys, "stderr", None)
+
+    def act() -> None:
+        print("to nobody", file=sys.stderr)
+        raise ValueError("told to nobody")
+
+    out = io.StringIO()
+    with contextlib.redirect_stdout(out):
+        assert run_command(lambda: print("answer")) == 0
+        assert run_command(act) == 2
+    assert out.getvalue() == "answer\n"
+    assert sys.stderr is None
+
+    told = io.StringIO()
+    monkeypatch.setattr(sys, "stderr", told)
+    monkeypatch.setattr(sys, "stdout", None)
+    assert run_command(lambda: None) == 2
+    assert told.getvalue().startswith("error: stdout is closed")
+
+
+def test_what_c_libraries_print_is_discarded(capfd: pytest.CaptureFixture[str]) -> None:
+    def decode() -> None:
+        with quiet_decoders():
+            os.write(2, b"noise of a library")
+            raise ValueError("failed")
+
+    with pytest.raises(ValueError, match="failed"):
+        decode()
+    os.write(2, b"heard again")
+    assert capfd.readouterr().err == "heard again"
+
+
+# program, redirections -> exit code, stdout, beginning of stderr
+FULL = "error: [Errno 28] No space left on device"
+STREAMS = [
+    ("{ask}", ">&-", 2, "", "error: stdout is closed"),
+    ("{ask}", "2>&-", 0, "{answer}", ""),
+    ("{ask}", "<&-", 0, "{answer}", ""),
+    ("{ask}", "<&- >&- 2>&-", 2, "", ""),
+    ("{ask}", ">/dev/full", 2, "", FULL),
+    ("{ask}", "2>/dev/full", 0, "{answer}", ""),
+    ("{ask} --json", ">/dev/full", 2, "", FULL),
+    ("{ask} --chat", "<&-", 0, "{answer}", ""),
+    ("{ask} --prune no", "2>&-", 2, "", ""),
+    ("{ask} --prune no", "2>/dev/full", 2, "", ""),
+    ("--help", ">/dev/full", 2, "", FULL),
+    ("--help", ">&-", 2, "", "error: stdout is closed"),
+    ("--list-methods", ">/dev/full", 2, "", FULL),
+]
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs Linux")
+@pytest.mark.parametrize(("words", "streams", "code", "out", "err"), STREAMS)
+def test_closed_and_full_streams_of_a_process(
+    words: str, streams: str, code: int, out: str, err: str
+) -> None:
+    def ask(words: str, streams: str) -> Any:
+        asks = f"--model {TINY} --prompt Hi --max-new-tokens 5"
+        command = f"{sys.executable} -m minillava.generate {words.format(ask=asks)} {streams}"
+        return subprocess.run(["sh", "-c", command], cwd=ROOT, capture_output=True, text=True)
+
+    answer = ask("{ask}", "").stdout if out else ""
+    done = ask(words, streams)
+    assert (done.returncode, done.stdout) == (code, out.format(answer=answer))
+    assert done.stderr.startswith(err)
+    assert done.stderr.count("\n") == bool(err)
 
 
 ALLOCATE_AND_FREE = """

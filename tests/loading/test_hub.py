@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import io
 import os
 import shutil
+import signal
 import subprocess
 import sys
+import time
 from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
@@ -106,6 +109,30 @@ def test_ctrl_c_ends_a_download_quietly(monkeypatch: pytest.MonkeyPatch) -> None
 
     monkeypatch.setattr("huggingface_hub.snapshot_download", interrupted)
     assert main(["org/name"]) == 130
+
+
+def test_the_threads_of_an_interrupted_download_are_told_to_stop(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """A download stops when it next reports progress, and removes its temporary file."""
+    ended: list[type[BaseException]] = []
+
+    def endless(*_: object, tqdm_class: Any, **__: object) -> str:
+        bar = tqdm_class(total=1, file=io.StringIO())
+        assert bar.disable, "the bar is for terminals"
+        os.kill(os.getpid(), signal.SIGINT)  # Ctrl-C: the main thread gets it
+        try:
+            for _ in range(10_000):
+                bar.update(0)
+                time.sleep(0.001)
+        except BaseException as error:
+            ended.append(type(error))
+            raise
+        return "finished"
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", endless)
+    assert main(["org/name"]) == 130
+    assert ended == [KeyboardInterrupt]
 
 
 @pytest.mark.parametrize(

@@ -182,6 +182,64 @@ def test_the_callers_image_is_unchanged_and_nothing_warns(mode: str) -> None:
     assert content() == before
 
 
+@pytest.mark.parametrize("aspect", ["crop", "pad"])
+@settings(max_examples=25, deadline=None)
+@given(
+    short=st.integers(1, 9),
+    long=st.integers(300, 2500),
+    upright=st.booleans(),
+    resample=st.sampled_from([1, 2, 3, 4, 5]),
+    extremes=st.booleans(),
+    size=st.sampled_from([S, 37]),
+)
+def test_long_images_equal_transformers_where_only_what_is_wanted_is_computed(
+    aspect: str, short: int, long: int, upright: bool, resample: int, extremes: bool, size: int
+) -> None:
+    image = noise("RGB", *((short, long) if upright else (long, short)))
+    if extremes:
+        image = image.point(lambda v: 255 * (v > 127))
+    config = ImageConfig(size, S, resample)
+    calls: list[Any] = []
+    wanted = strips._resize_wanted
+
+    def spy(*args: Any) -> Image.Image:
+        calls.append(args)
+        return wanted(*args)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(strips, "STRIP", 1)
+        patch.setattr(strips, "_resize_wanted", spy)
+        assert torch.equal(preprocess(image, config, aspect), reference(image, config, aspect))
+    assert calls
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("aspect", ["crop", "pad"])
+@pytest.mark.parametrize("size", [(1, 9000), (9000, 1), (3, 9000), (9000, 40), (200, 9000)])
+def test_large_long_images_equal_transformers(size: tuple[int, int], aspect: str) -> None:
+    config, image = ImageConfig(112, 112), noise("RGB", *size)
+    assert torch.equal(preprocess(image, config, aspect), reference(image, config, aspect))
+
+
+@pytest.mark.parametrize("size", [(1, 37_000), (37_000, 1)])
+@pytest.mark.parametrize("aspect", ["crop", "pad"])
+def test_what_is_cut_away_is_not_computed(
+    size: tuple[int, int], aspect: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Enlarged at once the image would have 28 x 1,036,000 pixels; padded, 37,000 x 37,000."""
+    pixels: list[int] = []
+    resize = Image.Image.resize
+
+    def spy(self: Image.Image, *args: Any, **kwargs: Any) -> Image.Image:
+        result = resize(self, *args, **kwargs)
+        pixels.extend((self.width * self.height, result.width * result.height))
+        return result
+
+    monkeypatch.setattr(Image.Image, "resize", spy)
+    preprocess(noise("L", *size), SMALL, aspect)
+    assert sum(pixels) < 1 << 23
+
+
 @pytest.mark.parametrize("size", [(1, 4000), (4000, 1)])
 @pytest.mark.parametrize("aspect", ["crop", "pad"])
 def test_no_step_holds_more_than_a_strip(

@@ -1,0 +1,114 @@
+"""Answer the question of a command line: check it, open its images, load the model, ask."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+from ..loading.checkpoint import load
+from ..processing.image import check_aspect
+from ..pruning import parse_plan_with_files
+from ..request import Settings
+from .chat import Chat, part_of
+from .cli import DEMO
+from .command import quiet_decoders
+from .method_table import list_methods
+from .open_image import open_image
+
+
+def answer(args: argparse.Namespace) -> None:
+    """Do what the parsed command line says. Raises ValueError for what cannot be done."""
+    if args.list_methods:
+        print(list_methods(), flush=True)
+        return
+    files, question = _choose_question(args)
+    chat = _load_chat(args, files)
+    if args.chat:
+        chat.answer_questions(args.prompt)
+    elif args.raw_prompt:
+        chat.answer_prompt(question)
+    else:
+        chat.answer_prompt(chat.processor.prompt(question, len(files)))
+
+
+def _choose_question(args: argparse.Namespace) -> tuple[list[str], str]:
+    """The image files and the question; the question is empty if a chat begins without one."""
+    files, question = args.image, args.prompt
+    if args.raw_prompt and (question is None or args.chat):
+        raise ValueError("--raw-prompt goes with --prompt and without --chat; give --prompt TEXT")
+    if not files and question is None:
+        return _read_demo_question()
+    if question is None and not args.chat:
+        raise ValueError(f"--image {files[0]} has no question; add --prompt TEXT, or --chat")
+    if question is not None and not question.strip():
+        raise ValueError(f"--prompt {question!r} is empty; give a question")
+    return files, question or ""
+
+
+def _read_demo_question() -> tuple[list[str], str]:
+    example = DEMO / "example.json"
+    if not example.is_file():
+        raise ValueError(
+            f"there is no demo in {DEMO}: it comes with the repository, not with the wheel; give "
+            "--model (a folder, or a hub id such as llava-hf/llava-1.5-7b-hf), --image and --prompt"
+        )
+    return [str(DEMO / "example.png")], json.loads(example.read_text("utf-8"))["question"]
+
+
+def _load_chat(args: argparse.Namespace, files: list[str]) -> Chat:
+    """Load the model, after checking everything that can be checked without it."""
+    plan = parse_plan_with_files(args.prune)
+    settings = Settings(
+        args.max_new_tokens,
+        args.min_new_tokens,
+        tuple(args.stop),
+        args.temperature,
+        args.top_p,
+        args.seed,
+        use_cache=not args.no_cache,
+    )
+    if args.overlay:
+        _check_overlay(args.overlay, files)
+    if args.image_aspect is not None:
+        check_aspect(args.image_aspect)
+    with quiet_decoders():
+        images = [open_image(file) for file in files]
+    name = _find_demo() if args.model is None else args.model
+    start = time.perf_counter()
+    model, processor = load(
+        name, args.device, args.dtype, args.quantize, args.revision, progress=True
+    )
+    load_seconds = time.perf_counter() - start
+    return Chat(args, model, processor, images, plan, settings, name, load_seconds)
+
+
+def _find_demo() -> str:
+    if not (DEMO / "config.json").is_file():
+        raise ValueError(
+            f"there is no demo checkpoint in {DEMO}: it comes with the repository, not with the "
+            "wheel; give --model a folder, or a hub id such as llava-hf/llava-1.5-7b-hf"
+        )
+    return str(DEMO)
+
+
+def _check_overlay(path: Path, files: Sequence[str]) -> None:
+    try:
+        part_of(path).lstat()
+    except FileNotFoundError:
+        pass
+    except (OSError, ValueError) as error:  # a name that is too long, or with a zero byte
+        raise ValueError(
+            f"--overlay {path} cannot be written ({error}); give another name"
+        ) from error
+    if path.suffix.lower() != ".png" or path.is_dir():
+        raise ValueError(f"--overlay {path} must be a file; give a name that ends in .png")
+    if not path.parent.is_dir():
+        raise ValueError(f"--overlay {path}: there is no folder {path.parent}; create it first")
+    if not os.access(path.parent, os.W_OK):
+        raise ValueError(f"--overlay {path}: {path.parent} is not writable; choose another folder")
+    if not files:
+        raise ValueError(f"--overlay {path} draws on an image; give one with --image FILE")

@@ -1,0 +1,8 @@
+"""The names that `from minillava import ...` gives."""
+
+from ..loading.checkpoint import load
+from ..pruning import parse_plan
+from ..sample import Batch
+from .overlay import overlay
+
+__all__ = ["Batch", "load", "overlay", "parse_plan"]
