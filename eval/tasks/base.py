@@ -210,19 +210,31 @@ def letter_options(options: Sequence[str], form: str = "{}. {}", between: str = 
 
 
 _YES_NO = re.compile(r"\s*please answer yes or no\.?", re.IGNORECASE)
+_SHORT_ANSWER = re.compile(r"OCR tokens: .*?Question: (.*?) Short answer:", re.DOTALL)
+_TOKENS_FIRST = "Reference OCR token:"
 
 
 def question_line(text: str) -> str:
-    """The first line of a question in lower case, without <image> and instructions.
+    """The question of a prompt in one line and lower case, without <image> and instructions.
 
     It identifies the question where LLaVA's files repeat ids, because one image has several
-    questions (TextVQA, MME).
+    questions (TextVQA, MME). It is the first line, but for two of the four forms that LLaVA's
+    eval_textvqa.py reads: "OCR tokens: A, B Question: who? Short answer:", and the second line
+    below one that begins with "Reference OCR token:".
     """
-    lines = [line.strip() for line in text.replace("<image>", "").split("\n")]
-    first = next((line for line in lines if line), "")
-    return " ".join(_YES_NO.sub("", first).lower().split())
+    text = text.replace("<image>", "").strip()
+    if match := _SHORT_ANSWER.match(text):
+        return _plain_line(match[1])
+    lines = [line for line in text.split("\n") if line.strip()]
+    if len(lines) > 2 and lines[0].startswith(_TOKENS_FIRST):
+        lines = lines[1:]
+    return _plain_line(lines[0] if lines else "")
+
+
+def _plain_line(text: str) -> str:
+    return " ".join(_YES_NO.sub("", text).lower().split())
 
 
 def question_key(question_id: object, text: str) -> str:
-    """An id together with the question's first line, for files whose ids repeat."""
+    """An id together with the question in one line, for files whose ids repeat."""
     return f"{question_id}\n{question_line(text)}"
