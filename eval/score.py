@@ -19,13 +19,33 @@ import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, TypedDict
 
 from minillava.app.command import CommandParser, parse_positive_int, run_command
 
 from . import predictions, published, store
 from .tasks import TASKS
 from .tasks.base import Item, Score, Task
+
+
+class ScoredContent(TypedDict):
+    """The entries of Scored.json()."""
+
+    figure: str
+    metric: str
+    value: float | None
+    n: int
+    right: float | None
+    unparsed: int
+    more: dict[str, Any]
+    notes: list[str]
+    task: str
+    title: str
+    split: str
+    protocol: str
+    missing: int
+    unknown: int
+    duplicates: int
 
 
 @dataclass(frozen=True)

@@ -172,8 +172,9 @@ def test_parts_of_an_interrupted_torchrun_are_taken_in(whole: Path, tmp_path: Pa
     assert ask(tmp_path, limit=12) == 0
     lines = path.read_bytes().splitlines(keepends=True)
     path.write_bytes(b"".join(lines[:3]))
-    store.part_path(path, 0).write_bytes(b"".join(lines[4:9:2]) + lines[9][:20])
-    store.part_path(path, 1).write_bytes(b"".join(lines[3:8:2]))
+    answers = store.AnswerFile(path, PLAN, layers=8)
+    answers.part(0).write_bytes(b"".join(lines[4:9:2]) + lines[9][:20])
+    answers.part(1).write_bytes(b"".join(lines[3:8:2]))
     assert ask(tmp_path, limit=12) == 0
     assert [row["question_id"] for row in rows_of(path)] == list(range(12))
     assert not list(tmp_path.glob("*.part-*"))
