@@ -20,7 +20,6 @@ from minillava.request import Settings, check_plan, prompts_of
 from . import cost, store
 from .ranks import ALONE, Ranks
 from .tasks.base import Item
-from .typed import refuse_special
 
 WARM_UP = 2  # first batches of a process, whose times are left out of the costs
 
@@ -81,8 +80,7 @@ def predict(
 
     def work() -> list[store.Row]:
         rows = []
-        refuse_special(own)
-        with own.open("ab") as out, _bar(run.plan, groups, ranks) as bar:
+        with store.open_to_append(own) as out, _bar(run.plan, groups, ranks) as bar:
             for i, group in enumerate(groups):
                 asked, warm = [items[n] for n in group], i >= WARM_UP
                 new = _answer(model, processor, asked, group[0], run, plan, warm)

@@ -15,7 +15,7 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypedDict, cast
+from typing import BinaryIO, TypedDict, cast
 
 from filelock import FileLock, Timeout
 
@@ -57,16 +57,29 @@ class Row(TypedDict):
     metadata: Metadata
 
 
+@contextmanager
+def name_file_in_errors(path: Path) -> Iterator[None]:
+    """Turn an OSError, for example of a full disk, into a ValueError that names the file."""
+    try:
+        yield
+    except OSError as error:
+        raise ValueError(
+            f"{error.filename or path} cannot be written ({error.strerror}); correct this, and the "
+            "same command continues, or give another --out"
+        ) from None
+
+
 def write_atomically(path: Path, text: str) -> None:
     """Write a file completely or not at all: first under another name, then renamed."""
     part = path.with_name(f"{path.name}.writing")
     refuse_special(part)
     refuse_special(path)
-    with part.open("w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    part.replace(path)
+    with name_file_in_errors(path):
+        with part.open("w", encoding="utf-8") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        part.replace(path)
 
 
 def as_json(value: object) -> str:
@@ -76,18 +89,32 @@ def as_json(value: object) -> str:
 @contextmanager
 def locked(folder: Path) -> Iterator[None]:
     """Create a folder and lock it. Raises ValueError if another process holds the lock."""
-    folder.mkdir(parents=True, exist_ok=True)
+    lock = FileLock(folder / ".lock", blocking=False)
+    refuse_special(folder / ".lock")
     try:
-        with FileLock(folder / ".lock", blocking=False):
-            yield
+        with name_file_in_errors(folder):
+            folder.mkdir(parents=True, exist_ok=True)
+            lock.acquire()
     except Timeout:
         raise ValueError(
             f"another process writes to {folder}; wait for it, or give another --out"
         ) from None
+    try:
+        yield
+    finally:
+        lock.release()
 
 
-def append_rows(file: Any, rows: Iterable[Row]) -> None:
-    """Append rows to a file that is open in mode "ab", and flush it."""
+@contextmanager
+def open_to_append(path: Path) -> Iterator[BinaryIO]:
+    """Open a file for append_rows. Raises ValueError if it cannot be written."""
+    refuse_special(path)
+    with name_file_in_errors(path), path.open("ab") as file:
+        yield file
+
+
+def append_rows(file: BinaryIO, rows: Iterable[Row]) -> None:
+    """Append rows to a file of open_to_append, and flush it."""
     file.write("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows).encode())
     file.flush()
 
@@ -134,7 +161,7 @@ class AnswerFile:
         lines = content[:complete].split(b"\n")[:-1]
         rows = [self._row(line, f"{path}, line {i}") for i, line in enumerate(lines, 1)]
         if complete < len(content):
-            with path.open("rb+") as file:
+            with name_file_in_errors(path), path.open("rb+") as file:
                 file.truncate(complete)
         return rows
 

@@ -31,6 +31,7 @@ def refuse_special(path: Path) -> None:
 def parse_json(text: str | bytes) -> Any:
     """Any JSON value. Raises ValueError, one line, also for NaN, 1e400 and for deep nesting."""
     try:
+        text = text.decode("utf-8-sig") if isinstance(text, bytes) else text
         return json.loads(text, parse_constant=_refuse_constant, parse_float=_finite)
     except RecursionError:
         raise ValueError("it is nested too deeply") from None
