@@ -14,6 +14,7 @@ from typing import Any, ClassVar
 from PIL import Image
 
 from ..metrics.vqa import soft_accuracy
+from ..typed import refuse_special
 
 PROTOCOLS = ("llava", "lmms")
 
@@ -31,7 +32,7 @@ class ImageSource:
 
     @classmethod
     def from_file(cls, path: Path) -> ImageSource:
-        return cls(str(path), lambda: Image.open(path), path)
+        return cls(str(path), lambda: _open_file(path), path)
 
     @classmethod
     def in_memory(cls, name: str, image: Image.Image) -> ImageSource:
@@ -41,6 +42,11 @@ class ImageSource:
     @classmethod
     def from_base64(cls, name: str, text: str) -> ImageSource:
         return cls(name, lambda: Image.open(io.BytesIO(base64.b64decode(text))))
+
+    @classmethod
+    def missing(cls, name: str) -> ImageSource:
+        """An image that a row should have, but has not. Opening it raises ValueError."""
+        return cls(name, _refuse_missing)
 
     def open(self) -> Image.Image:
         """The image in RGB, not rotated by EXIF, as in both protocols' code.
@@ -52,6 +58,15 @@ class ImageSource:
         except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
             why = " ".join(str(error).split())
             raise ValueError(f"the image {self.name} cannot be read ({why})") from None
+
+
+def _refuse_missing() -> Image.Image:
+    raise ValueError("there is no image")
+
+
+def _open_file(path: Path) -> Image.Image:
+    refuse_special(path)
+    return Image.open(path)
 
 
 @dataclass(frozen=True)
@@ -204,9 +219,12 @@ def vqa_credit(answer: Answer, rule: str) -> float:
     return 0.0 if answer.text is None else soft_accuracy(answer.text, golds, rule)
 
 
+LETTERS = "ABCDEFGHIJ"
+
+
 def letter_options(options: Sequence[str], form: str = "{}. {}", between: str = "\n") -> str:
     """Options with letters in front, for example "A. cat\\nB. dog"."""
-    return between.join(form.format("ABCDEFGHIJ"[i], text) for i, text in enumerate(options))
+    return between.join(form.format(LETTERS[i], text) for i, text in enumerate(options))
 
 
 _YES_NO = re.compile(r"\s*please answer yes or no\.?", re.IGNORECASE)
