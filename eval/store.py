@@ -63,10 +63,14 @@ def name_file_in_errors(path: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        raise ValueError(
-            f"{error.filename or path} cannot be written ({error.strerror}); correct this, and the "
-            "same command continues, or give another --out"
-        ) from None
+        raise _not_writable(path, error) from None
+
+
+def _not_writable(path: Path, error: OSError) -> ValueError:
+    return ValueError(
+        f"{error.filename or path} cannot be written ({error.strerror or error}); correct this, "
+        "and the same command continues, or give another --out"
+    )
 
 
 def write_atomically(path: Path, text: str) -> None:
@@ -92,13 +96,14 @@ def locked(folder: Path) -> Iterator[None]:
     lock = FileLock(folder / ".lock", blocking=False)
     refuse_special(folder / ".lock")
     try:
-        with name_file_in_errors(folder):
-            folder.mkdir(parents=True, exist_ok=True)
-            lock.acquire()
-    except Timeout:
+        folder.mkdir(parents=True, exist_ok=True)
+        lock.acquire()
+    except Timeout:  # an OSError, too
         raise ValueError(
             f"another process writes to {folder}; wait for it, or give another --out"
         ) from None
+    except OSError as error:
+        raise _not_writable(folder, error) from None
     try:
         yield
     finally:
@@ -143,8 +148,9 @@ class AnswerFile:
         found = [row for file in (self.path, *parts) for row in self._read(file)]
         new = list(more)
         rows = {row["metadata"]["number"]: row for row in (*found, *new)}
-        if parts or new or len(rows) < len(found):
-            rows = dict(sorted(rows.items()))
+        in_order = dict(sorted(rows.items()))
+        if parts or new or len(rows) < len(found) or list(rows) != list(in_order):
+            rows = in_order
             lines = (json.dumps(row, ensure_ascii=False) + "\n" for row in rows.values())
             write_atomically(self.path, "".join(lines))
             for part in parts:
