@@ -269,6 +269,8 @@ def _run(args: argparse.Namespace) -> None:
         raise ValueError(
             f"--save {args.save} must be a percentage from 1 to 99; give a smaller one"
         )
+    if not args.threshold >= 0:
+        raise ValueError(f"--threshold {args.threshold} must be 0 or more; give a larger one")
     pairs = samples(args.samples, args.number, args.seed)
     model, processor = load(args.model)
     prompts = [processor.prompt(text, 1) for text, _ in pairs]

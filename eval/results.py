@@ -19,7 +19,7 @@ from typing import Any, TypedDict, cast
 import torch
 
 from . import cost, store
-from .plans import NONE, digest
+from .plans import NONE, digest_file
 from .predict import Run
 from .score import Scored, ScoredContent
 from .summary import TIMES, Costs
@@ -115,12 +115,12 @@ def settings(run: Run) -> dict[str, Any]:
             "torch": torch.__version__,
             "python": platform.python_version(),
         },
-        "machine": machine(),
+        "machine": describe_machine(),
         "attention": "scaled_dot_product_attention",
     }
 
 
-def machine() -> str:
+def describe_machine() -> str:
     return f"{platform.machine()}, {torch.get_num_threads()} threads, {platform.system()}"
 
 
@@ -244,6 +244,6 @@ def _comparable(found: _Settings, other: PlanResult) -> tuple[PlanResult | None,
         if value != wanted[name]:
             return None, f"it was asked with {name}={value}, not {wanted[name]}"
     for file, sha256 in (result.run.method_files or {}).items():
-        if Path(file).is_file() and digest(Path(file)) != sha256:
+        if Path(file).is_file() and digest_file(Path(file)) != sha256:
             return None, f"{file} was edited since"
     return result, ""

@@ -9,13 +9,13 @@ import user_method
 from tiny import refusal
 
 from eval import published
-from eval.published import Measured, beside, find, load, text_of, unpruned
+from eval.published import Measured, find, format_table, read_figures, tabulate, unpruned
 from minillava import parse_plan
 
 
 @pytest.fixture(scope="module")
 def figures():
-    return load()
+    return read_figures()
 
 
 def _measured(task="gqa", plan="none", value=60.0, **changes):
@@ -128,11 +128,11 @@ def test_a_wrong_file_is_refused(tmp_path, change, says):
     data = {"sources": {"s": source}, "rows": rows}
     path = tmp_path / "published.json"
     path.write_text(json.dumps(data))
-    assert len(load(path)) == 2
+    assert len(read_figures(path)) == 2
     change(data)
     path.write_text(json.dumps(data))
     with pytest.raises(ValueError, match=says) as error:
-        load(path)
+        read_figures(path)
     assert "\n" not in str(error.value)
 
 
@@ -143,7 +143,7 @@ def test_the_same_plan_in_other_words_stands_in_the_same_row(figures):
     plans = ("none", "fastv:k=2,keep=166", "text-only")
     ours = [_measured("mme", p, 1800.0, split="test", convention="llava") for p in plans]
     ours = [Measured(**{**vars(m), "metric": "perception + cognition"}) for m in ours]
-    (table,) = beside(ours, figures)
+    (table,) = tabulate(ours, figures)
     named = {source.id: i for i, source in enumerate(table.sources)}
     rows = {plan: theirs for plan, _, theirs in table.rows}
     assert rows["fastv:k=2,keep=166"][named["restore"]].low == 1821
@@ -155,7 +155,7 @@ def test_the_same_plan_in_other_words_stands_in_the_same_row(figures):
 
 def test_figures_of_another_protocol_stay_out(figures):
     plans = ("none", "fastv:k=3,r=0.5")
-    (lmms,) = beside([_measured(plan=p) for p in plans], figures)
+    (lmms,) = tabulate([_measured(plan=p) for p in plans], figures)
     assert [source.id for source in lmms.sources] == ["fastv-lmms"]
     assert [row[2][0].low for row in lmms.rows] == [62.0, 60.4]
     for other in (
@@ -166,16 +166,16 @@ def test_figures_of_another_protocol_stay_out(figures):
         {"metric": "F1"},
         {"model": "demo"},
     ):
-        (table,) = beside([_measured(plan=p, **other) for p in plans], figures)
+        (table,) = tabulate([_measured(plan=p, **other) for p in plans], figures)
         assert table.sources == ()
     both = [_measured(), _measured(plan=plans[1]), _measured(convention="llava")]
-    assert [table.group.convention for table in beside(both, figures)] == ["lmms", "llava"]
+    assert [table.group.convention for table in tabulate(both, figures)] == ["lmms", "llava"]
 
 
 def test_a_method_in_a_file_has_a_row_without_published_figures(figures, tmp_path):
     method, mark = user_method.write_mark(tmp_path)
     plans = ("none", "fastv:k=3,r=0.5", f"{method}:keep=16")
-    (table,) = beside([_measured(plan=p) for p in plans], figures)
+    (table,) = tabulate([_measured(plan=p) for p in plans], figures)
     assert [row[2] != (None,) for row in table.rows] == [True, True, False]
     assert not mark.exists()
 
@@ -185,7 +185,7 @@ def test_every_column_begins_with_its_sources_unpruned_figure(figures):
     for group in groups:
         plans = dict.fromkeys(f.plan for f in figures if f.group == group and f.plan)
         ours = [Measured(**{**vars(group), "plan": p, "value": 1.0}) for p in plans]
-        (table,) = beside(ours, figures)
+        (table,) = tabulate(ours, figures)
         assert table.sources
         assert table.rows[0][0] == "none"
         for i, source in enumerate(table.sources):
@@ -196,13 +196,13 @@ def test_every_column_begins_with_its_sources_unpruned_figure(figures):
 
 def test_a_plan_measured_twice_is_refused(figures):
     with pytest.raises(ValueError, match="none was measured twice"):
-        beside([_measured(), _measured(value=61.0)], figures)
+        tabulate([_measured(), _measured(value=61.0)], figures)
 
 
 def test_text_of_a_table_marks_what_is_doubtful(figures):
     ours = [_measured("gqa", p, 57.123, convention="llava") for p in ("none", "fastv:k=2,keep=166")]
-    (table,) = beside(ours, figures)
-    lines = text_of(table).splitlines()
+    (table,) = tabulate(ours, figures)
+    lines = format_table(table).splitlines()
     assert lines[0] == "gqa (testdev_balanced), accuracy, llava-1.5-7b, llava protocol, unquantised"
     assert lines[1].split() == ["plan", "measured", "family", "restore"]
     assert lines[2].split() == ["unpruned", "57.12", "61.9", "61.9"]

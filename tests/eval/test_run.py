@@ -234,12 +234,12 @@ def test_the_table_and_the_warning(tmp_path: Path, capsys: pytest.CaptureFixture
     assert all(f"| `{plan}` |" in printed for plan in plans)
     assert (tmp_path / "summary.md").read_text() == printed
     found = [Slow("none", 1.0), Slow("a", 0.5), Slow("b", 1.5)]
-    (warning,) = run.warnings(found)  # type: ignore[arg-type]
+    (warning,) = run.describe_slow_plans(found)  # type: ignore[arg-type]
     assert warning.startswith("b does not pay off here: its prefill takes 1.50 times")
 
 
 class Slow:
-    """What run.warnings reads of a plan."""
+    """What run.describe_slow_plans reads of a plan."""
 
     def __init__(self, plan: str, seconds: float) -> None:
         from types import SimpleNamespace as Names
