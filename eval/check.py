@@ -38,6 +38,7 @@ from .metrics import (
     seed_bench,
     vqa,
 )
+from .typed import refuse_special
 
 _TOLERANCE = 1e-9
 
@@ -439,6 +440,7 @@ _LABELS = {"name", "id", "subject", "options"}  # fields for the reader only
 
 
 def _load(path: Path) -> tuple[Mapping[str, Any], list[Case]]:
+    refuse_special(path)
     try:
         document = json.loads(path.read_text(encoding="utf-8-sig"))
     except FileNotFoundError:

@@ -55,8 +55,8 @@ class ImageSource:
         """
         try:
             return self.read().convert("RGB")
-        except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-            why = " ".join(str(error).split())
+        except Exception as error:  # decoders raise many types on damaged data
+            why = " ".join(str(error).split()) or type(error).__name__
             raise ValueError(f"the image {self.name} cannot be read ({why})") from None
 
 

@@ -64,9 +64,11 @@ def start(started: list[Process], *command: str) -> Process:
 
 
 def kill(process: Process) -> None:
-    """Kill a process and the workers that it has started."""
-    with contextlib.suppress(ProcessLookupError):
-        os.killpg(process.pid, signal.SIGKILL)
+    """Kill a process and the workers of torchrun that it has started, which have own sessions."""
+    workers = workers_of(process) if process.poll() is None else []
+    for pid in (process.pid, *workers):
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(pid, signal.SIGKILL)
     process.communicate()
 
 
@@ -117,8 +119,10 @@ def workers_of(agent: Process) -> list[int]:
     children = Path(f"/proc/{agent.pid}/task/{agent.pid}/children").read_text().split()
     ranks = {}
     for child in map(int, children):
-        entries = Path(f"/proc/{child}/environ").read_bytes().split(b"\0")
-        ranks |= {int(e.removeprefix(b"RANK=")): child for e in entries if e.startswith(b"RANK=")}
+        with contextlib.suppress(OSError):  # it has ended
+            entries = Path(f"/proc/{child}/environ").read_bytes().split(b"\0")
+            named = [entry for entry in entries if entry.startswith(b"RANK=")]
+            ranks |= {int(entry.removeprefix(b"RANK=")): child for entry in named}
     return [ranks[rank] for rank in sorted(ranks)]
 
 
