@@ -53,7 +53,7 @@ from minillava.pruning.base import Stage
 from minillava.request import prompts_of
 
 from .tasks.files import read_text
-from .typed import refuse_special
+from .typed import refuse_special_file
 
 # ---------------------------------------------------------------- VTW
 
@@ -226,7 +226,7 @@ def samples(file: Path | None, n: int, seed: int) -> list[tuple[str, Image.Image
                 "correct it"
             ) from None
         try:
-            refuse_special(file.parent / name)
+            refuse_special_file(file.parent / name)
             found.append((text, Image.open(file.parent / name)))
         except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
             raise ValueError(f"{file}, line {i}: {error}; correct the path") from None

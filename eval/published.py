@@ -246,7 +246,7 @@ def _required(source: str, field: str, text: str) -> str:
 # ---------------------------------------------------------------- finding
 
 
-def find(
+def find_figures(
     figures: Sequence[Figure],
     task: str | None = None,
     method: str | None = None,
@@ -460,7 +460,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     def run() -> None:
         args = parser.parse_args(argv)
         every = read_figures()
-        found = find(every, args.task, args.method)
+        found = find_figures(every, args.task, args.method)
         if not found:
             asked = f"--task {args.task}" + (f" --method {args.method}" if args.method else "")
             raise ValueError(f"there is no published figure for {asked}; leave one out to see more")

@@ -24,7 +24,7 @@ from .predict import Run
 from .score import Scored, ScoredContent
 from .summary import TIMES, Costs
 from .tasks.base import Item
-from .typed import misfit, parse_json, refuse_special
+from .typed import find_type_error, parse_json, refuse_special_file
 
 BY_PLAN = ("plan", "method_files", "tokens", "focus")  # entries of Run that follow from the plan
 
@@ -71,7 +71,7 @@ class PlanResult:
     @classmethod
     def from_json(cls, found: object) -> PlanResult:
         """The inverse of json(). Raises ValueError for other content."""
-        if reason := misfit(found, _Content):
+        if reason := find_type_error(found, _Content):
             raise ValueError(reason)
         return cls._from_checked(cast(dict[str, Any], found))
 
@@ -146,7 +146,7 @@ def json_path(path: Path) -> Path:
     return path.with_suffix(".json")
 
 
-def begin(path: Path, run: Run) -> None:
+def begin_result(path: Path, run: Run) -> None:
     """Check that a run may continue (ValueError as below), and write PLAN.json if it is new."""
     check_resume(path, run)
     if not json_path(path).exists():
@@ -171,7 +171,7 @@ def check_resume(path: Path, run: Run) -> None:
                 "--out, or the same settings"
             )
     recorded = before.get("method_files") or {}
-    if reason := misfit(recorded, Mapping[str, str], "run.method_files"):
+    if reason := find_type_error(recorded, Mapping[str, str], "run.method_files"):
         raise _not_a_result(file, reason)
     if edited := [f for f, sha256 in (run.method_files or {}).items() if recorded.get(f) != sha256]:
         raise ValueError(
@@ -182,9 +182,9 @@ def check_resume(path: Path, run: Run) -> None:
 
 def _read(file: Path) -> _Settings:
     """The content of PLAN.json. Raises ValueError with the reason if it has no settings."""
-    refuse_special(file)
+    refuse_special_file(file)
     found = parse_json(file.read_bytes())
-    if reason := misfit(found, _Settings):
+    if reason := find_type_error(found, _Settings):
         raise ValueError(reason)
     return cast(_Settings, found)
 

@@ -19,7 +19,7 @@ from typing import BinaryIO, TypedDict, cast
 
 from filelock import FileLock, Timeout
 
-from .typed import misfit, parse_json, refuse_special
+from .typed import find_type_error, parse_json, refuse_special_file
 
 
 class Measurements(TypedDict):
@@ -76,8 +76,8 @@ def _not_writable(path: Path, error: OSError) -> ValueError:
 def write_atomically(path: Path, text: str) -> None:
     """Write a file completely or not at all: first under another name, then renamed."""
     part = path.with_name(f"{path.name}.writing")
-    refuse_special(part)
-    refuse_special(path)
+    refuse_special_file(part)
+    refuse_special_file(path)
     with name_file_in_errors(path):
         with part.open("w", encoding="utf-8") as file:
             file.write(text)
@@ -94,7 +94,7 @@ def as_json(value: object) -> str:
 def locked(folder: Path) -> Iterator[None]:
     """Create a folder and lock it. Raises ValueError if another process holds the lock."""
     lock = FileLock(folder / ".lock", blocking=False)
-    refuse_special(folder / ".lock")
+    refuse_special_file(folder / ".lock")
     try:
         folder.mkdir(parents=True, exist_ok=True)
         lock.acquire()
@@ -113,7 +113,7 @@ def locked(folder: Path) -> Iterator[None]:
 @contextmanager
 def open_to_append(path: Path) -> Iterator[BinaryIO]:
     """Open a file for append_rows. Raises ValueError if it cannot be written."""
-    refuse_special(path)
+    refuse_special_file(path)
     with name_file_in_errors(path), path.open("ab") as file:
         yield file
 
@@ -159,7 +159,7 @@ class AnswerFile:
 
     def _read(self, path: Path) -> list[Row]:
         """The rows of a file, or none if it does not exist. An incomplete last line is removed."""
-        refuse_special(path)
+        refuse_special_file(path)
         if not path.exists():
             return []
         content = path.read_bytes()
@@ -174,7 +174,7 @@ class AnswerFile:
     def _row(self, line: bytes, where: str) -> Row:
         try:
             row = parse_json(line)
-            reason = misfit(row, Row) or self._mismatch(row)
+            reason = find_type_error(row, Row) or self._mismatch(row)
         except ValueError as error:
             reason = str(error)
         if reason:

@@ -1,7 +1,7 @@
 """Read files that a person or another program may have damaged, and check the types of values.
 
-`misfit` compares a JSON value with the annotations of a dataclass or TypedDict. For {"number": "3"}
-and a TypedDict with `number: int` it returns "number is '3', but must be int".
+`find_type_error` compares a JSON value with the annotations of a dataclass or TypedDict. For
+{"number": "3"} and a TypedDict with `number: int` it returns "number is '3', but must be int".
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from typing import Any, Union, get_args, get_origin, get_type_hints, is_typeddic
 _SHOWN = 60  # characters of a value in messages
 
 
-def refuse_special(path: Path) -> None:
+def refuse_special_file(path: Path) -> None:
     """Raise ValueError if the path is there, but is a folder, a pipe or another special file.
 
     Opening a named pipe would wait for its writer.
@@ -52,7 +52,7 @@ def _finite(text: str) -> float:
     return value
 
 
-def misfit(value: object, kind: Any, name: str = "it") -> str | None:
+def find_type_error(value: object, kind: Any, name: str = "it") -> str | None:
     """Why a JSON value does not have a type, or None if it has. name: of the value, in the reason.
 
     kind: str, int, float (finite; integers too), bool, None, Any, a union, a list, tuple, Sequence
@@ -61,34 +61,34 @@ def misfit(value: object, kind: Any, name: str = "it") -> str | None:
     """
     origin, args = get_origin(kind), get_args(kind)
     if origin in (Union, types.UnionType):
-        reasons = [misfit(value, option, name) for option in args]
-        return None if None in reasons else _says(value, kind, name)
+        reasons = [find_type_error(value, option, name) for option in args]
+        return None if None in reasons else _wrong_type(value, kind, name)
     if kind is Any:
         return None
     if dataclasses.is_dataclass(kind) or is_typeddict(kind):
-        return _misfit_entries(value, kind, name)
+        return _find_entry_error(value, kind, name)
     if isinstance(origin, type) and issubclass(origin, Mapping):
         if not isinstance(value, dict):
-            return _says(value, kind, name)
+            return _wrong_type(value, kind, name)
         inner = ((f"{name}.{key}", entry, args[1]) for key, entry in value.items())
     elif origin is not None:
         if not isinstance(value, list):
-            return _says(value, kind, name)
+            return _wrong_type(value, kind, name)
         inner = ((f"{name}[{i}]", entry, args[0]) for i, entry in enumerate(value))
     else:
-        return None if _is_plain(value, kind) else _says(value, kind, name)
-    return next((reason for n, v, k in inner if (reason := misfit(v, k, n))), None)
+        return None if _is_plain(value, kind) else _wrong_type(value, kind, name)
+    return next((reason for n, v, k in inner if (reason := find_type_error(v, k, n))), None)
 
 
-def _misfit_entries(value: object, kind: Any, name: str) -> str | None:
+def _find_entry_error(value: object, kind: Any, name: str) -> str | None:
     if not isinstance(value, dict):
-        return _says(value, kind, name)
+        return _wrong_type(value, kind, name)
     hints, strict = get_type_hints(kind), dataclasses.is_dataclass(kind)
     optional = {f.name for f in dataclasses.fields(kind) if _has_default(f)} if strict else ()
     for entry, inner in hints.items():
         if entry in value:
             full = entry if name == "it" else f"{name}.{entry}"
-            if reason := misfit(value[entry], inner, full):
+            if reason := find_type_error(value[entry], inner, full):
                 return reason
         elif entry not in optional:
             return f"{name} has no {entry}"
@@ -112,7 +112,7 @@ def _is_plain(value: object, kind: Any) -> bool:
     return isinstance(value, kind)
 
 
-def _says(value: object, kind: Any, name: str) -> str:
+def _wrong_type(value: object, kind: Any, name: str) -> str:
     wanted = str(kind) if get_origin(kind) or not hasattr(kind, "__name__") else kind.__name__
     shown = repr(value)
     shown = shown if len(shown) <= _SHOWN else f"{shown[:_SHOWN]}…"

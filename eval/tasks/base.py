@@ -14,7 +14,7 @@ from typing import Any, ClassVar
 from PIL import Image
 
 from ..metrics.vqa import soft_accuracy
-from ..typed import refuse_special
+from ..typed import refuse_special_file
 
 PROTOCOLS = ("llava", "lmms")
 
@@ -65,7 +65,7 @@ def _refuse_missing() -> Image.Image:
 
 
 def _open_file(path: Path) -> Image.Image:
-    refuse_special(path)
+    refuse_special_file(path)
     return Image.open(path)
 
 

@@ -13,14 +13,14 @@ from decimal import Decimal
 from pathlib import Path
 from typing import Any
 
-from ..typed import refuse_special
+from ..typed import refuse_special_file
 
 Row = dict[str, Any]
 
 
 def read_text(path: Path) -> str:
     """The text of a file, with its line ends as they are."""
-    refuse_special(path)
+    refuse_special_file(path)
     try:
         return path.read_bytes().decode("utf-8-sig")
     except UnicodeDecodeError as error:

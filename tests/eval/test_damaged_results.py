@@ -17,7 +17,7 @@ from tiny import refusal
 from eval import run
 from eval.plans import file_name
 from eval.store import AnswerFile
-from eval.typed import misfit, parse_json
+from eval.typed import find_type_error, parse_json
 
 PLAN = "fastv:k=3,keep=16"
 NAME = file_name(PLAN)
@@ -322,14 +322,14 @@ def test_a_file_in_place_of_the_folder(tmp_path: Path, capsys: pytest.CaptureFix
 
 
 def test_types_of_values() -> None:
-    assert misfit(3, float) is None
-    assert misfit(float("nan"), float) == "it is nan, but must be float"
-    assert misfit(10**400, float) is not None
-    assert misfit(True, int) == "it is True, but must be int"
-    assert misfit(None, int | None) is None
-    assert misfit({"a": 1}, dict[str, str], "x") == "x.a is 1, but must be str"
-    assert misfit([1], tuple[int, ...]) is None
-    assert misfit("x" * 99, int) == f"it is '{'x' * 59}…, but must be int"
+    assert find_type_error(3, float) is None
+    assert find_type_error(float("nan"), float) == "it is nan, but must be float"
+    assert find_type_error(10**400, float) is not None
+    assert find_type_error(True, int) == "it is True, but must be int"
+    assert find_type_error(None, int | None) is None
+    assert find_type_error({"a": 1}, dict[str, str], "x") == "x.a is 1, but must be str"
+    assert find_type_error([1], tuple[int, ...]) is None
+    assert find_type_error("x" * 99, int) == f"it is '{'x' * 59}…, but must be int"
 
 
 @pytest.mark.parametrize("text", ["NaN", "[-Infinity]", "1e400", "[" * 10**5, "", "1 2", b"\xff"])

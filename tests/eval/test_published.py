@@ -10,7 +10,7 @@ import user_method
 from tiny import refusal
 
 from eval import published
-from eval.published import Measured, find, format_table, read_figures, tabulate, unpruned
+from eval.published import Measured, find_figures, format_table, read_figures, tabulate, unpruned
 from minillava import parse_plan
 
 
@@ -81,7 +81,7 @@ def test_no_figure_stands_there_twice(figures):
 def test_figures_as_the_sources_print_them(figures, source, task, metric, plan, value):
     (found,) = (
         f
-        for f in find(figures, task, plan=plan, model="llava-1.5-7b")
+        for f in find_figures(figures, task, plan=plan, model="llava-1.5-7b")
         if (f.source.id, f.metric) == (source, metric)
     )
     assert found.low == found.high == value
@@ -147,11 +147,11 @@ def test_every_figure_is_the_transcribed_one():
 
 
 def test_doubts_are_kept_with_the_figures(figures):
-    (seed,) = (f for f in find(figures, "seed_bench", plan="none") if f.low == 60.5)
+    (seed,) = (f for f in find_figures(figures, "seed_bench", plan="none") if f.low == 60.5)
     assert "seed_all" in seed.contested
     assert all(f.contested for f in figures if f.source.id == "family" and f.method == "FastV")
     assert {f.low for f in figures if f.source.recalled} == {60.49, 66.1, 68.2}
-    (hired,) = (f for f in find(figures, "textvqa", "HiRED") if f.tokens == 64)
+    (hired,) = (f for f in find_figures(figures, "textvqa", "HiRED") if f.tokens == 64)
     assert hired.protocol.convention == "lmms"
     assert "OCR" in hired.contested
 
