@@ -25,7 +25,7 @@ from .files import (
     image_folder,
     int_field,
     json_rows,
-    list_field,
+    options_field,
     text_field,
 )
 from .tables import find_table
@@ -65,7 +65,7 @@ class AOKVQA(Task):
             ]
         items = []
         for i, (row, image) in enumerate(zip(rows, images, strict=True)):
-            choices = list_field(row, "choices", path, f"row {i}")
+            choices = options_field(row, "choices", path, f"row {i}")
             options = letter_options(choices, "({}) {}", " ")
             text = (  # with a second line break after the image, as in the script
                 "\nAnalyse the image and choose the best answer for the following question:\n"

@@ -153,6 +153,21 @@ def list_field(row: Any, name: str, path: Path, number: object) -> list[Any]:
     return value
 
 
+def options_field(row: Any, name: str, path: Path, number: object) -> list[str]:
+    """A required list of answer options, which are texts or numbers, as texts (ValueError
+    otherwise)."""
+    values = list_field(row, name, path, number)
+    return [option_field({name: value}, name, path, number) for value in values]
+
+
+def option_field(row: Any, name: str, path: Path, number: object) -> str:
+    """A required answer option, which is text or a number, as text (ValueError otherwise)."""
+    value = field(row, name, path, number)
+    if isinstance(value, bool) or not isinstance(value, str | int | float):
+        raise _wrong(value, name, path, number, "text or a number")
+    return str(value)
+
+
 def id_field(row: Any, name: str, path: Path, number: object) -> str | int:
     """A required field that identifies a row: text or a whole number, also 3.0 for 3.
 

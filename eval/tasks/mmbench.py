@@ -19,7 +19,7 @@ from .base import (
     letter_options,
     percent,
 )
-from .files import Row, first_existing, int_field, read_table, text_field
+from .files import Row, first_existing, int_field, option_field, read_table, text_field
 from .tables import find_table
 
 FILE = "mmbench_dev_20230712.tsv"
@@ -104,7 +104,7 @@ def _item(row: Row, path: Path, i: int, images: tuple[ImageSource, ...], protoco
             if protocol == "llava":
                 break  # the script stops at the first missing option
             continue
-        options[letter] = str(row[letter])
+        options[letter] = option_field(row, letter, path, f"question {number}")
     hint = row.get("hint") if _has_value(row.get("hint"), protocol) else None
     listed = letter_options(list(options.values()))
     if protocol == "llava":

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from ..metrics.rouge import clean, rouge_l
 from .base import Answer, ImageSource, Item, Score, Setup, Task, gold_of, percent
-from .files import field, first_existing, id_field, image_folder, list_field, read_json
+from .files import field, first_existing, id_field, image_folder, list_field, read_json, text_field
 from .tables import find_table
 
 IMAGES = 500  # of the test split, as in the script
@@ -59,7 +59,8 @@ class OCRVQA(Task):
                     "OCR-VQA's dataset.json"
                 )
             for j, (question, answer) in enumerate(zip(questions, answers, strict=True)):
-                items.append(Item(f"{i}_{j}", question, images, {"answer": answer}))
+                text = text_field({"question": question}, "question", path, f"{i}, question {j}")
+                items.append(Item(f"{i}_{j}", text, images, {"answer": answer}))
         return items[:limit]
 
     def score(self, answers: Sequence[Answer], protocol: str) -> Score:

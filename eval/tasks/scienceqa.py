@@ -29,6 +29,7 @@ from .files import (
     first_existing,
     id_field,
     list_field,
+    options_field,
     read_json,
     text_field,
 )
@@ -100,7 +101,7 @@ class ScienceQA(Task):
     ) -> list[Item]:
         splits = path.parent / "pid_splits.json"
         if splits.is_file():
-            ids = field(read_json(splits), "test", splits, "it")
+            ids = list_field(read_json(splits), "test", splits, "it")
         else:
             ids = [i for i, p in problems.items() if field(p, "split", path, i) == "test"]
         items = []
@@ -187,9 +188,9 @@ class ScienceQA(Task):
 
 def _parts(row: Row, path: Path, where: str) -> tuple[str, str, list[str]]:
     """The hint, question and choices of a row."""
-    hint = text_field(row, "hint", path, where) if row.get("hint") else ""
-    choices = [str(choice) for choice in list_field(row, "choices", path, where)]
-    return hint, text_field(row, "question", path, where), choices
+    question = text_field(row, "question", path, where)
+    hint = "" if row.get("hint") is None else text_field(row, "hint", path, where)
+    return hint, question, options_field(row, "choices", path, where)
 
 
 def _letter(answer: Answer, protocol: str) -> str | None:

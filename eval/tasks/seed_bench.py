@@ -22,10 +22,10 @@ from .base import (
 )
 from .files import (
     Row,
-    field,
     first_existing,
     id_field,
     image_folder,
+    option_field,
     read_json,
     section,
     text_field,
@@ -62,6 +62,7 @@ class SEEDBench(Task):
         folder = image_folder(path.parent, "SEED-Bench-image", "images")
         found = []
         for i, row in enumerate(section(read_json(path), "questions", path)):
+            id_field(row, "question_id", path, f"row {i}")
             is_image = row.get("data_type", "image") == "image"
             images = (ImageSource.from_file(folder / str(row.get("data_id"))),) if is_image else ()
             if is_image or source.is_file():
@@ -93,7 +94,7 @@ class SEEDBench(Task):
 
 def _item(row: Row, path: Path, i: int, images: tuple[ImageSource, ...]) -> Item:
     number = id_field(row, "question_id", path, f"row {i}")
-    choices = [str(field(row, f"choice_{x}", path, f"question {number}")) for x in "abcd"]
+    choices = [option_field(row, f"choice_{x}", path, f"question {number}") for x in "abcd"]
     question = text_field(row, "question", path, f"question {number}")
     text = f"{question}\n{letter_options(choices)}{LETTER}"
     gold = {"answer": row.get("answer"), "data_type": str(row.get("data_type", "image"))}

@@ -290,6 +290,8 @@ WRONG: list[tuple[str, dict[str, Any], str]] = [
     ("aokvqa", {**A_OKVQA, "correct_choice_idx": [-1]}, "correct_choice_idx is -1"),
     ("aokvqa", {**A_OKVQA, "correct_choice_idx": [2]}, "correct_choice_idx is 2, .* 0 to 1"),
     ("aokvqa", {**A_OKVQA, "correct_choice_idx": [0.5]}, "correct_choice_idx is 0.5"),
+    ("aokvqa", {**A_OKVQA, "choices": [["x", None]]}, "no 'choices'"),
+    ("aokvqa", {**A_OKVQA, "choices": [[True, False]]}, "choices is True, but must be text or"),
     ("aokvqa", {**A_OKVQA, "choices": ["xy"]}, "choices is 'xy', but must be a list"),
     ("scienceqa", {**SCIENCE, "answer": [-1]}, "answer is -1"),
     ("scienceqa", {**SCIENCE, "answer": ["x"]}, "answer is 'x'"),
