@@ -57,6 +57,9 @@ class Row(TypedDict):
     metadata: Metadata
 
 
+_MOST = 2**63  # of a count
+
+
 @contextmanager
 def name_file_in_errors(path: Path) -> Iterator[None]:
     """Turn an OSError, for example of a full disk, into a ValueError that names the file."""
@@ -188,10 +191,12 @@ class AnswerFile:
         """Why a row does not belong to this file, or None."""
         told = row["metadata"]
         entering = (told["tokens_entering"], told["image_tokens_entering"])
+        counts = [told["number"], told["prompt_tokens"], told["new_tokens"], told["batch"]]
+        counts += [told["cache_bytes"], *(n for layers in entering for n in layers)]
         if told["plan"] != self.plan:
             return f"metadata.plan is {told['plan']!r}"
-        if told["number"] < 0:
-            return f"metadata.number is {told['number']}, but must be 0 or more"
+        if strange := [n for n in counts if not 0 <= n < _MOST]:
+            return f"metadata has {str(strange[0])[:40]}, but counts are from 0 to 2^63"
         if told["prompt_tokens"] < 1 or told["batch"] < 1:
             return "metadata.prompt_tokens and metadata.batch must be 1 or more"
         if any(len(counts) != self.layers for counts in entering):

@@ -55,9 +55,10 @@ def _finite(text: str) -> float:
 def find_type_error(value: object, kind: Any, name: str = "it") -> str | None:
     """Why a JSON value does not have a type, or None if it has. name: of the value, in the reason.
 
-    kind: str, int, float (finite; integers too), bool, None, Any, a union, a list, tuple, Sequence
-    or Mapping with the type of its values, a dataclass or a TypedDict. An object may have entries
-    that its TypedDict does not name, but none that its dataclass does not name.
+    kind: str, int, float (integers too; both in the range of floats), bool, None, Any, a union, a
+    list, tuple, Sequence or Mapping with the type of its values, a dataclass or a TypedDict. An
+    object may have entries that its TypedDict does not name, but none that its dataclass does not
+    name.
     """
     origin, args = get_origin(kind), get_args(kind)
     if origin in (Union, types.UnionType):
@@ -106,9 +107,10 @@ def _is_plain(value: object, kind: Any) -> bool:
         return value is None
     if isinstance(value, bool):
         return kind is bool
-    if kind is float:
+    if kind in (int, float):
+        numbers = int if kind is int else int | float
         most = sys.float_info.max  # comparing also works for integers that no float can hold
-        return isinstance(value, int | float) and -most <= value <= most
+        return isinstance(value, numbers) and -most <= value <= most
     return isinstance(value, kind)
 
 
