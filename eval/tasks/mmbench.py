@@ -105,7 +105,9 @@ def _item(row: Row, path: Path, i: int, images: tuple[ImageSource, ...], protoco
                 break  # the script stops at the first missing option
             continue
         options[letter] = option_field(row, letter, path, f"question {number}")
-    hint = row.get("hint") if _has_value(row.get("hint"), protocol) else None
+    hint = None
+    if _has_value(row.get("hint"), protocol):
+        hint = option_field(row, "hint", path, f"question {number}")
     listed = letter_options(list(options.values()))
     if protocol == "llava":
         text = f"{hint}\n{question}\n{listed}" if hint else f"{question}\n{listed}"

@@ -36,10 +36,13 @@ class POPE(Task):
     def _all(self, source: Path) -> Iterator[Item]:
         if source.is_dir() and (table := find_table(source, "test")) is not None:
             for i, row in enumerate(table.rows):
-                gold = {"answer": row.get("answer"), "split": row.get("category")}
+                split = row.get("category")
+                if split is not None:
+                    split = text_field(row, "category", table.path, f"row {i}")
+                gold = {"answer": row.get("answer"), "split": split}
                 number = str(id_field(row, "question_id", table.path, f"row {i}"))
                 text = text_field(row, "question", table.path, f"row {i}").strip() + SHORT
-                name = f"{row.get('category')}/{number}"
+                name = f"{split}/{number}"
                 yield Item(name, text, (table.image(i),), gold, (number,))
             return
         if source.is_file():

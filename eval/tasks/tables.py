@@ -24,6 +24,7 @@ from .base import ImageSource
 from .files import Row
 
 _IMAGES = re.compile(r"image(_\d+)?")
+_BYTES = b"..."
 _NO_VALUE = "__HIVE_DEFAULT_PARTITION__"
 
 
@@ -149,11 +150,11 @@ def _read_saved(place: Path) -> Table:
     datasets.disable_progress_bars()
     try:
         dataset = datasets.load_from_disk(str(place)).with_format("arrow")
-        pictures, plain = _columns(dataset.features.arrow_schema)
-        rows = dataset.select_columns(plain)[:].to_pylist()
+        images, plain, others = _columns(dataset.features.arrow_schema)
+        rows = [{**row, **others} for row in dataset.select_columns(plain)[:].to_pylist()]
     except Exception as error:  # the library raises errors of many types
         raise ValueError(f"{place} cannot be read ({error}); download it again") from None
-    return Table(place, rows, _Saved(dataset.select_columns(pictures)), (place,))
+    return Table(place, rows, _Saved(dataset.select_columns(images)), (place,))
 
 
 # ---------------------------------------------------------------- parquet
@@ -197,7 +198,7 @@ def _read_parquet(folder: Path, files: Sequence[Path]) -> Table:
     for file in files:
         try:
             with parquet.ParquetFile(file) as opened:
-                pictures, plain = _columns(opened.schema_arrow)
+                images, plain, others = _columns(opened.schema_arrow)
                 sizes = [
                     opened.metadata.row_group(i).num_rows for i in range(opened.num_row_groups)
                 ]
@@ -205,9 +206,9 @@ def _read_parquet(folder: Path, files: Sequence[Path]) -> Table:
         except (ArrowException, OSError, ValueError, OverflowError) as error:
             raise _unreadable(file, error) from None
         starts += [len(rows) + sum(sizes[:number]) for number in range(len(sizes))]
-        groups += [(file, number, tuple(pictures)) for number in range(len(sizes))]
-        partition = dict(_partition(file, folder))
-        rows += [{**row, **partition} for row in found]
+        groups += [(file, number, tuple(images)) for number in range(len(sizes))]
+        others |= dict(_partition(file, folder))
+        rows += [{**row, **others} for row in found]
     if not rows:
         raise ValueError(f"{files[0]} has no rows; download or create it again")
     folders = dict.fromkeys((folder, *(file.parent for file in files)))
@@ -227,8 +228,13 @@ def _partition(file: Path, folder: Path) -> Iterator[tuple[str, str | None]]:
             yield unquote(key), None if value == _NO_VALUE else unquote(value)
 
 
-def _columns(schema: Any) -> tuple[list[str], list[str]]:
-    """The names of the columns of images, and of the other columns that hold no bytes."""
-    pictures = [field.name for field in schema if _IMAGES.fullmatch(field.name)]
-    plain = [f.name for f in schema if f.name not in pictures and "binary" not in str(f.type)]
-    return pictures, plain
+def _columns(schema: Any) -> tuple[list[str], list[str], Row]:
+    """The names of the columns of images, of those without bytes, and the values of the others.
+
+    No task reads bytes that are not an image, so every row has the same few bytes in their place. A
+    task that expects text there refuses them.
+    """
+    images = [field.name for field in schema if _IMAGES.fullmatch(field.name)]
+    plain = [f.name for f in schema if f.name not in images and "binary" not in str(f.type)]
+    others = {field.name: _BYTES for field in schema if field.name not in (*images, *plain)}
+    return images, plain, others
