@@ -383,3 +383,13 @@ def test_a_pipe_in_place_of_a_file_is_named(name: str, tmp_path: Path) -> None:
     os.mkfifo(tmp_path / name)
     with pytest.raises(ValueError, match=f"{name} is a special file"):
         questions(tmp_path)[0].images[0].open()
+
+
+def test_images_are_rotated_by_exif_as_datasets_does(tmp_path: Path) -> None:
+    datasets = pytest.importorskip("datasets")
+    exif, stream = Image.Exif(), io.BytesIO()
+    exif[0x0112] = 6  # the first row is on the right
+    Image.new("RGB", (8, 6)).save(stream, "JPEG", exif=exif)
+    write(tmp_path, columns(image=[stream.getvalue()] * N))
+    theirs = datasets.Image().decode_example({"bytes": stream.getvalue(), "path": None})
+    assert questions(tmp_path)[0].images[0].open().size == theirs.size == (6, 8)
