@@ -161,10 +161,14 @@ def test_row_groups_files_compression_and_text_types_make_no_difference(tmp_path
     texts["answer"] = pa.array(list("ABC")).dictionary_encode()  # a category of pandas or polars
     texts["data_type"] = pa.array(["image"] * N, pa.string_view())
     index = pa.array([7, 5, 6])  # an index that pandas writes
-    values = {**texts, "image": images_in("binary"), "__index_level_0__": index}
+    values: dict[str, Any] = {**texts, "image": images_in("binary"), "__index_level_0__": index}
     for i in (0, 2, 10):  # as dask names its files, 10 behind 2
+        values["question_id"] = [f"{i}-{row}" for row in range(N)]
         write(tmp_path, values, f"test/part.{i}.parquet", row_group_size=2, compression="zstd")
     items = questions(tmp_path)
+    assert [item.question_id for item in items] == [
+        f"{i}-{j}" for i in (0, 2, 10) for j in range(N)
+    ]
     assert colours(items) == [["red"], ["lime"], ["blue"]] * 3
     assert [item.gold["answer"] for item in items] == list("ABC") * 3
     assert colours(items[::-1]) == [["blue"], ["lime"], ["red"]] * 3
