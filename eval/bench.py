@@ -20,7 +20,14 @@ from .plans import TypedPlan, file_name
 from .predict import Run
 from .predictions import read
 from .ranks import ALONE, Ranks
-from .results import PlanResult, begin, check_resume, digest_questions, json_path, machine
+from .results import (
+    PlanResult,
+    begin_result,
+    check_resume,
+    describe_machine,
+    digest_questions,
+    json_path,
+)
 from .score import find_task, read_questions, score
 from .summary import summarise
 from .tasks import TASKS
@@ -121,7 +128,7 @@ class Bench:
         """Answer the questions that this plan has not answered in --out yet, score all of them, and
         write PLAN.json beside the answers."""
         run, path = self.run(plan), self.path(plan)
-        self.ranks.run_in_first(lambda: begin(path, run))
+        self.ranks.run_in_first(lambda: begin_result(path, run))
         with cost.peak_memory() as peak:
             rows = predict.predict(
                 self.model,
@@ -136,7 +143,7 @@ class Bench:
             costs = summarise(rows, self.model.config.text, peak())
         scored = score(self.task, self.items, read(path), run.protocol)
         asked = digest_questions(self.items)
-        result = PlanResult(run, scored, costs, asked, machine(), self.ranks.size)
+        result = PlanResult(run, scored, costs, asked, describe_machine(), self.ranks.size)
         text = store.as_json(result.json())
         self.ranks.run_in_first(lambda: store.write_atomically(json_path(path), text))
         return result

@@ -439,6 +439,8 @@ _LABELS = {"name", "id", "subject", "options"}  # fields for the reader only
 
 
 def _load(path: Path) -> tuple[Mapping[str, Any], list[Case]]:
+    if path.exists() and not path.is_file():  # a pipe would wait for its writer
+        raise ValueError(f"{path} cannot be read, it is no plain file; give files of cases")
     try:
         document = json.loads(path.read_text(encoding="utf-8-sig"))
     except FileNotFoundError:
@@ -533,7 +535,7 @@ def _same(expected: Any, came: Any) -> bool:
     return type(expected) is type(came) and expected == came
 
 
-def text_of(checked: Sequence[Checked]) -> str:
+def format_report(checked: Sequence[Checked]) -> str:
     """A line for each file, followed by its misses, and the total at the end."""
     lines = []
     for file in checked:
@@ -550,7 +552,7 @@ def text_of(checked: Sequence[Checked]) -> str:
     return "\n".join([*lines, f"total: {right}/{total}"])
 
 
-def json_of(checked: Sequence[Checked]) -> str:
+def as_json(checked: Sequence[Checked]) -> str:
     return json.dumps(
         {
             "right": sum(file.right for file in checked),
@@ -576,7 +578,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     def act() -> None:
         given = parser.parse_args(arguments)
         checked.extend(check(path) for path in given.files)
-        print(json_of(checked) if given.json else text_of(checked), flush=True)
+        print(as_json(checked) if given.json else format_report(checked), flush=True)
 
     code = run_command(act)
     return code or int(any(file.right != file.total for file in checked))

@@ -206,7 +206,7 @@ def peak_memory() -> Iterator[Callable[[], int]]:
     yield _peak
 
 
-def give_back() -> None:
+def return_freed_memory() -> None:
     """Return freed memory to the system, if the C library supports it."""
     gc.collect()
     memory.return_freed_memory()

@@ -137,7 +137,7 @@ def _percent(right: Sequence[bool]) -> float:
     return round(100 * sum(right) / max(len(right), 1), 1)
 
 
-def table(rows: Sequence[dict[str, Any]]) -> str:
+def format_table(rows: Sequence[dict[str, Any]]) -> str:
     """The rows as a Markdown table, a line for each plan."""
     skip = {"plan", "questions", "image_tokens_entering_a_layer", "seconds"}
     kinds = [key for key in rows[0] if key not in skip]
@@ -182,9 +182,9 @@ def _run(args: argparse.Namespace) -> None:
         f"{args.questions} held-out questions, seed {args.seed}; {seconds:.0f} s on {threads} "
         f"thread{'s' * (threads > 1)}, torch {torch.__version__.partition('+')[0]}"
     )
-    print(f"{note}\n\n{table(rows)}", flush=True)
+    print(f"{note}\n\n{format_table(rows)}", flush=True)
     found = {"seed": args.seed, "model": Path(args.model).name, "rows": rows}
-    texts = (json.dumps(found, indent=1) + "\n", f"{note}\n\n{table(rows)}\n")
+    texts = (json.dumps(found, indent=1) + "\n", f"{note}\n\n{format_table(rows)}\n")
     for path, text in zip(files, texts, strict=False):
         store.write_atomically(path, text)
 

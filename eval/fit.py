@@ -52,6 +52,9 @@ from minillava.pruning import Context, Keep, Method, Plan
 from minillava.pruning.base import Stage
 from minillava.request import prompts_of
 
+from .tasks.files import read_text
+from .typed import refuse_special_file
+
 # ---------------------------------------------------------------- VTW
 
 
@@ -211,18 +214,22 @@ def samples(file: Path | None, n: int, seed: int) -> list[tuple[str, Image.Image
         from weights import scenes
 
         return [(e.question, scene.image) for scene, e in scenes.held_out(seed, n, None)]
-    lines = ((i, x) for i, x in enumerate(file.read_text("utf-8").splitlines(), 1) if x.strip())
+    lines = ((i, x) for i, x in enumerate(read_text(file).split("\n"), 1) if x.strip())
     found: list[tuple[str, Image.Image]] = []
     for i, line in itertools.islice(lines, n):
         try:
             sample = json.loads(line)
             text, name = str(sample["text"]), str(sample["image"])
-        except (ValueError, KeyError, TypeError):
+        except (ValueError, KeyError, TypeError, RecursionError):
             raise ValueError(
                 f'{file}, line {i}: {line[:60]!r} must be {{"image": FILE, "text": QUESTION}}; '
                 "correct it"
             ) from None
-        found.append((text, Image.open(file.parent / name)))
+        try:
+            refuse_special_file(file.parent / name)
+            found.append((text, Image.open(file.parent / name)))
+        except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+            raise ValueError(f"{file}, line {i}: {error}; correct the path") from None
     if not found:
         raise ValueError(f"{file} has no samples; give one JSON object a line")
     return found
@@ -262,6 +269,8 @@ def _run(args: argparse.Namespace) -> None:
         raise ValueError(
             f"--save {args.save} must be a percentage from 1 to 99; give a smaller one"
         )
+    if not args.threshold >= 0:
+        raise ValueError(f"--threshold {args.threshold} must be 0 or more; give a larger one")
     pairs = samples(args.samples, args.number, args.seed)
     model, processor = load(args.model)
     prompts = [processor.prompt(text, 1) for text, _ in pairs]

@@ -120,9 +120,13 @@ def random_model(config: Config, form: str, device: torch.device) -> LLaVA:
     return model
 
 
+def _image_start(text_tokens: int) -> int:
+    return min(35, text_tokens // 2)
+
+
 def random_batch(config: Config, text_tokens: int, device: torch.device) -> Batch:
     """One image within random text: 35 tokens before it (half of a short text), the rest after."""
-    N, before = config.vision.num_patches, min(35, text_tokens // 2)
+    N, before = config.vision.num_patches, _image_start(text_tokens)
     generator = torch.Generator().manual_seed(0)
     highest = min(config.text.vocab_size, config.image_token_id)
     ids = torch.randint(3, highest, (1, text_tokens + N), generator=generator)
@@ -237,10 +241,12 @@ def run(args: argparse.Namespace) -> tuple[list[Row], Limits]:
     if args.layers and args.shape is None:
         raise ValueError(f"--layers {args.layers} is of --shape; give --shape 7b or 13b with it")
     plans = read_plans([NONE, *args.prune])
+    if args.shape:
+        _check_shape(args, plans)
     limits = Limits(cost.memory_bandwidth(device), {})
     rows: list[Row] = []
     for form in args.form:
-        cost.give_back()
+        cost.return_freed_memory()
         with cost.peak_memory() as peak:
             began = time.perf_counter()
             model = _model(args, form, device)
@@ -264,12 +270,24 @@ def _model(args: argparse.Namespace, form: str, device: torch.device) -> LLaVA:
         quantize = form if form in QUANTIZE else None
         dtype = None if quantize else form
         return load(args.model, device, dtype, quantize, progress=True)[0]
+    return random_model(_config(args), form, device)
+
+
+def _config(args: argparse.Namespace) -> Config:
     config = SHAPES[args.shape]
-    if args.layers:
-        text = replace(config.text, num_hidden_layers=args.layers)
-        config = replace(config, text=text)
-    _refuse_too_large(config, form)
-    return random_model(config, form, device)
+    layers = args.layers or config.text.num_hidden_layers
+    return replace(config, text=replace(config.text, num_hidden_layers=layers))
+
+
+def _check_shape(args: argparse.Namespace, plans: Mapping[str, TypedPlan]) -> None:
+    """Refuse plans and forms that a shape does not allow, before weights are made (ValueError)."""
+    config = _config(args)
+    layers, patches = config.text.num_hidden_layers, config.vision.num_patches
+    start = _image_start(args.text_tokens)
+    for typed in plans.values():
+        typed.plan.resolve(layers, patches).check(layers, patches, (start,))
+    for form in args.form:
+        _refuse_too_large(config, form)
 
 
 def _refuse_too_large(config: Config, form: str) -> None:
@@ -298,7 +316,7 @@ def _available(meminfo: Path = Path("/proc/meminfo")) -> float:
 # ---------------------------------------------------------------- output
 
 
-def table(rows: Sequence[Row]) -> str:
+def format_table(rows: Sequence[Row]) -> str:
     """The rows as a Markdown table."""
     head = """form | plan | vision s | prefill s | first token s | per token ms | speed-up | ideal |
         FastV's FLOPs | GFLOPs | choosing ms | layers alone s | tokens entering | cache MB |
@@ -335,11 +353,11 @@ def run_lengths(counts: Sequence[int]) -> str:
 
 
 def as_json(rows: Sequence[Row], limits: Limits) -> str:
-    found = {"machine": machine(limits), "limits": limits, "rows": rows}
+    found = {"machine": describe_machine(limits), "limits": limits, "rows": rows}
     return json.dumps(found, default=asdict)
 
 
-def machine(limits: Limits) -> str:
+def describe_machine(limits: Limits) -> str:
     rates = ", ".join(f"{form} {rate / 1e9:.0f}" for form, rate in limits.gemm.items())
     return (
         f"{platform.machine()}, {torch.get_num_threads()} threads, "
@@ -379,7 +397,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     def act() -> None:
         args = parser.parse_args(argv)
         rows, limits = run(args)
-        print(as_json(rows, limits) if args.json else f"{machine(limits)}\n\n{table(rows)}")
+        text = f"{describe_machine(limits)}\n\n{format_table(rows)}"
+        print(as_json(rows, limits) if args.json else text)
         for row in rows:
             if not row.pays:
                 print(

@@ -45,7 +45,7 @@ def read_plan(text: str) -> TypedPlan:
     "none" means no pruning. Raises ValueError for a mistake in the plan or in a file.
     """
     # The digest comes first: if the file is edited in between, the next resume refuses it.
-    files = {file: digest(Path(file)) for file in files_of(text) if Path(file).is_file()}
+    files = {file: digest_file(Path(file)) for file in files_of(text) if Path(file).is_file()}
     return TypedPlan(text, parse_plan_with_files("" if text == NONE else text), files or None)
 
 
@@ -60,7 +60,7 @@ def files_of(text: str) -> list[str]:
     return [match["file"] for match in found if match]
 
 
-def digest(file: Path) -> str:
+def digest_file(file: Path) -> str:
     """The sha256 of a file's content, in hexadecimal."""
     return hashlib.sha256(file.read_bytes()).hexdigest()
 

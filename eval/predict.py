@@ -73,34 +73,32 @@ def predict(
     Raises ValueError, the same in every process, with the question that failed; earlier answers
     stay in the file.
     """
-    done = set(ranks.run_in_first(lambda: sorted(_answered(path, items))))
+    answers = store.AnswerFile(path, run.plan, model.config.text.num_hidden_layers)
+    done = set(ranks.run_in_first(lambda: sorted(_answered(answers, items))))
     groups = list(_groups(len(items), done, batch_size))[ranks.rank :: ranks.size]
-    file = path if ranks.size == 1 else store.part_path(path, ranks.rank)
+    own = path if ranks.size == 1 else answers.part(ranks.rank)
 
     def work() -> list[store.Row]:
         rows = []
-        with file.open("ab") as out, _bar(run.plan, groups, ranks) as bar:
+        with store.open_to_append(own) as out, _bar(run.plan, groups, ranks) as bar:
             for i, group in enumerate(groups):
-                new = _answer(model, processor, [items[n] for n in group], group[0], run, plan)
-                for row in new:
-                    row["metadata"]["warm"] = i >= WARM_UP
+                asked, warm = [items[n] for n in group], i >= WARM_UP
+                new = _answer(model, processor, asked, group[0], run, plan, warm)
                 store.append_rows(out, new)
                 rows += new
                 bar.update(len(group))
         return rows
 
     found = [row for rows in ranks.gather(work) for row in rows]
-    return ranks.run_in_first(
-        lambda: list(store.merge_parts(path, found if ranks.size > 1 else ()).values())
-    )
+    return ranks.run_in_first(lambda: list(answers.merge(found if ranks.size > 1 else ()).values()))
 
 
-def _answered(path: Path, items: Sequence[Item]) -> set[int]:
+def _answered(answers: store.AnswerFile, items: Sequence[Item]) -> set[int]:
     """The indices of the questions that have an answer.
 
     Raises ValueError if the file answers other questions.
     """
-    rows = store.merge_parts(path)
+    path, rows = answers.path, answers.merge()
     for number, row in rows.items():
         if number >= len(items):
             raise ValueError(
@@ -158,7 +156,13 @@ def batch_of(processor: Processor, items: Sequence[Item], run: Run) -> Batch:
 
 
 def _answer(
-    model: LLaVA, processor: Processor, items: Sequence[Item], number: int, run: Run, plan: Plan
+    model: LLaVA,
+    processor: Processor,
+    items: Sequence[Item],
+    number: int,
+    run: Run,
+    plan: Plan,
+    warm: bool,
 ) -> list[store.Row]:
     batch, clock = batch_of(processor, items, run), cost.Clock()
     try:
@@ -182,18 +186,17 @@ def _answer(
             "metadata": {
                 "number": number + b,
                 "plan": run.plan,
-                **_measurements(model, result, b),
-                "choosing": clock.seconds,
-                "batch": len(items),
+                "warm": warm,
+                **_measurements(model, result, b, clock.seconds),
             },
         }
         for b, item in enumerate(items)
     ]
 
 
-def _measurements(model: LLaVA, result: Result, b: int) -> store.Row:
-    """The counts, times and bytes of one sample. Times are those of its whole batch."""
-    report, itemsize = result.report, model.dtype.itemsize
+def _measurements(model: LLaVA, result: Result, b: int, choosing: float) -> store.Measurements:
+    """The measurements of sample b of a batch. choosing: the seconds of the plan's choices."""
+    report = result.report
     cached = [layer[b] for layer in report.cache_lengths]
     return {
         "prompt_tokens": report.prompt_tokens[b],
@@ -201,12 +204,14 @@ def _measurements(model: LLaVA, result: Result, b: int) -> store.Row:
         "image_tokens_entering": [layer[b] for layer in report.image_tokens_entering],
         "new_tokens": len(result.tokens[b]),
         "stopped": report.stopped[b],
-        "cache_bytes": cost.cache_bytes(cached, model.config.text, itemsize),
+        "cache_bytes": cost.cache_bytes(cached, model.config.text, model.dtype.itemsize),
         "vision": report.vision,
         "prefill": report.prefill,
         "first_token": report.first_token,
         "per_token": report.per_token if len(result.tokens[b]) > 1 else None,
         "peak_bytes": report.peak_bytes,
+        "choosing": choosing,
+        "batch": len(result.tokens),
     }
 
 

@@ -8,6 +8,8 @@ where ids repeat, never by order.
 from __future__ import annotations
 
 import json
+import math
+import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -15,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from .tasks.base import Answer, Item, question_key
-from .tasks.files import read_json, read_jsonl, read_table, read_text, tab_rows
+from .tasks.files import read_json, read_jsonl, read_table, read_text, tab_rows, whole_number
 
 IDS = ("question_id", "questionId", "id", "image_id", "index")
 TEXTS = ("text", "prediction", "answer", "caption", "response", "output", "pred")
@@ -135,7 +137,7 @@ def _is_one_value(text: str) -> bool:
         return True
     try:
         json.loads(first.split("\n", 1)[0])
-    except ValueError:
+    except (ValueError, RecursionError):
         return True
     return "\n" not in first.strip()
 
@@ -176,7 +178,7 @@ def _pair(question_id: str, value: Any, path: Path) -> Prediction:
 
 
 def _prediction(row: Mapping[str, Any], where: str) -> Prediction:
-    ids = [str(row[name]) for name in IDS if row.get(name) is not None]
+    ids = [form for name in IDS if row.get(name) is not None for form in _forms(row[name], where)]
     if not ids:
         raise ValueError(f"{where} has no id ({', '.join(IDS)}); give a file of predictions")
     # MMMU's rows have the right answer as "answer", beside "response"
@@ -188,10 +190,23 @@ def _prediction(row: Mapping[str, Any], where: str) -> Prediction:
     return Prediction((*exact, *ids), _text(row[name], where), where)
 
 
+def _forms(value: object, where: str) -> list[str]:
+    """An id as text: 3.0 as "3". The text "3.0", which pandas writes in a column with gaps, is
+    taken for itself and then for "3"."""
+    if isinstance(value, str):
+        whole = value.partition(".")[0]
+        is_whole = re.fullmatch(r"[0-9]+\.0", value) is not None
+        return [value, whole] if is_whole else [value]
+    number = whole_number(value)
+    if number is None:
+        raise ValueError(f"{where} has the id {repr(value)[:60]}, which is no text or whole number")
+    return [str(number)]
+
+
 def _text(value: Any, where: str) -> str:
     if isinstance(value, str):
         return value
-    if isinstance(value, bool | int | float):
+    if isinstance(value, bool | int) or (isinstance(value, float) and math.isfinite(value)):
         return str(value)
     if isinstance(value, list) and len(value) == 1 and isinstance(value[0], str):
         return value[0]

@@ -6,9 +6,9 @@
     python -m eval.published --json               the same as JSON, one object for each figure
 
 published.json has them as the sources print them: a row is a method at a budget, a column is a task
-with its split, metric and protocol. `beside` compares measured figures with them. A measured figure
-is compared with a published one only if task, split, metric, model, convention and weights are the
-same, and every source has its own unpruned row.
+with its split, metric and protocol. `tabulate` compares measured figures with them. A measured
+figure is compared with a published one only if task, split, metric, model, convention and weights
+are the same, and every source has its own unpruned row.
 """
 
 from __future__ import annotations
@@ -165,7 +165,7 @@ class Table:
 # ---------------------------------------------------------------- the file
 
 
-def load(path: Path = FILE) -> tuple[Figure, ...]:
+def read_figures(path: Path = FILE) -> tuple[Figure, ...]:
     """All figures, checked. Raises ValueError, one line, for a mistake in the file."""
     try:
         data = json.loads(path.read_text("utf-8"))
@@ -246,7 +246,7 @@ def _required(source: str, field: str, text: str) -> str:
 # ---------------------------------------------------------------- finding
 
 
-def find(
+def find_figures(
     figures: Sequence[Figure],
     task: str | None = None,
     method: str | None = None,
@@ -317,7 +317,7 @@ def _has_method(figure: Figure, method: str) -> bool:
 # ---------------------------------------------------------------- side by side
 
 
-def beside(measured: Sequence[Measured], figures: Sequence[Figure]) -> tuple[Table, ...]:
+def tabulate(measured: Sequence[Measured], figures: Sequence[Figure]) -> tuple[Table, ...]:
     """A table for each group of measured figures, with the published figures of the same group.
 
     A source has a column if it has one of the measured plans. Its unpruned figure is in the first
@@ -346,11 +346,17 @@ def beside(measured: Sequence[Measured], figures: Sequence[Figure]) -> tuple[Tab
     return tuple(tables)
 
 
+def format_comparison(measured: Sequence[Measured]) -> list[str]:
+    """A table as text for each group of measured figures that has published ones."""
+    tables = tabulate(measured, read_figures())
+    return [format_table(table) for table in tables if table.sources]
+
+
 def _cell(plan: str, own: Sequence[Figure], model: str) -> Figure | None:
     return next((figure for figure in own if same_plan(plan, figure.plan, model)), None)
 
 
-def text_of(table: Table) -> str:
+def format_table(table: Table) -> str:
     """A table as text. Marks before a figure: ~ if the source does not state its settings, ! if the
     figure is contested, ? if it is recalled and not read."""
     heads = ["plan", "measured", *(source.id for source in table.sources)]
@@ -381,7 +387,7 @@ def _aligned(lines: Sequence[Sequence[str]]) -> list[str]:
 # ---------------------------------------------------------------- printing all
 
 
-def listing(figures: Sequence[Figure], every: Sequence[Figure]) -> str:
+def format_sources(figures: Sequence[Figure], every: Sequence[Figure]) -> str:
     """The figures source by source, a block for each group, below the source's unpruned row.
 
     every: all figures, in which the unpruned row is looked up.
@@ -453,12 +459,12 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     def run() -> None:
         args = parser.parse_args(argv)
-        every = load()
-        found = find(every, args.task, args.method)
+        every = read_figures()
+        found = find_figures(every, args.task, args.method)
         if not found:
             asked = f"--task {args.task}" + (f" --method {args.method}" if args.method else "")
             raise ValueError(f"there is no published figure for {asked}; leave one out to see more")
-        print(as_json(found, every) if args.json else listing(found, every))
+        print(as_json(found, every) if args.json else format_sources(found, every))
 
     return run_command(run)
 

@@ -37,7 +37,12 @@ class Ranks:
         if self.size == 1:
             return [value]  # type: ignore[list-item]
         outcomes: list[Any] = [None] * self.size
-        dist.all_gather_object(outcomes, (value, error))
+        try:
+            dist.all_gather_object(outcomes, (value, error))
+        except RuntimeError:  # the library has no type of its own for a lost connection
+            raise ValueError(
+                "another process of torchrun has ended; the same command continues from here"
+            ) from None
         for _, error in outcomes:
             if error:
                 raise ValueError(error)

@@ -14,18 +14,36 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any
+from typing import Any, TypedDict, cast
 
 import torch
 
 from . import cost, store
-from .plans import NONE, digest
+from .plans import NONE, digest_file
 from .predict import Run
-from .score import Scored
+from .score import Scored, ScoredContent
 from .summary import TIMES, Costs
 from .tasks.base import Item
+from .typed import find_type_error, parse_json, refuse_special_file
 
 BY_PLAN = ("plan", "method_files", "tokens", "focus")  # entries of Run that follow from the plan
+
+
+class _Settings(TypedDict):
+    """What PLAN.json has when a run begins."""
+
+    run: Mapping[str, Any]
+
+
+class _Content(TypedDict):
+    """What PLAN.json has when all questions are answered."""
+
+    run: Run
+    score: ScoredContent
+    costs: Costs
+    questions: str
+    machine: str
+    processes: int
 
 
 @dataclass(frozen=True)
@@ -51,8 +69,14 @@ class PlanResult:
         }
 
     @classmethod
-    def from_json(cls, found: Mapping[str, Any]) -> PlanResult:
-        """The inverse of json(). Raises KeyError, TypeError or AttributeError for other content."""
+    def from_json(cls, found: object) -> PlanResult:
+        """The inverse of json(). Raises ValueError for other content."""
+        if reason := find_type_error(found, _Content):
+            raise ValueError(reason)
+        return cls._from_checked(cast(dict[str, Any], found))
+
+    @classmethod
+    def _from_checked(cls, found: Mapping[str, Any]) -> PlanResult:
         costs = dict(found["costs"])
         for name in TIMES:
             costs[name] = costs[name] and cost.Spread(**costs[name])
@@ -91,12 +115,12 @@ def settings(run: Run) -> dict[str, Any]:
             "torch": torch.__version__,
             "python": platform.python_version(),
         },
-        "machine": machine(),
+        "machine": describe_machine(),
         "attention": "scaled_dot_product_attention",
     }
 
 
-def machine() -> str:
+def describe_machine() -> str:
     return f"{platform.machine()}, {torch.get_num_threads()} threads, {platform.system()}"
 
 
@@ -122,7 +146,7 @@ def json_path(path: Path) -> Path:
     return path.with_suffix(".json")
 
 
-def begin(path: Path, run: Run) -> None:
+def begin_result(path: Path, run: Run) -> None:
     """Check that a run may continue (ValueError as below), and write PLAN.json if it is new."""
     check_resume(path, run)
     if not json_path(path).exists():
@@ -137,9 +161,9 @@ def check_resume(path: Path, run: Run) -> None:
             raise ValueError(f"{path} was not begun by eval.run; give another --out")
         return
     try:
-        before = dict(json.loads(file.read_text("utf-8"))["run"])
-    except (ValueError, KeyError, TypeError):
-        raise ValueError(f"{file} is not a result of eval.run; give another --out") from None
+        before = _read(file)["run"]
+    except ValueError as error:
+        raise _not_a_result(file, str(error)) from None
     for name, value in asdict(run).items():
         if name != "method_files" and before.get(name) != value:
             raise ValueError(
@@ -147,11 +171,28 @@ def check_resume(path: Path, run: Run) -> None:
                 "--out, or the same settings"
             )
     recorded = before.get("method_files") or {}
+    if reason := find_type_error(recorded, Mapping[str, str], "run.method_files"):
+        raise _not_a_result(file, reason)
     if edited := [f for f, sha256 in (run.method_files or {}).items() if recorded.get(f) != sha256]:
         raise ValueError(
             f"{path} has answers of the plan {run.plan} from before {edited[0]} was edited; give "
             f"another --out, or delete {path.name} and {file.name}"
         )
+
+
+def _read(file: Path) -> _Settings:
+    """The content of PLAN.json. Raises ValueError with the reason if it has no settings."""
+    refuse_special_file(file)
+    found = parse_json(file.read_bytes())
+    if reason := find_type_error(found, _Settings):
+        raise ValueError(reason)
+    return cast(_Settings, found)
+
+
+def _not_a_result(file: Path, reason: str) -> ValueError:
+    return ValueError(
+        f"{file} is not a result of eval.run: {reason}; restore the file, or give another --out"
+    )
 
 
 # ---------------------------------------------------------------- earlier results of a folder
@@ -163,17 +204,21 @@ def add_earlier(
     """Put comparable results of earlier calls, from their PLAN.json files, before given results.
 
     The earlier ones begin with the unpruned plan and continue by file name. The second value is
-    plan -> reason for each result of the folder that is not comparable. Other JSON files are
-    skipped.
+    plan -> reason for each result of the folder that is not comparable; a file that cannot be read
+    is named in place of its plan. JSON files without answers beside them are skipped.
     """
     earlier: list[PlanResult] = []
     reasons: dict[str, str] = {}
     asked = {result.run.plan for result in results}
     for file in sorted(folder.glob("*.json")):
         try:
-            found = json.loads(file.read_text("utf-8"))
-            plan = str(found["run"]["plan"])
-        except (ValueError, KeyError, TypeError):
+            found = _read(file)
+            plan = found["run"].get("plan")
+            if not isinstance(plan, str):
+                raise ValueError(f"run.plan is {plan!r}, but must be str")
+        except (ValueError, OSError) as error:
+            if file.with_suffix(".jsonl").exists():
+                reasons[file.name] = f"it is not a result of eval.run: {error}"
             continue
         if plan in asked:
             continue
@@ -186,19 +231,19 @@ def add_earlier(
     return [*earlier, *results], reasons
 
 
-def _comparable(found: Mapping[str, Any], other: PlanResult) -> tuple[PlanResult | None, str]:
+def _comparable(found: _Settings, other: PlanResult) -> tuple[PlanResult | None, str]:
     """A result from its JSON, or None and the reason why it is not comparable with another."""
     if "score" not in found:
         return None, "not all of its questions are answered"
     try:
         result = PlanResult.from_json(found)
-    except (KeyError, TypeError, AttributeError):
-        return None, "its file was written by another version of eval.run"
+    except ValueError as error:
+        return None, f"its file is damaged or of another version of eval.run ({error})"
     wanted = other.conditions()
     for name, value in result.conditions().items():
         if value != wanted[name]:
             return None, f"it was asked with {name}={value}, not {wanted[name]}"
     for file, sha256 in (result.run.method_files or {}).items():
-        if Path(file).is_file() and digest(Path(file)) != sha256:
+        if Path(file).is_file() and digest_file(Path(file)) != sha256:
             return None, f"{file} was edited since"
     return result, ""

@@ -41,7 +41,7 @@ def run(args: argparse.Namespace, ranks: Ranks) -> list[PlanResult]:
 # ---------------------------------------------------------------- output
 
 
-def table(found: Sequence[PlanResult]) -> str:
+def format_table(found: Sequence[PlanResult]) -> str:
     """The results as a Markdown table, a line for each plan."""
     score = found[0].scored.score
     head = """plan | {metric} | questions | unparsed | image tokens a layer | FastV's FLOPs |
@@ -79,7 +79,7 @@ def _time(spread: cost.Spread | None, unit: float = 1.0) -> str:
     return f"{spread.median * unit:.4g} ({spread.low * unit:.4g}-{spread.high * unit:.4g})"
 
 
-def summary_text(found: Sequence[PlanResult], left_out: Mapping[str, str]) -> str:
+def format_summary(found: Sequence[PlanResult], left_out: Mapping[str, str]) -> str:
     """What was asked and how, the table, its notes, and published figures for comparison.
 
     left_out: plan -> why the folder's result of this plan is not in the table.
@@ -99,13 +99,13 @@ def summary_text(found: Sequence[PlanResult], left_out: Mapping[str, str]) -> st
         for result in found
         for file, sha256 in (result.run.method_files or {}).items()
     ]
-    parts = [head, table(found), *notes]
+    parts = [head, format_table(found), *notes]
     parts += [result.scored.text() for result in found]
-    parts += published_tables(found)
+    parts += format_published(found)
     return "\n\n".join(parts)
 
 
-def published_tables(found: Sequence[PlanResult]) -> list[str]:
+def format_published(found: Sequence[PlanResult]) -> list[str]:
     """The measured figures beside published ones, if there are any for this model."""
     name = found[0].run.model.lower().replace("v1.5", "1.5")
     model = next((m for m in published.LAYERS if m in name), None)
@@ -124,12 +124,11 @@ def published_tables(found: Sequence[PlanResult]) -> list[str]:
         )
         for result in found
     ]
-    tables = published.beside(measured, published.load())
-    return [published.text_of(t) for t in tables if t.sources]
+    return published.format_comparison(measured)
 
 
-def warnings(found: Sequence[PlanResult]) -> list[str]:
-    """A warning for each plan whose prefill is not faster than the unpruned one."""
+def describe_slow_plans(found: Sequence[PlanResult]) -> list[str]:
+    """A line for each plan whose prefill is not faster than the unpruned one."""
     unpruned = next((r.costs.prefill for r in found if r.run.plan == NONE), None)
     if unpruned is None:
         return []
@@ -169,10 +168,10 @@ def _run_and_report(args: argparse.Namespace, ranks: Ranks) -> None:
     asked = run(args, ranks)
     if ranks.rank:
         return
-    text = summary_text(*results.add_earlier(args.out, asked))
+    text = format_summary(*results.add_earlier(args.out, asked))
     store.write_atomically(args.out / "summary.md", text + "\n")
     print(json.dumps([result.json() for result in asked]) if args.json else text, flush=True)
-    for line in warnings(asked):
+    for line in describe_slow_plans(asked):
         print(f"warning: {line}", file=sys.stderr)
 
 

@@ -19,13 +19,35 @@ import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, TypedDict
 
+from minillava import parse_plan
 from minillava.app.command import CommandParser, parse_positive_int, run_command
 
 from . import predictions, published, store
+from .plans import NONE, files_of
 from .tasks import TASKS
 from .tasks.base import Item, Score, Task
+
+
+class ScoredContent(TypedDict):
+    """The entries of Scored.json()."""
+
+    figure: str
+    metric: str
+    value: float | None
+    n: int
+    right: float | None
+    unparsed: int
+    more: dict[str, Any]
+    notes: list[str]
+    task: str
+    title: str
+    split: str
+    protocol: str
+    missing: int
+    unknown: int
+    duplicates: int
 
 
 @dataclass(frozen=True)
@@ -132,7 +154,7 @@ def read_questions(
         ) from error
 
 
-def published_text(scored: Scored, model: str, plan: str, weights: str) -> str:
+def format_published(scored: Scored, model: str, plan: str, weights: str) -> str:
     """Published figures of the same task, split, metric, model, protocol and weights as text.
 
     The text is empty if there are none.
@@ -147,16 +169,13 @@ def published_text(scored: Scored, model: str, plan: str, weights: str) -> str:
         weights,
         scored.score.value,
     )
-    tables = published.beside([measured], published.load())
-    return "\n".join(published.text_of(table) for table in tables if table.sources)
+    return "\n".join(published.format_comparison([measured]))
 
 
 def _submit(
     task: Task, items: Sequence[Item], found: Sequence[predictions.Prediction], path: Path
 ) -> None:
     rows = task.submission(predictions.match(items, found).answers)
-    if rows is None:
-        raise ValueError(f"--submission: there is no server for {task.name}; leave it out")
     store.write_atomically(path, store.as_json(rows))
 
 
@@ -179,7 +198,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     add("--protocol", metavar="P", help="llava (default) or lmms; a few tasks have others")
     add("--limit", type=parse_positive_int, metavar="N", help="score only the first N questions")
     add("--model", choices=published.LAYERS, help="also print its published figures")
-    add("--prune", default="none", metavar="PLAN", help="with --model: the plan that was measured")
+    add("--prune", default=NONE, metavar="PLAN", help="with --model: the plan that was measured")
     add(
         "--weights",
         default=published.UNQUANTISED,
@@ -192,6 +211,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     def act() -> None:
         args = parser.parse_args(argv)
         task, protocol = find_task(args.task, args.protocol)
+        if args.model and not files_of(args.prune):  # mistakes are refused before anything is read
+            parse_plan("" if args.prune == NONE else args.prune)
+        if args.submission and task.submission([]) is None:
+            raise ValueError(f"--submission: there is no server for {task.name}; leave it out")
         items = read_questions(task, args.questions, protocol, args.limit)
         found = predictions.read(args.predictions)
         scored = score(task, items, found, protocol)
@@ -199,7 +222,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             _submit(task, items, found, args.submission)
         print(json.dumps(scored.json()) if args.json else scored.text(), flush=True)
         if args.model and not args.json:
-            text = published_text(scored, args.model, args.prune, args.weights)
+            text = format_published(scored, args.model, args.prune, args.weights)
             print(text or "there is no published figure to compare it with", flush=True)
 
     return run_command(act)

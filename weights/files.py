@@ -241,13 +241,25 @@ def _identity(shards: Mapping[str, Sequence[Planned]], origin: str) -> str:
 def _read_progress(folder: Path, identity: str) -> dict[str, str]:
     if not (folder / PROGRESS).is_file():
         return {}
-    noted = read_json(folder / PROGRESS)
+    try:
+        noted = read_json(folder / PROGRESS)
+    except ValueError as error:
+        raise _damaged_progress(folder, str(error.__cause__ or error)) from None
     if noted.get("identity") != identity:
         raise ValueError(
             f"{folder} was written from other files or with other options (see its {PROGRESS}); "
             "give a new folder, or delete this one"
         )
-    return dict(noted.get("sha256") or {})
+    recorded = noted.get("sha256")
+    if not isinstance(recorded, dict) or not all(isinstance(v, str) for v in recorded.values()):
+        raise _damaged_progress(folder, f"sha256 is {str(recorded)[:60]}, but must be an object")
+    return recorded
+
+
+def _damaged_progress(folder: Path, reason: str) -> ValueError:
+    return ValueError(
+        f"{folder / PROGRESS} is damaged: {reason}; give a new folder, or delete this one"
+    )
 
 
 def _write_progress(folder: Path, identity: str, recorded: Mapping[str, str]) -> None:

@@ -26,7 +26,7 @@ from .. import cost, plots
 from ..bench import Bench
 from ..plans import NONE, read_plan, read_plans
 from ..results import PlanResult
-from ..run import published_tables
+from ..run import format_published
 from . import base
 
 MASKED = ("fastv", "simignore")
@@ -86,7 +86,7 @@ def run(args: argparse.Namespace) -> str:
         {f"unpruned: {unpruned.metric} {unpruned.value:.2f}": rows},
         ["heat_map.png", "curves.png"],
         began,
-        published=published_tables(list(done.values())),
+        published=format_published(list(done.values())),
     )
 
 

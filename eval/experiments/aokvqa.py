@@ -23,7 +23,7 @@ from typing import Any
 from .. import plots
 from ..plans import NONE, read_plans
 from ..results import PlanResult
-from ..run import published_tables
+from ..run import format_published
 from . import base
 from .memory import Memory, measure_peaks, memory_of
 
@@ -46,7 +46,7 @@ def run(args: argparse.Namespace) -> str:
             _row(form, done[text], memory_of(bench, plan, peak))
             for (text, plan), peak in zip(plans.items(), measured, strict=True)
         ]
-        published += published_tables(list(done.values()))
+        published += format_published(list(done.values()))
         metric = done[NONE].scored.score.metric
         first = next(name for name in rows[0] if name.startswith("first token"))
         del bench, done

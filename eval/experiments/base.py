@@ -123,7 +123,7 @@ def write_report(
     )
     parts = [f"# {title}", setting, *notes]
     for heading, rows in tables.items():
-        parts += [f"## {heading}", markdown(rows)]
+        parts += [f"## {heading}", format_table(rows)]
     if published:
         parts += ["## Beside published figures", *(f"```\n{t}\n```" for t in published)]
     parts += [f"![{Path(p).stem}]({p})" for p in plot_files]
@@ -137,7 +137,7 @@ def write_report(
     return text
 
 
-def markdown(rows: Sequence[Row]) -> str:
+def format_table(rows: Sequence[Row]) -> str:
     """Rows as a Markdown table. Numbers have two decimals; below 1 they have three digits."""
     names = list(rows[0])
     lines = ["| " + " | ".join(names) + " |", "|---" + "|---:" * (len(names) - 1) + "|"]

@@ -18,8 +18,10 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
+from minillava import Batch
 from minillava.app.command import parse_positive_int
 from minillava.generate import generate
+from minillava.request import Settings, check_plan, prompts_of
 
 from .. import cost, plots, predict
 from ..bench import Bench
@@ -36,6 +38,9 @@ def run(args: argparse.Namespace) -> str:
         "cache": (unpruned, True),
         f"cache, {args.prune}": (pruned, True),
     }
+    for times in args.times:  # before any question is asked
+        for plan in (unpruned, pruned):
+            _check(bench, plan, times, args.new_tokens)
     rows = []
     for times in args.times:
         found: dict[str, list[dict[str, Any]]] = {name: [] for name in variants}
@@ -61,16 +66,30 @@ def run(args: argparse.Namespace) -> str:
     )
 
 
+def _batch(bench: Bench, plan: TypedPlan, times: int, new_tokens: int) -> Batch:
+    """The first question with its image `times` times. The model gets the positions it needs."""
+    item = replace(bench.items[0], images=bench.items[0].images * times)
+    batch = predict.batch_of(bench.processor, [item], bench.run(plan))
+    config, needed = bench.model.config, batch.ids.shape[1] + new_tokens
+    if needed > config.text.max_position_embeddings:
+        text = replace(config.text, max_position_embeddings=needed)
+        bench.model.config = replace(config, text=text)
+    return batch
+
+
+def _check(bench: Bench, plan: TypedPlan, times: int, new_tokens: int) -> None:
+    """Refuse a plan that cannot run on a prompt (ValueError)."""
+    prompts = prompts_of(bench.model, _batch(bench, plan, times, new_tokens))
+    settings = Settings(new_tokens, new_tokens, (), 0.0, 1.0, bench.args.seed)
+    config = bench.model.config
+    resolved = plan.plan.resolve(config.text.num_hidden_layers, config.vision.num_patches)
+    check_plan(bench.model, prompts, resolved, settings)
+
+
 def _answer(
     bench: Bench, plan: TypedPlan, cached: bool, times: int, new_tokens: int
 ) -> dict[str, Any]:
-    item = replace(bench.items[0], images=bench.items[0].images * times)
-    model, run = bench.model, bench.run(plan)
-    batch = predict.batch_of(bench.processor, [item], run)
-    config = model.config
-    needed = batch.ids.shape[1] + new_tokens
-    if needed > config.text.max_position_embeddings:
-        model.config = replace(config, text=replace(config.text, max_position_embeddings=needed))
+    model, run, batch = bench.model, bench.run(plan), _batch(bench, plan, times, new_tokens)
     began = time.perf_counter()
     result = generate(
         model,
@@ -90,7 +109,7 @@ def _answer(
         "first token, s": report.first_token,
         "per token, ms": 1e3 * report.per_token,
         "cache after the prefill, MB": report.cache_bytes / 1e6,
-        "cache, MB": cost.cache_bytes(held, config.text, model.dtype.itemsize) / 1e6,
+        "cache, MB": cost.cache_bytes(held, model.config.text, model.dtype.itemsize) / 1e6,
     }
 
 

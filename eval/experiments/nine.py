@@ -21,8 +21,9 @@ from .. import plots
 from ..bench import Bench
 from ..plans import NONE, TypedPlan, read_plans
 from ..results import PlanResult
-from ..run import published_tables
+from ..run import format_published
 from ..score import find_task, read_questions
+from ..tasks.base import Item
 from . import base
 
 TASKS = ("nocaps", "flickr30k", "coco2014", "coco2017", "mmmu", "gqa", "mme", "seed_bench")
@@ -79,29 +80,38 @@ def _ask_benchmarks(
             notes.append(f"left out: {name}: {error}")
     if not there:
         raise ValueError(f"--data {args.data} has none of the benchmarks; {notes[0]}")
-    opened: Bench | None = None
+    benches = _open_benches(args, there)
+    for bench in benches.values():  # before any question is asked
+        bench.check(list(plans.values()))
     published: list[str] = []
     scores: dict[str, dict[str, float]] = {plan: {} for plan in plans}
     costs: dict[str, dict[str, Any]] = {}
-    for name, items in there.items():
-        changed = {**vars(args), "task": name, "protocol": "lmms", "data": args.data / name}
-        own = argparse.Namespace(**{**changed, "out": base.answers_folder(args.out) / name})
-        own.out.mkdir(parents=True, exist_ok=True)
-        opened = (
-            Bench.open(own)
-            if opened is None
-            else replace(opened, args=own, task=find_task(name, "lmms")[0], items=items)
-        )
-        done = base.ask_all(opened, plans)
+    for name, bench in benches.items():
+        done = base.ask_all(bench, plans)
         for plan, d in done.items():
             scores[plan][f"{name} {d.scored.score.metric}"] = d.scored.score.value
             if name == "mme":
                 scores[plan]["mme cognition"] = d.scored.score.more["cognition"]
             costs.setdefault(plan, base.cost_columns(d))
-        published += published_tables(list(done.values()))
+        published += format_published(list(done.values()))
         if name == "mme":
-            published += published_tables([_cognition(d) for d in done.values()])
+            published += format_published([_cognition(d) for d in done.values()])
     return scores, costs, notes, published
+
+
+def _open_benches(
+    args: argparse.Namespace, questions: Mapping[str, Sequence[Item]]
+) -> dict[str, Bench]:
+    """The benchmarks by name. They share one model."""
+    found: dict[str, Bench] = {}
+    for name, items in questions.items():
+        changed = {**vars(args), "task": name, "protocol": "lmms", "data": args.data / name}
+        own = argparse.Namespace(**{**changed, "out": base.answers_folder(args.out) / name})
+        own.out.mkdir(parents=True, exist_ok=True)
+        first = next(iter(found.values()), None)
+        task = find_task(name, "lmms")[0]
+        found[name] = replace(first, args=own, task=task, items=items) if first else Bench.open(own)
+    return found
 
 
 def _cognition(done: PlanResult) -> PlanResult:

@@ -19,7 +19,7 @@ from collections.abc import Sequence
 from .. import cost, plots
 from ..bench import Bench
 from ..plans import NONE, read_plans
-from ..run import published_tables
+from ..run import format_published
 from . import base
 
 PRESETS = {32: "simignore-7b", 40: "simignore-13b"}  # by decoder layers
@@ -66,7 +66,7 @@ def run(args: argparse.Namespace) -> str:
         heights = {row[""]: {column: row[column]} for row in rows}
         plots.bars(args.out / f"{plot}.png", heights, title, column)
     tables, plot_files = {"One question at a time": rows}, ["score.png", "first_token.png"]
-    published = published_tables(list(done.values()))
+    published = format_published(list(done.values()))
     return base.write_report(args.out, args, title, tables, plot_files, began, published=published)
 
 

@@ -16,8 +16,8 @@ import time
 from collections.abc import Sequence
 
 from .. import plots
-from ..plans import NONE, read_plans
-from ..run import published_tables
+from ..plans import NONE, read_plan, read_plans
+from ..run import format_published
 from . import base
 from .ablation import share
 
@@ -26,6 +26,8 @@ BESIDE = "further methods that have the option keep, such as divprune or ./mine.
 
 
 def run(args: argparse.Namespace) -> str:
+    for method in args.beside:  # before anything is loaded
+        read_plan(base.with_options(method, "keep=1"))
     began, bench = time.perf_counter(), base.open_bench(args)
     lines = {measure: f"simignore:measure={measure},keep=" for measure in MEASURES}
     others = ["random", "uniform", *args.beside]
@@ -53,7 +55,7 @@ def run(args: argparse.Namespace) -> str:
         ("unpruned", unpruned.value),
     )
     table = {f"unpruned: {unpruned.metric} {unpruned.value:.2f}, {N} image tokens": rows}
-    published = published_tables(list(done.values()))
+    published = format_published(list(done.values()))
     return base.write_report(
         args.out, args, title, table, ["budget.png"], began, published=published
     )

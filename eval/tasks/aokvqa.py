@@ -6,8 +6,29 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from ..metrics import aokvqa as metric
-from .base import Answer, ImageSource, Item, Score, Setup, Task, accuracy, gold_of, letter_options
-from .files import field, find_table, first_existing, image_folder, json_rows
+from .base import (
+    LETTERS,
+    Answer,
+    ImageSource,
+    Item,
+    Score,
+    Setup,
+    Task,
+    accuracy,
+    gold_of,
+    letter_options,
+)
+from .files import (
+    choice_field,
+    first_existing,
+    id_field,
+    image_folder,
+    int_field,
+    json_rows,
+    options_field,
+    text_field,
+)
+from .tables import find_table
 
 
 class AOKVQA(Task):
@@ -37,22 +58,25 @@ class AOKVQA(Task):
             path, rows = file, json_rows(file)
             folder = image_folder(file.parent, "val2017", "images")
             images = [
-                (ImageSource.from_file(folder / f"{int(row['image_id']):012d}.jpg"),)
+                (ImageSource.from_file(folder / f"{int_field(row, 'image_id', path, i):012d}.jpg"),)
                 if "image_id" in row
                 else ()
-                for row in rows
+                for i, row in enumerate(rows)
             ]
         items = []
         for i, (row, image) in enumerate(zip(rows, images, strict=True)):
-            options = letter_options(field(row, "choices", path, f"row {i}"), "({}) {}", " ")
+            choices = options_field(row, "choices", path, f"row {i}")
+            options = letter_options(choices, "({}) {}", " ")
             text = (  # with a second line break after the image, as in the script
                 "\nAnalyse the image and choose the best answer for the following question:\n"
-                f"{field(row, 'question', path, f'row {i}')}\nOptions: {options}\n"
+                f"{text_field(row, 'question', path, f'row {i}')}\nOptions: {options}\n"
                 "Just output the letter of the correct answer."
             )
-            correct = row.get("correct_choice_idx")
-            gold = {"answer": None if correct is None else "ABCD"[int(correct)]}
-            items.append(Item(row.get("question_id", i), text, image, gold))
+            right = choice_field(row, "correct_choice_idx", len(choices), path, f"row {i}")
+            gold = {"answer": None if right is None else LETTERS[right]}
+            named = "question_id" in row
+            number = id_field(row, "question_id", path, f"row {i}") if named else i
+            items.append(Item(number, text, image, gold))
         return items[:limit]
 
     def score(self, answers: Sequence[Answer], protocol: str) -> Score:

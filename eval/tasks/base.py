@@ -14,6 +14,7 @@ from typing import Any, ClassVar
 from PIL import Image
 
 from ..metrics.vqa import soft_accuracy
+from ..typed import refuse_special_file
 
 PROTOCOLS = ("llava", "lmms")
 
@@ -31,7 +32,7 @@ class ImageSource:
 
     @classmethod
     def from_file(cls, path: Path) -> ImageSource:
-        return cls(str(path), lambda: Image.open(path), path)
+        return cls(str(path), lambda: _open_file(path), path)
 
     @classmethod
     def in_memory(cls, name: str, image: Image.Image) -> ImageSource:
@@ -42,6 +43,11 @@ class ImageSource:
     def from_base64(cls, name: str, text: str) -> ImageSource:
         return cls(name, lambda: Image.open(io.BytesIO(base64.b64decode(text))))
 
+    @classmethod
+    def missing(cls, name: str) -> ImageSource:
+        """An image that a row should have, but has not. Opening it raises ValueError."""
+        return cls(name, _refuse_missing)
+
     def open(self) -> Image.Image:
         """The image in RGB, not rotated by EXIF, as in both protocols' code.
 
@@ -49,9 +55,18 @@ class ImageSource:
         """
         try:
             return self.read().convert("RGB")
-        except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-            why = " ".join(str(error).split())
+        except Exception as error:  # decoders raise many types on damaged data
+            why = " ".join(str(error).split()) or type(error).__name__
             raise ValueError(f"the image {self.name} cannot be read ({why})") from None
+
+
+def _refuse_missing() -> Image.Image:
+    raise ValueError("there is no image")
+
+
+def _open_file(path: Path) -> Image.Image:
+    refuse_special_file(path)
+    return Image.open(path)
 
 
 @dataclass(frozen=True)
@@ -204,25 +219,40 @@ def vqa_credit(answer: Answer, rule: str) -> float:
     return 0.0 if answer.text is None else soft_accuracy(answer.text, golds, rule)
 
 
+LETTERS = "ABCDEFGHIJ"
+
+
 def letter_options(options: Sequence[str], form: str = "{}. {}", between: str = "\n") -> str:
     """Options with letters in front, for example "A. cat\\nB. dog"."""
-    return between.join(form.format("ABCDEFGHIJ"[i], text) for i, text in enumerate(options))
+    return between.join(form.format(LETTERS[i], text) for i, text in enumerate(options))
 
 
 _YES_NO = re.compile(r"\s*please answer yes or no\.?", re.IGNORECASE)
+_SHORT_ANSWER = re.compile(r"OCR tokens: .*?Question: (.*?) Short answer:", re.DOTALL)
+_TOKENS_FIRST = "Reference OCR token:"
 
 
 def question_line(text: str) -> str:
-    """The first line of a question in lower case, without <image> and instructions.
+    """The question of a prompt in one line and lower case, without <image> and instructions.
 
     It identifies the question where LLaVA's files repeat ids, because one image has several
-    questions (TextVQA, MME).
+    questions (TextVQA, MME). It is the first line, but for two of the four forms that LLaVA's
+    eval_textvqa.py reads: "OCR tokens: A, B Question: who? Short answer:", and the second line
+    below one that begins with "Reference OCR token:".
     """
-    lines = [line.strip() for line in text.replace("<image>", "").split("\n")]
-    first = next((line for line in lines if line), "")
-    return " ".join(_YES_NO.sub("", first).lower().split())
+    text = text.replace("<image>", "").strip()
+    if match := _SHORT_ANSWER.match(text):
+        return _plain_line(match[1])
+    lines = [line for line in text.split("\n") if line.strip()]
+    if len(lines) > 2 and lines[0].startswith(_TOKENS_FIRST):
+        lines = lines[1:]
+    return _plain_line(lines[0] if lines else "")
+
+
+def _plain_line(text: str) -> str:
+    return " ".join(_YES_NO.sub("", text).lower().split())
 
 
 def question_key(question_id: object, text: str) -> str:
-    """An id together with the question's first line, for files whose ids repeat."""
+    """An id together with the question in one line, for files whose ids repeat."""
     return f"{question_id}\n{question_line(text)}"

@@ -14,16 +14,17 @@ from ..metrics.cider import cider_d
 from .base import Answer, ImageSource, Item, Score, Setup, Task, golds_of
 from .files import (
     Row,
-    Table,
     field,
-    find_table,
     first_existing,
+    id_field,
     image_folder,
     read_json,
     read_table,
     read_text,
     section,
+    text_field,
 )
+from .tables import Table, find_table
 
 PROMPT = "Provide a one-sentence caption for the provided image."
 
@@ -80,6 +81,7 @@ class Captions(Task):
                         "number; give the official file"
                     )
                 number = int(digits)
+            number = id_field({"image_id": number}, "image_id", table.path, f"row {i}")
             captions = next(
                 (row[c] for c in ("annotations_captions", "answer", "caption") if row.get(c)), None
             )
@@ -119,11 +121,11 @@ def _coco(path: Path, folder: Path) -> list[Item]:
     values = read_json(path)
     captions: dict[object, list[str]] = defaultdict(list)
     for i, row in enumerate(section(values, "annotations", path)):
-        at = field(row, "image_id", path, f"annotation {i}")
-        captions[at].append(field(row, "caption", path, f"annotation {i}"))
+        at = id_field(row, "image_id", path, f"annotation {i}")
+        captions[at].append(text_field(row, "caption", path, f"annotation {i}"))
     items = []
     for i, row in enumerate(section(values, "images", path)):
-        number, name = field(row, "id", path, f"image {i}"), str(row.get("file_name") or "")
+        number, name = id_field(row, "id", path, f"image {i}"), str(row.get("file_name") or "")
         gold = captions.get(number)
         items.append(_item(number, ImageSource.from_file(folder / name), gold, name))
     return items
@@ -137,8 +139,10 @@ def _flickr(path: Path, folder: Path) -> list[Item]:
             name = field(row, "filename", path, f"row {i}")
             captions[name] = _listed(row, path, i)
     else:
-        for i, line in enumerate(filter(str.strip, read_text(path).split("\n")), 1):
-            name, tab, caption = line.partition("\t")
+        for i, line in enumerate(read_text(path).split("\n"), 1):
+            if not line.strip():
+                continue
+            name, tab, caption = line.removesuffix("\r").partition("\t")
             if not tab:
                 raise ValueError(f"{path}, line {i}: no tab between image and caption")
             captions.setdefault(name.partition("#")[0], []).append(caption)
@@ -153,10 +157,12 @@ def _flickr(path: Path, folder: Path) -> list[Item]:
 def _listed(row: Row, path: Path, i: int) -> list[str]:
     try:
         found = json.loads(field(row, "raw", path, f"row {i}"))
-    except json.JSONDecodeError:
+    except (ValueError, RecursionError):
+        found = None
+    if not isinstance(found, list):
         raise ValueError(
             f"{path}: the captions of row {i} are not a JSON list; give the official file"
-        ) from None
+        )
     return [str(text) for text in found]
 
 

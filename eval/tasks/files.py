@@ -3,25 +3,26 @@
 from __future__ import annotations
 
 import csv
+import io
 import json
-import logging
+import math
+import re
 import sys
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
-from functools import partial
+from collections.abc import Mapping
+from decimal import Decimal
 from pathlib import Path
 from typing import Any
 
-from PIL import Image
-
-from .base import ImageSource
+from ..typed import refuse_special_file
 
 Row = dict[str, Any]
 
 
 def read_text(path: Path) -> str:
+    """The text of a file, with its line ends as they are."""
+    refuse_special_file(path)
     try:
-        return path.read_text("utf-8-sig")
+        return path.read_bytes().decode("utf-8-sig")
     except UnicodeDecodeError as error:
         raise ValueError(f"{path} is not UTF-8 text ({error.reason}); download it again") from None
     except OSError as error:
@@ -33,14 +34,26 @@ def read_json(path: Path) -> Any:
     text = read_text(path)
     if not text.strip():
         raise ValueError(f"{path} is empty; download or create it again")
+    return _parse_json(text, path, 1)
+
+
+def _parse_json(text: str, path: Path, line: int) -> Any:
+    """A JSON value whose text begins in this line. NaN, which pandas writes for a missing value, is
+    None."""
     try:
-        return json.loads(text)
+        return json.loads(text, parse_constant=_missing_value)
     except json.JSONDecodeError as error:
-        raise ValueError(
-            f"{path}, line {error.lineno}: not valid JSON ({error.msg}); download the file again"
-        ) from None
+        line, why = line + error.lineno - 1, f"not valid JSON ({error.msg})"
     except RecursionError:
-        raise ValueError(f"{path} is nested too deeply; give the official file") from None
+        why = "nested too deeply"
+    except ValueError as error:
+        why = str(error)
+    raise ValueError(f"{path}, line {line}: {why}; download or create the file again")
+
+
+def _missing_value(constant: str) -> None:
+    if constant != "NaN":
+        raise ValueError(f"{constant} is not a number of JSON")
 
 
 def read_jsonl(path: Path) -> list[Row]:
@@ -49,13 +62,7 @@ def read_jsonl(path: Path) -> list[Row]:
     for number, line in enumerate(read_text(path).split("\n"), 1):
         if not line.strip():
             continue
-        try:
-            row = json.loads(line)
-        except (json.JSONDecodeError, RecursionError) as error:
-            why = getattr(error, "msg", "nested too deeply")
-            raise ValueError(
-                f"{path}, line {number}: not valid JSON ({why}); download the file again"
-            ) from None
+        row = _parse_json(line, path, number)
         if not isinstance(row, dict):
             raise ValueError(f"{path}, line {number}: {type(row).__name__}, not an object")
         rows.append(row)
@@ -72,14 +79,15 @@ def json_rows(path: Path) -> list[Row]:
     for i, row in enumerate(rows):
         if not isinstance(row, dict):
             raise ValueError(f"{path}: entry {i} is {type(row).__name__}, not an object")
-    return rows
+    return list(rows)
 
 
 def read_table(path: Path) -> list[Row]:
     """The rows of a CSV or TSV file with a header. Values are text, with quotes as in pandas."""
     csv.field_size_limit(min(sys.maxsize, 2**31 - 1))  # fields contain images in base64
     delimiter = "\t" if path.suffix == ".tsv" else ","
-    reader = csv.reader(read_text(path).splitlines(keepends=True), delimiter=delimiter)
+    lines = io.StringIO(read_text(path), newline="\n")  # no other character ends a line
+    reader = csv.reader(lines, delimiter=delimiter)
     rows: list[Row] = []
     try:
         head = next(reader, [])
@@ -91,7 +99,10 @@ def read_table(path: Path) -> list[Row]:
                 )
             rows.append(dict(zip(head, row, strict=True)))
     except csv.Error as error:
-        raise ValueError(f"{path}, line {reader.line_num}: {error}") from None
+        raise ValueError(
+            f"{path}, line {reader.line_num}: {error}; put the cell in quotes, or download the "
+            "file again"
+        ) from None
     if not rows:
         raise ValueError(f"{path} is empty; download or create it again")
     return rows
@@ -126,6 +137,86 @@ def field(row: Any, name: str, path: Path | None, number: object) -> Any:
     return row[name]
 
 
+def text_field(row: Any, name: str, path: Path, number: object) -> str:
+    """A required field that is text (ValueError otherwise)."""
+    value = field(row, name, path, number)
+    if not isinstance(value, str):
+        raise _wrong(value, name, path, number, "text")
+    return value
+
+
+def list_field(row: Any, name: str, path: Path, number: object) -> list[Any]:
+    """A required field that is a list (ValueError otherwise)."""
+    value = field(row, name, path, number)
+    if not isinstance(value, list):
+        raise _wrong(value, name, path, number, "a list")
+    return value
+
+
+def options_field(row: Any, name: str, path: Path, number: object) -> list[str]:
+    """A required list of answer options, which are texts or numbers, as texts (ValueError
+    otherwise)."""
+    values = list_field(row, name, path, number)
+    return [option_field({name: value}, name, path, number) for value in values]
+
+
+def option_field(row: Any, name: str, path: Path, number: object) -> str:
+    """A required answer option, which is text or a number, as text (ValueError otherwise)."""
+    value = field(row, name, path, number)
+    if isinstance(value, bool) or not isinstance(value, str | int | float):
+        raise _wrong(value, name, path, number, "text or a number")
+    return str(value)
+
+
+def id_field(row: Any, name: str, path: Path, number: object) -> str | int:
+    """A required field that identifies a row: text or a whole number, also 3.0 for 3.
+
+    Raises ValueError otherwise.
+    """
+    value = field(row, name, path, number)
+    found = whole_number(value)
+    if found is None and not isinstance(value, str):
+        raise _wrong(value, name, path, number, "text or a whole number")
+    return value if found is None else found
+
+
+def int_field(row: Any, name: str, path: Path, number: object) -> int:
+    """A required field that is a whole number, also as text such as "3" or "3.0" in CSV files."""
+    value = field(row, name, path, number)
+    is_text = isinstance(value, str) and re.fullmatch(r"\s*-?[0-9]{1,30}(\.0*)?\s*", value)
+    found = int(value.partition(".")[0]) if is_text else whole_number(value)
+    if found is None:
+        raise _wrong(value, name, path, number, "a whole number")
+    return found
+
+
+def choice_field(row: Any, name: str, choices: int, path: Path, number: object) -> int | None:
+    """The index of the right choice, from 0; None if the row has none (ValueError if it is another
+    value)."""
+    if row.get(name) is None:
+        return None
+    value = int_field(row, name, path, number)
+    if not 0 <= value < choices:
+        raise _wrong(value, name, path, number, f"from 0 to {choices - 1}")
+    return value
+
+
+def whole_number(value: object) -> int | None:
+    """An int of an int, or of a float or decimal number without a fraction; otherwise None."""
+    if isinstance(value, int) and not isinstance(value, bool):
+        return value
+    if isinstance(value, float | Decimal) and math.isfinite(value) and value == int(value):
+        return int(value)
+    return None
+
+
+def _wrong(value: object, name: str, path: Path, number: object, wanted: str) -> ValueError:
+    return ValueError(
+        f"{path}: {number}: {name} is {repr(value)[:60]}, but must be {wanted}; give the official "
+        "file"
+    )
+
+
 def section(values: Any, name: str, path: Path, kind: type = list) -> Any:
     """A list or object in a JSON object, by its name (ValueError if it is missing)."""
     if not isinstance(values, dict) or not isinstance(values.get(name), kind):
@@ -142,82 +233,3 @@ def first_existing(folder: Path, *names: str) -> Path | None:
 def image_folder(folder: Path, *names: str) -> Path:
     """The first of these folders that exists, otherwise the first, for the error message."""
     return first_existing(folder, *names) or folder / names[0]
-
-
-# ---------------------------------------------------------------- Hugging Face datasets
-
-
-@dataclass(frozen=True)
-class Table:
-    """The rows of a `datasets` folder or of parquet files. Images are decoded when opened."""
-
-    path: Path
-    rows: list[Row]  # without images
-    stored: Callable[[int, str], list[Any]]  # (row, column) -> its images as they are stored
-    decode: Callable[[Any], Image.Image]
-
-    def image(self, i: int, column: str = "image", number: int = 0) -> ImageSource:
-        return ImageSource(
-            f"{self.path}, row {i}, {column}",
-            lambda: self.decode(self.stored(i, column)[number]),
-        )
-
-    def count_images(self, i: int, column: str = "image") -> int:
-        """The number of images of a row in a column; 0 if there is no such column."""
-        return len(self.stored(i, column))
-
-
-def find_table(folder: Path, *names: str) -> Table | None:
-    """The rows of a split, or None if there are no files of it.
-
-    It is looked for in `folder` and folder/NAME as saved by save_to_disk, and as parquet files
-    NAME*.parquet in `folder` and in data/, or any in folder/NAME.
-    """
-    for place in (folder, *(folder / name for name in names)):
-        if (place / "dataset_info.json").is_file() and (place / "state.json").is_file():
-            return _table(place, partial(_saved, place=place))
-    for name in names:
-        patterns = (f"{name}*.parquet", f"data/{name}*.parquet", f"{name}/*.parquet")
-        for pattern in patterns:
-            files = sorted(map(str, folder.glob(pattern)))
-            if files:
-                return _table(folder, partial(_parquet, files=files))
-    return None
-
-
-def _saved(datasets: Any, place: Path) -> Any:
-    return datasets.load_from_disk(str(place))
-
-
-def _parquet(datasets: Any, files: Sequence[str]) -> Any:
-    return datasets.load_dataset("parquet", data_files=list(files), split="train")
-
-
-def _table(path: Path, read: Callable[[Any], Any]) -> Table:
-    try:
-        import datasets  # type: ignore[import-not-found,import-untyped,unused-ignore]
-    except ImportError:
-        raise ValueError(
-            f"{path} holds arrow or parquet files, which need the package datasets; "
-            "pip install 'minillava[eval]'"
-        ) from None
-    datasets.logging.set_verbosity(logging.CRITICAL)  # its failures are reported once, below
-    datasets.disable_progress_bars()
-    try:
-        rows = read(datasets)
-        columns = [name for name, kind in rows.features.items() if "Image(" in repr(kind)]
-        for name in columns:
-            plain = datasets.Image(decode=False)
-            listed = not isinstance(rows.features[name], datasets.Image)
-            rows = rows.cast_column(name, datasets.Sequence(plain) if listed else plain)
-        plain_rows = [dict(row) for row in rows.remove_columns(columns)]
-    except Exception as error:  # the library raises errors of many types
-        raise ValueError(f"{path} cannot be read ({error}); download it again") from None
-
-    def stored(i: int, column: str) -> list[Any]:
-        if column not in columns:
-            return []
-        found = rows[i][column]
-        return found if isinstance(found, list) else [found] if found else []
-
-    return Table(path, plain_rows, stored, datasets.Image().decode_example)

@@ -7,7 +7,8 @@ from pathlib import Path
 
 from ..metrics import gqa as metric
 from .base import SHORT, Answer, ImageSource, Item, Score, Setup, Task, accuracy, gold_of
-from .files import field, find_table, first_existing, image_folder, read_json
+from .files import Row, field, first_existing, id_field, image_folder, read_json, text_field
+from .tables import find_table
 
 FILE = "testdev_balanced_questions.json"
 
@@ -31,15 +32,13 @@ class GQA(Task):
             asked = find_table(source, "testdev_balanced_instructions")
             seen = find_table(source, "testdev_balanced_images")
             if asked is not None and seen is not None:
-                place = {str(row["id"]): seen.image(i) for i, row in enumerate(seen.rows)}
+                place = {
+                    str(id_field(row, "id", seen.path, f"row {i}")): seen.image(i)
+                    for i, row in enumerate(seen.rows)
+                }
                 return [
-                    Item(
-                        str(row["id"]),
-                        row["question"] + SHORT,
-                        (field(place, str(row["imageId"]), seen.path, "the table of images"),),
-                        {"answer": row["answer"]},
-                    )
-                    for row in asked.rows[:limit]
+                    _row(row, asked.path, i, place, seen.path)
+                    for i, row in enumerate(asked.rows[:limit])
                 ]
         path = (
             source
@@ -55,8 +54,8 @@ class GQA(Task):
         return [
             Item(
                 i,
-                field(row, "question", path, i) + SHORT,
-                (ImageSource.from_file(folder / f"{field(row, 'imageId', path, i)}.jpg"),),
+                text_field(row, "question", path, i) + SHORT,
+                (ImageSource.from_file(folder / f"{id_field(row, 'imageId', path, i)}.jpg"),),
                 {"answer": row.get("answer")},
             )
             for i, row in list(values.items())[:limit]
@@ -65,3 +64,14 @@ class GQA(Task):
     def score(self, answers: Sequence[Answer], protocol: str) -> Score:
         correct = metric.lmms_correct if protocol == "lmms" else metric.llava_correct
         return accuracy([correct(a.said, gold_of(a)) for a in answers])
+
+
+def _row(row: Row, path: Path, i: int, images: dict[str, ImageSource], where: Path) -> Item:
+    """A question of a table. images: by id, from the table `where`."""
+    image = str(id_field(row, "imageId", path, f"row {i}"))
+    return Item(
+        str(id_field(row, "id", path, f"row {i}")),
+        text_field(row, "question", path, f"row {i}") + SHORT,
+        (field(images, image, where, "the table of images"),),
+        {"answer": row.get("answer")},
+    )

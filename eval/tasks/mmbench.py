@@ -19,7 +19,8 @@ from .base import (
     letter_options,
     percent,
 )
-from .files import Row, field, find_table, first_existing, read_table
+from .files import Row, first_existing, int_field, option_field, read_table, text_field
+from .tables import find_table
 
 FILE = "mmbench_dev_20230712.tsv"
 
@@ -48,8 +49,9 @@ class MMBench(Task):
         items = []
         for i, row in enumerate(read_table(path)[:limit]):
             data = row.get("image")
-            images = (ImageSource.from_base64(f"{path}, row {i}", data),) if data else ()
-            items.append(_item(row, path, i, images, protocol))
+            name = f"{path}, row {i}"
+            image = ImageSource.from_base64(name, data) if data else ImageSource.missing(name)
+            items.append(_item(row, path, i, (image,), protocol))
         return items
 
     def score(self, answers: Sequence[Answer], protocol: str) -> Score:
@@ -94,16 +96,18 @@ def _choices(answer: Answer) -> dict[str, str]:
 
 
 def _item(row: Row, path: Path, i: int, images: tuple[ImageSource, ...], protocol: str) -> Item:
-    number = field(row, "index", path, f"row {i}")
-    question = field(row, "question", path, f"question {number}")
+    number = int_field(row, "index", path, f"row {i}")
+    question = text_field(row, "question", path, f"question {number}")
     options: dict[str, str] = {}
     for letter in "ABCDE":
         if not _has_value(row.get(letter), protocol):
             if protocol == "llava":
                 break  # the script stops at the first missing option
             continue
-        options[letter] = str(row[letter])
-    hint = row.get("hint") if _has_value(row.get("hint"), protocol) else None
+        options[letter] = option_field(row, letter, path, f"question {number}")
+    hint = None
+    if _has_value(row.get("hint"), protocol):
+        hint = option_field(row, "hint", path, f"question {number}")
     listed = letter_options(list(options.values()))
     if protocol == "llava":
         text = f"{hint}\n{question}\n{listed}" if hint else f"{question}\n{listed}"
@@ -113,7 +117,7 @@ def _item(row: Row, path: Path, i: int, images: tuple[ImageSource, ...], protoco
         head = f"{hint} {question}" if hint else question
         text = f"{head} There are several options:\n{lines}\n{LETTER}"
     gold = {"answer": row.get("answer") or None, "options": options}
-    return Item(int(number), text, images, gold)
+    return Item(number, text, images, gold)
 
 
 def _has_value(value: object, protocol: str) -> bool:

@@ -7,7 +7,8 @@ from pathlib import Path
 
 from ..metrics import mme as metric
 from .base import SHORT, Answer, ImageSource, Item, Score, Setup, Task, count_unparsed, gold_of
-from .files import find_table, image_folder, tab_rows
+from .files import id_field, image_folder, tab_rows, text_field
+from .tables import find_table
 
 _INSTRUCTION = " Please answer yes or no."
 CATEGORIES = (*metric.PERCEPTION, *metric.COGNITION)
@@ -40,10 +41,11 @@ class MME(Task):
     def _all(self, source: Path) -> Iterator[Item]:
         if source.is_dir() and (table := find_table(source, "test")) is not None:
             for i, row in enumerate(table.rows):
-                name = str(row["question_id"])
+                name = str(id_field(row, "question_id", table.path, f"row {i}"))
                 category = row.get("category") or name.partition("/")[0]
-                gold = {"answer": row["answer"], "category": category}
-                yield _item(name, row["question"], (table.image(i),), gold)
+                gold = {"answer": row.get("answer"), "category": category}
+                question = text_field(row, "question", table.path, f"row {i}")
+                yield _item(name, question, (table.image(i),), gold)
             return
         if source.is_file():
             yield from _lines(source)

@@ -24,7 +24,8 @@ from .base import (
     letter_options,
     percent,
 )
-from .files import Row, Table, field, find_table, json_rows, read_json
+from .files import Row, field, id_field, json_rows, read_json
+from .tables import Table, find_table
 
 SEED = 42  # seed of the official script's guesses
 _NAMES = ("validation", "val")
@@ -112,12 +113,13 @@ class MMMU(Task):
 def _table(table: Table, protocol: str) -> list[Item]:
     items = []
     for i, row in enumerate(table.rows):
-        item = _item(row, str(row["id"]), _options(row), protocol)
+        number = str(id_field(row, "id", table.path, f"row {i}"))
+        item = _item(row, number, _options(row, f"{table.path}: {number}"), protocol)
         # llava: the first image; lmms: those that the question or an option mentions
         named = sorted(set(_IMAGE.findall(item.text))) if protocol == "lmms" else ["1"]
         columns = [f"image_{j}" for j in named]
         if absent := [c for c in columns if not table.count_images(i, c)]:
-            raise ValueError(f"{table.path}: {row['id']} has no {absent[0]}; download it again")
+            raise ValueError(f"{table.path}: {number} has no {absent[0]}; download it again")
         items.append(replace(item, images=tuple(table.image(i, c) for c in columns)))
     return items
 
@@ -133,9 +135,9 @@ def _file(path: Path, protocol: str) -> list[Item]:
         rows = json_rows(path)
     items = []
     for i, row in enumerate(rows):
-        number = str(field(row, "id", path, f"row {i}"))
+        number = str(id_field(row, "id", path, f"row {i}"))
         field(row, "question_type", path, number)
-        items.append(_item(row, number, _options(row), protocol))
+        items.append(_item(row, number, _options(row, f"{path}: {number}"), protocol))
     if not items:
         raise ValueError(f"{path} has no questions of MMMU; give a file as eval/README.md lists it")
     return items
@@ -155,17 +157,19 @@ def _item(row: Row, number: str, options: list[str], protocol: str) -> Item:
     return Item(number, f"{question}\n{how}", (), given)
 
 
-def _options(row: Row) -> list[str]:
+def _options(row: Row, where: str) -> list[str]:
     """The options: a list, the text of a Python list (in the data set), or an object letter -> text
     (in the official outputs)."""
     value = row.get("options")
     if value is None and isinstance(row.get("index2ans"), dict):
         value = [text for _, text in sorted(row["index2ans"].items())]
     if isinstance(value, str):
-        try:
+        with suppress(ValueError, SyntaxError, TypeError, MemoryError, RecursionError):
             value = ast.literal_eval(value)
-        except (ValueError, SyntaxError):
-            raise ValueError(f"options {value[:60]!r} are not a list; give MMMU's file") from None
+    if not isinstance(value, list | None):
+        raise ValueError(
+            f"{where}: the options {repr(value)[:60]} are not a list; give MMMU's file"
+        )
     return [str(option) for option in value or ()]
 
 

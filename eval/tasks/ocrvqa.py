@@ -7,7 +7,8 @@ from pathlib import Path
 
 from ..metrics.rouge import clean, rouge_l
 from .base import Answer, ImageSource, Item, Score, Setup, Task, gold_of, percent
-from .files import field, find_table, first_existing, image_folder, read_json
+from .files import field, first_existing, id_field, image_folder, list_field, read_json, text_field
+from .tables import find_table
 
 IMAGES = 500  # of the test split, as in the script
 
@@ -30,7 +31,8 @@ class OCRVQA(Task):
         if source.is_dir() and (table := find_table(source, "test")) is not None:
             path = table.path
             for number, row in enumerate(table.rows[:IMAGES]):
-                name = str(row.get("image_id", number))
+                found = {"image_id": number, **row}
+                name = str(id_field(found, "image_id", path, f"row {number}"))
                 covers.append((name, row, (table.image(number),)))
         else:
             file = source if source.is_file() else first_existing(source, "dataset.json")
@@ -49,14 +51,16 @@ class OCRVQA(Task):
                 covers.append((i, row, (ImageSource.from_file(folder / f"{i}.jpg"),)))
         items = []
         for i, row, images in covers:
-            questions, answers = field(row, "questions", path, i), field(row, "answers", path, i)
+            questions = list_field(row, "questions", path, i)
+            answers = list_field(row, "answers", path, i)
             if len(questions) != len(answers):
                 raise ValueError(
                     f"{path}: {i} has {len(questions)} questions and {len(answers)} answers; give "
                     "OCR-VQA's dataset.json"
                 )
             for j, (question, answer) in enumerate(zip(questions, answers, strict=True)):
-                items.append(Item(f"{i}_{j}", question, images, {"answer": answer}))
+                text = text_field({"question": question}, "question", path, f"{i}, question {j}")
+                items.append(Item(f"{i}_{j}", text, images, {"answer": answer}))
         return items[:limit]
 
     def score(self, answers: Sequence[Answer], protocol: str) -> Score:

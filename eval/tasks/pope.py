@@ -8,7 +8,8 @@ from pathlib import Path
 
 from ..metrics import pope as metric
 from .base import SHORT, Answer, ImageSource, Item, Score, Setup, Task, gold_of
-from .files import field, find_table, first_existing, image_folder, json_rows
+from .files import first_existing, id_field, image_folder, json_rows, text_field
+from .tables import find_table
 
 SPLITS = ("random", "popular", "adversarial")
 
@@ -35,10 +36,14 @@ class POPE(Task):
     def _all(self, source: Path) -> Iterator[Item]:
         if source.is_dir() and (table := find_table(source, "test")) is not None:
             for i, row in enumerate(table.rows):
-                gold = {"answer": row["answer"], "split": row.get("category")}
-                ids = f"{row.get('category')}/{row['question_id']}"
-                text = row["question"].strip() + SHORT
-                yield Item(ids, text, (table.image(i),), gold, (str(row["question_id"]),))
+                split = row.get("category")
+                if split is not None:
+                    split = text_field(row, "category", table.path, f"row {i}")
+                gold = {"answer": row.get("answer"), "split": split}
+                number = str(id_field(row, "question_id", table.path, f"row {i}"))
+                text = text_field(row, "question", table.path, f"row {i}").strip() + SHORT
+                name = f"{split}/{number}"
+                yield Item(name, text, (table.image(i),), gold, (number,))
             return
         if source.is_file():
             yield from self._split(source, _split_of(source), {})
@@ -51,9 +56,10 @@ class POPE(Task):
             raise self.missing(source)
         asked = first_existing(source, "llava_pope_test.jsonl")
         numbers: dict[str, list[object]] = {}
-        for row in json_rows(asked) if asked else ():
-            own = numbers.setdefault(str(field(row, "category", asked, "a question")), [])
-            own.append(field(row, "question_id", asked, "a question"))
+        if asked is not None:
+            for i, row in enumerate(json_rows(asked)):
+                own = numbers.setdefault(text_field(row, "category", asked, f"row {i}"), [])
+                own.append(id_field(row, "question_id", asked, f"row {i}"))
         for split, path in files.items():
             if path is not None:
                 yield from self._split(path, split, numbers)
@@ -69,9 +75,9 @@ class POPE(Task):
             )
         folder = image_folder(path.parent, "val2014", "../val2014", "images")
         for i, row in enumerate(rows):
-            number = field(row, "question_id", path, f"row {i}")
-            name = field(row, "image", path, f"row {i}")
-            text = field(row, "text", path, f"row {i}").strip() + SHORT
+            number = id_field(row, "question_id", path, f"row {i}")
+            name = text_field(row, "image", path, f"row {i}")
+            text = text_field(row, "text", path, f"row {i}").strip() + SHORT
             gold = {"answer": row.get("label"), "split": split}
             images = (ImageSource.from_file(folder / name),)
             if own is not None:

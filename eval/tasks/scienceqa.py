@@ -10,6 +10,7 @@ from typing import Any
 from ..metrics import scienceqa as metric
 from .base import (
     LETTER,
+    LETTERS,
     Answer,
     ImageSource,
     Item,
@@ -21,14 +22,22 @@ from .base import (
     letter_options,
     percent,
 )
-from .files import Row, field, find_table, first_existing, read_json
+from .files import (
+    Row,
+    choice_field,
+    field,
+    first_existing,
+    id_field,
+    list_field,
+    options_field,
+    read_json,
+    text_field,
+)
+from .tables import Table, find_table
 
 _PARTS = re.compile(r"Context: (.*)\nQuestion: (.*)\nOptions: (.*)", re.DOTALL)
 _OPTION = re.compile(r"(?:^| )\(([A-Z])\) ")
 _ANSWER = re.compile(r"The answer is ([A-Z])\.")
-
-
-LETTERS = "ABCDEFGH"
 
 
 class ScienceQA(Task):
@@ -57,16 +66,8 @@ class ScienceQA(Task):
         if source.is_file():
             found = self._file(source, protocol)
         elif (table := find_table(source, "test")) is not None:
-            found = [
-                self._item(
-                    row.get("id", i),
-                    (row.get("hint") or "", row["question"], row["choices"]),
-                    row["answer"],
-                    (table.image(i),),
-                    protocol,
-                )
-                for i, row in enumerate(table.rows)
-            ]
+            seen = [i for i in range(len(table.rows)) if table.count_images(i)]
+            found = [self._row(table, i, protocol) for i in seen or range(len(table.rows))]
         else:
             names = ("llava_test_CQM-A_image.json", "llava_test_CQM-A.json", "problems.json")
             path = first_existing(source, *names)
@@ -74,6 +75,13 @@ class ScienceQA(Task):
                 raise self.missing(source)
             found = [item for item in self._file(path, protocol) if item.images]
         return found[:limit]
+
+    def _row(self, table: Table, i: int, protocol: str) -> Item:
+        row, where = table.rows[i], f"row {i}"
+        number = id_field({"id": i, **row}, "id", table.path, where)
+        parts = _parts(row, table.path, where)
+        gold = choice_field(row, "answer", len(parts[2]), table.path, where)
+        return self._item(number, parts, gold, (table.image(i),), protocol)
 
     def _file(self, path: Path, protocol: str) -> list[Item]:
         values = read_json(path)
@@ -93,32 +101,38 @@ class ScienceQA(Task):
     ) -> list[Item]:
         splits = path.parent / "pid_splits.json"
         if splits.is_file():
-            ids = field(read_json(splits), "test", splits, "it")
+            ids = list_field(read_json(splits), "test", splits, "it")
         else:
             ids = [i for i, p in problems.items() if field(p, "split", path, i) == "test"]
         items = []
         for i in map(str, ids):
             p = field(problems, i, path, "problems.json")
-            parts = (
-                p.get("hint") or "",
-                field(p, "question", path, i),
-                field(p, "choices", path, i),
-            )
-            sources = (ImageSource.from_file(images / i / p["image"]),) if p.get("image") else ()
-            items.append(self._item(i, parts, field(p, "answer", path, i), sources, protocol))
+            parts = _parts(p, path, i)
+            sources: tuple[ImageSource, ...] = ()
+            if p.get("image"):
+                sources = (ImageSource.from_file(images / i / text_field(p, "image", path, i)),)
+            field(p, "answer", path, i)
+            gold = choice_field(p, "answer", len(parts[2]), path, i)
+            items.append(self._item(i, parts, gold, sources, protocol))
         return items
 
     def _conversation(self, path: Path, row: Row, images: Path, protocol: str) -> Item:
-        i = field(row, "id", path, "a question")
-        turns = [turn["value"] for turn in field(row, "conversations", path, i)]
+        i = id_field(row, "id", path, "a question")
+        turns = list_field(row, "conversations", path, f"question {i}")
+        turns = [text_field(turn, "value", path, f"question {i}") for turn in turns]
+        if not turns:
+            raise ValueError(f"{path}: question {i} has no conversation; give the official file")
         text = turns[0].replace("<image>", "").strip()
         parts = _PARTS.fullmatch(text)
         answer = _ANSWER.search(turns[1]) if len(turns) > 1 else None
         if parts is None:
             raise ValueError(f"{path}: question {i} is not of the form Context, Question, Options")
         choices = _OPTION.split(parts[3])[2::2]
-        gold = ord(answer[1]) - ord("A") if answer else None
-        sources = (ImageSource.from_file(images / row["image"]),) if row.get("image") else ()
+        right = {"answer": ord(answer[1]) - ord("A")} if answer else {}
+        gold = choice_field(right, "answer", len(choices), path, f"question {i}")
+        sources: tuple[ImageSource, ...] = ()
+        if row.get("image"):
+            sources = (ImageSource.from_file(images / text_field(row, "image", path, i)),)
         hint = "" if parts[1] == "N/A" else parts[1]
         return self._item(i, (hint, parts[2], choices), gold, sources, protocol, text + LETTER)
 
@@ -170,6 +184,13 @@ class ScienceQA(Task):
             }
         split = self.split if all(has_image) else "test"
         return accuracy(right, given.count(None), more=more, notes=notes, split=split)
+
+
+def _parts(row: Row, path: Path, where: str) -> tuple[str, str, list[str]]:
+    """The hint, question and choices of a row."""
+    question = text_field(row, "question", path, where)
+    hint = "" if row.get("hint") is None else text_field(row, "hint", path, where)
+    return hint, question, options_field(row, "choices", path, where)
 
 
 def _letter(answer: Answer, protocol: str) -> str | None:

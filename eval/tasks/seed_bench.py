@@ -20,7 +20,17 @@ from .base import (
     letter_options,
     percent,
 )
-from .files import Row, field, find_table, first_existing, image_folder, read_json, section
+from .files import (
+    Row,
+    first_existing,
+    id_field,
+    image_folder,
+    option_field,
+    read_json,
+    section,
+    text_field,
+)
+from .tables import find_table
 
 
 class SEEDBench(Task):
@@ -42,7 +52,7 @@ class SEEDBench(Task):
         if source.is_dir() and (table := find_table(source, "test")) is not None:
             found = []
             for i, row in enumerate(table.rows):
-                many = table.count_images(i)
+                many = max(table.count_images(i), 1)
                 images = tuple(table.image(i, number=j) for j in range(many))
                 found.append(_item(row, table.path, i, images))
             return found[:limit]
@@ -52,6 +62,7 @@ class SEEDBench(Task):
         folder = image_folder(path.parent, "SEED-Bench-image", "images")
         found = []
         for i, row in enumerate(section(read_json(path), "questions", path)):
+            id_field(row, "question_id", path, f"row {i}")
             is_image = row.get("data_type", "image") == "image"
             images = (ImageSource.from_file(folder / str(row.get("data_id"))),) if is_image else ()
             if is_image or source.is_file():
@@ -82,10 +93,9 @@ class SEEDBench(Task):
 
 
 def _item(row: Row, path: Path, i: int, images: tuple[ImageSource, ...]) -> Item:
-    number = field(row, "question_id", path, f"row {i}")
-    choices = [str(field(row, f"choice_{x}", path, f"question {number}")) for x in "abcd"]
-    text = (
-        f"{field(row, 'question', path, f'question {number}')}\n{letter_options(choices)}{LETTER}"
-    )
+    number = id_field(row, "question_id", path, f"row {i}")
+    choices = [option_field(row, f"choice_{x}", path, f"question {number}") for x in "abcd"]
+    question = text_field(row, "question", path, f"question {number}")
+    text = f"{question}\n{letter_options(choices)}{LETTER}"
     gold = {"answer": row.get("answer"), "data_type": str(row.get("data_type", "image"))}
     return Item(str(number), text, images, gold)

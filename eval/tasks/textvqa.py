@@ -17,7 +17,17 @@ from .base import (
     question_key,
     vqa_credit,
 )
-from .files import field, find_table, first_existing, image_folder, json_rows, read_json, section
+from .files import (
+    field,
+    first_existing,
+    id_field,
+    image_folder,
+    json_rows,
+    read_json,
+    section,
+    text_field,
+)
+from .tables import Table, find_table
 
 FILE, ASKED = "TextVQA_0.5.1_val.json", "llava_textvqa_val_v051_ocr.jsonl"
 
@@ -42,16 +52,7 @@ class TextVQA(Task):
         if source.is_dir() and protocol == "lmms":
             table = find_table(source, "validation", "val")
             if table is not None:
-                return [
-                    Item(
-                        str(row["question_id"]),
-                        row["question"].capitalize() + SHORT,
-                        (table.image(i),),
-                        {"answers": row["answers"]},
-                        (str(row.get("image_id")),),
-                    )
-                    for i, row in enumerate(table.rows[:limit])
-                ]
+                return [_row(table, i) for i in range(len(table.rows))[:limit]]
         path = source if source.is_file() else first_existing(source, FILE)
         if path is None:
             raise self.missing(source)
@@ -59,9 +60,9 @@ class TextVQA(Task):
         folder = image_folder(path.parent, "train_images", "images")
         items = []
         for i, row in enumerate(section(read_json(path), "data", path)[:limit]):
-            number = str(field(row, "question_id", path, f"row {i}"))
-            image = str(field(row, "image_id", path, f"row {i}"))
-            question = field(row, "question", path, f"row {i}")
+            number = str(id_field(row, "question_id", path, f"row {i}"))
+            image = str(id_field(row, "image_id", path, f"row {i}"))
+            question = text_field(row, "question", path, f"row {i}")
             text = question.capitalize() + SHORT if protocol == "lmms" else question + SHORT
             if asked is not None:
                 text = field(
@@ -81,8 +82,8 @@ class TextVQA(Task):
             raise self.missing(path)
         found = {}
         for i, row in enumerate(json_rows(path)):
-            number = field(row, "question_id", path, f"row {i}")
-            text = field(row, "text", path, f"row {i}")
+            number = id_field(row, "question_id", path, f"row {i}")
+            text = text_field(row, "text", path, f"row {i}")
             found[question_key(number, text)] = text
         return found
 
@@ -90,3 +91,16 @@ class TextVQA(Task):
         credits = [vqa_credit(a, "textvqa") for a in answers]
         split = "val with OCR tokens" if protocol == "llava" else self.split
         return accuracy(credits, split=split)
+
+
+def _row(table: Table, i: int) -> Item:
+    row, where = table.rows[i], f"row {i}"
+    question = text_field(row, "question", table.path, where)
+    keys = () if row.get("image_id") is None else (str(row["image_id"]),)
+    return Item(
+        str(id_field(row, "question_id", table.path, where)),
+        question.capitalize() + SHORT,
+        (table.image(i),),
+        {"answers": row.get("answers")},
+        keys,
+    )

@@ -8,7 +8,19 @@ from typing import Any
 
 from ..metrics.vqa import evalai_normalise
 from .base import SHORT, Answer, ImageSource, Item, Score, Setup, Task, accuracy, vqa_credit
-from .files import Row, field, find_table, first_existing, image_folder, read_json, section
+from .files import (
+    Row,
+    field,
+    first_existing,
+    id_field,
+    image_folder,
+    int_field,
+    list_field,
+    read_json,
+    section,
+    text_field,
+)
+from .tables import find_table
 
 QUESTIONS = (
     "v2_OpenEnded_mscoco_val2014_questions.json",
@@ -35,7 +47,7 @@ class VQAv2(Task):
             raise self.missing(source)
         if source.is_dir() and (table := find_table(source, "validation", "val")) is not None:
             return [
-                _item(row, (table.image(i),), _texts(row.get("answers")))
+                _item(row, table.path, i, (table.image(i),), _texts(row, table.path, f"row {i}"))
                 for i, row in enumerate(table.rows[:limit])
             ]
         path = source if source.is_file() else first_existing(source, *QUESTIONS)
@@ -47,11 +59,7 @@ class VQAv2(Task):
         ):  # enough for scoring, not for asking
             rows = section(values, "annotations", path)
             return [
-                _item(
-                    {"question": "", "question_id": field(row, "question_id", path, f"row {i}")},
-                    (),
-                    _texts(field(row, "answers", path, f"row {i}")),
-                )
+                _item({**row, "question": ""}, path, i, (), _golds(row, path, i))
                 for i, row in enumerate(rows[:limit])
             ]
         rows = section(values, "questions", path)[:limit]
@@ -62,11 +70,10 @@ class VQAv2(Task):
         folder = image_folder(path.parent, year, "images")
         items = []
         for i, row in enumerate(rows):
-            number = field(row, "question_id", path, f"row {i}")
-            field(row, "question", path, f"question {number}")
-            image = int(field(row, "image_id", path, f"question {number}"))
+            number = id_field(row, "question_id", path, f"row {i}")
+            image = int_field(row, "image_id", path, f"question {number}")
             images = (ImageSource.from_file(folder / f"COCO_{year}_{image:012d}.jpg"),)
-            items.append(_item(row, images, answers.get(number)))
+            items.append(_item(row, path, i, images, answers.get(number)))
         return items
 
     def score(self, answers: Sequence[Answer], protocol: str) -> Score:
@@ -85,15 +92,28 @@ class VQAv2(Task):
         ]
 
 
-def _item(row: Row, images: tuple[ImageSource, ...], answers: list[str] | None) -> Item:
-    return Item(row["question_id"], row["question"] + SHORT, images, {"answers": answers})
+def _item(
+    row: Row, path: Path, i: int, images: tuple[ImageSource, ...], answers: list[str] | None
+) -> Item:
+    number = id_field(row, "question_id", path, f"row {i}")
+    question = text_field(row, "question", path, f"question {number}")
+    return Item(number, question + SHORT, images, {"answers": answers})
 
 
-def _texts(answers: Any) -> list[str] | None:
-    return None if answers is None else [answer["answer"] for answer in answers]
+def _texts(row: Row, path: Path, where: str) -> list[str] | None:
+    """The answers of a row, which has a list of objects; None if it has none."""
+    if row.get("answers") is None:
+        return None
+    answers = list_field(row, "answers", path, where)
+    return [text_field(answer, "answer", path, where) for answer in answers]
 
 
-def _annotations(questions: Path) -> dict[object, list[str]]:
+def _golds(row: Row, path: Path, i: int) -> list[str]:
+    field(row, "answers", path, f"row {i}")
+    return _texts(row, path, f"row {i}") or []
+
+
+def _annotations(questions: Path) -> dict[str | int, list[str]]:
     """Question -> answers, of the annotations beside a question file; {} for the test split."""
     name = questions.name.replace("OpenEnded_", "").replace("questions", "annotations")
     path = questions.parent / name
@@ -101,6 +121,6 @@ def _annotations(questions: Path) -> dict[object, list[str]]:
         return {}
     rows = section(read_json(path), "annotations", path)
     return {
-        field(row, "question_id", path, "a row"): _texts(field(row, "answers", path, "a row")) or []
-        for row in rows
+        id_field(row, "question_id", path, f"row {i}"): _golds(row, path, i)
+        for i, row in enumerate(rows)
     }

@@ -190,7 +190,7 @@ def test_a_peak_of_memory_comes_down_again() -> None:
         del_me = torch.ones(size // 4)
         assert del_me.sum() > 0
         del del_me
-        cost.give_back()
+        cost.return_freed_memory()
         assert 0.9 * size < peak() - before < 1.2 * size
     with cost.peak_memory() as peak:
         assert peak() - before < size / 8

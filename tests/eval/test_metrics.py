@@ -113,6 +113,8 @@ def test_gqa_space_and_punctuation():
     assert not gqa.lmms_correct("ß", "s")  # small letters: "SS" would be the capitals
     assert gqa.llava_prediction("Vitamin X.") == "vitamin x"
     assert gqa.llava_prediction("No!?") == "no!?"
+    assert gqa.llava_prediction("box.") == "box"
+    assert gqa.lmms_correct("İ", "i")  # numpy keeps the length of a text
 
 
 # Letters.
@@ -120,6 +122,8 @@ def test_gqa_space_and_punctuation():
 
 def test_mmmu_candidates_of_several_marks():
     assert mmmu.candidates("so ?;\nit is :'") == ["?;", ":'"]  # only a single mark is no answer
+    assert mmmu.candidates("it is : \nend") == ["it is : \nend"]  # with spaces around it, too
+    assert mmmu.candidates("it is  :\nend") == ["it is  :\nend"]
 
 
 def test_mmmu_letters():
@@ -152,6 +156,7 @@ def test_mmmu_open_answers():
     assert mmmu.open_correct("the mass = 2.504 kg", ["2.5", "x"])
     assert not mmmu.open_correct("cat", "a")
     assert mmmu.normalise(["A", "1,000.456"]) == [" a", "a ", 1000.46]
+    assert mmmu.normalise([" Cat ", " b"]) == ["cat", " b", "b "]
     assert math.isinf(mmmu.normalise("inf")[0])
     # the official script strips spaces and then periods, on both sides: ".5" becomes 5
     assert mmmu.candidates(" .5. ") == [5.0]
@@ -202,6 +207,20 @@ def test_mmbench_article_is_no_choice():
 )
 def test_mmbench_offline_judge(text, letter):
     assert mmbench.extract(text, "ABC") == letter
+
+
+@pytest.mark.parametrize(
+    "phrase",
+    [
+        *(f"{noun} is" for noun in ("Answer", "correct answer", "best answer", "correct option")),
+        *("best option is", "the choice is", "correct choice is", "I choose", "I select"),
+        *("i pick", "my answer is", "my choice is"),
+        *("옵션", "정답은", "답은", "답:", "答案是", "答案为", "选", "答えは"),
+    ],
+)
+def test_mmbench_offline_judge_reads_the_letter_after_every_phrase(phrase):
+    assert mmbench.extract(f"(A) or so, {phrase} B yes", "AB") == "B"
+    assert mmbench.extract(f"(A) or so, {phrase[:-1]} B yes", "AB") == "A"
 
 
 def test_mmbench_counts_a_question_only_if_all_rotations_are_right():

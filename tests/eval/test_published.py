@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 
 import pytest
@@ -9,13 +10,13 @@ import user_method
 from tiny import refusal
 
 from eval import published
-from eval.published import Measured, beside, find, load, text_of, unpruned
+from eval.published import Measured, find_figures, format_table, read_figures, tabulate, unpruned
 from minillava import parse_plan
 
 
 @pytest.fixture(scope="module")
 def figures():
-    return load()
+    return read_figures()
 
 
 def _measured(task="gqa", plan="none", value=60.0, **changes):
@@ -80,18 +81,77 @@ def test_no_figure_stands_there_twice(figures):
 def test_figures_as_the_sources_print_them(figures, source, task, metric, plan, value):
     (found,) = (
         f
-        for f in find(figures, task, plan=plan, model="llava-1.5-7b")
+        for f in find_figures(figures, task, plan=plan, model="llava-1.5-7b")
         if (f.source.id, f.metric) == (source, metric)
     )
     assert found.low == found.high == value
 
 
+# Source -> the sha256 of its figures, as digest_figures has it.
+#
+# READ_TWICE: computed from a second copy of the tables and not from published.json, so a slip in
+# typing would show. Both copies may go back to one reading of a source: a misreading would not.
+READ_TWICE = {
+    "llava-model-zoo": "44e579066713abf4",
+    "llava-1.5-paper": "0413ec0da8afea7c",
+    "lmms-table": "3466973e409fd1a8",
+    "lmms-table-recalled": "1d62cf86675d30cf",
+    "lmms-issue-433": "ba193a629975b172",
+    "mmmu-outputs": "2e3c7a6054ee8aeb",
+    "simignore": "bafb445c6a9cdc24",
+    "family": "35e9cb71ad434223",
+    "family-dart": "6af34ef74e51efe4",
+    "restore": "e1a54c46854a56e3",
+    "eadp": "661967178baf5e74",
+    "btp": "cca1ab5f605e8eb9",
+    "tops": "769fadeaa23db245",
+    "mmtok": "4fde56b16e2fee8a",
+    "mmtok-text": "b6e5bebc896fb62e",
+    "holov": "41e519343596993c",
+    "vscan": "1fd9b79c80278df7",
+    "sieve": "4d38ff35e5f539b3",
+    "sparsevlms-issue-12": "95d6a5bb56393b27",
+    "v2drop": "348e76043b37ea83",
+}
+# READ_ONCE: computed from published.json itself, without a second copy of all figures. They hold
+# only that nothing changes unnoticed.
+READ_ONCE = {
+    "fastv-lmms": "17d1c09ba7ecd944",
+    "fastv-aokvqa": "d84c8f68a2de0743",
+    "fastv-aokvqa-4bit": "afe22a01fc16f789",
+    "naive-baselines": "8cfd1600febe3c00",
+}
+
+
+def digest_figures(rows):
+    """The sha256 of rows (method, model, tokens, column, low, high), in hexadecimal, shortened.
+
+    Example of a row: ("FastV", "llava-1.5-7b", 192, "gqa", 52.7, 52.7).
+    """
+    lines = ("|".join(map(str, row)) + "\n" for row in sorted(rows))
+    return hashlib.sha256("".join(lines).encode()).hexdigest()[:16]
+
+
+def test_every_figure_is_the_transcribed_one():
+    data = json.loads(published.FILE.read_text("utf-8"))
+    found = {source: [] for source in data["sources"]}
+    for row in data["rows"]:
+        for column, value in row["values"].items():
+            low, high = value if isinstance(value, list) else (value, value)
+            entry = (row["method"], row["model"], row["tokens"], column, float(low), float(high))
+            found[row["source"]].append(entry)
+    assert {source: digest_figures(rows) for source, rows in found.items()} == {
+        **READ_TWICE,
+        **READ_ONCE,
+    }
+
+
 def test_doubts_are_kept_with_the_figures(figures):
-    (seed,) = (f for f in find(figures, "seed_bench", plan="none") if f.low == 60.5)
+    (seed,) = (f for f in find_figures(figures, "seed_bench", plan="none") if f.low == 60.5)
     assert "seed_all" in seed.contested
     assert all(f.contested for f in figures if f.source.id == "family" and f.method == "FastV")
     assert {f.low for f in figures if f.source.recalled} == {60.49, 66.1, 68.2}
-    (hired,) = (f for f in find(figures, "textvqa", "HiRED") if f.tokens == 64)
+    (hired,) = (f for f in find_figures(figures, "textvqa", "HiRED") if f.tokens == 64)
     assert hired.protocol.convention == "lmms"
     assert "OCR" in hired.contested
 
@@ -128,11 +188,11 @@ def test_a_wrong_file_is_refused(tmp_path, change, says):
     data = {"sources": {"s": source}, "rows": rows}
     path = tmp_path / "published.json"
     path.write_text(json.dumps(data))
-    assert len(load(path)) == 2
+    assert len(read_figures(path)) == 2
     change(data)
     path.write_text(json.dumps(data))
     with pytest.raises(ValueError, match=says) as error:
-        load(path)
+        read_figures(path)
     assert "\n" not in str(error.value)
 
 
@@ -143,7 +203,7 @@ def test_the_same_plan_in_other_words_stands_in_the_same_row(figures):
     plans = ("none", "fastv:k=2,keep=166", "text-only")
     ours = [_measured("mme", p, 1800.0, split="test", convention="llava") for p in plans]
     ours = [Measured(**{**vars(m), "metric": "perception + cognition"}) for m in ours]
-    (table,) = beside(ours, figures)
+    (table,) = tabulate(ours, figures)
     named = {source.id: i for i, source in enumerate(table.sources)}
     rows = {plan: theirs for plan, _, theirs in table.rows}
     assert rows["fastv:k=2,keep=166"][named["restore"]].low == 1821
@@ -155,7 +215,7 @@ def test_the_same_plan_in_other_words_stands_in_the_same_row(figures):
 
 def test_figures_of_another_protocol_stay_out(figures):
     plans = ("none", "fastv:k=3,r=0.5")
-    (lmms,) = beside([_measured(plan=p) for p in plans], figures)
+    (lmms,) = tabulate([_measured(plan=p) for p in plans], figures)
     assert [source.id for source in lmms.sources] == ["fastv-lmms"]
     assert [row[2][0].low for row in lmms.rows] == [62.0, 60.4]
     for other in (
@@ -166,16 +226,16 @@ def test_figures_of_another_protocol_stay_out(figures):
         {"metric": "F1"},
         {"model": "demo"},
     ):
-        (table,) = beside([_measured(plan=p, **other) for p in plans], figures)
+        (table,) = tabulate([_measured(plan=p, **other) for p in plans], figures)
         assert table.sources == ()
     both = [_measured(), _measured(plan=plans[1]), _measured(convention="llava")]
-    assert [table.group.convention for table in beside(both, figures)] == ["lmms", "llava"]
+    assert [table.group.convention for table in tabulate(both, figures)] == ["lmms", "llava"]
 
 
 def test_a_method_in_a_file_has_a_row_without_published_figures(figures, tmp_path):
     method, mark = user_method.write_mark(tmp_path)
     plans = ("none", "fastv:k=3,r=0.5", f"{method}:keep=16")
-    (table,) = beside([_measured(plan=p) for p in plans], figures)
+    (table,) = tabulate([_measured(plan=p) for p in plans], figures)
     assert [row[2] != (None,) for row in table.rows] == [True, True, False]
     assert not mark.exists()
 
@@ -185,7 +245,7 @@ def test_every_column_begins_with_its_sources_unpruned_figure(figures):
     for group in groups:
         plans = dict.fromkeys(f.plan for f in figures if f.group == group and f.plan)
         ours = [Measured(**{**vars(group), "plan": p, "value": 1.0}) for p in plans]
-        (table,) = beside(ours, figures)
+        (table,) = tabulate(ours, figures)
         assert table.sources
         assert table.rows[0][0] == "none"
         for i, source in enumerate(table.sources):
@@ -196,13 +256,13 @@ def test_every_column_begins_with_its_sources_unpruned_figure(figures):
 
 def test_a_plan_measured_twice_is_refused(figures):
     with pytest.raises(ValueError, match="none was measured twice"):
-        beside([_measured(), _measured(value=61.0)], figures)
+        tabulate([_measured(), _measured(value=61.0)], figures)
 
 
 def test_text_of_a_table_marks_what_is_doubtful(figures):
     ours = [_measured("gqa", p, 57.123, convention="llava") for p in ("none", "fastv:k=2,keep=166")]
-    (table,) = beside(ours, figures)
-    lines = text_of(table).splitlines()
+    (table,) = tabulate(ours, figures)
+    lines = format_table(table).splitlines()
     assert lines[0] == "gqa (testdev_balanced), accuracy, llava-1.5-7b, llava protocol, unquantised"
     assert lines[1].split() == ["plan", "measured", "family", "restore"]
     assert lines[2].split() == ["unpruned", "57.12", "61.9", "61.9"]

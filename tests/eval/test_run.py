@@ -172,8 +172,9 @@ def test_parts_of_an_interrupted_torchrun_are_taken_in(whole: Path, tmp_path: Pa
     assert ask(tmp_path, limit=12) == 0
     lines = path.read_bytes().splitlines(keepends=True)
     path.write_bytes(b"".join(lines[:3]))
-    store.part_path(path, 0).write_bytes(b"".join(lines[4:9:2]) + lines[9][:20])
-    store.part_path(path, 1).write_bytes(b"".join(lines[3:8:2]))
+    answers = store.AnswerFile(path, PLAN, layers=8)
+    answers.part(0).write_bytes(b"".join(lines[4:9:2]) + lines[9][:20])
+    answers.part(1).write_bytes(b"".join(lines[3:8:2]))
     assert ask(tmp_path, limit=12) == 0
     assert [row["question_id"] for row in rows_of(path)] == list(range(12))
     assert not list(tmp_path.glob("*.part-*"))
@@ -233,12 +234,12 @@ def test_the_table_and_the_warning(tmp_path: Path, capsys: pytest.CaptureFixture
     assert all(f"| `{plan}` |" in printed for plan in plans)
     assert (tmp_path / "summary.md").read_text() == printed
     found = [Slow("none", 1.0), Slow("a", 0.5), Slow("b", 1.5)]
-    (warning,) = run.warnings(found)  # type: ignore[arg-type]
+    (warning,) = run.describe_slow_plans(found)  # type: ignore[arg-type]
     assert warning.startswith("b does not pay off here: its prefill takes 1.50 times")
 
 
 class Slow:
-    """What run.warnings reads of a plan."""
+    """What run.describe_slow_plans reads of a plan."""
 
     def __init__(self, plan: str, seconds: float) -> None:
         from types import SimpleNamespace as Names

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 from PIL import Image
 
-from eval.predictions import read
+from eval.predictions import match, read
 from eval.tasks import TASKS
 from eval.tasks.base import Answer, Item, Score
 from minillava.processing.templates import conversation
@@ -414,6 +414,37 @@ def test_textvqa_and_vqav2_give_credits(tmp_path: Path) -> None:
     assert scored("vqav2", items, ["two"], "llava").value == 0  # all ten are equal: as it stands
 
 
+TEXTVQA_PROMPTS = [  # the four forms of LLaVA's eval_textvqa.py
+    "{}\nReference OCR token: A, Question: B\n" + SHORT[1:],
+    "{}" + SHORT,
+    "Reference OCR token: A, B\n{}\n" + SHORT[1:],
+    "Reference OCR token: \n{}\n" + SHORT[1:],
+    "OCR tokens: A, B. Question: {} Short answer:",
+    "OCR tokens: A\nB. Question: {} Short answer: Question: no Short answer:",
+]
+
+
+@pytest.mark.parametrize("prompt", TEXTVQA_PROMPTS)
+def test_textvqa_answers_are_matched_by_every_form_of_prompt(prompt: str, tmp_path: Path) -> None:
+    asked = [
+        ("aa1", "What is the Brand?", "dakota"),
+        ("aa1", "what year?", "1999"),
+        ("b", "who?", "bob"),
+    ]
+    rows = [
+        {"question_id": i, "image_id": image, "question": question, "answers": [answer] * 10}
+        for i, (image, question, answer) in enumerate(asked)
+    ]
+    save(tmp_path / "TextVQA_0.5.1_val.json", {"data": rows})
+    answers = tmp_path / "answers.jsonl"
+    said = [{"question_id": i, "prompt": prompt.format(q), "text": a} for i, q, a in asked]
+    lines(answers, said[::-1])
+    items = TASKS["textvqa"].items(tmp_path / "TextVQA_0.5.1_val.json", "llava")
+    matched = match(items, read(answers))
+    assert (matched.missing, matched.unknown, matched.duplicates) == (0, (), 0)
+    assert TASKS["textvqa"].score(matched.answers, "llava").value == 100
+
+
 def test_vqav2_without_answers_can_be_submitted(tmp_path: Path) -> None:
     row = {"question_id": 1, "image_id": 9, "question": "How many?"}
     name = "v2_OpenEnded_mscoco_test-dev2015_questions.json"
@@ -667,10 +698,10 @@ def test_a_table_that_is_cut_off_or_another_is_told_in_one_line(
     path = tmp_path / "val-00000.parquet"
     datasets.Dataset.from_dict({"name": ["x"]}).to_parquet(str(path))
     capfd.readouterr()
-    with pytest.raises(ValueError, match=f"{tmp_path}: row 0 has no image_id"):
+    with pytest.raises(ValueError, match=f"{path}: row 0 has no image_id"):
         TASKS["coco2014"].items(tmp_path, "lmms")
     path.write_bytes(path.read_bytes()[:100])
-    with pytest.raises(ValueError, match=f"{tmp_path} cannot be read") as error:
+    with pytest.raises(ValueError, match=f"{path} cannot be read") as error:
         TASKS["coco2014"].items(tmp_path, "lmms")
     assert "\n" not in str(error.value)
     assert not capfd.readouterr().err

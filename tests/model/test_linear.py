@@ -311,10 +311,10 @@ def test_the_process_grows_by_weight_bytes(form: str) -> None:
     """With 640 columns too, which fbgemm pads to a multiple of 512."""
     weights = [example(N=128, K=640, seed=seed)[1] for seed in range(200)]
     FORMS[form](weights[0])
-    cost.give_back()
+    cost.return_freed_memory()
     before = cost.resident_bytes()
     layers = [FORMS[form](weight) for weight in weights]
-    cost.give_back()
+    cost.return_freed_memory()
     grown = cost.resident_bytes() - before
     # The rest is whole pages of 4 KiB and fbgemm's column sums; without padding it would be 0.6.
     assert grown == pytest.approx(sum(weight_bytes(layer) for layer in layers), rel=0.2)
