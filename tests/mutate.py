@@ -33,7 +33,7 @@ import time
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass
-from itertools import islice
+from itertools import accumulate, islice
 from pathlib import Path
 from typing import Any
 
@@ -85,6 +85,7 @@ PAIRS = [
 NAMES = {old: new for pair in PAIRS for old, new in (pair, pair[::-1])} | {"strip": "rstrip"}
 # Keyword arguments and calls whose strings are read by people only, or by the type checker.
 TEXT_KEYWORDS = {"help", "description", "epilog", "metavar", "prog", "usage"}
+PRELOAD = ["torch", "transformers", "tokenizers", "hypothesis", "PIL.Image"]
 TEXT_CALLS = {"cast", "TypeVar", "NewType", "warn", "debug", "info", "warning", "error"}
 
 
@@ -225,9 +226,7 @@ class Finder(ast.NodeVisitor):
     def visit_AugAssign(self, node: ast.AugAssign) -> None:
         self.replace("statement removed", node, "pass")
         if type(node.op) in ARITHMETIC:
-            self.replace_between(
-                "arithmetic", node.target, node.value, *ARITHMETIC[type(node.op)]
-            )
+            self.replace_between("arithmetic", node.target, node.value, *ARITHMETIC[type(node.op)])
         self.generic_visit(node)
 
     def visit_BoolOp(self, node: ast.BoolOp) -> None:
@@ -485,25 +484,42 @@ def run_tests(copy: Copy, arguments: list[str], plugin: Any) -> int:
     return int(pytest.main([*options, *arguments], plugins=[plugin]))
 
 
-def measure(copy: Copy, test_file: str, sources: list[str]) -> dict[str, Any]:
+@dataclass(frozen=True)
+class TestRun:
+    """Run some tests of some files: the exit code of pytest, and which test failed first."""
+
+    __test__ = False
+
+    copy: Copy
+    files: list[str]
+    plugin: Picker
+
+    def __call__(self) -> dict[str, Any]:
+        code = run_tests(self.copy, self.files, self.plugin)
+        return {"code": code, "failed": self.plugin.failed}
+
+
+@dataclass(frozen=True)
+class Measurement:
     """Run one test file under coverage: its tests, and for each line the tests that execute it."""
-    coverage = importlib.import_module("coverage")
-    cover = coverage.Coverage(
-        data_file=None, config_file=False, include=[str(copy.folder / file) for file in sources]
-    )
-    plugin = Measurer(cover)
-    cover.start()
-    code = run_tests(copy, ["--maxfail=1000", test_file], plugin)
-    cover.stop()
-    data = cover.get_data()
-    lines = {
-        file: {
-            str(line): sorted(contexts)
-            for line, contexts in data.contexts_by_lineno(str(copy.folder / file)).items()
-        }
-        for file in sources
-    }
-    return {"code": code, "tests": plugin.tests, "lines": lines}
+
+    copy: Copy
+    file: str
+    sources: list[str]
+
+    def __call__(self) -> dict[str, Any]:
+        coverage = importlib.import_module("coverage")
+        include = [str(self.copy.folder / source) for source in self.sources]
+        cover = coverage.Coverage(data_file=None, config_file=False, include=include)
+        plugin = Measurer(cover)
+        cover.start()
+        run_tests(self.copy, ["--maxfail=1000", self.file], plugin)
+        cover.stop()
+        lines: dict[str, dict[str, list[str]]] = {}
+        for source, path in zip(self.sources, include, strict=True):
+            found = cover.get_data().contexts_by_lineno(path)
+            lines[source] = {str(line): sorted(tests) for line, tests in found.items()}
+        return {"tests": plugin.tests, "lines": lines}
 
 
 # ---------------------------------------------------------------- which tests for which mutant
@@ -545,8 +561,10 @@ class TestMap:
             more = self.of_module(mutant.file)
             if not more or not direct - {""}:
                 more = more.union(*map(self.of_module, importers[mutant.file]))
-        by_time = lambda tests: sorted(tests - {""}, key=lambda t: (self.seconds[t], t))  # noqa: E731
-        return [*by_time(direct), *by_time(more - direct)]
+        return [*self.by_time(direct), *self.by_time(more - direct)]
+
+    def by_time(self, tests: set[str]) -> list[str]:
+        return sorted(tests - {""}, key=lambda test: (self.seconds[test], test))
 
 
 def find_importers(sources: dict[str, bytes]) -> dict[str, list[str]]:
@@ -573,34 +591,44 @@ class Verdict:
     seconds: float
 
 
-def judge(mutant: Mutant, copy: Copy, source: bytes, tests: list[str], seconds: dict[str, float],
-          batch: float, most: float) -> Verdict:
-    """Run tests on the mutant, in parts of `batch` seconds, until one fails."""
+@dataclass(frozen=True)
+class Limits:
+    """Seconds of tests, as they were measured."""
+
+    first: float  # in the first fork; those that are left run in a second one
+    most: float  # in both
+    wait: float  # what a fork may take beyond five times its tests' own
+
+
+def take(tests: list[str], seconds: dict[str, float], most: float) -> list[str]:
+    """As many of the first tests as fit into the seconds, one at least."""
+    spent = list(accumulate(seconds.get(test, 0.0) for test in tests))
+    return tests[: max(1, sum(s <= most for s in spent))]
+
+
+def judge(
+    mutant: Mutant, copy: Copy, source: bytes, tests: list[str], seconds: dict[str, float],
+    limits: Limits,
+) -> Verdict:  # fmt: skip
+    """Run the tests on the mutant until one fails."""
     begin = time.monotonic()
     copy.write(mutant.file, mutant.apply(source))
-    done, verdict, by, used = 0, "survived", "", 0.0
-    while done < len(tests) and used < most and verdict == "survived":
-        part, cost = [], 0.0
-        while done < len(tests) and cost < batch and used + cost < most:
-            part.append(tests[done])
-            cost += seconds.get(tests[done], 0.0)
-            done += 1
-        used += max(cost, 0.001)
-        batch = most  # one small part, then all others
+    tests = take(tests, seconds, limits.most)
+    first = take(tests, seconds, limits.first)
+    verdict, by = "survived", ""
+    for part in (first, tests[len(first) :]):
+        if not part or by:
+            continue
         files = list(dict.fromkeys(test.split("::")[0] for test in part))
         order = sorted(part, key=lambda test: files.index(test.split("::")[0]))
-        plugin = Picker(order if seconds else None)
-
-        def work(files: list[str] = files, plugin: Picker = plugin) -> dict[str, Any]:
-            return {"code": run_tests(copy, files, plugin), "failed": plugin.failed}
-
-        answer = in_fork(work, 60 + 5 * cost)
+        work = TestRun(copy, files, Picker(order if seconds else None))
+        answer = in_fork(work, limits.wait + 5 * sum(seconds.get(test, 0.0) for test in part))
         if answer is None:
             verdict, by = "timeout", files[0]
         elif answer["code"] not in (0, 5):
             verdict, by = "killed", answer["failed"]
     copy.restore()
-    return Verdict(verdict, by, done, round(time.monotonic() - begin, 2))
+    return Verdict(verdict, by, len(tests), round(time.monotonic() - begin, 2))
 
 
 def read_lines(path: Path | None) -> list[dict[str, Any]]:
@@ -635,7 +663,7 @@ def update_map(path: Path, copy: Copy, sources: dict[str, bytes], files: list[st
         key = f"{file} {digest((copy.root / file).read_bytes())} {code}"
         if key not in known:
             print(f"measure {file}", flush=True)
-            answer = in_fork(lambda file=file: measure(copy, file, list(sources)), 1800)
+            answer = in_fork(Measurement(copy, file, list(sources)), 1800)
             copy.restore()
             if answer is None or "lines" not in answer:
                 print(f"  no measurement: {answer}", flush=True)
@@ -661,9 +689,8 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--only", default="", help="run only mutants whose key matches this")
     parser.add_argument("--first", type=float, default=6.0, help="seconds of tests that run first")
     parser.add_argument("--most", type=float, default=120.0, help="seconds of tests, at most")
-    parser.add_argument(
-        "--preload", nargs="*", default=["torch", "transformers", "tokenizers", "hypothesis", "PIL.Image"]
-    )
+    parser.add_argument("--wait", type=float, default=60.0, help="seconds until a run is stopped")
+    parser.add_argument("--preload", nargs="*", default=PRELOAD, help="modules to import once")
     args = parser.parse_args(argv)
     args.out, root = args.out.resolve(), args.root.resolve()
     args.map = args.map and args.map.resolve()
@@ -688,7 +715,9 @@ def select(files: list[str], paths: list[str], pattern: str) -> list[str]:
 def run(args: argparse.Namespace, copy: Copy) -> int:
     files = select(copy.files, args.paths, r".*\.py")
     sources = {file: (copy.root / file).read_bytes() for file in files}
-    everything = {file: (copy.root / file).read_bytes() for file in copy.files if file.endswith(".py")}
+    everything = {
+        file: (copy.root / file).read_bytes() for file in copy.files if file.endswith(".py")
+    }
     importers = find_importers(everything)
     test_files = select(copy.files, args.tests, r"test_.*\.py")
     chosen = draw(sources, args.number, args.seed)
@@ -698,6 +727,7 @@ def run(args: argparse.Namespace, copy: Copy) -> int:
         for entry in read_lines(args.out)
         if entry["source"] == digest(sources.get(entry["file"], b""))
     }
+    limits = Limits(args.first, args.most, args.wait)
     for number, mutant in enumerate(chosen, start=1):
         old = decided.get(mutant.key)
         if (old and not (args.again and old == "survived")) or not re.search(args.only, mutant.key):
@@ -705,7 +735,7 @@ def run(args: argparse.Namespace, copy: Copy) -> int:
         tests = test_map.tests(mutant, importers) if test_map else test_files
         seconds = test_map.seconds if test_map else {}
         source = sources[mutant.file]
-        verdict = judge(mutant, copy, source, tests, seconds, args.first, args.most)
+        verdict = judge(mutant, copy, source, tests, seconds, limits)
         decided[mutant.key] = verdict.verdict
         entry = {"key": mutant.key, "source": digest(source)}
         append_line(args.out, entry | asdict(mutant) | asdict(verdict))
