@@ -85,7 +85,7 @@ PAIRS = [
 NAMES = {old: new for pair in PAIRS for old, new in (pair, pair[::-1])} | {"strip": "rstrip"}
 # Keyword arguments and calls whose strings are read by people only, or by the type checker.
 TEXT_KEYWORDS = {"help", "description", "epilog", "metavar", "prog", "usage"}
-PRELOAD = ["torch", "transformers", "tokenizers", "hypothesis", "PIL.Image"]
+PRELOAD = ["torch", "transformers", "tokenizers", "open_clip", "hypothesis", "PIL.Image"]
 TEXT_CALLS = {"cast", "TypeVar", "NewType", "warn", "debug", "info", "warning", "error"}
 
 
@@ -553,14 +553,18 @@ class TestMap:
 
     def tests(self, mutant: Mutant, importers: dict[str, list[str]]) -> list[str]:
         """Tests that execute the statement, fastest first; then, if it also runs on import (where
-        no test is to thank), those that execute the module or one that imports it."""
+        no test is to thank), those that execute the module or import it, directly or through one
+        other module."""
         lines = self.lines[mutant.file]
         direct = set().union(*(lines[i] for i in range(mutant.first, mutant.last + 1)))
         more: set[str] = set()
         if mutant.at_import or "" in direct or not direct:
+            near = {mutant.file, *importers[mutant.file]}
+            near |= {far for file in near for far in importers[file]}
             more = self.of_module(mutant.file)
-            if not more or not direct - {""}:
-                more = more.union(*map(self.of_module, importers[mutant.file]))
+            more |= {test for test in self.seconds if test.split("::")[0] in near}
+            if not more:
+                more = more.union(*map(self.of_module, near))
         return [*self.by_time(direct), *self.by_time(more - direct)]
 
     def by_time(self, tests: set[str]) -> list[str]:
@@ -687,7 +691,7 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--again", action="store_true", help="run survivors once more")
     parser.add_argument("--only", default="", help="run only mutants whose key matches this")
-    parser.add_argument("--first", type=float, default=6.0, help="seconds of tests that run first")
+    parser.add_argument("--first", type=float, default=2.0, help="seconds of tests that run first")
     parser.add_argument("--most", type=float, default=120.0, help="seconds of tests, at most")
     parser.add_argument("--wait", type=float, default=60.0, help="seconds until a run is stopped")
     parser.add_argument("--preload", nargs="*", default=PRELOAD, help="modules to import once")

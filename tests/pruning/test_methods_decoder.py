@@ -393,6 +393,13 @@ def test_darts_least_are_its_pivots() -> None:
         resolved("dart:average=16", 8, 64)
 
 
+@pytest.mark.parametrize(("n_layers", "n_tokens"), [(8, 64), (32, 64), (40, 576)])
+def test_fitprunes_tables_are_for_one_model(n_layers: int, n_tokens: int) -> None:
+    """Elsewhere average= has nothing to choose from but budget=0, which keeps everything."""
+    with pytest.raises(ValueError, match=rf"the nearest is average={n_tokens}\.0 \(budget=0\)"):
+        resolved("fitprune:average=30", n_layers, n_tokens)
+
+
 def test_defaults_lie_on_their_own_curve() -> None:
     """average= scales the published lists, so asking for their own average returns them."""
     assert resolved("pyramiddrop:average=270").left(576) == (288, 144, 72)
