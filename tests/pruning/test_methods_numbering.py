@@ -106,3 +106,10 @@ def test_as_many_tokens_stay_as_a_method_announces(
     result = run(model, batch, Plan((method,)))
     assert len(result.report.kept[0].positions[0]) == left
     assert (left == 0) == (keep == 0)
+
+
+@pytest.mark.parametrize("name", SINGLE)
+def test_more_tokens_than_there_are_cannot_be_kept(model: Any, batch: Batch, name: str) -> None:
+    method: Any = dataclasses.replace(tiny.example(name).methods[0], keep=17)
+    with pytest.raises(ValueError, match="keep=17, but there are 16 image tokens"):
+        run(model, batch, Plan((method,)))

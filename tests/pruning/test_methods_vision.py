@@ -16,7 +16,7 @@ from torch import Tensor
 
 from minillava import parse_plan
 from minillava.generate import encode_images, generate
-from minillava.pruning import METHODS, PRESETS, divprune, holov, prumerge, vispruner
+from minillava.pruning import METHODS, PRESETS, divprune, hiprune, holov, prumerge, vispruner
 from minillava.pruning.base import Context, Keep, Method
 from minillava.pruning.grid import middle_patches, row_widths
 from minillava.pruning.pool import patches_of_cells
@@ -339,6 +339,18 @@ def test_hiprune(grid: int) -> None:
     assert sorted(p.choose("hiprune", keep=10, alpha=0.5, block=5)[0]) == expected
 
 
+def test_hiprunes_neighbours_are_of_the_same_image() -> None:
+    """On grids of 4 x 4, of two images: the patches 0 and 6 of the first, 1 and 15 of the second.
+    Beyond the first and the last patch of an image that patch itself stands in."""
+    buffers = hiprune.with_neighbours(torch.tensor([0, 6, 17, 31]), 4).view(5, 4)
+    assert buffers.T.tolist() == [
+        [0, 0, 1, 0, 4],
+        [6, 5, 7, 2, 10],
+        [17, 16, 18, 16, 21],
+        [31, 30, 31, 27, 31],
+    ]
+
+
 @pytest.mark.parametrize("grid", [4, 8, 12])
 def test_vscan(grid: int) -> None:
     p = Picture(grid)
@@ -540,6 +552,13 @@ def test_what_the_tower_does_not_have(plan: str, tower: int, message: str) -> No
 def test_what_the_prompt_does_not_have(plan: str, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         parse_plan(plan).check(4, 16, (2,))
+
+
+@pytest.mark.parametrize("scope", ["image", "all"])
+def test_a_grids_sides_are_those_of_one_image(scope: str) -> None:
+    parse_plan(f"grid:h=4,w=4,scope={scope}").check(4, 16, (2, 20))
+    with pytest.raises(ValueError, match="w=5 must be from 1 to 4"):
+        parse_plan(f"grid:h=4,w=5,scope={scope}").check(4, 16, (2, 20))
 
 
 @pytest.mark.parametrize(
