@@ -590,6 +590,7 @@ def find_importers(sources: dict[str, bytes]) -> dict[str, list[str]]:
                 module = folder / (node.module or "").replace(".", "/")
                 for name in (module, *(module / alias.name for alias in node.names)):
                     result[name.with_suffix(".py").as_posix()].append(file)
+                result[(module / "__init__.py").as_posix()].append(file)
     return result
 
 

@@ -193,6 +193,13 @@ def test_a_single_text_row_rates() -> None:
     assert sparsevlm.select_raters(image, text.expand(4, 3)).tolist() == [0, 1, 2, 3]
 
 
+def test_a_text_row_at_the_mean_does_not_rate() -> None:
+    """Four image rows give all their weight to the text rows 0, 0, 1, 2: 0.5, 0.25, 0.25, 0."""
+    text = torch.eye(4)
+    image = 1000 * text[[0, 0, 1, 2]]
+    assert sparsevlm.select_raters(image, text).tolist() == [0]
+
+
 @pytest.mark.parametrize("seed", range(8))
 def test_dart_walks_its_pivots_as_the_released_code(seed: int) -> None:
     """Row numbers as in a full prompt; some of them collide in the hash table of the set."""

@@ -113,3 +113,8 @@ def test_more_tokens_than_there_are_cannot_be_kept(model: Any, batch: Batch, nam
     method: Any = dataclasses.replace(tiny.example(name).methods[0], keep=17)
     with pytest.raises(ValueError, match="keep=17, but there are 16 image tokens"):
         run(model, batch, Plan((method,)))
+
+
+@pytest.mark.parametrize("name", ["text-only", "vtw"])
+def test_methods_that_keep_no_image_token_announce_none(name: str) -> None:
+    assert tiny.example(name).methods[0].left(16) == (0,)

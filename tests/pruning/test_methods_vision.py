@@ -580,14 +580,25 @@ def test_what_no_model_could_do(plan: str, message: str) -> None:
 
 
 def test_rows_without_a_patch_are_not_ranked_by_the_tower() -> None:
-    p, fastervlm, tome = Picture(4), METHODS["fastervlm"](keep=3), METHODS["tome"](r=1)
+    p, fastervlm = Picture(4), METHODS["fastervlm"](keep=3)
     with pytest.raises(ValueError, match="put the method that merges last"):
         fastervlm.choose(p.context(fastervlm, patches=torch.arange(-1, 15)))
-    with pytest.raises(ValueError, match="tome needs every patch of the image, 3 of 16 are left"):
-        tome.choose(p.context(tome, n=3))
 
 
-@pytest.mark.parametrize("name", ["divprune", "vispruner", "prumerge", "visionzip", "tome"])
+@pytest.mark.parametrize("plan", ["tome:r=1", "grid:keep=2", "pool:h=1,w=2"])
+def test_some_methods_need_all_patches(plan: str) -> None:
+    p, (method,) = Picture(4), parse_plan(plan).methods
+    said = (
+        f"{method.name} needs every patch of the image, 3 of 16 are left; put {method.name} first"
+    )
+    with pytest.raises(ValueError, match=said):
+        method.choose(p.context(method, n=3))
+
+
+WITH_NAN = ["divprune", "vispruner", "prumerge", "visionzip", "tome", "simignore"]
+
+
+@pytest.mark.parametrize("name", WITH_NAN)
 def test_what_is_not_a_number_is_refused(name: str) -> None:
     p = Picture(4)
     for i, state in p.hidden.items():
