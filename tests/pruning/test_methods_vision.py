@@ -554,6 +554,15 @@ def test_what_the_prompt_does_not_have(plan: str, message: str) -> None:
         parse_plan(plan).check(4, 16, (2,))
 
 
+def test_visionzip_may_keep_every_patch() -> None:
+    parse_plan("visionzip:dominant=9,contextual=8").check(4, 16, (2,))  # with the class token
+
+
+def test_vscan_needs_whole_windows() -> None:
+    with pytest.raises(ValueError, match="cuts the image into 4 x 4 windows; its 5 x 5 patches"):
+        parse_plan("vscan:keep=4,final=0").check(4, 25, (2,))
+
+
 @pytest.mark.parametrize("scope", ["image", "all"])
 def test_a_grids_sides_are_those_of_one_image(scope: str) -> None:
     parse_plan(f"grid:h=4,w=4,scope={scope}").check(4, 16, (2, 20))
