@@ -7,6 +7,7 @@ import json
 import logging
 import os
 import random
+import runpy
 import shutil
 import signal
 import subprocess
@@ -507,6 +508,16 @@ def test_characters_that_a_terminal_lacks_are_escaped(monkeypatch: pytest.Monkey
     with quiet_libraries():
         print("é 中", flush=True)
     assert raw.getvalue() == b"\\xe9 \\u4e2d\n"
+
+
+def test_the_package_itself_is_the_command(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(sys, "argv", ["minillava", "--list-methods"])
+    with pytest.raises(SystemExit) as ended:
+        runpy.run_module("minillava", run_name="__main__")
+    assert ended.value.code == 0
+    assert "pyramiddrop" in capsys.readouterr().out
 
 
 # ---------------------------------------------------------------- as a process

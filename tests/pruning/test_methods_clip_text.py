@@ -169,6 +169,14 @@ def test_one_budget_over_all_pictures(model: Any, batch: Batch, clip: ClipText) 
         parse_plan("trim:scope=all")
 
 
+def test_cdpruner_refuses_a_kernel_that_is_no_number(
+    model: Any, batch: Batch, clip: ClipText, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(cdpruner, "relevance", lambda patches, text: torch.full((N,), torch.nan))
+    with pytest.raises(ValueError, match="NaN in the kernel of the embed stage"):
+        run(model, batch, f"cdpruner:keep=9,clip={clip.source}")
+
+
 @pytest.mark.parametrize("seed", range(5))
 def test_greedy_steps_are_the_largest_determinants(seed: int) -> None:
     generator = torch.Generator().manual_seed(seed)

@@ -193,6 +193,13 @@ def test_a_single_text_row_rates() -> None:
     assert sparsevlm.select_raters(image, text.expand(4, 3)).tolist() == [0, 1, 2, 3]
 
 
+def test_a_text_row_at_the_mean_does_not_rate() -> None:
+    """Four image rows give all their weight to the text rows 0, 0, 1, 2: 0.5, 0.25, 0.25, 0."""
+    text = torch.eye(4)
+    image = 1000 * text[[0, 0, 1, 2]]
+    assert sparsevlm.select_raters(image, text).tolist() == [0]
+
+
 @pytest.mark.parametrize("seed", range(8))
 def test_dart_walks_its_pivots_as_the_released_code(seed: int) -> None:
     """Row numbers as in a full prompt; some of them collide in the hash table of the set."""
@@ -393,6 +400,19 @@ def test_darts_least_are_its_pivots() -> None:
         resolved("dart:average=16", 8, 64)
 
 
+@pytest.mark.parametrize(("n_layers", "n_tokens"), [(8, 64), (32, 64), (40, 576)])
+def test_fitprunes_tables_are_for_one_model(n_layers: int, n_tokens: int) -> None:
+    """Elsewhere average= has nothing to choose from but budget=0, which keeps everything."""
+    with pytest.raises(ValueError, match=rf"the nearest is average={n_tokens}\.0 \(budget=0\)"):
+        resolved("fitprune:average=30", n_layers, n_tokens)
+
+
+def test_the_last_layer_is_as_far_as_vtw_goes() -> None:
+    assert resolved("vtw:average=558").layer == 31
+    with pytest.raises(ValueError, match=r"the nearest is average=558\.0 \(layer=31\)"):
+        resolved("vtw:average=570")
+
+
 def test_defaults_lie_on_their_own_curve() -> None:
     """average= scales the published lists, so asking for their own average returns them."""
     assert resolved("pyramiddrop:average=270").left(576) == (288, 144, 72)
@@ -540,6 +560,7 @@ def test_only_the_command_line_runs_files(own: Path) -> None:
         ("mine.py:A", "x = 1\nx = (", "mine.py, line 2 does not run: SyntaxError: '(' was never"),
         ("mine.py:A", "x = 1\n1 / 0", "line 2 does not run: ZeroDivisionError: division by zero"),
         ("mine.py:A", "\n\nimport nothing_here", "mine.py, line 3 does not run: ModuleNotFoundE"),
+        ("mine.py:A", "raise OSError('one\\ntwo')", "line 1 does not run: OSError: one"),
         ("mine.py:A", "", "its methods: none; derive one from minillava.pruning.Method"),
         ("mine.py:Longest:size=3", OWN, "longest has no option 'size'; it has: keep, mode"),
         ("mine.py:Longest:keep=x", OWN, "longest: keep=x: must be a whole number"),
@@ -551,3 +572,9 @@ def test_a_file_that_will_not_do(tmp_path: Path, spec: str, text: str | None, sa
     with pytest.raises(ValueError, match=r"\A[^\n]*\Z") as error:
         parse_plan_with_files(f"{tmp_path}/{spec}")
     assert said in str(error.value)
+
+
+@pytest.mark.parametrize("spec", ["mine.py", "Longest", "mine.py:Longest:keep=3", "mine.py:1st"])
+def test_what_names_no_class_in_a_file(spec: str) -> None:
+    with pytest.raises(ValueError, match="is no method in a file; write FILE"):
+        load_file_method(spec)

@@ -74,6 +74,30 @@ def test_a_plan_of_objects_runs(model: Any) -> None:
     assert run(model, Merging(), max_new_tokens=1).report.tokens_entering[0] == [2 + 2 + 2]
 
 
+def test_a_joint_choice_sees_the_patches_of_all_images(model: Any) -> None:
+    """With scope=all, image i's patches are i * N to i * N + N - 1, with their own keys."""
+    seen: list[tuple[Tensor, Tensor, Tensor]] = []
+
+    @dataclass(frozen=True)
+    class Joint(Method):
+        def stages(self) -> Any:
+            return (("embed", 0),)
+
+        def vision_layers(self, n_layers: int) -> tuple[int, ...]:
+            return (3,)
+
+        def choose(self, c: Context) -> Keep:
+            seen.append((c.patches, c.vision_keys(3), c.vision_attention(3)))
+            return Keep(torch.arange(1))
+
+    for scope in ("image", "all"):
+        run(model, Joint(scope=scope), prompts=("tItIt",), max_new_tokens=1)
+    first, second, joint = seen
+    assert joint[0].tolist() == list(range(32))
+    assert torch.equal(joint[1], torch.cat((first[1], second[1])))
+    assert torch.equal(joint[2], torch.cat((first[2], second[2]), dim=1))
+
+
 @pytest.mark.parametrize(
     ("wrong", "words"),
     [

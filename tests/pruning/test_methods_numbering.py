@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any
 
 import pytest
@@ -10,7 +11,7 @@ import torch
 
 from minillava import Batch, parse_plan
 from minillava.generate import Result, generate
-from minillava.pruning import METHODS
+from minillava.pruning import METHODS, Plan
 
 # What each method's released code does: it keeps the position numbers of the unpruned prompt
 # ("original"), or numbers the rows that are left 0, 1, 2, ... ("compact").
@@ -85,3 +86,35 @@ def test_a_joint_budget_is_spent_while_any_image_has_a_token(model: Any, plan: s
     first, second = run(model, batch, parse_plan(plan)).report.kept
     assert len(first.positions[0]) == 1
     assert second.positions == [[]]
+
+
+SINGLE = [  # methods of ours with one `keep`, which keep as many as left() says
+    name
+    for name in NUMBERING
+    if METHODS[name].drops_only and METHODS[name].strength == "keep" and METHODS[name].identity
+    if len(tiny.example(name).steps) == 1
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("keep", [0, 1, 9, 16, 0.3])
+@pytest.mark.parametrize("name", SINGLE)
+def test_as_many_tokens_stay_as_a_method_announces(
+    model: Any, batch: Batch, name: str, keep: float
+) -> None:
+    method: Any = dataclasses.replace(tiny.example(name).methods[0], keep=keep)
+    (left,) = method.left(16)
+    result = run(model, batch, Plan((method,)))
+    assert len(result.report.kept[0].positions[0]) == left
+    assert (left == 0) == (keep == 0)
+
+
+@pytest.mark.parametrize("name", SINGLE)
+def test_more_tokens_than_there_are_cannot_be_kept(model: Any, batch: Batch, name: str) -> None:
+    method: Any = dataclasses.replace(tiny.example(name).methods[0], keep=17)
+    with pytest.raises(ValueError, match="keep=17, but there are 16 image tokens"):
+        run(model, batch, Plan((method,)))
+
+
+@pytest.mark.parametrize("name", ["text-only", "vtw"])
+def test_methods_that_keep_no_image_token_announce_none(name: str) -> None:
+    assert tiny.example(name).methods[0].left(16) == (0,)

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from minillava import parse_plan
 from minillava.generate import encode_images, generate
-from minillava.pruning import METHODS, PRESETS, divprune, holov, prumerge, vispruner
+from minillava.pruning import METHODS, PRESETS, divprune, hiprune, holov, prumerge, vispruner
 from minillava.pruning.base import Context, Keep, Method
 from minillava.pruning.grid import middle_patches, row_widths
 from minillava.pruning.pool import patches_of_cells
@@ -274,11 +274,14 @@ def test_divprune(n: int, keep: int) -> None:
     assert ours == reference.divprune(distance.tolist(), keep)
 
 
-def test_divprune_never_takes_a_token_twice() -> None:
-    features = torch.eye(4)[torch.tensor([0, 0, 1, 1, 1, 2])]
+@pytest.mark.parametrize(
+    ("rows", "first"), [([0, 0, 1, 1, 1, 2], [5, 0, 2]), ([2, 0, 0, 1, 1, 1], [0, 1, 3])]
+)
+def test_divprune_never_takes_a_token_twice(rows: list[int], first: list[int]) -> None:
+    features = torch.eye(4)[torch.tensor(rows)]
     method = METHODS["divprune"](keep=6)
     index = method.choose(plain_context(method, features)).index.tolist()
-    assert index[:3] == [5, 0, 2]
+    assert index[:3] == first
     assert sorted(index) == [0, 1, 2, 3, 4, 5]
 
 
@@ -334,6 +337,18 @@ def test_hiprune(grid: int) -> None:
     deepest = [reference.from_all_tokens(p.attention(b)) for b in (5, 4)]
     expected = reference.hiprune(*deepest, 10, 0.5, grid)
     assert sorted(p.choose("hiprune", keep=10, alpha=0.5, block=5)[0]) == expected
+
+
+def test_hiprunes_neighbours_are_of_the_same_image() -> None:
+    """On grids of 4 x 4, of two images: the patches 0 and 6 of the first, 1 and 15 of the second.
+    Beyond the first and the last patch of an image that patch itself stands in."""
+    buffers = hiprune.with_neighbours(torch.tensor([0, 6, 17, 31]), 4).view(5, 4)
+    assert buffers.T.tolist() == [
+        [0, 0, 1, 0, 4],
+        [6, 5, 7, 2, 10],
+        [17, 16, 18, 16, 21],
+        [31, 30, 31, 27, 31],
+    ]
 
 
 @pytest.mark.parametrize("grid", [4, 8, 12])
@@ -539,6 +554,22 @@ def test_what_the_prompt_does_not_have(plan: str, message: str) -> None:
         parse_plan(plan).check(4, 16, (2,))
 
 
+def test_visionzip_may_keep_every_patch() -> None:
+    parse_plan("visionzip:dominant=9,contextual=8").check(4, 16, (2,))  # with the class token
+
+
+def test_vscan_needs_whole_windows() -> None:
+    with pytest.raises(ValueError, match="cuts the image into 4 x 4 windows; its 5 x 5 patches"):
+        parse_plan("vscan:keep=4,final=0").check(4, 25, (2,))
+
+
+@pytest.mark.parametrize("scope", ["image", "all"])
+def test_a_grids_sides_are_those_of_one_image(scope: str) -> None:
+    parse_plan(f"grid:h=4,w=4,scope={scope}").check(4, 16, (2, 20))
+    with pytest.raises(ValueError, match="w=5 must be from 1 to 4"):
+        parse_plan(f"grid:h=4,w=5,scope={scope}").check(4, 16, (2, 20))
+
+
 @pytest.mark.parametrize(
     ("plan", "message"),
     [
@@ -558,14 +589,25 @@ def test_what_no_model_could_do(plan: str, message: str) -> None:
 
 
 def test_rows_without_a_patch_are_not_ranked_by_the_tower() -> None:
-    p, fastervlm, tome = Picture(4), METHODS["fastervlm"](keep=3), METHODS["tome"](r=1)
+    p, fastervlm = Picture(4), METHODS["fastervlm"](keep=3)
     with pytest.raises(ValueError, match="put the method that merges last"):
         fastervlm.choose(p.context(fastervlm, patches=torch.arange(-1, 15)))
-    with pytest.raises(ValueError, match="tome needs every patch of the image, 3 of 16 are left"):
-        tome.choose(p.context(tome, n=3))
 
 
-@pytest.mark.parametrize("name", ["divprune", "vispruner", "prumerge", "visionzip", "tome"])
+@pytest.mark.parametrize("plan", ["tome:r=1", "grid:keep=2", "pool:h=1,w=2"])
+def test_some_methods_need_all_patches(plan: str) -> None:
+    p, (method,) = Picture(4), parse_plan(plan).methods
+    said = (
+        f"{method.name} needs every patch of the image, 3 of 16 are left; put {method.name} first"
+    )
+    with pytest.raises(ValueError, match=said):
+        method.choose(p.context(method, n=3))
+
+
+WITH_NAN = ["divprune", "vispruner", "prumerge", "visionzip", "tome", "simignore"]
+
+
+@pytest.mark.parametrize("name", WITH_NAN)
 def test_what_is_not_a_number_is_refused(name: str) -> None:
     p = Picture(4)
     for i, state in p.hidden.items():

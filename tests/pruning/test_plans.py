@@ -153,6 +153,9 @@ def test_an_option_behind_a_preset_replaces_that_of_the_rule_that_has_it() -> No
     expected = "simignore:keep=452,step=3,i_index=1,mode=mask,until=5+fastv:layer=7,keep=144"
     assert changed == methods(expected)
     assert methods("simignore-7b:k=7") == methods("simignore-7b:layer=7")
+    # FastV says either `keep` or `r`, so the preset's keep=144 goes when r is given
+    simignore = expected.partition("+")[0].replace("step=3", "step=1")
+    assert methods("simignore-7b:r=0.75") == methods(f"{simignore}+fastv:layer=5,r=0.75")
 
 
 def test_an_option_that_two_rules_have_is_refused_with_the_long_form() -> None:
