@@ -17,10 +17,6 @@ from .pruning.base import Plan
 from .sample import Batch as Batch
 from .sample import Prompt
 
-SLACK = (
-    0.5  # image tokens by which average= may miss what can be reached, as people type it rounded
-)
-
 
 @dataclass(frozen=True)
 class Settings:
@@ -67,7 +63,7 @@ class Settings:
 
 def prompts_of(model: LLaVA, batch: Batch) -> list[Prompt]:
     """The samples of a batch without padding, with the place of every image."""
-    config, ids, mask = model.config, batch.ids, batch.mask
+    config, ids, mask = model.config, batch.ids.cpu(), batch.mask.cpu()
     if ids.ndim != 2 or ids.dtype != torch.int64 or not len(ids):
         raise ValueError(f"ids must be (B, T) int64, not {tuple(ids.shape)} {ids.dtype}")
     if mask.shape != ids.shape or mask.dtype != torch.bool:
@@ -85,10 +81,10 @@ def prompts_of(model: LLaVA, batch: Batch) -> list[Prompt]:
         check_ids(config, sample, f"prompt {b}")
         starts = find_images(config, sample.tolist(), b)
         if focus is not None:
+            focus = focus.cpu()
             check_ids(config, focus, f"the focus of prompt {b}")
-            focus = focus.to(model.device)
         images = tuple(range(used, used + len(starts)))
-        prompts.append(Prompt(sample.to(model.device), images, starts, focus, len(sample)))
+        prompts.append(Prompt(sample, images, starts, focus, len(sample)))
         used += len(starts)
     if used != n_images:
         raise ValueError(

@@ -218,14 +218,12 @@ class _Operators(TorchDispatchMode):
             self.counts.wait()
         elif name in COPIES and any(type(x) is Tensor and x.ndim for x in leaves):
             self.counts.copy(blocking=not _non_blocking(func, args, kwargs))
-        args, kwargs = tree_map(
-            lambda x: CPU if isinstance(x, torch.device) else x, (args, kwargs)
-        )
+        args, kwargs = tree_map(lambda x: CPU if isinstance(x, torch.device) else x, (args, kwargs))
         result = func(*values_of(args), **values_of(kwargs))
         if to_cpu:
             return result
         same = {id(x.values): x for x in there}  # operators in place return their operand
-        return tree_map(lambda x: same.get(id(x), None) if id(x) in same else on_device(x), result)
+        return tree_map(lambda x: same[id(x)] if id(x) in same else on_device(x), result)
 
     def _check(self, func: Any, name: str, args: Any, kwargs: Any, leaves: list[Any]) -> None:
         if func._schema.name.startswith(CPU_ONLY):
