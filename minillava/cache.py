@@ -57,7 +57,7 @@ class KVCache:
     ) -> tuple[Tensor, Tensor]:
         """Add one row per sample, k and v (B, Hkv, Dh); return the first `end` rows of all samples.
 
-        at (B, 1, 1, 1): where each sample's row goes; None: at end - 1 for all. The two results are
+        at (B,): where each sample's row goes; None: at end - 1 for all. The two results are
         (B, Hkv, end, Dh); rows of a shorter sample beyond its own length are zeros.
         """
         for held, row in ((self.keys[layer], k), (self.values[layer], v)):
@@ -65,7 +65,8 @@ class KVCache:
                 held[:, :, end - 1] = row
             else:
                 held[:, :, end - 1] = 0.0
-                held.scatter_(2, at.expand(*row.shape[:2], 1, row.shape[2]), row[:, :, None])
+                place = at[:, None, None, None].expand(*row.shape[:2], 1, row.shape[2])
+                held.scatter_(2, place, row[:, :, None])
         self.lengths[layer] = [n + 1 for n in self.lengths[layer]]
         return self.keys[layer][:, :, :end], self.values[layer][:, :, :end]
 

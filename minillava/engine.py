@@ -207,8 +207,7 @@ def view_cache(state: State, number: int, hidden: Sequence[Tensor | None]) -> Ca
             if rows is not None:
                 masked[b, : len(rows)] = rows
         visible &= ~on_device(masked, visible)
-    at = length[:, None, None, None] if ragged else None
-    return CacheView(end, at, visible[:, None, None])
+    return CacheView(end, length if ragged else None, visible[:, None, None])
 
 
 # ---------------------------------------------------------------- pruning

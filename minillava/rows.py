@@ -139,7 +139,7 @@ def prune_images(
 
 
 def on_device(numbers: Tensor, x: Tensor) -> Tensor:
-    """Row numbers on the device of x. The host does not wait until they are there."""
+    """Row numbers, or another small tensor, on the device of x. The host does not wait for it."""
     return numbers.to(x.device, non_blocking=True)
 
 

@@ -157,7 +157,7 @@ class CacheView:
     """What the new tokens of a batch see of a segment's layers in the KV cache."""
 
     end: int  # rows of the longest sample, the new one included
-    at: Tensor | None  # (B, 1, 1, 1) where each new row goes; None: all at end - 1
+    at: Tensor | None  # (B,) where each new row goes; None: all at end - 1
     visible: Tensor | None  # (B, 1, 1, end) bool; None: everything
 
 

@@ -326,7 +326,8 @@ class Context:
         self._given[there] = rows
         return there
 
-    def _on_cpu(self, rows: Tensor) -> Tensor:
+    def on_cpu(self, rows: Tensor) -> Tensor:
+        """Row numbers or patches on the CPU; the host waits only for those not given out above."""
         return self._given[rows] if rows in self._given else rows.cpu()
 
     # ------------------------------------------------------------ the text
@@ -374,16 +375,16 @@ class Context:
         While decoding with a cache only `newest` has a query; other rows raise ValueError.
         """
         token = self._sample.token
-        if token is not None and not torch.equal(self._on_cpu(rows), self._on_cpu(self.newest)):
+        if token is not None and not torch.equal(self.on_cpu(rows), self.on_cpu(self.newest)):
             raise ValueError(
                 f"{self._step.method.name}: attention of rows {rows.tolist()} was asked for, but "
                 f"while decoding only the newest row {self.newest.tolist()} has a query; ask for "
                 "`newest`, or say choice_stands = True: the choice made for the prompt then stands"
             )
         if layer == 0:
-            return self._coming_attention(self._on_cpu(rows), strongest)[:, self.candidates]
+            return self._coming_attention(self.on_cpu(rows), strongest)[:, self.candidates]
         last, there = self._last(), self._rows_in_last()
-        at, columns = there[self._on_cpu(rows)], on_device(there[self._candidates], last.k)
+        at, columns = there[self.on_cpu(rows)], on_device(there[self._candidates], last.k)
         q = last.q[on_device(at - (len(last.k) - len(last.q)), last.q)]  # (r, H, Dh)
         received = attention_received(q, last.k, at, last.hidden, strongest)  # (H, S)
         return received[:, columns] * (columns >= 0)
