@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import sys
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -24,7 +24,6 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves, tree_map
 
 CUDA, CPU = torch.device("cuda:0"), torch.device("cpu")
 # Operators that wait for the device, and how often. multinomial checks the sum and the signs.
@@ -117,14 +116,32 @@ class PretendedGenerator(torch.Generator):
         return self
 
 
+def change(function: Callable[[Any], Any], x: Any) -> Any:
+    """The function of each argument, or of each result, of an operator: of those in lists too.
+
+    torch's tree_map does the same and takes longer than the small operators of the tests.
+    """
+    if isinstance(x, list | tuple):
+        return type(x)([change(function, i) for i in x]) if type(x) in (list, tuple) else x
+    if isinstance(x, dict):
+        return {key: change(function, value) for key, value in x.items()}
+    return function(x)
+
+
+def leaves_of(x: Any) -> list[Any]:
+    found: list[Any] = []
+    change(found.append, x)
+    return found
+
+
 def values_of(x: Any) -> Any:
     """The same arguments with tensors of the pretended device replaced by their values."""
-    return tree_map(lambda t: t.values if isinstance(t, PretendedTensor) else t, x)
+    return change(lambda t: t.values if isinstance(t, PretendedTensor) else t, x)
 
 
 def on_device(x: Any) -> Any:
     """The same results with all tensors on the pretended device."""
-    return tree_map(lambda t: PretendedTensor(t) if type(t) is Tensor else t, x)
+    return change(lambda t: PretendedTensor(t) if type(t) is Tensor else t, x)
 
 
 def _names_cuda(device: Any) -> bool:
@@ -154,8 +171,15 @@ class _Functions(TorchFunctionMode):
             return on_device(torch.tensor(*args[1:], **{"dtype": first.dtype} | kwargs))
         if func in (Tensor.__getitem__, Tensor.__setitem__) and there:
             args = (first, self._index(args[1]), *args[2:])
+        generator = kwargs.get("generator")
+        if isinstance(generator, PretendedGenerator):
+            cuda = there or _names_cuda(kwargs.get("device"))
+            if cuda != (generator.where.type == "cuda"):
+                raise RuntimeError(
+                    f"a generator of {generator.where} on another device ({_line()})"
+                )
         if func is F.scaled_dot_product_attention:
-            _refuse_mixed("scaled_dot_product_attention", tree_leaves((args, kwargs)))
+            _refuse_mixed("scaled_dot_product_attention", leaves_of((args, kwargs)))
             result = func(*values_of(args), **values_of(kwargs))
             return on_device(result) if there else result
         if _names_cuda(kwargs.get("device")):
@@ -202,7 +226,7 @@ class _Operators(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = dict(kwargs or {})
-        leaves = tree_leaves((args, kwargs))
+        leaves = leaves_of((args, kwargs))
         there = [x for x in leaves if isinstance(x, PretendedTensor)]
         device = next((x for x in leaves if isinstance(x, torch.device)), None)
         if not there and not _names_cuda(device):
@@ -218,21 +242,18 @@ class _Operators(TorchDispatchMode):
             self.counts.wait()
         elif name in COPIES and any(type(x) is Tensor and x.ndim for x in leaves):
             self.counts.copy(blocking=not _non_blocking(func, args, kwargs))
-        args, kwargs = tree_map(lambda x: CPU if isinstance(x, torch.device) else x, (args, kwargs))
+        if device is not None:
+            args = change(lambda x: CPU if isinstance(x, torch.device) else x, args)
+            kwargs = change(lambda x: CPU if isinstance(x, torch.device) else x, kwargs)
         result = func(*values_of(args), **values_of(kwargs))
         if to_cpu:
             return result
         same = {id(x.values): x for x in there}  # operators in place return their operand
-        return tree_map(lambda x: same[id(x)] if id(x) in same else on_device(x), result)
+        return change(lambda x: same[id(x)] if id(x) in same else on_device(x), result)
 
     def _check(self, func: Any, name: str, args: Any, kwargs: Any, leaves: list[Any]) -> None:
         if func._schema.name.startswith(CPU_ONLY):
             raise RuntimeError(f"{func._schema.name} has no kernel for CUDA ({_line()})")
-        for generator in leaves:
-            if isinstance(generator, torch.Generator):
-                where = getattr(generator, "where", CPU)
-                if where.type != "cuda":
-                    raise RuntimeError(f"{name}: a generator of the CPU for CUDA ({_line()})")
         if name in PRODUCTS and not args[0].is_floating_point():
             raise RuntimeError(f"{name}: CUDA multiplies no {args[0].dtype} ({_line()})")
         if name in INDEXING and isinstance(args[0], PretendedTensor):
