@@ -197,7 +197,7 @@ def view_cache(state: State, number: int, hidden: Sequence[Tensor | None]) -> Ca
     """What new tokens see in the layers of segment `number`, with rows hidden [b] (S,) masked."""
     assert state.cache is not None
     lengths, length = state.cache.lengths[state.segments[number].layers.start], state.length[number]
-    end, ragged = max(lengths) + 1, len(set(lengths)) > 1
+    end, ragged = max(lengths) + 1, min(lengths) < max(lengths)
     if not ragged and all(h is None for h in hidden):
         return CacheView(end, None, None)
     visible = torch.arange(end, device=length.device) <= length[:, None]  # (B, end)

@@ -176,8 +176,9 @@ def test_methods_of_the_readme(
 
 
 @pytest.mark.parametrize("form", FORMS)
-def test_stored_forms(folder: Path, here: Any, form: str) -> None:
-    """Float32 arithmetic gives the CPU's numbers up to rounding; half precision has to run."""
+def test_stored_forms(folder: Path, here: Any, monkeypatch: pytest.MonkeyPatch, form: str) -> None:
+    """Float32 arithmetic gives the numbers of the CPU without its kernels, which round activations
+    too; half precision has to run."""
     batch = tiny.make_batch(here, "tItIttt", "tttt")
     plan = parse_plan("fastv:layer=2,keep=4")
     with pretended_cuda():
@@ -185,9 +186,11 @@ def test_stored_forms(folder: Path, here: Any, form: str) -> None:
         found = generate(there, batch, plan, 3, output_logits=True)
     assert found.logits.values.isfinite().all()
     assert there.dtype == getattr(torch, FORMS[form].get("dtype", "float32"))
-    if form == "int8":  # the CPU's kernels round activations too, so compare with the weights
+    if there.dtype == torch.float32:
+        monkeypatch.setattr("minillava.quant.linear.kernel_works", lambda kind: False)
         expected = generate(load(folder, **FORMS[form])[0], batch, plan, 3, output_logits=True)
-        tiny.assert_close(found.logits.values, expected.logits, 0.05)
+        assert found.tokens == expected.tokens
+        tiny.assert_close(found.logits.values, expected.logits)
 
 
 def test_int8_dynamic_is_for_the_cpu(folder: Path) -> None:
