@@ -96,7 +96,7 @@ class LLaVA(nn.Module):
     def encode(self, pixels: Tensor, layers: Collection[int]) -> Encoded:
         """Run the vision tower on pixels (images, 3, S, S) and keep these hidden states."""
         parts = [
-            self.vision(part.to(self.device, self.dtype, non_blocking=True), layers)
+            self.vision(part.to(self.device, self.dtype), layers)
             for part in pixels.split(IMAGES_AT_ONCE)
         ]
         return Encoded({i: torch.cat([part[i] for part in parts]) for i in sorted(layers)})

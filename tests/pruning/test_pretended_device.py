@@ -52,7 +52,7 @@ FORMS: dict[str, dict[str, Any]] = {
 # (visionzip, vispruner, prumerge, vscan); SparseVLM reads its raters, scores, peaks and index.
 WAITS = {"sparsevlm": 4, "visionzip": 3, "vispruner": 3, "prumerge": 3, "prumerge-plus": 3}
 WAITS |= {"vscan": 3}
-PROMPT = 4  # waits of a prompt: the clock at the start, after the images, after the rows; its token
+PROMPT = 5  # waits of a prompt: the clock three times, the pixels of up to 8 images, its token
 
 
 @pytest.fixture(scope="module")
@@ -241,6 +241,16 @@ def test_a_token_costs_one_wait_for_the_whole_batch(there: Any, kind: str) -> No
         prompt, *tokens = costs(there, batch, Plan(), **options)
         assert prompt[0] <= PROMPT
         assert tokens == [(1, 0), (1, 0)], options
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_stored_forms_copy_nothing(folder: Path, form: str) -> None:
+    """Not even the matrix that int8 rotates with: it is copied by the first generation."""
+    with pretended_cuda():
+        there = load(folder, device="cuda", **FORMS[form])[0]
+    batch = tiny.make_batch(there, "tItt", "tt")
+    costs(there, batch, Plan())
+    assert costs(there, batch, Plan())[1:] == [(1, 0), (1, 0)]
 
 
 def test_masks_are_copied_once_a_token(there: Any) -> None:
