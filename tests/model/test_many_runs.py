@@ -81,7 +81,7 @@ def held() -> dict[str, int]:
 @pytest.mark.slow
 @pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="reads /proc")
 def test_a_thousand_generations_and_two_hundred_loads_leave_nothing() -> None:
-    """On the demo model, with plans of all kinds. What a fifth of it leaves is cached for good."""
+    """On the demo model, with plans of all kinds. What a tenth of it leaves is cached for good."""
     model, processor = load(DEMO)
     with Image.open(DEMO / "example.png") as image:
         prompt = "USER: <image>\nWhat is in the picture? ASSISTANT:"
@@ -101,7 +101,7 @@ def test_a_thousand_generations_and_two_hundred_loads_leave_nothing() -> None:
             samples.append(held())
     assert processor is not None
     print(*samples, sep="\n")
-    first, last = samples[1], samples[-1]
+    first, last = samples[0], samples[-1]  # after a load of the same form
     assert last["objects"] - first["objects"] < 100
     for what in ("tensors", "files", "threads"):
         assert last[what] <= first[what], what
