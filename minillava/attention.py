@@ -12,22 +12,23 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .rows import on_device
+
 MASK_ROWS = 256  # query rows whose visibility is held as a mask at one time
 WEIGHT_ROWS = 256  # (row, head) pairs whose attention weights are held at one time
 
 
-def causal_attention(q: Tensor, k: Tensor, v: Tensor, hidden: Tensor | None = None) -> Tensor:
-    """All rows of one prompt: q (S, H, Dh), k, v (S, Hkv, Dh), hidden (S,) bool -> (S, H, Dh).
+def causal_attention(q: Tensor, k: Tensor, v: Tensor, seen: Tensor | None = None) -> Tensor:
+    """All rows of one prompt: q (S, H, Dh), k, v (S, Hkv, Dh), seen (s,) -> (S, H, Dh).
 
-    Row i attends to the rows 0..i that are not hidden. A hidden row is not even visible to itself;
-    a row that sees nothing returns zeros.
+    Row i attends to those of the rows 0..i whose numbers are in `seen`, ascending; None: to all.
+    Other rows are not even visible to themselves; a row that sees nothing returns zeros.
     """
     S, gqa = len(q), q.shape[1] != k.shape[1]
     q, k, v = (t.transpose(0, 1)[None] for t in (q, k, v))  # (1, H | Hkv, S, Dh)
-    if hidden is None:
+    if seen is None:
         y = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=gqa)
         return y[0].transpose(0, 1)
-    seen = (~hidden).nonzero()[:, 0]  # (s,)
     if not len(seen):
         return torch.zeros_like(q[0].transpose(0, 1))
     k, v = k[:, :, seen], v[:, :, seen]  # (1, Hkv, s, Dh)
@@ -63,9 +64,9 @@ def attention_received(
     """Attention weight that each of S rows receives from r rows, their mean: (H, S), float32.
 
     q (r, H, Dh) and k (S, Hkv, Dh), both already rotated. at (r,): query row i sees the rows up to
-    at[i]; None: all rows. hidden (S,) bool: rows that nobody sees. strongest: take the largest
-    weight over the heads before the mean over the r rows: (1, S). The softmax is float32, and the
-    weights are computed in blocks of rows. r = 0 gives zeros.
+    at[i]; None: all rows. hidden (S,) bool: rows that nobody sees. Both are on the CPU. strongest:
+    take the largest weight over the heads before the mean over the r rows: (1, S). The softmax is
+    float32, and the weights are computed in blocks of rows. r = 0 gives zeros.
     """
     (r, H, Dh), (S, Hkv, _) = q.shape, k.shape
     total = q.new_zeros((1 if strongest else H, S), dtype=torch.float32)
@@ -76,7 +77,9 @@ def attention_received(
     block = max(1, WEIGHT_ROWS // H)
     ends = [S] * r  # of each block: the number of columns that its rows see between them
     if at is not None:
-        ends = (torch.stack([rows.max() for rows in at.split(block)]) + 1).tolist()
+        ends = [int(rows.max()) + 1 for rows in at.split(block)]
+        at = on_device(at, k)
+    hidden = None if hidden is None else on_device(hidden, k)
     for start, end in zip(range(0, r, block), ends, strict=False):
         rows = q[start : start + block]  # (b, H, Dh)
         b = len(rows)

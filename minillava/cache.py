@@ -60,12 +60,12 @@ class KVCache:
         at (B,): where each sample's row goes; None: at end - 1 for all. The two results are
         (B, Hkv, end, Dh); rows of a shorter sample beyond its own length are zeros.
         """
-        for held, row in ((self.keys[layer], k), (self.values[layer], v)):
+        for held, row in ((self.keys[layer], k[:, :, None]), (self.values[layer], v[:, :, None])):
             if at is None:
-                held[:, :, end - 1] = row
+                held[:, :, end - 1 : end] = row
             else:
-                held[:, :, end - 1] = 0.0
-                held[torch.arange(len(row), device=row.device), :, at] = row
+                held[:, :, end - 1 : end] = 0.0
+                held.scatter_(2, at[:, None, None, None].expand(row.shape), row)
         self.lengths[layer] = [n + 1 for n in self.lengths[layer]]
         return self.keys[layer][:, :, :end], self.values[layer][:, :, :end]
 

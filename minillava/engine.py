@@ -17,7 +17,7 @@ from torch import Tensor
 from .cache import KVCache
 from .llava import Encoded, LLaVA
 from .pruning.base import Context, Plan, Step, check_keep
-from .rows import Choice, Keep, Rows, drop_image_rows
+from .rows import Choice, Keep, Rows, drop_image_rows, on_device
 from .sample import CacheView, LayerAttention, Mask, NewToken, Prompt, Sample, Segment
 
 Memory = dict[tuple[int, ...], dict[str, Any]]  # Context.memory of one sample, by step and images
@@ -73,8 +73,8 @@ def prefill(
     prune(model, samples, plan.at("embed"), history)
     if plan.has_stage("decoder"):
         for s in samples:
-            is_image = s.rows.image >= 0  # (S,)
-            s.embedded = s.x[is_image], s.rows.image[is_image]
+            images = (s.rows.image >= 0).nonzero()[:, 0]  # (m,)
+            s.embedded = s.x[on_device(images, s.x)], s.rows.image[images]
 
     segments = []
     for layers in plan.segments(model.config.text.num_hidden_layers):
@@ -85,9 +85,12 @@ def prefill(
             cache.reserve(layers, [len(s.rows) for s in samples])
         rope = model.llama.rope(torch.cat([s.rows.position for s in samples]), model.dtype)
         x = pack_rows(samples)  # (R, D): R rows of all samples
+        seen = [None if h is None else on_device((~h).nonzero()[:, 0], x) for h in hidden]
         for layer in layers:
             remember = bool(plan.at("decoder", layer + 1))
-            attend = LayerAttention(layer, samples, cache, hidden, view=None, remember=remember)
+            attend = LayerAttention(
+                layer, samples, cache, hidden, seen, view=None, remember=remember
+            )
             x = model.block(layer)(x, rope, attend)  # (R, D)
         unpack_rows(samples, x)
     logits = model.llama.logits(torch.cat([s.x[-1:] for s in samples]))  # (B, V)
@@ -105,29 +108,27 @@ def begin_sample(
         assert encoded is not None
         mine = slice(prompt.images[0], prompt.images[-1] + 1)  # views: nothing is copied
         vision = {i: state[mine] for i, state in encoded.states.items()}
-        # a method may compute all image features itself: then any state serves as a placeholder
-        features = vision.get(
-            model.feature_layer, next(iter(vision.values()))
-        )  # (images, 1 + N, C)
-        x[rows.image >= 0] = features[:, 1:].flatten(0, 1)
+        # (images, 1 + N, C); any state serves if a method computes all image features itself
+        features = vision.get(model.feature_layer, next(iter(vision.values())))
+        x[on_device((rows.image >= 0).nonzero()[:, 0], x)] = features[:, 1:].flatten(0, 1)
     generator = torch.Generator().manual_seed(seed)
-    generated = len(prompt.ids) - prompt.length
-    return Sample(prompt, rows, x, vision, generator, memory, generated)
+    return Sample(prompt, rows, x, vision, generator, memory, len(prompt.ids) - prompt.length)
 
 
 def embed_rows(model: LLaVA, samples: Sequence[Sample]) -> None:
     """Image features (S, C) through the projector, text rows from the embedding table: (S, D)."""
-    is_image = [s.rows.image >= 0 for s in samples]  # [b] (S,)
-    features = torch.cat([s.x[mask] for s, mask in zip(samples, is_image, strict=True)])  # (n, C)
+    features = torch.cat(
+        [s.x[on_device((s.rows.image >= 0).nonzero()[:, 0], s.x)] for s in samples]
+    )  # (n, C)
     for s in samples:
         s.x = s.x.new_empty(0, s.x.shape[1])  # the features are the only copy left
     features = model.projector(features) if len(features) else features  # (n, D)
     # rows that methods added have no token: any one stands in, and is overwritten
-    last = [len(s.prompt.ids) - 1 for s in samples]
-    ids = [s.prompt.ids[s.rows.id.clamp(max=n)] for s, n in zip(samples, last, strict=True)]
+    ids = [s.prompt.ids[s.rows.id.clamp(max=len(s.prompt.ids) - 1)] for s in samples]
     y = model.embed(torch.cat(ids))  # (R, D)
     if len(features):
-        y[torch.cat(is_image)] = features
+        is_image = torch.cat([s.rows.image for s in samples]) >= 0  # (R,)
+        y[on_device(is_image.nonzero()[:, 0], y)] = features
     unpack_rows(samples, y)
 
 
@@ -159,11 +160,10 @@ def begin_decoding(
     for s in samples:
         s.vision, s.embedded = {}, None
         s.x = s.x.new_empty(0, s.x.shape[1])
-    device = samples[0].rows.id.device
     next_positions = [[rows.next_position for rows in segment.rows] for segment in segments]
-    position = torch.tensor(next_positions, device=device)
-    length = torch.tensor([[len(r) for r in segment.rows] for segment in segments], device=device)
-    return State(plan, samples, segments, history, cache, position, length)
+    lengths = [[len(rows) for rows in segment.rows] for segment in segments]
+    counts = on_device(torch.tensor([next_positions, lengths]), samples[0].x)
+    return State(plan, samples, segments, history, cache, counts[0], counts[1])
 
 
 def decode(model: LLaVA, tokens: Tensor, state: State) -> Tensor:
@@ -180,27 +180,20 @@ def decode(model: LLaVA, tokens: Tensor, state: State) -> Tensor:
     for number, segment in enumerate(state.segments):
         layers = segment.layers
         position = state.position[number]  # (B,)
-        enter_segment(samples, segment, x, position, cache)
+        for b, s in enumerate(samples):
+            s.rows, s.x = segment.rows[b], x[b : b + 1]
+            s.token = NewToken(position[b : b + 1], cache.keys_of(layers.start, b))
         prune(model, samples, plan.chosen_again(layers.start), None)
         hidden = [s.hidden(layers.start) for s in samples]
         view = view_cache(state, number, hidden)
         rope = model.llama.rope(position, model.dtype)
         for layer in layers:
             remember = bool(plan.chosen_again(layer + 1))
-            attend = LayerAttention(layer, samples, cache, hidden, view, remember=remember)
+            attend = LayerAttention(layer, samples, cache, hidden, hidden, view, remember)
             x = model.block(layer)(x, rope, attend)  # (B, D)
     state.position += 1
     state.length += 1
     return model.llama.logits(x)
-
-
-def enter_segment(
-    samples: Sequence[Sample], segment: Segment, x: Tensor, position: Tensor, cache: KVCache
-) -> None:
-    """Give each sample its new token's hidden state, from x (B, D), and the rows cached there."""
-    for b, s in enumerate(samples):
-        s.rows, s.x = segment.rows[b], x[b : b + 1]
-        s.token = NewToken(position[b : b + 1], cache.keys_of(segment.layers.start, b))
 
 
 def view_cache(state: State, number: int, hidden: Sequence[Tensor | None]) -> CacheView:
@@ -208,13 +201,16 @@ def view_cache(state: State, number: int, hidden: Sequence[Tensor | None]) -> Ca
     assert state.cache is not None
     # the same numbers on the host and on the device
     lengths, length = state.cache.lengths[state.segments[number].layers.start], state.length[number]
-    end, ragged = max(lengths) + 1, len(set(lengths)) > 1
+    end, ragged = max(lengths) + 1, min(lengths) < max(lengths)
     if not ragged and all(h is None for h in hidden):
         return CacheView(end, None, None)
     visible = torch.arange(end, device=length.device) <= length[:, None]  # (B, end)
-    for b, rows in enumerate(hidden):
-        if rows is not None:
-            visible[b, : len(rows)] &= ~rows
+    if any(h is not None for h in hidden):
+        masked = torch.zeros(len(hidden), end, dtype=torch.bool)
+        for b, rows in enumerate(hidden):
+            if rows is not None:
+                masked[b, : len(rows)] = rows
+        visible &= ~on_device(masked, visible)
     return CacheView(end, length if ragged else None, visible[:, None, None])
 
 
@@ -243,9 +239,7 @@ def prune(
 def ask_method(model: LLaVA, step: Step, sample: Sample) -> list[Choice]:
     """Ask a step's method what to keep, image by image, or once for all images (scope=all)."""
     images = list(range(len(sample.prompt.images)))
-    groups = [[i] for i in images]
-    if step.method.scope == "all" and images:
-        groups = [images]
+    groups = [images] if step.method.scope == "all" and images else [[i] for i in images]
     hidden = sample.hidden(step.layer, before=step.number)
     choices = []
     for group in groups:
@@ -257,14 +251,14 @@ def ask_method(model: LLaVA, step: Step, sample: Sample) -> list[Choice]:
         if len(candidates):
             context = Context(model, sample, step, group, candidates)
             keep = step.method.choose(context)
-            check_keep(step.method, keep, len(candidates), sample.x.shape[1])
+            keep = check_keep(step.method, keep, len(candidates), sample.x.shape[1])
         choices.append(Choice(window, candidates, keep))
     return choices
 
 
 def hide_rows(step: Step, rows: Rows, choices: Sequence[Choice]) -> Mask:
     """The mask that hides the candidates that were not kept."""
-    hidden = torch.zeros(rows.n_ids, dtype=torch.bool, device=rows.id.device)
+    hidden = torch.zeros(rows.n_ids, dtype=torch.bool)
     for choice in choices:
         ids = rows.id[choice.candidates]
         hidden[ids] = True
@@ -275,11 +269,10 @@ def hide_rows(step: Step, rows: Rows, choices: Sequence[Choice]) -> Mask:
 def hidden_states_read(model: LLaVA, plan: Plan) -> set[int]:
     """Numbers of the vision tower's hidden states that LLaVA and the plan's methods read."""
     vision, read = model.config.vision, set[int]()
+    states = {*range(vision.num_hidden_layers + 1)}
     for method in plan.methods:
         layers: Any = method.vision_layers(vision.num_hidden_layers)
-        if not isinstance(layers, tuple) or not set(layers) <= {
-            *range(vision.num_hidden_layers + 1)
-        }:
+        if not isinstance(layers, tuple) or not set(layers) <= states:
             raise ValueError(
                 f"{method.label}: vision_layers() gave {layers!r}; it must be a tuple of numbers "
                 f"from 0 to {vision.num_hidden_layers}"

@@ -27,6 +27,8 @@ from .report import Result as Result
 from .request import Batch, Settings, check_encoded, check_plan, prompts_of
 from .sampling import sample
 
+BROKEN = -1  # stands for a token whose logits are NaN
+
 if TYPE_CHECKING:
     from .processing.processor import Processor
     from .processing.streaming import TextStream
@@ -130,10 +132,11 @@ class Answer:
         tokens = Tokens(model, settings, [len(rows) for rows in state.segments[0].rows])
         chosen_from: list[Tensor] = []
         while tokens.running:
+            broken = ~logits.isfinite().all(1)  # (B,)
             logits = self._follow_rules(logits, tokens)
             if settings.output_logits:
-                chosen_from.append(tokens.blank_ended(logits))
-            new = tokens.draw(logits)  # (B,)
+                chosen_from.append(logits)
+            new = tokens.draw(logits, broken)  # (B,)
             taken = tokens.take(new.tolist())
             clock.note_token()
             yield taken
@@ -149,12 +152,12 @@ class Answer:
         report = make_report(model, prompt_state, tokens.stopped, clock, cache_bytes)
         none = logits.new_empty(len(logits), 0, logits.shape[1])
         stacked = torch.stack(chosen_from, 1) if chosen_from else none  # (B, n_new, V)
+        for b, ids in enumerate(tokens.tokens):
+            stacked[b, len(ids) :] = float("nan")
         self.result = self._make_result(tokens.tokens, report, stacked)
 
     def _follow_rules(self, logits: Tensor, tokens: Tokens) -> Tensor:
         """Logits (B, V) as the checkpoint's own rules for choosing tokens leave them."""
-        if not logits.isfinite().all():
-            raise ValueError("the logits are not numbers or infinite: weights or input are broken")
         if self.model.rules is None:
             return logits
         ids = [p.extended(f).ids for p, f in zip(self.prompts, tokens.fed, strict=True)]
@@ -189,33 +192,26 @@ class Tokens:
         self.stopped = ["" if limit > 0 else self._limit_name(limit) for limit in self.limits]
         self.generators = [torch.Generator(model.device) for _ in rows]
         for b, generator in enumerate(self.generators):
-            if settings.seed is None:
-                generator.seed()
-            else:
-                generator.manual_seed(settings.seed + b)
+            generator.seed() if settings.seed is None else generator.manual_seed(settings.seed + b)
 
     @property
     def running(self) -> bool:
         return not all(self.stopped)
 
-    def blank_ended(self, logits: Tensor) -> Tensor:
-        """logits (B, V) with NaN for samples that have ended."""
-        ended = torch.tensor([bool(reason) for reason in self.stopped], device=logits.device)
-        return logits.masked_fill(ended[:, None], float("nan"))
-
-    def draw(self, logits: Tensor) -> Tensor:
-        """One new token per sample (B,) from logits (B, V)."""
-        eos = self.model.config.eos_token_ids
-        if eos and len(self.fed[0]) < self.settings.min_new_tokens:
-            logits = logits.index_fill(1, torch.tensor(eos, device=logits.device), -torch.inf)
-        drawn = [
-            sample(row, self.settings.temperature, self.settings.top_p, generator)
-            for row, generator in zip(logits, self.generators, strict=True)
-        ]
-        return torch.stack(drawn)
+    def draw(self, logits: Tensor, broken: Tensor) -> Tensor:
+        """One new token per sample (B,) from logits (B, V): BROKEN where these are not finite."""
+        if len(self.fed[0]) < self.settings.min_new_tokens:
+            logits = logits.clone()
+            for id in self.model.config.eos_token_ids:
+                logits[:, id] = -torch.inf
+        t, p = self.settings.temperature, self.settings.top_p
+        drawn = [sample(row, t, p, g) for row, g in zip(logits, self.generators, strict=True)]
+        return torch.stack(drawn).masked_fill(broken, BROKEN)
 
     def take(self, new: list[int]) -> list[int | None]:
         """Note one new token per sample; returns them, with None for samples that had ended."""
+        if BROKEN in new:
+            raise ValueError("the logits are not numbers or infinite: weights or input are broken")
         taken: list[int | None] = [None if self.stopped[b] else id for b, id in enumerate(new)]
         for b, id in enumerate(new):
             self.fed[b].append(id)

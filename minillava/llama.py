@@ -17,23 +17,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .config import TextConfig
+from .rows import on_device
 
 Rope = tuple[Tensor, Tensor]  # cosine and sine, each (R, 1, Dh / 2)
 Attend = Callable[[Tensor, Tensor, Tensor], Tensor]  # q (R, H, Dh), k, v (R, Hkv, Dh) -> as q
-
-
-def rope(config: TextConfig, positions: Tensor, dtype: torch.dtype) -> Rope:
-    """Rotation of each row by its position (R,): cosine and sine, each (R, 1, Dh / 2).
-
-    Pair i of a head's Dh numbers is turned by position * theta^(-2i / Dh). The product of a rotated
-    query and a rotated key then depends on the difference of their positions alone, so gaps that
-    pruning leaves in the positions change nothing between the rows that stay.
-    """
-    Dh = config.head_dim
-    exponent = torch.arange(0, Dh, 2, device=positions.device).float() / Dh
-    frequency = 1.0 / (config.rope_theta**exponent) / config.rope_factor  # (Dh / 2,)
-    angle = (positions.float()[:, None] * frequency)[:, None]  # (R, 1, Dh / 2), in float32
-    return angle.cos().to(dtype), angle.sin().to(dtype)
 
 
 def rotate(x: Tensor, rope: Rope) -> Tensor:
@@ -119,8 +106,17 @@ class Llama(nn.Module):
             self.lm_head.weight = self.embed_tokens.weight
 
     def rope(self, positions: Tensor, dtype: torch.dtype = torch.float32) -> Rope:
-        """Rotation for rows at these positions (R,)."""
-        return rope(self.config, positions, dtype)
+        """Rotation of each row by its position (R,): cosine and sine, each (R, 1, Dh / 2).
+
+        Pair i of a head's Dh numbers is turned by position * theta^(-2i / Dh). The product of a
+        rotated query and a rotated key then depends on the difference of their positions alone, so
+        gaps that pruning leaves in the positions change nothing between the rows that stay.
+        """
+        Dh, positions = self.config.head_dim, on_device(positions, self.norm.weight)
+        exponent = torch.arange(0, Dh, 2, device=positions.device).float() / Dh
+        frequency = 1.0 / (self.config.rope_theta**exponent) / self.config.rope_factor  # (Dh / 2,)
+        angle = (positions.float()[:, None] * frequency)[:, None]  # (R, 1, Dh / 2), in float32
+        return angle.cos().to(dtype), angle.sin().to(dtype)
 
     def logits(self, x: Tensor) -> Tensor:
         """Rows after the last block (R, D) -> float32 logits (R, V)."""

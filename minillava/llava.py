@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from .clip import CLIPVision
 from .config import Config
 from .llama import Block, Llama
+from .rows import on_device
 
 if TYPE_CHECKING:
     from .processing.generation_rules import GenerationRules
@@ -91,7 +92,9 @@ class LLaVA(nn.Module):
 
     def embed(self, ids: Tensor) -> Tensor:
         """Input embeddings (T, D) of ids (T,)."""
-        return self.llama.embed_tokens(ids).to(self.dtype)
+        return self.llama.embed_tokens(on_device(ids, self.llama.embed_tokens.weight)).to(
+            self.dtype
+        )
 
     def encode(self, pixels: Tensor, layers: Collection[int]) -> Encoded:
         """Run the vision tower on pixels (images, 3, S, S) and keep these hidden states."""

@@ -82,8 +82,10 @@ class Clock:
         self.read[what] = self._now() - self.start
 
     def note_token(self) -> None:
+        """After a token was read, for which the host has waited."""
         self.n_tokens += 1
-        self.note("first_token" if self.n_tokens == 1 else "last")
+        now = time.perf_counter() - self.start
+        self.read["first_token" if self.n_tokens == 1 else "last"] = now
 
     def per_token(self) -> float:
         """Mean of the tokens after the first."""
@@ -99,13 +101,14 @@ def make_report(
     linear = model.llama.get_submodule("blocks.0.mlp.down_proj")
     by_layer = [segment for segment in state.segments for _ in segment.layers]
     entering = [[len(rows) for rows in segment.rows] for segment in by_layer]
-    images = [(count_images(s.rows, s.hidden), s.layers) for s in state.segments]
+    pairs = [zip(segment.rows, segment.hidden, strict=True) for segment in by_layer]
+    images = [[int(visible_images(*pair).sum()) for pair in layer] for layer in pairs]
     read = clock.read
     return Report(
         prompt_tokens=[len(s.prompt.ids) for s in state.samples],
         kept=[image_tokens_left(pruned) for pruned in state.history],
         tokens_entering=entering,
-        image_tokens_entering=[list(n) for n, layers in images for _ in layers],
+        image_tokens_entering=images,
         cache_lengths=[list(n) if state.cache else [0] * len(n) for n in entering],
         next_position=[rows.next_position for rows in state.segments[0].rows],
         stopped=stopped,
@@ -117,11 +120,6 @@ def make_report(
         peak_bytes=torch.cuda.max_memory_allocated(clock.cuda) if clock.cuda else None,
         arithmetic=getattr(linear, "arithmetic", str(model.dtype).removeprefix("torch.")),
     )
-
-
-def count_images(rows: list[Rows], hidden: list[Tensor | None]) -> list[int]:
-    """[b] number of image rows that are visible."""
-    return [int(visible_images(r, h).sum()) for r, h in zip(rows, hidden, strict=True)]
 
 
 def image_tokens_left(pruned: Pruned) -> Kept:

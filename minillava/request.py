@@ -65,7 +65,7 @@ class Settings:
 
 def prompts_of(model: LLaVA, batch: Batch) -> list[Prompt]:
     """The samples of a batch without padding, with the place of every image."""
-    config, ids, mask = model.config, batch.ids, batch.mask
+    config, ids, mask = model.config, batch.ids.cpu(), batch.mask.cpu()
     if ids.ndim != 2 or ids.dtype != torch.int64 or not len(ids):
         raise ValueError(f"ids must be (B, T) int64, not {tuple(ids.shape)} {ids.dtype}")
     if mask.shape != ids.shape or mask.dtype != torch.bool:
@@ -83,10 +83,10 @@ def prompts_of(model: LLaVA, batch: Batch) -> list[Prompt]:
         check_ids(config, tokens, f"prompt {b}")
         starts = find_images(config, tokens.tolist(), b)
         if focus is not None:
+            focus = focus.cpu()
             check_ids(config, focus, f"the focus of prompt {b}")
-            focus = focus.to(model.device)
         images = tuple(range(used, used + len(starts)))
-        prompts.append(Prompt(tokens.to(model.device), images, starts, focus, len(tokens)))
+        prompts.append(Prompt(tokens, images, starts, focus, len(tokens)))
         used += len(starts)
     if used != n_images:
         raise ValueError(

@@ -4,7 +4,7 @@ A row is one token on its way through the decoder: a text token, an image token,
 pruning method added. LLaVA-1.5 cuts an image of 336 x 336 pixels into patches of 14 x 14, so an
 image is N = 24 x 24 = 576 rows. Pruning removes rows, and does so at different layers and for every
 sample in its own way. Therefore the number of rows says nothing about a token's position: whatever
-has to be known about a row is a column of the table.
+has to be known about a row is a column of the table. It is on the CPU: reading it needs no waiting.
 
     prompt              5 text | 576 image       | 39 text    620 rows    positions 0..619
     layers 0 and 1      5 text | 576 image       | 39 text    620 rows    positions 0..619
@@ -58,7 +58,7 @@ class Rows:
 
     def insert(self, at: int, n: int, image: int) -> Rows:
         """The table with n added rows of an image before row `at`."""
-        new = torch.arange(n, device=self.id.device)
+        new = torch.arange(n)
         return replace(
             self,
             id=_insert(self.id, at, new + self.n_ids),
@@ -70,8 +70,7 @@ class Rows:
 
     def renumber(self) -> Rows:
         """Positions 0..S-1 without gaps; the next token's position is then S."""
-        numbers = torch.arange(len(self), device=self.id.device)
-        images = torch.arange(len(self.first_position), device=self.id.device)
+        numbers, images = torch.arange(len(self)), torch.arange(len(self.first_position))
         first = (self.image == images[:, None]).int().argmax(1).tolist() if len(images) else []
         return replace(self, position=numbers, first_position=tuple(first), next_position=len(self))
 
@@ -101,7 +100,7 @@ class Choice:
 
     window: Tensor  # (w,) rows the choice is about: those of them that are not kept are dropped
     candidates: Tensor  # (n,) rows of the window that are visible; Keep.index counts these
-    keep: Keep
+    keep: Keep  # with its index on the CPU
 
 
 def drop_rows(x: Tensor, rows: Rows, choice: Choice) -> tuple[Tensor, Rows]:
@@ -109,19 +108,19 @@ def drop_rows(x: Tensor, rows: Rows, choice: Choice) -> tuple[Tensor, Rows]:
     keep = choice.keep
     kept = choice.candidates[keep.index]  # (K,) row numbers, in the order of keep.index
     if keep.merged is not None:
-        x = x.index_copy(0, kept, keep.merged.to(x.dtype))
+        x = x.index_copy(0, on_device(kept, x), keep.merged.to(x.dtype))
     places = kept.sort().values  # (K,) where the kept rows may stand
-    order = torch.arange(len(x), device=x.device)
+    order = torch.arange(len(x))
     order[places] = kept if keep.ordered else places
     stays = torch.ones_like(order, dtype=torch.bool)
     stays[choice.window] = False
     stays[places] = True
     remaining = order[stays]  # (s,)
-    left, x_left = rows.select(remaining), x[remaining]
+    left, x_left = rows.select(remaining), x[on_device(remaining, x)]
     if keep.extra is not None:
         image = int(rows.image[choice.window[0]])
-        at = int(choice.window[0])  # rows before the window all stay
-        at += 0 if keep.extra_first else len(kept)
+        # rows before the window all stay
+        at = int(choice.window[0]) + (0 if keep.extra_first else len(kept))
         left = left.insert(at, len(keep.extra), image)
         x_left = _insert(x_left, at, keep.extra.to(x.dtype))
     return x_left, left
@@ -137,6 +136,11 @@ def drop_image_rows(
     for choice in reversed(choices):
         x, rows = drop_rows(x, rows, choice)
     return x, rows.renumber() if compact else rows
+
+
+def on_device(numbers: Tensor, x: Tensor) -> Tensor:
+    """Row numbers, or another small tensor, on the device of x. The host does not wait for it."""
+    return numbers.to(x.device, non_blocking=True)
 
 
 def _insert(x: Tensor, at: int, new: Tensor) -> Tensor:

@@ -50,7 +50,7 @@ class Batch:
 
 @dataclass(frozen=True)
 class Prompt:
-    """One sample of a batch without its padding."""
+    """One sample of a batch without its padding. Its ids are on the CPU, like its rows' table."""
 
     ids: Tensor  # (T,), each image as N placeholders
     images: tuple[int, ...]  # index of each of its images in the batch
@@ -60,7 +60,7 @@ class Prompt:
 
     def rows(self, per_image: int) -> Rows:
         """The table of all rows, before anything is pruned."""
-        numbers = torch.arange(len(self.ids), device=self.ids.device)
+        numbers = torch.arange(len(self.ids))
         image, patch = torch.full_like(numbers, TEXT), torch.full_like(numbers, NO_PATCH)
         image[self.length :] = GENERATED
         for i, start in enumerate(self.starts):
@@ -79,7 +79,7 @@ class Mask:
 
     layer: int
     until: int | None  # None: to the last layer
-    hidden: Tensor  # (ids,) bool, by Rows.id; ids given out later are visible
+    hidden: Tensor  # (ids,) bool on the CPU, by Rows.id; ids given out later are visible
 
 
 @dataclass(frozen=True)
@@ -88,7 +88,7 @@ class LastAttention:
 
     q: Tensor  # (T, H, Dh): T = S in the prefill, T = 1 while decoding
     k: Tensor  # (S, Hkv, Dh)
-    hidden: Tensor | None  # (S,) bool
+    hidden: Tensor | None  # (S,) bool, on the CPU
     rows: Rows  # the prompt's rows in that layer; generated rows follow them
 
 
@@ -118,7 +118,7 @@ class Sample:
     token: NewToken | None = None  # while decoding
 
     def hidden(self, layer: int, before: int | None = None) -> Tensor | None:
-        """Which of the rows (S,) a layer hides, by steps before number `before`; None: no rows."""
+        """Which rows (S,) a layer hides, by steps before number `before`, on the CPU; None: none"""
         result = None
         for number, mask in self.masks.items():
             ended = mask.until is not None and layer >= mask.until
@@ -171,7 +171,8 @@ class LayerAttention:
     layer: int
     samples: list[Sample]
     cache: KVCache | None
-    hidden: list[Tensor | None]  # [b] (S,) bool
+    hidden: list[Tensor | None]  # [b] (S,) bool, on the CPU
+    seen: list[Tensor | None]  # [b] numbers (s,) of the rows that are not hidden; None: all
     view: CacheView | None  # of new tokens; None: these are the rows of the prompts
     remember: bool  # whether a method reads this layer's queries and keys afterwards
 
@@ -183,9 +184,9 @@ class LayerAttention:
         if self.cache is not None:
             self.cache.store(self.layer, k, v)
         lengths = [len(s.rows) for s in self.samples]
-        parts = list(zip(*(t.split(lengths) for t in (q, k, v)), self.hidden, strict=True))
+        parts = list(zip(*(t.split(lengths) for t in (q, k, v)), self.seen, strict=True))
         if self.remember:
-            for s, (q_, k_, _, hidden) in zip(self.samples, parts, strict=True):
+            for s, (q_, k_, *_), hidden in zip(self.samples, parts, self.hidden, strict=True):
                 s.last = LastAttention(q_, k_, hidden, s.rows)
         outputs = [causal_attention(*part) for part in parts]
         return outputs[0] if len(outputs) == 1 else torch.cat(outputs)
@@ -195,9 +196,8 @@ class LayerAttention:
         keys, values = self.cache.append(self.layer, k, v, view.end, view.at)
         if self.remember:
             for b, (s, hidden) in enumerate(zip(self.samples, self.hidden, strict=True)):
-                cached = self.cache.keys_of(self.layer, b)
-                hidden = pad_visible(hidden, len(cached))
-                s.last = LastAttention(q[b : b + 1], cached, hidden, s.rows)
+                k = self.cache.keys_of(self.layer, b)
+                s.last = LastAttention(q[b : b + 1], k, pad_visible(hidden, len(k)), s.rows)
         return token_attention(q, keys, values, view.visible)
 
 

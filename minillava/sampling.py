@@ -22,4 +22,6 @@ def sample(
     ordered, tokens = probabilities.sort(descending=True, stable=True)  # (V,), (V,)
     before = ordered.cumsum(0) - ordered  # (V,) total probability of the more likely tokens
     ordered = ordered.masked_fill((before >= top_p) & (before > 0), 0.0)
-    return tokens[torch.multinomial(ordered, 1, generator=generator)[0]]
+    # as torch.multinomial draws, which waits for a GPU to check what is known to be a distribution
+    noise = torch.empty_like(ordered).exponential_(generator=generator)
+    return tokens.index_select(0, (ordered / noise).argmax(keepdim=True))[0]

@@ -29,6 +29,11 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         metavar="FILE.py:Class",
         help="your own method: the property tests run on it as on the methods of the registry",
     )
+    parser.addoption(
+        "--pretended-cuda",
+        action="store_true",
+        help="run tests/gpu on a pretended device where there is no CUDA device",
+    )
 
 
 def pytest_configure(config: pytest.Config) -> None:

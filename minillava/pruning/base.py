@@ -21,6 +21,7 @@ from ..attention import attention_received
 from ..llama import rotate
 from ..llava import LLaVA
 from ..rows import Keep as Keep
+from ..rows import on_device
 from ..sample import LastAttention, Sample, pad_visible
 
 Stage = Literal["vision", "embed", "decoder"]
@@ -243,8 +244,9 @@ def check_method(method: Any) -> None:
         )
 
 
-def check_keep(method: Method, keep: Any, n: int, width: int) -> None:
-    """Raise ValueError for a Keep that does not fit its n candidates (n, width) or its method."""
+def check_keep(method: Method, keep: Any, n: int, width: int) -> Keep:
+    """The Keep with its index on the CPU, for which the host waits once. Raises ValueError if it
+    does not fit its n candidates (n, width) or its method."""
     who = f"{method.label}: choose()"
     index = keep.index if isinstance(keep, Keep) else None
     if not isinstance(index, Tensor) or index.ndim != 1 or index.dtype != torch.int64:
@@ -253,6 +255,22 @@ def check_keep(method: Method, keep: Any, n: int, width: int) -> None:
             f"{who} must return Keep(index) with index (K,) of int64, not {str(said)[:80]}; for a "
             "bool mask pass mask.nonzero()[:, 0]"
         )
+    if method.drops_only and (keep.merged is not None or keep.extra is not None or keep.ordered):
+        raise ValueError(f"{who}: Keep has new rows or another order; say drops_only = False")
+    finite: dict[str, Tensor] = {}
+    for what, rows, K in (("merged", keep.merged, len(index)), ("extra", keep.extra, "M")):
+        if rows is None:
+            continue
+        good = isinstance(rows, Tensor) and rows.is_floating_point() and rows.ndim == 2
+        if not good or rows.shape[1] != width or K not in ("M", len(rows)):
+            said = tuple(rows.shape) if isinstance(rows, Tensor) else type(rows).__name__
+            raise ValueError(f"{who}: Keep.{what} must be ({K}, {width}) floats, not {said}")
+        finite[what] = rows.isfinite().all()
+    flags = [torch.stack([*finite.values()]).to(index.device)] if finite else []
+    index, good = torch.cat((index, *flags)).cpu().split([len(index), len(finite)])
+    for what, flag in zip(finite, good.tolist(), strict=True):
+        if not flag:
+            raise ValueError(f"{who}: Keep.{what} has NaN or infinite numbers")
     numbers = index.sort().values.tolist()
     if numbers and (numbers[0] < 0 or numbers[-1] >= n or len(set(numbers)) < len(numbers)):
         pairs = zip(numbers, [*numbers[1:], n], strict=True)
@@ -261,17 +279,7 @@ def check_keep(method: Method, keep: Any, n: int, width: int) -> None:
             f"{who}: Keep.index has {wrong}; name each of the {n} candidates, 0 to {n - 1}, at "
             "most once"
         )
-    if method.drops_only and (keep.merged is not None or keep.extra is not None or keep.ordered):
-        raise ValueError(f"{who}: Keep has new rows or another order; say drops_only = False")
-    for what, rows, K in (("merged", keep.merged, len(index)), ("extra", keep.extra, "M")):
-        if rows is None:
-            continue
-        good = isinstance(rows, Tensor) and rows.is_floating_point() and rows.ndim == 2
-        if not good or rows.shape[1] != width or K not in ("M", len(rows)):
-            said = tuple(rows.shape) if isinstance(rows, Tensor) else type(rows).__name__
-            raise ValueError(f"{who}: Keep.{what} must be ({K}, {width}) floats, not {said}")
-        if not rows.isfinite().all():
-            raise ValueError(f"{who}: Keep.{what} has NaN or infinite numbers")
+    return replace(keep, index=index)
 
 
 # ---------------------------------------------------------------- what a method sees
@@ -290,16 +298,17 @@ class Context:
     ) -> None:
         self._sample, self._step, self._images = sample, step, images
         self.model = model  # for methods that run a part of it themselves
-        self.candidates = candidates  # (n,) row numbers in the sequence
+        self._given: dict[Tensor, Tensor] = {}  # row numbers on the device -> the same on the CPU
+        self._candidates = candidates  # on the CPU
+        self.candidates = self._give(candidates)  # (n,) row numbers in the sequence
         self.stage_index = step.stage_index  # which of the method's own stages() this is
         self.grid = model.config.vision.grid  # patches along one side of an image: 24
         self.n_tokens = len(images) * self.grid**2  # image tokens in scope before any pruning
         self.generator = sample.generator  # the sample's own, on the CPU, seeded for each prefill
         self.generated = sample.generated  # tokens generated so far; 0 in the prefill of a prompt
         self.where = f"layer {step.layer}" if step.stage == "decoder" else f"the {step.stage} stage"
-
-        memory = sample.memory  # kept from token to token, for this step and image of this sample
-        self.memory: dict[str, Any] = memory.setdefault((step.number, *images), {})
+        # kept from token to token, for this step and image of this sample
+        self.memory: dict[str, Any] = sample.memory.setdefault((step.number, *images), {})
 
     def _error(self, text: str) -> ValueError:
         return ValueError(f"{self._step.method.name}: {text}")
@@ -309,8 +318,9 @@ class Context:
     @property
     def patches(self) -> Tensor:
         """Patch of each candidate (n,), 0..n_tokens-1: image * N + patch in it. -1: no patch."""
-        rows, N = self._sample.rows.select(self.candidates), self.grid**2
-        return torch.where(rows.patch < 0, -1, rows.patch + (rows.image - self._images[0]) * N)
+        rows, N = self._sample.rows.select(self._candidates), self.grid**2
+        patches = torch.where(rows.patch < 0, -1, rows.patch + (rows.image - self._images[0]) * N)
+        return self._give(patches)
 
     def features(self) -> Tensor:
         """Hidden states of the candidates: (n, C) before the projector, (n, D) after it."""
@@ -318,15 +328,25 @@ class Context:
 
     def shuffled(self) -> Tensor:
         """The numbers 0..n-1 in random order (n,), drawn from the sample's generator."""
-        n = len(self.candidates)
-        return torch.randperm(n, generator=self.generator).to(self.candidates.device)
+        order = torch.randperm(len(self.candidates), generator=self.generator)
+        return on_device(order, self.candidates)
+
+    def _give(self, rows: Tensor) -> Tensor:
+        """Row numbers on the device, so that the host need not wait when a method asks for them."""
+        there = on_device(rows, self._sample.x)
+        self._given[there] = rows
+        return there
+
+    def on_cpu(self, rows: Tensor) -> Tensor:
+        """Row numbers or patches on the CPU; the host waits only for those not given out above."""
+        return self._given[rows] if rows in self._given else rows.cpu()
 
     # ------------------------------------------------------------ the text
 
     @property
     def text_rows(self) -> Tensor:
         """Row numbers (t,) of the question: the prompt's text after its last image."""
-        return self._sample.text_rows()
+        return self._give(self._sample.text_rows())
 
     def text(self) -> Tensor:
         """Input embeddings (t, D) of text_rows."""
@@ -343,7 +363,7 @@ class Context:
         return self.model.tokenizer.decode(self._focus_ids().tolist())
 
     def _text_ids(self) -> Tensor:
-        return self._sample.prompt.ids[self._sample.rows.id[self.text_rows]]
+        return self._sample.prompt.ids[self._sample.rows.id[self._sample.text_rows()]]
 
     def _focus_ids(self) -> Tensor:
         focus = self._sample.prompt.focus
@@ -356,7 +376,7 @@ class Context:
         """Row number (1,) of the last row: the one whose logits give the next token."""
         token, s = self._sample.token, self._sample
         n = len(s.rows) if token is None else len(token.cached_keys) + 1
-        return torch.tensor([n - 1], device=self.candidates.device)
+        return self._give(torch.tensor([n - 1]))
 
     def attention(self, rows: Tensor, layer: int = -1, strongest: bool = False) -> Tensor:
         """Attention weight that each candidate receives from `rows`, their mean: (H, n), float32.
@@ -366,22 +386,31 @@ class Context:
         Rows added after that layer do not count in the mean. While decoding with a cache only
         `newest` has a query; other rows raise ValueError.
         """
-        self._check_queries(rows)
         if layer not in (-1, 0):
             raise self._error(f"attention(layer={layer}): -1 is the layer before, 0 the coming one")
+        if self._step.stage == "vision":
+            raise self._error('attention() is for the stages ("embed", 0) and ("decoder", K)')
+        token = self._sample.token
+        if token is not None and not torch.equal(self.on_cpu(rows), self.on_cpu(self.newest)):
+            raise self._error(
+                f"attention of rows {rows.tolist()} was asked for, but while decoding only the "
+                f"newest row {self.newest.tolist()} has a query; ask for `newest`, or say "
+                "choice_stands = True: the choice made for the prompt then stands"
+            )
         if layer == 0:
-            return self._coming_attention(rows, strongest)[:, self.candidates]
+            return self._coming_attention(self.on_cpu(rows), strongest)[:, self.candidates]
         last, there = self._last(), self._rows_in_last()
-        at, columns = there[rows], there[self.candidates]
+        at, columns = there[self.on_cpu(rows)], on_device(there[self._candidates], last.k)
         at = at[at >= 0]  # rows added since then had no query there
-        q = last.q[at - (len(last.k) - len(last.q))]  # (r, H, Dh)
+        q = last.q[on_device(at - (len(last.k) - len(last.q)), last.q)]  # (r, H, Dh)
         received = attention_received(q, last.k, at, last.hidden, strongest)  # (H, S)
         return received[:, columns] * (columns >= 0)
 
     def keys(self) -> Tensor:
         """Rotated keys (S, Hkv, Dh) of all rows in the layer that ran last; zeros for new rows."""
-        there = self._rows_in_last()
-        return self._last().k[there] * (there >= 0)[:, None, None]
+        k = self._last().k
+        there = on_device(self._rows_in_last(), k)
+        return k[there] * (there >= 0)[:, None, None]
 
     def sequence(self) -> Tensor:
         """Hidden states (S, C | D) of all rows of the sample."""
@@ -399,25 +428,15 @@ class Context:
         if self._sample.embedded is None:
             raise self._error('entered() is for the stages ("decoder", K)')
         x, image = self._sample.embedded
-        return x[torch.isin(image, torch.tensor(self._images, device=x.device))]
-
-    def _check_queries(self, rows: Tensor) -> None:
-        if self._sample.token is not None and not torch.equal(rows, self.newest):
-            raise self._error(
-                f"attention of rows {rows.tolist()} was asked for, but while decoding only the "
-                f"newest row {self.newest.tolist()} has a query; ask for `newest`, or say "
-                "choice_stands = True: the choice made for the prompt then stands"
-            )
-        if self._step.stage == "vision":
-            raise self._error('attention() is for the stages ("embed", 0) and ("decoder", K)')
+        return x[on_device(torch.isin(image, torch.tensor(self._images)).nonzero()[:, 0], x)]
 
     def _coming_attention(self, rows: Tensor, strongest: bool) -> Tensor:
-        """(H, S) in the layer that runs next."""
+        """(H, S) in the layer that runs next; rows (r,) are on the CPU."""
         s, block = self._sample, self.model.block(self._step.layer)
         token = s.token
         position = s.rows.position if token is None else token.position
         h, (cos, sin) = block.norm1(s.x), self.model.llama.rope(position, s.x.dtype)
-        own = rows if token is None else rows - len(token.cached_keys)
+        own = on_device(rows if token is None else rows - len(token.cached_keys), h)
         q = rotate(block.attn.query(h[own]), (cos[own], sin[own]))  # (r, H, Dh)
         k = rotate(block.attn.key(h), (cos, sin))  # (S, Hkv, Dh)
         if token is not None:
@@ -434,10 +453,10 @@ class Context:
         return self._sample.last
 
     def _rows_in_last(self) -> Tensor:
-        """Row number (S,) that each row of now had in the layer that ran last; -1: it is new."""
+        """Row number (S,) of each row of now in the layer that ran last, on the CPU; -1: new."""
         last, now = self._last(), self._sample.rows
-        numbers = torch.arange(len(last.k), device=last.k.device)
-        there = torch.full((now.n_ids,), -1, device=numbers.device)
+        numbers = torch.arange(len(last.k))
+        there = torch.full((now.n_ids,), -1)
         there[last.rows.id] = numbers[: len(last.rows)]
         return torch.cat((there[now.id], numbers[len(last.rows) :]))  # generated rows follow
 
@@ -452,7 +471,7 @@ class Context:
                 f"hidden state {layer} of the vision tower was not kept; vision_layers() has to "
                 f"name it, `return ({layer},)`, and only the prefill can read it"
             )
-        return self._sample.vision[layer][self._images]
+        return self._sample.vision[layer][self._images[0] : self._images[-1] + 1]
 
     def vision_attention(self, block: int, query: Literal["class", "mean"] = "class") -> Tensor:
         """Attention weight that each candidate's patch receives in a block of the tower, (H, n),
@@ -478,7 +497,7 @@ class Context:
     def whole_patches(self) -> Tensor:
         """`patches`, after refusing candidates that are no patch and so have no rank there."""
         patches = self.patches
-        if (patches < 0).any():
+        if (self._given[patches] < 0).any():
             raise self._error(
                 f"at {self.where}, an earlier method left rows that are not patches, which cannot "
                 "be ranked here; put the method that merges last"

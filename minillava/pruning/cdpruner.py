@@ -34,7 +34,7 @@ def relevance(patches: Tensor, text: Tensor) -> Tensor:
     """Relevance (n,) of patches (n, E) to pieces of the text (m, E), 0..1 (plus 1e-6 / span)."""
     r = -(F.normalize(patches, dim=-1) @ F.normalize(text, dim=-1).T).mean(1)
     span = r.max() - r.min()
-    return (r - r.min() + 1e-6) / span if span > 0 else torch.ones_like(r)
+    return torch.where(span > 0, (r - r.min() + 1e-6) / span, 1.0)
 
 
 def choose_greedily(kernel: Tensor, k: int) -> Tensor:
@@ -44,9 +44,11 @@ def choose_greedily(kernel: Tensor, k: int) -> Tensor:
     columns = kernel.new_zeros((k, n))
     chosen = torch.empty(k, dtype=torch.int64, device=kernel.device)
     for step in range(k):
-        j = left.argmax()
-        chosen[step] = j
-        column = kernel[j] - columns[:step, j] @ columns[:step]
+        j = left.argmax(
+            keepdim=True
+        )  # (1,): an index without a dimension would be read by the host
+        chosen[step] = j[0]
+        column = kernel[j][0] - columns[:step, j][:, 0] @ columns[:step]
         column = torch.where(left[j] > 0, column / left[j].sqrt(), 0.0)
         columns[step] = column
         left = (left - column.square()).clamp(min=0.0)

@@ -19,6 +19,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..rows import on_device
+
 ARCHITECTURE = "ViT-L-14-336-quickgelu"
 OPENAI = f"{ARCHITECTURE}/openai"
 REMEDY = (
@@ -67,7 +69,7 @@ class ClipText:
     def _encode(self, ids: Tensor) -> Tensor:
         visual: Any = self.model.visual
         encode: Any = self.model.encode_text
-        return encode(ids.to(visual.proj.device))
+        return encode(on_device(ids, visual.proj))
 
 
 def question(text: str, *suffixes: str) -> str:

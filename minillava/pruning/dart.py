@@ -25,30 +25,30 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ..rows import on_device
 from .base import Context, Keep, Method, Stages, amount, count, option, top
 
 PIVOTS = 4  # among the image tokens, and as many among the text tokens
 
 
-def select_pivots(keys: Tensor, rows: Tensor, where: str) -> list[int]:
-    """Those of `rows` whose keys, out of (S, Hkv, Dh), have the largest L1 norm, largest first."""
-    norms = keys[rows].flatten(1).float().abs().sum(1)
-    return rows[top(norms, PIVOTS, where)].tolist()
+def select_pivots(norms: Tensor, rows: Tensor, where: str) -> list[int]:
+    """Those of `rows` that have the largest of norms (S,), largest first."""
+    return rows[top(norms[rows], PIVOTS, where)].tolist()
 
 
 def select_distinct(
     x: Tensor, image: Tensor, image_pivots: list[int], text_pivots: list[int], each: int
 ) -> Tensor:
     """Indices into image (n,), the row numbers of image tokens in x (S, D): the image pivots and
-    the `each` tokens that every pivot retains in its turn, ascending."""
-    pool = torch.zeros(len(x), dtype=torch.bool, device=x.device)
-    pool[image] = True
-    pool[image_pivots] = False
-    for pivot in set(image_pivots + text_pivots):
-        rows = pool.nonzero()[:, 0]  # (p,) ascending
-        cosine = F.cosine_similarity(x[pivot], x[rows], dim=-1)
-        pool[rows[top(-cosine, each, "DART's pool")]] = False
-    return (~pool[image]).nonzero()[:, 0]
+    the `each` tokens that every pivot retains in its turn, ascending. All but x is on the CPU, so
+    that a GPU is waited for once and not at every turn."""
+    pivots, rows = set(image_pivots + text_pivots), x[on_device(image, x)]
+    cosine = torch.stack([F.cosine_similarity(x[pivot], rows, dim=-1) for pivot in pivots]).cpu()
+    pool = ~torch.isin(image, torch.tensor(image_pivots, dtype=torch.long))  # (n,)
+    for unlike in -cosine:  # (n,)
+        left = pool.nonzero()[:, 0]  # (p,) ascending
+        pool[left[top(unlike[left], each, "DART's pool")]] = False
+    return (~pool).nonzero()[:, 0]
 
 
 @dataclass(frozen=True)
@@ -69,7 +69,8 @@ class DART(Method):
         k, n = self.left(c.n_tokens)[0], len(c.candidates)
         if not 0 < k < n:
             return Keep(torch.arange(n, device=c.candidates.device)[:k])
-        keys, x = c.keys(), c.model.llama.norm(c.sequence()).float()
-        image = select_pivots(keys, c.candidates, c.where)
-        text = select_pivots(keys, c.text_rows, c.where)
-        return Keep(select_distinct(x, c.candidates, image, text, k // (2 * PIVOTS)))
+        norms = c.keys().flatten(1).float().abs().sum(1).cpu()  # (S,)
+        x, candidates = c.model.llama.norm(c.sequence()).float(), c.on_cpu(c.candidates)
+        image = select_pivots(norms, candidates, c.where)
+        text = select_pivots(norms, c.on_cpu(c.text_rows), c.where)
+        return Keep(select_distinct(x, candidates, image, text, k // (2 * PIVOTS)))

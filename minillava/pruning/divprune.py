@@ -27,8 +27,9 @@ def choose_farthest(distance: Tensor, keep: int) -> Tensor:
     two = min(2, len(distance))
     gap = distance.topk(two, dim=0, largest=False).values[-1]  # (n,) to the nearest neighbour
     for i in range(len(chosen)):
-        chosen[i] = pick = gap.argmax()
-        gap = distance[pick] if i == 0 else torch.minimum(gap, distance[pick])
+        pick = gap.argmax(keepdim=True)  # (1,): the host would read an index without a dimension
+        chosen[i], row = pick[0], distance[pick][0]
+        gap = row if i == 0 else torch.minimum(gap, row)
         gap = gap.index_fill(0, chosen[: i + 1], -torch.inf)
     return chosen
 

@@ -26,18 +26,18 @@ def row_widths(keep: int, grid: int) -> list[int]:
     return [(i + 1) * keep // h - i * keep // h for i in range(h)]
 
 
-def locate_cells(widths: list[int], device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
+def locate_cells(widths: list[int]) -> tuple[Tensor, Tensor, Tensor]:
     """Row i of each cell, its column j and the number of cells in that row, (K,) each; row i has
     widths[i] cells."""
-    n = torch.tensor(widths, dtype=torch.long, device=device)
-    i = torch.arange(len(n), device=device).repeat_interleave(n)
-    j = torch.arange(len(i), device=device) - (n.cumsum(0) - n)[i]
+    n = torch.tensor(widths, dtype=torch.long)
+    i = torch.arange(len(n)).repeat_interleave(n)
+    j = torch.arange(len(i)) - (n.cumsum(0) - n)[i]
     return i, j, n[i]
 
 
-def middle_patches(widths: list[int], grid: int, device: torch.device) -> Tensor:
+def middle_patches(widths: list[int], grid: int) -> Tensor:
     """The patch (K,) at the middle of each cell: row floor((i + 0.5) grid / h), column likewise."""
-    (i, j, w), h = locate_cells(widths, device), max(1, len(widths))
+    (i, j, w), h = locate_cells(widths), max(1, len(widths))
     return (2 * i + 1) * grid // (2 * h) * grid + (2 * j + 1) * grid // (2 * w)
 
 
@@ -83,6 +83,5 @@ class Grid(Method):
 
     def choose(self, c: Context) -> Keep:
         check_whole_grid(c, self.name)
-        N, device = c.grid**2, c.candidates.device
-        middles = [middle_patches(widths, c.grid, device) for widths in self.widths(c)]
-        return Keep(torch.cat([patches + i * N for i, patches in enumerate(middles)]))
+        middles = [middle_patches(widths, c.grid) for widths in self.widths(c)]
+        return Keep(torch.cat([patches + i * c.grid**2 for i, patches in enumerate(middles)]))

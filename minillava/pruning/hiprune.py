@@ -29,7 +29,7 @@ from .shared import BeforeDecoder, block_number, second_last_block
 def with_neighbours(anchors: Tensor, grid: int) -> Tensor:
     """Anchors (a,) and their neighbours in the same image: (5 * a,), with repetitions."""
     N = grid * grid
-    steps = torch.tensor([0, -1, 1, -grid, grid], device=anchors.device)
+    steps = torch.tensor([0, -1, 1, -grid, grid])
     return (anchors // N * N + (anchors % N + steps[:, None]).clamp(0, N - 1)).flatten()
 
 
@@ -57,10 +57,10 @@ class HiPrune(BeforeDecoder):
         return (block_number(self.name, self.block, n_layers, released=8), last)
 
     def choose(self, c: Context) -> Keep:
-        (keep,), patches = self.left(c.n_tokens), c.whole_patches()
+        (keep,), patches = self.left(c.n_tokens), c.on_cpu(c.whole_patches())
         middle, last = self.vision_layers(len(c.model.vision.blocks))
-        score = c.vision_attention(middle, "mean").mean(0)  # (H, n) -> (n,)
-        late_score = c.vision_attention(last, "mean").mean(0)  # (n,)
+        scores = [c.vision_attention(block, "mean").mean(0) for block in (middle, last)]
+        score, late_score = torch.stack(scores).cpu()  # (n,) each
         anchors = patches[top(score, self.n_anchors(keep), c.where)]
         near = torch.isin(patches, with_neighbours(anchors, c.grid)).nonzero()[:, 0]
         n_registers = max(0, min(keep, len(patches)) - len(near))

@@ -67,11 +67,11 @@ class HoloV(BeforeDecoder):
         features, attention = c.features(), c.vision_attention(-2).mean(0)  # (n, D), (n,)
         (keep,), sizes = self.left(c.n_tokens), run_lengths(len(features))
         runs = list(zip(features.float().split(sizes), attention.split(sizes), strict=True))
-        budgets = run_budgets(torch.stack([run_score(*run) for run in runs]), keep)
-        kept, start = [], 0
-        for (_, score), m, budget in zip(runs, sizes, budgets, strict=True):
-            everything = torch.arange(m, device=score.device)
-            kept.append(start + (top(score, budget, c.where) if budget < m else everything))
+        scores = torch.stack([run_score(*run) for run in runs])
+        attention, scores = torch.cat((attention, scores)).cpu().split((len(attention), len(runs)))
+        budgets, kept, start = run_budgets(scores, keep), [], 0
+        for score, m, budget in zip(attention.split(sizes), sizes, budgets, strict=True):
+            kept.append(start + (top(score, budget, c.where) if budget < m else torch.arange(m)))
             start += m
         index = torch.cat(kept)
         zeros = features.new_zeros(keep - len(index), features.shape[1])

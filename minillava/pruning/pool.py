@@ -11,6 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from ..rows import on_device
 from .base import Context, Keep
 from .grid import Grid, locate_cells, middle_patches
 from .shared import check_whole_grid
@@ -18,15 +19,15 @@ from .shared import check_whole_grid
 
 def covered(place: Tensor, parts: Tensor, grid: int) -> Tensor:
     """Which of `grid` patches along one side part number `place` of `parts` covers: (K, grid)."""
-    at = torch.arange(grid, device=place.device)
+    at = torch.arange(grid)
     start, stop = place * grid // parts, -(-(place + 1) * grid // parts)
     return (start[:, None] <= at) & (at < stop[:, None])
 
 
-def patches_of_cells(widths: list[int], grid: int, device: torch.device) -> Tensor:
+def patches_of_cells(widths: list[int], grid: int) -> Tensor:
     """Which patches each cell covers: (K, grid * grid) bool. Cells overlap by a patch where their
     number does not divide `grid`, as in adaptive pooling."""
-    i, j, w = locate_cells(widths, device)
+    i, j, w = locate_cells(widths)
     h = torch.full_like(i, max(1, len(widths)))
     return (covered(i, h, grid)[:, :, None] & covered(j, w, grid)[:, None]).flatten(1)
 
@@ -38,7 +39,8 @@ class Pool(Grid):
     def choose(self, c: Context) -> Keep:
         check_whole_grid(c, self.name)
         features, (widths,) = c.features(), self.widths(c)
-        inside = patches_of_cells(widths, c.grid, features.device).to(features.dtype)  # (K, N)
+        inside = patches_of_cells(widths, c.grid)  # (K, N)
+        inside = on_device(inside, features).to(features.dtype)
         mean = (inside @ features) / inside.sum(1, keepdim=True)
-        index = middle_patches(widths, c.grid, features.device)
+        index = middle_patches(widths, c.grid)
         return Keep(index, merged=mean, ordered=True)

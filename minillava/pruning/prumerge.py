@@ -25,6 +25,7 @@ import torch
 from torch import Tensor
 
 from ..attention import attention_received
+from ..rows import on_device
 from .base import Context, Keep, Method, Stages, top
 from .shared import cosines
 
@@ -73,12 +74,13 @@ class PruMerge(Method):
         block = len(c.model.vision.blocks) - 1
         q, k = (x[0].flatten(1) for x in c.model.vision.heads(block, c.vision_state(block)))
         score = attention_received(q[:1, None], k[:, None], None)[0, 1:][patches]  # (n,)
-        share = outlier_share(score)
-        kept = top(score, int(n * share), c.where)
+        ranked = score.cpu()
+        share = outlier_share(ranked)
+        kept = top(ranked, int(n * share), c.where)
         if self.plus:
-            regular = regular_patches(n, share).to(kept.device)
+            regular = regular_patches(n, share)
             kept = torch.cat((kept, regular[~torch.isin(regular, kept)]))
-        keys = k[1:][patches]  # (n, C)
-        merged = add_neighbours(features, score, cosines(keys[kept], keys, c.where), kept)
-        dropped = score.index_fill(0, kept, 0.0).to(features.dtype)  # (n,) 0 where kept
+        keys, there = k[1:][patches], on_device(kept, features)  # (n, C), (K,)
+        merged = add_neighbours(features, score, cosines(keys[there], keys, c.where), there)
+        dropped = score.index_fill(0, there, 0.0).to(features.dtype)  # (n,) 0 where kept
         return Keep(kept, merged=merged, extra=(dropped @ features)[None], ordered=True)

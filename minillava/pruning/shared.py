@@ -77,10 +77,19 @@ def assignment(into: Tensor, k: int, dtype: torch.dtype) -> Tensor:
 
 def cosines(a: Tensor, b: Tensor, where: str) -> Tensor:
     """Cosine similarity of rows (n, C) and rows (m, C): (n, m), float32. Refuses NaN."""
-    result = F.normalize(a.float(), dim=-1) @ F.normalize(b.float(), dim=-1).T
-    if result.isnan().any():
-        raise ValueError(f"NaN among the rows of {where}: the weights or the input are broken")
+    result = unchecked_cosines(a, b)
+    refuse_nan(result, where)
     return result
+
+
+def unchecked_cosines(a: Tensor, b: Tensor) -> Tensor:
+    """The same, for a method that compares rows in many blocks and refuses NaN once, at the end."""
+    return F.normalize(a.float(), dim=-1) @ F.normalize(b.float(), dim=-1).T
+
+
+def refuse_nan(x: Tensor, where: str) -> None:
+    if x.isnan().any():
+        raise ValueError(f"NaN among the rows of {where}: the weights or the input are broken")
 
 
 # ---------------------------------------------------------------- several decoder layers

@@ -54,7 +54,7 @@ class Simignore(Method):
         return (count(self.keep, n_tokens),)
 
     def choose(self, c: Context) -> Keep:
-        pairs = similarity(c.features(), c.focus(), self.measure)  # (n, t)
+        pairs = similarity(c.features(), c.focus(), self.measure).cpu()  # (n, t)
         if pairs.isnan().any():
             raise ValueError(f"NaN among the similarities of {c.where}: the weights are broken")
         return Keep(walk(pairs, self.left(c.n_tokens)[0], self.step, self.i_index))

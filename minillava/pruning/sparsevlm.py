@@ -29,6 +29,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ..rows import on_device
 from .base import Context, Keep, Method, Stages, amount, count, option, top
 from .shared import check_lists, midpoints
 
@@ -36,10 +37,11 @@ PUBLISHED = (300, 200, 110)  # tokens kept at each stage, for a budget of 192
 
 
 def select_raters(image: Tensor, text: Tensor) -> Tensor:
-    """Which text tokens rate (r,): image (m, D) and text (t, D) as they entered the decoder."""
-    share = (image.float() @ text.float().T).softmax(1).mean(0)  # (t,)
+    """Which text tokens rate (r,), on the CPU: image (m, D) and text (t, D) as they entered the
+    decoder."""
+    share = (image.float() @ text.float().T).softmax(1).mean(0).cpu()  # (t,)
     above = (share > share.mean()).nonzero()[:, 0]
-    return above if len(above) else torch.arange(len(text), device=text.device)
+    return above if len(above) else torch.arange(len(text))
 
 
 def count_merged(dropped: int) -> int:
@@ -66,7 +68,7 @@ def cluster_means(x: Tensor, n: int) -> Tensor:
     density = (-nearest.square().mean(1)).exp()  # (q,)
     denser = density > density[:, None]  # (q, q): column j is denser than row i
     apart = distance.where(denser, distance.max()).amin(1)
-    peaks = (apart * density).cpu().topk(n).indices.to(x.device)  # (n,)
+    peaks = on_device((apart * density).cpu().topk(n).indices, x)  # (n,)
     cluster = distance[peaks].argmin(0)  # (q,)
     cluster[peaks] = torch.arange(n, device=x.device)
     member = F.one_hot(cluster, n).T.to(x.dtype)  # (n, q)
@@ -111,7 +113,7 @@ class SparseVLM(Method):
             yield replace(self, keep=keep)
 
     def choose(self, c: Context) -> Keep:
-        raters = c.text_rows[select_raters(c.entered(), c.text())]
+        raters = c.on_cpu(c.text_rows)[select_raters(c.entered(), c.text())]
         order = top(c.attention(raters).mean(0), len(c.candidates), c.where)  # (n,)
         k = min(count(self.keep[c.stage_index], c.n_tokens), len(order) - 1)
         merged = order[k : k + count_merged(len(order) - k)]  # (q,) the best of the dropped

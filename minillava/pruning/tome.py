@@ -29,7 +29,7 @@ from torch import Tensor
 
 from ..clip import Block
 from .base import Context, Keep, Method, Stages, amount, count, option
-from .shared import assignment, check_whole_grid, cosines
+from .shared import assignment, check_whole_grid, refuse_nan, unchecked_cosines
 
 
 @dataclass(frozen=True)
@@ -39,12 +39,13 @@ class Tokens:
     x: Tensor  # (T, C)
     size: Tensor  # (T,) float32, patches that each stands for
     patch: Tensor  # (T,) the patch whose number it has, -1 for the class token
+    merged: bool = False  # whether one of them stands for several patches
 
 
-def match(metric: Tensor, r: int, where: str) -> tuple[Tensor, Tensor, Tensor]:
+def match(metric: Tensor, r: int) -> tuple[Tensor, Tensor, Tensor]:
     """What to merge of tokens with metric (T, d): the r even ones, the odd ones that they go into,
     and the even ones left. Each counts within its half; the class token is the even token 0."""
-    cosine = cosines(metric[::2], metric[1::2], where)  # (E, O)
+    cosine = unchecked_cosines(metric[::2], metric[1::2])  # (E, O)
     cosine[0] = -torch.inf
     best = cosine.max(1)
     order = best.values.sort(descending=True, stable=True).indices
@@ -62,10 +63,10 @@ def merge(tokens: Tokens, merged: Tensor, into: Tensor, left: Tensor) -> Tokens:
 
     size = join(tokens.size)
     x = (join(tokens.x * tokens.size[:, None]) / size[:, None]).to(tokens.x.dtype)
-    return Tokens(x, size, torch.cat((tokens.patch[::2][left], tokens.patch[1::2])))
+    return Tokens(x, size, torch.cat((tokens.patch[::2][left], tokens.patch[1::2])), merged=True)
 
 
-def run_block(block: Block, tokens: Tokens, r: int, where: str) -> Tokens:
+def run_block(block: Block, tokens: Tokens, r: int) -> Tokens:
     """One block of the tower, with r merges after its attention."""
     x, attn = tokens.x, block.attn
     h = block.norm1(x)
@@ -73,11 +74,11 @@ def run_block(block: Block, tokens: Tokens, r: int, where: str) -> Tokens:
         proj(h).view(1, len(x), attn.n_heads, -1).transpose(1, 2)  # (1, H, T, Dh)
         for proj in (attn.q_proj, attn.k_proj, attn.v_proj)
     )
-    bias = None if (tokens.size == 1).all() else tokens.size.log().to(x.dtype)[None, None, None]
+    bias = tokens.size.log().to(x.dtype)[None, None, None] if tokens.merged else None
     y = F.scaled_dot_product_attention(q, k, v, attn_mask=bias)
     tokens = replace(tokens, x=x + attn.out_proj(y[0].transpose(0, 1).reshape(len(x), -1)))
     if r := min(r, (len(x) - 1) // 2):
-        tokens = merge(tokens, *match(k[0].mean(0), r, where))
+        tokens = merge(tokens, *match(k[0].mean(0), r))
     return replace(tokens, x=tokens.x + block.mlp(block.norm2(tokens.x)))
 
 
@@ -144,5 +145,6 @@ class ToMe(Method):
         patch = torch.arange(-1, c.n_tokens, device=x.device)
         tokens = Tokens(x, torch.ones(len(x), device=x.device), patch)
         for block, r in zip(c.model.vision.blocks, merges, strict=False):
-            tokens = run_block(cast(Block, block), tokens, r, c.where)
+            tokens = run_block(cast(Block, block), tokens, r)
+        refuse_nan(tokens.x, c.where)
         return Keep(tokens.patch[1:], merged=tokens.x[1:], ordered=True)

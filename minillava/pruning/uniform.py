@@ -21,5 +21,5 @@ class Uniform(BeforeDecoder):
     def choose(self, c: Context) -> Keep:
         n = len(c.candidates)
         k = min(self.left(c.n_tokens)[0], n)
-        i = torch.arange(k, device=c.candidates.device)
+        i = torch.arange(k)
         return Keep((2 * i + 1) * n // (2 * max(k, 1)))

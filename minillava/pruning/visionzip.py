@@ -20,6 +20,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from ..rows import on_device
 from .base import Context, Keep, Method, Stages, option, top
 from .shared import assignment, cosines, second_last_block
 
@@ -62,19 +63,21 @@ class VisionZip(Method):
         return (second_last_block(self.name, n_layers),)
 
     def choose(self, c: Context) -> Keep:
-        features, score = c.features(), c.vision_attention(-2).sum(0)  # (n, C), (n,)
+        features, score = c.features(), c.vision_attention(-2).sum(0).cpu()  # (n, C), (n,)
         dominant = top(score, self.dominant - 1, c.where).sort().values
         is_rest = torch.ones_like(score, dtype=torch.bool).index_fill(0, dominant, False)
         rest = is_rest.nonzero()[:, 0]
-        targets = target_indices(len(rest), self.contextual).to(rest.device)
+        targets = target_indices(len(rest), self.contextual)
+        index = torch.cat((dominant, rest[targets]))
+        first, rest, targets = (on_device(i, features) for i in (dominant, rest, targets))
         merged = features[:0]
         if len(targets):
             keys = c.vision_keys(-2)[rest].mean(1)  # (r, H, Dh) -> (r, Dh)
             similarity = cosines(keys, keys[targets], c.where)
             merged = merge_into_targets(features[rest], similarity, targets)
         return Keep(
-            torch.cat((dominant, rest[targets])),
-            merged=torch.cat((features[dominant], merged)),
+            index,
+            merged=torch.cat((features[first], merged)),
             extra=c.vision_state()[:, 0],  # the class token
             extra_first=True,
             ordered=True,

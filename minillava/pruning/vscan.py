@@ -26,6 +26,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from ..rows import on_device
 from .base import Context, Keep, Method, Stages, amount, count, option, top
 from .shared import assignment, block_number, check_whole_grid, cosines, second_last_block
 
@@ -39,8 +40,8 @@ def window_patches(grid: int) -> Tensor:
 
 
 def scan_patches(local_score: Tensor, global_score: Tensor, k: int, where: str) -> Tensor:
-    """The k patches that the two scores (N,) choose, ascending: (k,)."""
-    windows = window_patches(round(len(local_score) ** 0.5)).to(local_score.device)  # (16, w)
+    """The k patches that the two scores (N,), on the CPU, choose, ascending: (k,)."""
+    windows = window_patches(round(len(local_score) ** 0.5))  # (16, w)
     each = k // 2 // len(windows)
     best = local_score[windows].sort(dim=1, descending=True, stable=True).indices[:, :each]
     local = windows.gather(1, best).flatten()
@@ -49,15 +50,16 @@ def scan_patches(local_score: Tensor, global_score: Tensor, k: int, where: str) 
 
 
 def merge_dropped(features: Tensor, kept: Tensor, where: str) -> Tensor:
-    """Kept rows (K, D) of features (n, D), each averaged with the dropped rows nearest to it."""
-    is_dropped = torch.ones(len(features), dtype=torch.bool, device=kept.device)
+    """Rows `kept` of features (n, D), each averaged with the dropped rows nearest to it: (K, D)."""
+    is_dropped = torch.ones(len(features), dtype=torch.bool)
     is_dropped[kept] = False
-    dropped = features[is_dropped]  # (n - K, D)
+    dropped = features[on_device(is_dropped.nonzero()[:, 0], features)]  # (n - K, D)
+    mine = features[on_device(kept, features)]  # (K, D)
     if not len(kept) or not len(dropped):
-        return features[kept]
-    nearest = cosines(dropped, features[kept], where).argmax(1)  # (n - K,)
+        return mine
+    nearest = cosines(dropped, mine, where).argmax(1)  # (n - K,)
     into = assignment(nearest, len(kept), features.dtype)  # (K, n - K)
-    return (features[kept] + into @ dropped) / (1 + into.sum(1, keepdim=True))
+    return (mine + into @ dropped) / (1 + into.sum(1, keepdim=True))
 
 
 @dataclass(frozen=True)
@@ -113,6 +115,7 @@ class VScan(Method):
             return Keep(top(c.attention(c.newest, layer=0).mean(0), k, c.where))
         check_whole_grid(c, self.name)
         block = self.local_block(len(c.model.vision.blocks))
-        local, whole = (c.vision_attention(b).mean(0) for b in (block, -2))  # (N,) each
+        scores = torch.stack([c.vision_attention(b).mean(0) for b in (block, -2)])
+        local, whole = scores.cpu()  # (N,) each
         kept = scan_patches(local, whole, k, c.where)
         return Keep(kept, merged=merge_dropped(c.features(), kept, c.where))

@@ -31,18 +31,21 @@ def block_size(K: int, limit: int) -> int:
 
 
 @functools.cache
-def hadamard(b: int) -> Tensor:
-    """The Hadamard matrix (b, b) for a power of two b, scaled to be orthogonal."""
+def hadamard(
+    b: int, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32
+) -> Tensor:
+    """The Hadamard matrix (b, b) for a power of two b, scaled to be orthogonal. It is made once
+    for each device, so that a token copies nothing there."""
     signs = torch.ones(1, 1)
     while len(signs) < b:
         signs = torch.cat((torch.cat((signs, signs), 1), torch.cat((signs, -signs), 1)))
-    return signs / b**0.5
+    return (signs / b**0.5).to(device, dtype)
 
 
 def rotate_columns(x: Tensor, out: Tensor | None = None) -> Tensor:
     """Multiply each block of columns of x (R, K) by H. Doing it twice gives x again."""
     b = block_size(x.shape[-1], ROTATED_COLUMNS)
-    H = hadamard(b).to(x.device, x.dtype)
+    H = hadamard(b, x.device, x.dtype)
     out = torch.empty_like(x) if out is None else out
     blocks, result = x.reshape(-1, b), out.view(-1, b)  # (R K / b, b)
     if len(blocks) < FEW_ROWS:

@@ -472,10 +472,10 @@ def test_a_grid_of_any_number_is_spread_over_the_picture(grid: int) -> None:
         assert sum(widths) == keep
         assert not widths or max(widths) - min(widths) <= 1
         assert max([len(widths), *widths], default=0) <= grid
-        where = middle_patches(widths, grid, torch.device("cpu")).tolist()
+        where = middle_patches(widths, grid).tolist()
         assert where == sorted(set(where))
         if keep:
-            covered = patches_of_cells(widths, grid, torch.device("cpu"))
+            covered = patches_of_cells(widths, grid)
             assert covered.any(0).all()
             assert covered[torch.arange(keep), torch.tensor(where)].all()
     assert [len(row_widths(k, 24)) for k in (64, 128, 192, 576)] == [8, 8, 12, 24]
