@@ -32,7 +32,8 @@ def load_file_method(spec: str) -> type[Method]:
         raise ValueError(f"{spec!r} is not a method in a file; write FILE.py:Class")
     file, wanted = Path(found["file"]), found["cls"]
     if not file.is_file():
-        raise ValueError(f"there is no file {file}; write FILE.py:Class")
+        kind = "regular file" if file.exists() else "file"  # a pipe would be read for ever
+        raise ValueError(f"there is no {kind} {file}; write FILE.py:Class")
     namespace = run_file(file)
     methods = {
         name: thing

@@ -350,6 +350,7 @@ def test_a_failed_overlay_keeps_the_old_file(
         ("--prompt Hi --prune fast", "'fast' fastv"),
         ("--prompt Hi --prune fastv:q=1", "'q' layer"),
         ("--prompt Hi --prune {tmp}/no.py:Mine", "{tmp}/no.py FILE.py:Class"),
+        ("--prompt Hi --prune {tmp}/pipe.py:Mine", "regular file {tmp}/pipe.py FILE.py:Class"),
         ("--prompt Hi --image {photo} --prune fastv:layer=99", "layer=99 layers"),
         ("--prompt Hi --image {photo} --prune uniform:keep=99", "keep=99 16"),
         ("--prompt Hi --image {photo} --prune simignore:keep=5 --focus=", "'' text"),
@@ -364,6 +365,7 @@ def test_bad_input_is_one_line(
     run: Run, photo: Path, tmp_path: Path, flags: str, words: str
 ) -> None:
     names = {"photo": photo, "tmp": tmp_path}
+    os.mkfifo(tmp_path / "pipe.py")
     line = read_error(run(*flags.format(**names).split()))
     for word in words.format(**names).split():
         assert word in line

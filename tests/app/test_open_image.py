@@ -9,7 +9,10 @@ import math
 import os
 import random
 import re
+import signal
 import struct
+import subprocess
+import sys
 import threading
 import time
 import warnings
@@ -32,6 +35,7 @@ def make_png(width: int = 20, height: int = 30) -> bytes:
     return file.getvalue()
 
 
+ROOT = Path(__file__).parents[2]
 PNG = make_png()
 ONE_LINE = r"\A[^\n]+\Z"
 
@@ -368,3 +372,21 @@ def test_other_kinds_of_urls_are_refused(tmp_path: Path) -> None:
     assert "no image was received" in read_error("http://127.0.0.1:1/a.png")  # no server there
     assert "Invalid IPv6 URL" in read_error("http://[::1/a.png")
     assert "no image was received" in read_error("http://")
+
+
+@pytest.mark.slow
+def test_ctrl_c_ends_a_download(address: str) -> None:
+    command = [sys.executable, "-m", "minillava.generate", "--prompt", "Hi", "--image"]
+    pipe = subprocess.PIPE
+
+    def reset() -> None:  # a process that a shell runs in the background ignores SIGINT
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+    with subprocess.Popen(
+        [*command, f"{address}/drip"], cwd=ROOT, stdout=pipe, stderr=pipe, preexec_fn=reset
+    ) as p:
+        time.sleep(6)  # until it is downloading
+        p.send_signal(signal.SIGINT)
+        assert p.wait(5) == 130
+        assert p.stderr
+        assert p.stderr.read() == b""

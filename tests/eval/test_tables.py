@@ -140,12 +140,13 @@ def test_an_image_that_is_missing_is_named_with_its_row(
         items[2].images[0].open()
 
 
-@pytest.mark.parametrize("form", ["struct", "binary", "list of binary", "no column"])
+@pytest.mark.parametrize("form", ["struct", "binary", "list of binary", "gap", "no column"])
 def test_no_question_is_asked_without_its_image(form: str, tmp_path: Path) -> None:
     empty = {
         "struct": structs([PICTURES[0], None, None]),
         "binary": [PICTURES[0], None, b""],
         "list of binary": [[PICTURES[0]], [], None],
+        "gap": [[PICTURES[0]], [None], [b""]],
         "no column": None,
     }[form]
     write(tmp_path, columns() if empty is None else columns(image=empty))

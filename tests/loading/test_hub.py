@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import io
+import json
 import os
+import re
 import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 from fnmatch import fnmatch
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
@@ -193,3 +197,77 @@ def test_offline_the_cache_answers(tmp_path: Path) -> None:
     assert "'org/name' at revision 'other' could not be downloaded" in revision
     assert "give a local folder" in other
     assert done.stderr == ""
+
+
+class HubHandler(BaseHTTPRequestHandler):
+    """A hub with one repository, org/name; it can drop the connection in the middle of weights."""
+
+    protocol_version = "HTTP/1.1"
+    dropping = True
+
+    def do_HEAD(self) -> None:
+        self.do_GET()
+
+    def do_GET(self) -> None:
+        path = self.path.partition("?")[0]
+        if path.startswith("/api/"):
+            files = sorted(TINY_A.iterdir())
+            listed = [
+                {"type": "file", "path": f.name, "size": f.stat().st_size, "oid": f.name}
+                for f in files
+            ]
+            about = {
+                "id": "org/name",
+                "sha": COMMIT,
+                "siblings": [{"rfilename": f.name} for f in files],
+            }
+            content, tag = json.dumps(listed if "/tree/" in path else about).encode(), "api"
+        else:
+            tag = path.rpartition("/")[2]
+            content = (TINY_A / tag).read_bytes()
+        start = int(re.sub(r"\D", "", (self.headers.get("Range") or "0").partition("-")[0]))
+        self.send_response(206 if start else 200)
+        self.send_header("Content-Length", str(len(content) - start))
+        self.send_header("Content-Range", f"bytes {start}-{len(content) - 1}/{len(content)}")
+        self.send_header("ETag", f'"{tag}"')
+        self.send_header("X-Repo-Commit", COMMIT)
+        self.end_headers()
+        if self.command == "GET":
+            cut = self.dropping and tag.endswith(".safetensors")
+            self.wfile.write(content[start : start + 1000] if cut else content[start:])
+            self.close_connection = cut
+
+    def log_message(self, *args: object) -> None:
+        pass
+
+
+@pytest.mark.slow
+def test_a_dropped_download_is_one_line_and_the_next_one_succeeds(tmp_path: Path) -> None:
+    server = ThreadingHTTPServer(("127.0.0.1", 0), HubHandler)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    environment = {
+        **os.environ,
+        "HF_ENDPOINT": f"http://127.0.0.1:{server.server_port}",
+        "HF_HOME": str(tmp_path),
+        "HF_HUB_DISABLE_XET": "1",
+    }
+    for name in ("HF_HUB_OFFLINE", "HF_HUB_CACHE"):
+        environment.pop(name, None)
+
+    def download() -> subprocess.CompletedProcess[str]:
+        command = [sys.executable, "-m", "weights.download", "org/name"]
+        return subprocess.run(command, env=environment, cwd=ROOT, capture_output=True, text=True)
+
+    failed = download()
+    assert (failed.returncode, failed.stdout) == (2, "")
+    assert failed.stderr.startswith("error: there is no folder 'org/name', and the hub's")
+    assert failed.stderr.count("\n") == 1
+    assert not list(tmp_path.rglob("*.incomplete"))
+    HubHandler.dropping = False
+    done = download()
+    assert (done.returncode, done.stderr) == (0, "")
+    folder = Path(done.stdout.strip())
+    for file in TINY_A.glob("*.safetensors"):
+        assert (folder / file.name).read_bytes() == file.read_bytes()
+    server.shutdown()
+    server.server_close()
