@@ -30,8 +30,7 @@ import torch
 from torch import Tensor
 
 from minillava.app.command import CommandParser, end_program, run_command
-from minillava.loading.checkpoint import empty_model
-from minillava.loading.checkpoint import match_tensors as match
+from minillava.loading.checkpoint import fit_model
 from minillava.loading.config_file import parse_config as config_of
 from minillava.loading.config_file import read_config
 from minillava.loading.json_entries import Entries, read_json
@@ -295,15 +294,11 @@ def _decoder_dtype(parts: Mapping[str, Part], src: Path) -> torch.dtype:
 
 def _check(found: Conversion, config: Mapping[str, Any], src: Path) -> None:
     """Raise ValueError for a config, names or shapes that `minillava.load` would refuse."""
-    model = empty_model(config_of(config, {}, str(src / "config.json")))
-    match(
-        model,
-        [
-            Stored(part.weight.file, name, found.shape(name), part.weight.kind)
-            for name, part in found.parts.items()
-        ],
-        src,
-    )
+    stored = [
+        Stored(part.weight.file, name, found.shape(name), part.weight.kind)
+        for name, part in found.parts.items()
+    ]
+    fit_model(config_of(config, {}, str(src / "config.json")), stored, src)
 
 
 # ---------------------------------------------------------------- tensors

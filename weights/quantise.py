@@ -22,8 +22,7 @@ from torch import Tensor
 from minillava.app.command import CommandParser, end_program, run_command
 from minillava.loading.assemble import quantise_tensor as integers
 from minillava.loading.assemble import quantised_layers
-from minillava.loading.checkpoint import empty_model
-from minillava.loading.checkpoint import match_tensors as match
+from minillava.loading.checkpoint import fit_model
 from minillava.loading.config_file import read_config
 from minillava.loading.hub import find_checkpoint as find
 from minillava.loading.json_entries import read_json
@@ -70,8 +69,7 @@ def quantise(src: Path, dst: Path, bits: int, shard_bytes: int = SHARD_BYTES) ->
     values = read_json(src / "config.json")
     config = read_config(src / "config.json")
     read_processor(src, config)  # raises for small files that DST could not be loaded with
-    model = empty_model(config)
-    found = match(model, stored_tensors(src), src)
+    model, found = fit_model(config, stored_tensors(src), src)
     if any(tensor.kind not in FLOATS for tensor in found.values()):
         raise ValueError(f"{src} is quantised already; give the unquantised checkpoint")
     layers = {f"{name}.weight": n for name, n in quantised_layers(model, bits).items()}

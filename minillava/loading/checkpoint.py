@@ -88,10 +88,8 @@ def load(
     rules = read_generation_rules(folder / "config.json", config)
     processor = read_processor(folder, config)
     stored = read_headers(folder)
-    check_sizes(config, stored, folder)
     config = untie_different_weights(config, stored)
-    model = empty_model(config, processor.tokenizer, rules)
-    found = match_tensors(model, stored, folder)
+    model, found = fit_model(config, stored, folder, processor.tokenizer, rules)
     forms = choose_forms(model, found, quantize, folder)
     if storage is None:
         # Scales of integer weights are always float32 and say nothing about the checkpoint.
@@ -114,6 +112,22 @@ def _refuse_other_weights(folder: Path) -> None:
             f"{cut_path(folder)} contains {ADAPTER}: an adapter belongs to its weights, and "
             "load() does not add it; merge it into the weights (merge_and_unload), or remove it"
         )
+
+
+def fit_model(
+    config: Config,
+    stored: Collection[StoredTensor],
+    folder: Path,
+    tokenizer: Tokenizer | None = None,
+    rules: GenerationRules | None = None,
+) -> tuple[LLaVA, dict[str, StoredTensor]]:
+    """A model on the meta device, and the stored tensor of each of its parameters: name -> tensor.
+
+    Raises ValueError if the files do not contain the model that config.json describes.
+    """
+    check_sizes(config, stored, folder)
+    model = empty_model(config, tokenizer, rules)
+    return model, match_tensors(model, stored, folder)
 
 
 def check_sizes(config: Config, stored: Collection[StoredTensor], folder: Path) -> None:

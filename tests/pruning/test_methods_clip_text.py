@@ -269,7 +269,7 @@ def test_the_template_is_not_asked(
     monkeypatch.setattr(ClipText, "truncated", noting)
     monkeypatch.setattr(ClipText, "segments", noting)
     behind = "\nIs it?\nAnswer the question using a single word or phrase. ASSISTANT:"
-    monkeypatch.setattr(model.tokenizer, "decode", lambda ids: behind)
+    monkeypatch.setattr(type(model.tokenizer), "decode", lambda self, ids: behind)
     run(model, tiny.alone(model, batch, 0), f"{plan},clip={clip.source}")
     assert texts == [asked]
 

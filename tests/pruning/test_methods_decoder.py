@@ -576,5 +576,5 @@ def test_a_file_that_will_not_do(tmp_path: Path, spec: str, text: str | None, sa
 
 @pytest.mark.parametrize("spec", ["mine.py", "Longest", "mine.py:Longest:keep=3", "mine.py:1st"])
 def test_what_names_no_class_in_a_file(spec: str) -> None:
-    with pytest.raises(ValueError, match="is no method in a file; write FILE"):
+    with pytest.raises(ValueError, match="is not a method in a file; write FILE"):
         load_file_method(spec)

@@ -163,12 +163,13 @@ def readme(tmp_path_factory: pytest.TempPathFactory) -> dict[str, type[Method]]:
 
 
 @pytest.mark.parametrize("mode", ["drop", "mask"])
-@pytest.mark.parametrize("name", ["Loud", "Seen", "Folded", "EveryThird"])
+@pytest.mark.parametrize("name", ["Loud", "Seen", "Central", "Folded", "EveryThird"])
 def test_methods_of_the_readme(
     here: Any, there: Any, readme: dict[str, type[Method]], name: str, mode: str
 ) -> None:
-    assert len(readme) == 4
-    method = readme[name]()
+    assert len(readme) == 5
+    fitting = {"block": 2} if name == "Central" else {}  # the model has 10 vision blocks
+    method = readme[name](**fitting)
     if mode == "mask" and not method.drops_only:
         pytest.skip("it does not only drop")
     batch = tiny.make_batch(here, "tItIttt", "tttt", "tIItt")
