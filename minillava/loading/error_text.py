@@ -11,6 +11,11 @@ def cut(text: str, limit: int = 200) -> str:
     return text if len(text) <= limit else f"{text[: limit - 3]}..."
 
 
+def cut_path(path: object) -> str:
+    """The path of a file or folder for an error."""
+    return cut(str(path), 500)
+
+
 def shorten(value: object, limit: int = 200) -> str:
     """A value for an error, as Python writes it, of at most `limit` characters."""
     return cut(_REPR.repr(value), limit)

@@ -11,6 +11,8 @@ import os
 import stat
 from pathlib import Path
 
+from .error_text import cut_path
+
 MB = 2**20
 
 
@@ -19,19 +21,20 @@ def is_present(path: str | Path) -> bool:
 
     Raises ValueError for anything else of that name, such as a link to a file that is gone.
     """
+    name = cut_path(path)
     try:
-        if not os.path.lexists(path):
-            return False
         mode = os.stat(path).st_mode
     except (OSError, ValueError) as error:  # ValueError: a zero byte in the name
+        if isinstance(error, FileNotFoundError) and not os.path.islink(path):
+            return False
         reason = error.strerror if isinstance(error, OSError) else error
         raise ValueError(
-            f"{path} cannot be read ({reason}), but must be a regular file or a link to one; "
+            f"{name} cannot be read ({reason}), but must be a regular file or a link to one; "
             "download it again, or remove it"
         ) from error
     if not stat.S_ISREG(mode):
         raise ValueError(
-            f"{path} is {_KINDS.get(stat.S_IFMT(mode), 'no file')}, but must be a regular file or "
+            f"{name} is {_KINDS.get(stat.S_IFMT(mode), 'no file')}, but must be a regular file or "
             "a link to one; download it again, or remove it"
         )
     return True
@@ -42,16 +45,17 @@ def read_bytes(path: str | Path, limit: int) -> bytes:
 
     Raises ValueError if there is no such file, or if it is larger or cannot be read.
     """
+    name = cut_path(path)
     if not is_present(path):
-        raise ValueError(f"there is no {path}; download it, or give a checkpoint that has it")
+        raise ValueError(f"there is no {name}; download it, or give a checkpoint that has it")
     try:
         with open(path, "rb") as file:
             content = file.read(limit + 1)
     except OSError as error:
-        raise ValueError(f"{path} cannot be read ({error.strerror}); download it again") from error
+        raise ValueError(f"{name} cannot be read ({error.strerror}); download it again") from error
     if len(content) > limit:
         raise ValueError(
-            f"{path} has more than {limit // MB} MB, but must be smaller; download it again"
+            f"{name} has more than {limit // MB} MB, but must be smaller; download it again"
         )
     return content
 
