@@ -19,6 +19,7 @@ TOY = Path(__file__).parents[1] / "goldens" / "checkpoints" / "tiny-a" / "hub-sh
 CONFIG = read_config(TOY / "config.json")
 PLACEHOLDERS = json.loads((TOY / "processor_config.json").read_text())
 OTHER = "{{ 'other' }}"
+MORE = "additional_chat_templates/default.jinja"
 
 
 @pytest.fixture
@@ -51,13 +52,13 @@ def apply(folder: Path, question: str, images: int) -> str:
     [
         {"chat_template.json": LLAVA_HF_JINJA},
         {"chat_template.jinja": LLAVA_HF_JINJA},
-        {"additional_chat_templates/default.jinja": LLAVA_HF_JINJA},
+        {MORE: LLAVA_HF_JINJA},
         {"processor_config.json": LLAVA_HF_JINJA},
         {"processor_config.json": {"default": LLAVA_HF_JINJA, "more": OTHER}},
         {"chat_template.json": {"default": LLAVA_HF_JINJA, "more": OTHER}},
         {"chat_template.json": LLAVA_HF_JINJA, "chat_template.jinja": OTHER},
         {"processor_config.json": LLAVA_HF_JINJA, "chat_template.json": OTHER},
-        {"chat_template.jinja": LLAVA_HF_JINJA, "additional_chat_templates/default.jinja": OTHER},
+        {"chat_template.jinja": LLAVA_HF_JINJA, MORE: OTHER},
         {"chat_template.jinja": LLAVA_HF_JINJA + "\n"},
         {"chat_template.jinja": LLAVA_HF_JINJA.replace("%}{%", "%}\n  {%")},
         {"chat_template.jinja": LLAVA_HF_JINJA.replace("\\n", "\n")},
@@ -82,8 +83,8 @@ def test_a_known_template_gives_transformers_prompt(folder: Path, files: dict[st
         ),
         ({"chat_template.jinja": OTHER}, "chat_template.jinja"),
         (
-            {"additional_chat_templates/default.jinja": OTHER},
-            "additional_chat_templates/default.jinja",
+            {MORE: OTHER},
+            MORE,
         ),
         (
             {"processor_config.json": OTHER, "chat_template.json": LLAVA_HF_JINJA},
