@@ -119,8 +119,9 @@ def test_without_a_template_the_default_counts(folder: Path) -> None:
     with pytest.raises(ValueError, match="does not have a chat template"):
         apply(folder, "a", 0)
     assert read_template(folder, "vicuna_v1") == "vicuna_v1"
-    write(folder, "chat_template.json", None)
-    assert read_template(folder, "llava-hf") == "llava-hf"
+    for nothing in (None, ""):
+        write(folder, "chat_template.json", nothing)
+        assert read_template(folder, "llava-hf") == "llava-hf"
 
 
 @pytest.mark.parametrize("name", ["chat_template.json", "processor_config.json"])

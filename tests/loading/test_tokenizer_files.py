@@ -432,3 +432,31 @@ def test_a_sentencepiece_model_is_written_as_it_is_read() -> None:
     assert build_model(model["vocab"], merges[1:], ("<unk>", "<s>", "</s>")) is not None
     half = [m for m in merges if m[0] + m[1] != merges[0][0] + merges[0][1]]
     assert build_model(model["vocab"], [*half, merges[0]], ("none", "<s>", "</s>")) is None
+
+
+def test_merges_in_another_order_have_no_sentencepiece_model() -> None:
+    texts = ["<unk>", *(f"<0x{byte:02X}>" for byte in range(256)), *"abc", "ab", "bc", "abc"]
+    vocab = {text: i for i, text in enumerate(texts)}
+    special = ("<unk>", "<s>", "</s>")
+    all_pairs = [("a", "b"), ("b", "c"), ("ab", "c"), ("a", "bc")]
+    assert build_model(vocab, all_pairs, special) is not None
+    assert build_model(vocab, all_pairs[:3], special) is None  # a pair of abc is missing
+    apart = [all_pairs[i] for i in (0, 2, 1, 3)]
+    assert build_model(vocab, apart, special) is None  # the pairs of abc are not in a row
+    assert build_model(vocab | {"dab": len(vocab)}, [*all_pairs, ("d", "ab")], special) is None
+
+
+def test_tokens_beside_a_tokenizer_model_are_searched_for_as_typed(tmp_path: Path) -> None:
+    write(tmp_path, without(TOKENIZER))
+    plain = read_tokenizer(tmp_path, IMAGE)
+    write(tmp_path, without(TOKENIZER), flag_in_config(normalized=True))
+    for text in TEXTS:
+        assert read_tokenizer(tmp_path, IMAGE).encode(text) == plain.encode(text)
+
+
+def test_the_library_does_not_cut(tmp_path: Path) -> None:
+    limit = {"direction": "Right", "max_length": 3, "strategy": "LongestFirst", "stride": 0}
+    write(tmp_path, *LIBRARY["NFC"], put(TOKENIZER, truncation=limit))
+    tokenizer = read_tokenizer(tmp_path, IMAGE)
+    assert isinstance(tokenizer.encoder, LibraryEncoder)
+    assert len(tokenizer.encode("a b c d e f", bos=False)) > 3
