@@ -17,7 +17,7 @@ from torch import Tensor
 from .cache import KVCache
 from .llava import Encoded, LLaVA
 from .pruning.base import Context, Plan, Step, check_keep
-from .rows import Choice, Keep, Rows, drop_image_rows, on_device
+from .rows import Choice, Keep, Rows, drop_image_rows, on_device, take_rows
 from .sample import CacheView, LayerAttention, Mask, NewToken, Prompt, Sample, Segment
 
 Memory = dict[tuple[int, ...], dict[str, Any]]  # Context.memory of one sample, by step and images
@@ -73,8 +73,8 @@ def prefill(
     prune(model, samples, plan.at("embed"), history)
     if plan.has_stage("decoder"):
         for s in samples:
-            images = (s.rows.image >= 0).nonzero()[:, 0]  # (m,)
-            s.embedded = s.x[on_device(images, s.x)], s.rows.image[images]
+            images = s.rows.image_rows()  # (m,)
+            s.embedded = take_rows(s.x, images), s.rows.image[images]
 
     segments = []
     for layers in plan.segments(model.config.text.num_hidden_layers):
@@ -88,9 +88,7 @@ def prefill(
         seen = [None if h is None else on_device((~h).nonzero()[:, 0], x) for h in hidden]
         for layer in layers:
             remember = bool(plan.at("decoder", layer + 1))
-            attend = LayerAttention(
-                layer, samples, cache, hidden, seen, view=None, remember=remember
-            )
+            attend = LayerAttention(layer, samples, cache, hidden, seen, None, remember)
             x = model.block(layer)(x, rope, attend)  # (R, D)
         unpack_rows(samples, x)
     logits = model.llama.logits(torch.cat([s.x[-1:] for s in samples]))  # (B, V)
@@ -110,16 +108,14 @@ def begin_sample(
         vision = {i: state[mine] for i, state in encoded.states.items()}
         # (images, 1 + N, C); any state serves if a method computes all image features itself
         features = vision.get(model.feature_layer, next(iter(vision.values())))
-        x[on_device((rows.image >= 0).nonzero()[:, 0], x)] = features[:, 1:].flatten(0, 1)
+        x[on_device(rows.image_rows(), x)] = features[:, 1:].flatten(0, 1)
     generator = torch.Generator().manual_seed(seed)
     return Sample(prompt, rows, x, vision, generator, memory, len(prompt.ids) - prompt.length)
 
 
 def embed_rows(model: LLaVA, samples: Sequence[Sample]) -> None:
     """Image features (S, C) through the projector, text rows from the embedding table: (S, D)."""
-    features = torch.cat(
-        [s.x[on_device((s.rows.image >= 0).nonzero()[:, 0], s.x)] for s in samples]
-    )  # (n, C)
+    features = torch.cat([take_rows(s.x, s.rows.image_rows()) for s in samples])  # (n, C)
     for s in samples:
         s.x = s.x.new_empty(0, s.x.shape[1])  # the features are the only copy left
     features = model.projector(features) if len(features) else features  # (n, D)

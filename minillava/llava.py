@@ -92,9 +92,8 @@ class LLaVA(nn.Module):
 
     def embed(self, ids: Tensor) -> Tensor:
         """Input embeddings (T, D) of ids (T,)."""
-        return self.llama.embed_tokens(on_device(ids, self.llama.embed_tokens.weight)).to(
-            self.dtype
-        )
+        table = self.llama.embed_tokens
+        return table(on_device(ids, table.weight)).to(self.dtype)
 
     def encode(self, pixels: Tensor, layers: Collection[int]) -> Encoded:
         """Run the vision tower on pixels (images, 3, S, S) and keep these hidden states."""

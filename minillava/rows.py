@@ -52,6 +52,10 @@ class Rows:
             patch=self.patch[index],
         )
 
+    def image_rows(self) -> Tensor:
+        """Row numbers (n,) of all images, ascending."""
+        return (self.image >= 0).nonzero()[:, 0]
+
     def of_image(self, image: int) -> Tensor:
         """Row numbers (n,) of an image, ascending. TEXT selects the text rows."""
         return (self.image == image).nonzero()[:, 0]
@@ -116,7 +120,7 @@ def drop_rows(x: Tensor, rows: Rows, choice: Choice) -> tuple[Tensor, Rows]:
     stays[choice.window] = False
     stays[places] = True
     remaining = order[stays]  # (s,)
-    left, x_left = rows.select(remaining), x[on_device(remaining, x)]
+    left, x_left = rows.select(remaining), take_rows(x, remaining)
     if keep.extra is not None:
         image = int(rows.image[choice.window[0]])
         # rows before the window all stay
@@ -136,6 +140,11 @@ def drop_image_rows(
     for choice in reversed(choices):
         x, rows = drop_rows(x, rows, choice)
     return x, rows.renumber() if compact else rows
+
+
+def take_rows(x: Tensor, numbers: Tensor) -> Tensor:
+    """The rows of x (S, ...) with these numbers (s,), which are on the CPU: (s, ...)."""
+    return x[on_device(numbers, x)]
 
 
 def on_device(numbers: Tensor, x: Tensor) -> Tensor:

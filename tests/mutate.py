@@ -462,20 +462,25 @@ def in_fork(work: Callable[[], Any], limit: float) -> Any:
             finally:
                 os._exit(0)
         end = time.monotonic() + limit
-        while not (late := time.monotonic() > end) and os.waitpid(child, os.WNOHANG)[0] == 0:
-            time.sleep(0.02)
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(child, signal.SIGKILL)
-        if late:
-            os.waitpid(child, 0)
+        ended = False
+        try:
+            while not ended and time.monotonic() < end:
+                time.sleep(0.02)
+                ended = os.waitpid(child, os.WNOHANG)[0] != 0
+        finally:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(child, signal.SIGKILL)
+            if not ended:
+                os.waitpid(child, 0)
+        if not ended:
             return None
         return json.loads(Path(answer.name).read_text() or '{"code": 3, "failed": "crash"}')
 
 
 def run_tests(copy: Copy, arguments: list[str], plugin: Any) -> int:
     """Run pytest in the copy, in this process."""
-    for path in (str(copy.root), str(copy.root / "tests")):
-        sys.path[:] = [entry for entry in sys.path if os.path.abspath(entry) != path]
+    ours = {copy.root, copy.root / "tests", Path(__file__).parent}
+    sys.path[:] = [entry for entry in sys.path if Path(entry).absolute() not in ours]
     os.chdir(copy.folder)
     os.environ |= {"PYTHONPATH": str(copy.folder), "CI": "true"}  # hypothesis draws by no seed
     os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
@@ -708,6 +713,7 @@ def main(argv: list[str]) -> int:
     args = parser.parse_args(argv)
     args.out, root = args.out.resolve(), args.root.resolve()
     args.map = args.map and args.map.resolve()
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # so that temporary files go
     for name in args.preload:
         importlib.import_module(name)
     with tempfile.TemporaryDirectory(prefix="mutate-") as temporary:

@@ -21,7 +21,7 @@ from ..attention import attention_received
 from ..llama import rotate
 from ..llava import LLaVA
 from ..rows import Keep as Keep
-from ..rows import on_device
+from ..rows import on_device, take_rows
 from ..sample import LastAttention, Sample, pad_visible
 
 Stage = Literal["vision", "embed", "decoder"]
@@ -86,13 +86,9 @@ def top(scores: Tensor, k: int, where: str) -> Tensor:
     """Indices (k,) of the k highest of scores (n,), highest first, equal ones by lower index.
     NaN raises ValueError, which says `where` it was found (Context.where)."""
     if scores.ndim != 1:
-        raise ValueError(
-            f"top() ranks scores (n,), not {tuple(scores.shape)}; mean over the heads?"
-        )
+        raise ValueError(f"top() ranks scores (n,), not {tuple(scores.shape)}; mean over heads?")
     if scores.isnan().any():
-        raise ValueError(
-            f"NaN among the scores of {where}: the weights, input or method are broken"
-        )
+        raise ValueError(f"NaN among the scores of {where}: weights, input or method are broken")
     return torch.sort(scores, descending=True, stable=True).indices[:k]
 
 
@@ -113,9 +109,7 @@ class Method:
     file: ClassVar[str] = ""  # the user's file that the class was read from
     name: ClassVar[str]  # default: the class's name in lower case
     identity: ClassVar[str | None] = None  # options that keep everything, if there are any
-    drops_only: ClassVar[bool] = (
-        True  # choose() returns indices only: nothing merged, added, reordered
-    )
+    drops_only: ClassVar[bool] = True  # nothing is merged, added or put in another order
     newest_row: ClassVar[bool] = False  # the score reads the newest row
     choice_stands: ClassVar[bool] = False  # ... but mode=mask does not choose again for new tokens
     numbering: ClassVar[str] = "original"  # default of `positions`
@@ -135,12 +129,14 @@ class Method:
     def __post_init__(self) -> None:
         for name, value, rule in self.options():
             check_option(f"{self.name}: {name}", value, rule)
-        masks, compact = self.mode == "mask", self.positions == "compact"
-        ends = self.until is not None
+        masks, ends = self.mode == "mask", self.until is not None
         only_drops = "needs a method that only drops"
         for refused, why in (
             (masks and not self.drops_only, f"mode=mask {only_drops}; use mode=drop"),
-            (masks and compact, "mode=mask renumbers nothing; use positions=original"),
+            (
+                masks and self.positions == "compact",
+                "mode=mask renumbers nothing; use positions=original",
+            ),
             (ends and not masks, f"until={self.until} ends a mask; it needs mode=mask"),
             (self.scope == "all" and not self.drops_only, f"scope=all {only_drops}"),
         ):
@@ -298,9 +294,7 @@ class Context:
     ) -> None:
         self._sample, self._step, self._images = sample, step, images
         self.model = model  # for methods that run a part of it themselves
-        self._given: dict[Tensor, Tensor] = {}  # row numbers on the device -> the same on the CPU
-        self._candidates = candidates  # on the CPU
-        self.candidates = self._give(candidates)  # (n,) row numbers in the sequence
+        self.candidates = candidates  # (n,) row numbers in the sequence
         self.stage_index = step.stage_index  # which of the method's own stages() this is
         self.grid = model.config.vision.grid  # patches along one side of an image: 24
         self.n_tokens = len(images) * self.grid**2  # image tokens in scope before any pruning
@@ -318,35 +312,23 @@ class Context:
     @property
     def patches(self) -> Tensor:
         """Patch of each candidate (n,), 0..n_tokens-1: image * N + patch in it. -1: no patch."""
-        rows, N = self._sample.rows.select(self._candidates), self.grid**2
-        patches = torch.where(rows.patch < 0, -1, rows.patch + (rows.image - self._images[0]) * N)
-        return self._give(patches)
+        rows, N = self._sample.rows.select(self.candidates), self.grid**2
+        return torch.where(rows.patch < 0, -1, rows.patch + (rows.image - self._images[0]) * N)
 
     def features(self) -> Tensor:
         """Hidden states of the candidates: (n, C) before the projector, (n, D) after it."""
-        return self.sequence()[self.candidates]
+        return take_rows(self.sequence(), self.candidates)
 
     def shuffled(self) -> Tensor:
         """The numbers 0..n-1 in random order (n,), drawn from the sample's generator."""
-        order = torch.randperm(len(self.candidates), generator=self.generator)
-        return on_device(order, self.candidates)
-
-    def _give(self, rows: Tensor) -> Tensor:
-        """Row numbers on the device, so that the host need not wait when a method asks for them."""
-        there = on_device(rows, self._sample.x)
-        self._given[there] = rows
-        return there
-
-    def on_cpu(self, rows: Tensor) -> Tensor:
-        """Row numbers or patches on the CPU; the host waits only for those not given out above."""
-        return self._given[rows] if rows in self._given else rows.cpu()
+        return torch.randperm(len(self.candidates), generator=self.generator)
 
     # ------------------------------------------------------------ the text
 
     @property
     def text_rows(self) -> Tensor:
         """Row numbers (t,) of the question: the prompt's text after its last image."""
-        return self._give(self._sample.text_rows())
+        return self._sample.text_rows()
 
     def text(self) -> Tensor:
         """Input embeddings (t, D) of text_rows."""
@@ -363,7 +345,7 @@ class Context:
         return self.model.tokenizer.decode(self._focus_ids().tolist())
 
     def _text_ids(self) -> Tensor:
-        return self._sample.prompt.ids[self._sample.rows.id[self._sample.text_rows()]]
+        return self._sample.prompt.ids[self._sample.rows.id[self.text_rows]]
 
     def _focus_ids(self) -> Tensor:
         focus = self._sample.prompt.focus
@@ -376,7 +358,7 @@ class Context:
         """Row number (1,) of the last row: the one whose logits give the next token."""
         token, s = self._sample.token, self._sample
         n = len(s.rows) if token is None else len(token.cached_keys) + 1
-        return self._give(torch.tensor([n - 1]))
+        return torch.tensor([n - 1])
 
     def attention(self, rows: Tensor, layer: int = -1, strongest: bool = False) -> Tensor:
         """Attention weight that each candidate receives from `rows`, their mean: (H, n), float32.
@@ -390,19 +372,19 @@ class Context:
             raise self._error(f"attention(layer={layer}): -1 is the layer before, 0 the coming one")
         if self._step.stage == "vision":
             raise self._error('attention() is for the stages ("embed", 0) and ("decoder", K)')
-        token = self._sample.token
-        if token is not None and not torch.equal(self.on_cpu(rows), self.on_cpu(self.newest)):
+        if self._sample.token is not None and not torch.equal(rows.cpu(), self.newest):
             raise self._error(
                 f"attention of rows {rows.tolist()} was asked for, but while decoding only the "
                 f"newest row {self.newest.tolist()} has a query; ask for `newest`, or say "
                 "choice_stands = True: the choice made for the prompt then stands"
             )
         if layer == 0:
-            return self._coming_attention(self.on_cpu(rows), strongest)[:, self.candidates]
+            received = self._coming_attention(rows.cpu(), strongest)  # (H, S)
+            return received[:, on_device(self.candidates, received)]
         last, there = self._last(), self._rows_in_last()
-        at, columns = there[self.on_cpu(rows)], on_device(there[self._candidates], last.k)
+        at, columns = there[rows.cpu()], on_device(there[self.candidates], last.k)
         at = at[at >= 0]  # rows added since then had no query there
-        q = last.q[on_device(at - (len(last.k) - len(last.q)), last.q)]  # (r, H, Dh)
+        q = take_rows(last.q, at - (len(last.k) - len(last.q)))  # (r, H, Dh)
         received = attention_received(q, last.k, at, last.hidden, strongest)  # (H, S)
         return received[:, columns] * (columns >= 0)
 
@@ -428,7 +410,7 @@ class Context:
         if self._sample.embedded is None:
             raise self._error('entered() is for the stages ("decoder", K)')
         x, image = self._sample.embedded
-        return x[on_device(torch.isin(image, torch.tensor(self._images)).nonzero()[:, 0], x)]
+        return take_rows(x, torch.isin(image, torch.tensor(self._images)).nonzero()[:, 0])
 
     def _coming_attention(self, rows: Tensor, strongest: bool) -> Tensor:
         """(H, S) in the layer that runs next; rows (r,) are on the CPU."""
@@ -481,11 +463,11 @@ class Context:
         q, k = self._vision_heads(block)
         rows = q[:, :1] if query == "class" else q
         each = [attention_received(a, b, None)[:, 1:] for a, b in zip(rows, k, strict=True)]
-        return torch.cat(each, dim=1)[:, self.whole_patches()]
+        return torch.cat(each, dim=1)[:, on_device(self.whole_patches(), q)]
 
     def vision_keys(self, block: int) -> Tensor:
         """Keys of the candidates' patches in a block of the tower, (n, H, Dh)."""
-        return self._vision_heads(block)[1][:, 1:].flatten(0, 1)[self.whole_patches()]
+        return take_rows(self._vision_heads(block)[1][:, 1:].flatten(0, 1), self.whole_patches())
 
     def _vision_heads(self, block: int) -> tuple[Tensor, Tensor]:
         tower, n = self.model.vision, len(self.model.vision.blocks)
@@ -497,7 +479,7 @@ class Context:
     def whole_patches(self) -> Tensor:
         """`patches`, after refusing candidates that are no patch and so have no rank there."""
         patches = self.patches
-        if (self._given[patches] < 0).any():
+        if (patches < 0).any():
             raise self._error(
                 f"at {self.where}, an earlier method left rows that are not patches, which cannot "
                 "be ranked here; put the method that merges last"

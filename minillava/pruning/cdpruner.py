@@ -23,6 +23,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ..rows import take_rows
 from .base import Context, Keep, option
 from .clip_text import OPENAI, load_clip, question
 from .shared import BeforeDecoder
@@ -71,9 +72,9 @@ class CDPruner(BeforeDecoder):
     def choose(self, c: Context) -> Keep:
         n, (keep,) = len(c.candidates), self.left(c.n_tokens)
         if keep >= n:
-            return Keep(torch.arange(n, device=c.candidates.device))
+            return Keep(torch.arange(n))
         x = F.normalize(c.features().float(), dim=-1)  # (n, D)
-        patches = c.vision_state()[:, 1:].flatten(0, 1)[c.whole_patches()]  # (n, C)
+        patches = take_rows(c.vision_state()[:, 1:].flatten(0, 1), c.whole_patches())  # (n, C)
         clip = load_clip(self.clip, x.device)
         text = clip.segments(question(c.focus_text(), BRIEF))  # (m, E)
         r = relevance(clip.patches(patches), text)  # (n,)

@@ -25,7 +25,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..rows import on_device
+from ..rows import take_rows
 from .base import Context, Keep, Method, Stages, amount, count, option, top
 
 PIVOTS = 4  # among the image tokens, and as many among the text tokens
@@ -42,7 +42,7 @@ def select_distinct(
     """Indices into image (n,), the row numbers of image tokens in x (S, D): the image pivots and
     the `each` tokens that every pivot retains in its turn, ascending. All but x is on the CPU, so
     that a GPU is waited for once and not at every turn."""
-    pivots, rows = set(image_pivots + text_pivots), x[on_device(image, x)]
+    pivots, rows = set(image_pivots + text_pivots), take_rows(x, image)
     cosine = torch.stack([F.cosine_similarity(x[pivot], rows, dim=-1) for pivot in pivots]).cpu()
     pool = ~torch.isin(image, torch.tensor(image_pivots, dtype=torch.long))  # (n,)
     for unlike in -cosine:  # (n,)
@@ -68,9 +68,9 @@ class DART(Method):
     def choose(self, c: Context) -> Keep:
         k, n = self.left(c.n_tokens)[0], len(c.candidates)
         if not 0 < k < n:
-            return Keep(torch.arange(n, device=c.candidates.device)[:k])
+            return Keep(torch.arange(n)[:k])
         norms = c.keys().flatten(1).float().abs().sum(1).cpu()  # (S,)
-        x, candidates = c.model.llama.norm(c.sequence()).float(), c.on_cpu(c.candidates)
+        x, candidates = c.model.llama.norm(c.sequence()).float(), c.candidates
         image = select_pivots(norms, candidates, c.where)
-        text = select_pivots(norms, c.on_cpu(c.text_rows), c.where)
+        text = select_pivots(norms, c.text_rows, c.where)
         return Keep(select_distinct(x, candidates, image, text, k // (2 * PIVOTS)))

@@ -57,7 +57,7 @@ class HiPrune(BeforeDecoder):
         return (block_number(self.name, self.block, n_layers, released=8), last)
 
     def choose(self, c: Context) -> Keep:
-        (keep,), patches = self.left(c.n_tokens), c.on_cpu(c.whole_patches())
+        (keep,), patches = self.left(c.n_tokens), c.whole_patches()
         middle, last = self.vision_layers(len(c.model.vision.blocks))
         scores = [c.vision_attention(block, "mean").mean(0) for block in (middle, last)]
         score, late_score = torch.stack(scores).cpu()  # (n,) each

@@ -25,7 +25,7 @@ import torch
 from torch import Tensor
 
 from ..attention import attention_received
-from ..rows import on_device
+from ..rows import on_device, take_rows
 from .base import Context, Keep, Method, Stages, top
 from .shared import cosines
 
@@ -73,14 +73,14 @@ class PruMerge(Method):
         features, patches, n = c.features(), c.whole_patches(), len(c.candidates)
         block = len(c.model.vision.blocks) - 1
         q, k = (x[0].flatten(1) for x in c.model.vision.heads(block, c.vision_state(block)))
-        score = attention_received(q[:1, None], k[:, None], None)[0, 1:][patches]  # (n,)
+        score = take_rows(attention_received(q[:1, None], k[:, None], None)[0, 1:], patches)  # (n,)
         ranked = score.cpu()
         share = outlier_share(ranked)
         kept = top(ranked, int(n * share), c.where)
         if self.plus:
             regular = regular_patches(n, share)
             kept = torch.cat((kept, regular[~torch.isin(regular, kept)]))
-        keys, there = k[1:][patches], on_device(kept, features)  # (n, C), (K,)
+        keys, there = take_rows(k[1:], patches), on_device(kept, features)  # (n, C), (K,)
         merged = add_neighbours(features, score, cosines(keys[there], keys, c.where), there)
         dropped = score.index_fill(0, there, 0.0).to(features.dtype)  # (n,) 0 where kept
         return Keep(kept, merged=merged, extra=(dropped @ features)[None], ordered=True)

@@ -113,7 +113,7 @@ class SparseVLM(Method):
             yield replace(self, keep=keep)
 
     def choose(self, c: Context) -> Keep:
-        raters = c.on_cpu(c.text_rows)[select_raters(c.entered(), c.text())]
+        raters = c.text_rows[select_raters(c.entered(), c.text())]
         order = top(c.attention(raters).mean(0), len(c.candidates), c.where)  # (n,)
         k = min(count(self.keep[c.stage_index], c.n_tokens), len(order) - 1)
         merged = order[k : k + count_merged(len(order) - k)]  # (q,) the best of the dropped

@@ -140,7 +140,7 @@ class ToMe(Method):
         check_whole_grid(c, self.name)
         merges = self.merges(c.n_tokens, c.model.feature_layer)
         if not any(merges):
-            return Keep(torch.arange(c.n_tokens, device=c.candidates.device))
+            return Keep(torch.arange(c.n_tokens))
         x = c.vision_state(0)[0]  # (1 + N, C)
         patch = torch.arange(-1, c.n_tokens, device=x.device)
         tokens = Tokens(x, torch.ones(len(x), device=x.device), patch)

@@ -22,7 +22,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ..rows import on_device
+from ..rows import take_rows
 from .base import Context, Keep, Method, Stages, amount, option, top
 from .clip_text import OPENAI, load_clip, question
 
@@ -61,11 +61,11 @@ class TRIM(Method):
     def choose(self, c: Context) -> Keep:
         n, k = len(c.candidates), self.n_kept(c.n_tokens)
         if k is not None and k >= n:
-            return Keep(torch.arange(n, device=c.candidates.device))
+            return Keep(torch.arange(n))
         features = c.features()  # (n, C)
         clip = load_clip(self.clip, features.device)
         text = clip.truncated(question(c.focus_text()))[0]  # (E,)
         similarity = (clip.patches(features) @ text).cpu()  # (n,)
         order = top(-similarity, n, c.where)
         k = count_outliers(similarity) if k is None else k
-        return Keep(order[:k], extra=features[on_device(order[k:], features)].mean(0, keepdim=True))
+        return Keep(order[:k], extra=take_rows(features, order[k:]).mean(0, keepdim=True))

@@ -26,7 +26,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from ..rows import on_device
+from ..rows import take_rows
 from .base import Context, Keep, Method, Stages, amount, count, option, top
 from .shared import assignment, block_number, check_whole_grid, cosines, second_last_block
 
@@ -53,8 +53,8 @@ def merge_dropped(features: Tensor, kept: Tensor, where: str) -> Tensor:
     """Rows `kept` of features (n, D), each averaged with the dropped rows nearest to it: (K, D)."""
     is_dropped = torch.ones(len(features), dtype=torch.bool)
     is_dropped[kept] = False
-    dropped = features[on_device(is_dropped.nonzero()[:, 0], features)]  # (n - K, D)
-    mine = features[on_device(kept, features)]  # (K, D)
+    dropped = take_rows(features, is_dropped.nonzero()[:, 0])  # (n - K, D)
+    mine = take_rows(features, kept)  # (K, D)
     if not len(kept) or not len(dropped):
         return mine
     nearest = cosines(dropped, mine, where).argmax(1)  # (n - K,)

@@ -12,6 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import GenerationConfig, LlavaConfig
 
+from minillava.config import Config, TextConfig, VisionConfig
 from minillava.loading.config_file import parse_config, read_config
 
 CHECKPOINTS = Path(__file__).parents[1] / "goldens" / "checkpoints"
@@ -117,6 +118,8 @@ def test_the_published_7b_config_is_read_as_by_transformers() -> None:
     config = parse_config(HUB_7B)
     assert (config.vision.num_patches, config.text.hidden_size) == (576, 4096)
     assert (config.eos_token_ids, config.image_aspect) == ((), "crop")  # see generation_config
+    # the defaults are those of the 7B
+    assert config == Config(VisionConfig(), TextConfig(), eos_token_ids=())
 
 
 def subsets(entries: dict[str, Any]) -> st.SearchStrategy[dict[str, Any]]:
