@@ -1,13 +1,4 @@
-"""LLaVA-1.5 from scratch in PyTorch, with visual-token pruning in its forward and its KV cache.
-
-from minillava import load, parse_plan
-from minillava.generate import generate
-
-model, processor = load("weights/demo")
-batch = processor(["USER: <image>\\nWhat digit is red? ASSISTANT:"], images=[[image]])
-result = generate(model, batch, plan=parse_plan("fastv:k=2,r=0.5"))
-print(processor.decode(result.tokens[0]))
-"""
+"""LLaVA-1.5 in PyTorch with visual-token pruning in its forward and KV cache: see README.md."""
 
 from typing import TYPE_CHECKING, Any
 

@@ -56,9 +56,6 @@ class Config:
     vision: VisionConfig
     text: TextConfig
     image_token_id: int = 32000  # the id of <image>, a placeholder for one image token
-    # Which hidden state of the vision tower LLaVA reads. -1 is the output of the last layer; the
-    # default -2, one layer earlier, keeps more local detail than the last one, which CLIP's
-    # training shaped to summarise the image in its class token.
-    vision_feature_layer: int = -2
+    vision_feature_layer: int = -2  # which hidden state of the tower is read, see llava.py
     eos_token_ids: tuple[int, ...] = (2,)
     image_aspect: str = "crop"  # how the checkpoint expects images to be made square: crop or pad

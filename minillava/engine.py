@@ -71,7 +71,7 @@ def prefill(
     prune(model, samples, plan.at("vision"), history)  # s.x is (S, C), text rows still zero
     embed_rows(model, samples)  # s.x is (S, D)
     prune(model, samples, plan.at("embed"), history)
-    if plan.has_stage("decoder"):
+    if any(step.stage == "decoder" for step in plan.steps):
         for s in samples:
             images = s.rows.image_rows()  # (m,)
             s.embedded = take_rows(s.x, images), s.rows.image[images]

@@ -22,7 +22,7 @@ from .cache import KVCache
 from .engine import Memory, decode, hidden_states_read, prefill
 from .llava import Encoded, LLaVA
 from .pruning.base import Plan
-from .report import Clock, Report, make_report
+from .report import Clock, make_report
 from .report import Result as Result
 from .request import Batch, Settings, check_encoded, check_plan, prompts_of
 from .sampling import sample
@@ -46,8 +46,7 @@ def generate(
 
     options: min_new_tokens, stop, temperature, top_p, seed, use_cache, output_logits (Settings in
     request.py says what they mean). encoded: the result of `encode_images`, so that the vision
-    tower is not run again.
-    Raises ValueError, before any forward, for what cannot be done.
+    tower is not run again. Raises ValueError, before any forward, for what cannot be done.
     """
     answer = Answer(model, batch, plan or Plan(), Settings(max_new_tokens, **options), encoded)
     for _ in answer:
@@ -87,9 +86,6 @@ def encode_images(model: LLaVA, batch: Batch, plan: Plan | None = None) -> Encod
         return model.encode(batch.pixels, hidden_states_read(model, plan or Plan()))
 
 
-# ---------------------------------------------------------------- the loop
-
-
 class Answer:
     """The answers to a batch, token by token: iterate over it, then read `result`."""
 
@@ -124,14 +120,13 @@ class Answer:
         memories: list[Memory] = [{} for _ in self.prompts]
         seed, cache = settings.seed or 0, self._new_cache()
         logits, state = prefill(model, self.prompts, encoded, self.plan, cache, seed, memories)
-        prompt_state = state
-        cache_bytes = cache.used_bytes() if cache else 0
+        prompt_state, cache_bytes = state, cache.used_bytes() if cache else 0
         clock.note("prefill")
 
         # 3. one token after the other
         tokens = Tokens(model, settings, [len(rows) for rows in state.segments[0].rows])
         chosen_from: list[Tensor] = []
-        while tokens.running:
+        while not all(tokens.stopped):
             broken = ~logits.isfinite().all(1)  # (B,)
             logits = self._follow_rules(logits, tokens)
             if settings.output_logits:
@@ -140,7 +135,7 @@ class Answer:
             taken = tokens.take(new.tolist())
             clock.note_token()
             yield taken
-            if not tokens.running:
+            if all(tokens.stopped):
                 break
             if cache is not None:
                 logits = decode(model, new, state)
@@ -150,11 +145,14 @@ class Answer:
 
         # 4. what happened
         report = make_report(model, prompt_state, tokens.stopped, clock, cache_bytes)
-        none = logits.new_empty(len(logits), 0, logits.shape[1])
-        stacked = torch.stack(chosen_from, 1) if chosen_from else none  # (B, n_new, V)
-        for b, ids in enumerate(tokens.tokens):
-            stacked[b, len(ids) :] = float("nan")
-        self.result = self._make_result(tokens.tokens, report, stacked)
+        texts = [model.tokenizer.decode(t) for t in tokens.tokens] if model.tokenizer else None
+        starts, kept = [prompt.starts for prompt in self.prompts], None
+        if settings.output_logits:
+            none = logits.new_empty(len(logits), 0, logits.shape[1])
+            kept = torch.stack(chosen_from, 1) if chosen_from else none  # (B, n_new, V)
+            for b, ids in enumerate(tokens.tokens):
+                kept[b, len(ids) :] = float("nan")
+        self.result = Result(tokens.tokens, texts, report, self.plan, model.config, starts, kept)
 
     def _follow_rules(self, logits: Tensor, tokens: Tokens) -> Tensor:
         """Logits (B, V) as the checkpoint's own rules for choosing tokens leave them."""
@@ -162,13 +160,6 @@ class Answer:
             return logits
         ids = [p.extended(f).ids for p, f in zip(self.prompts, tokens.fed, strict=True)]
         return self.model.rules.apply(logits, ids, len(tokens.fed[0]), self.settings)
-
-    def _make_result(self, tokens: list[list[int]], report: Report, logits: Tensor) -> Result:
-        model = self.model
-        texts = [model.tokenizer.decode(ids) for ids in tokens] if model.tokenizer else None
-        starts = [prompt.starts for prompt in self.prompts]
-        kept = logits if self.settings.output_logits else None
-        return Result(tokens, texts, report, self.plan, model.config, starts, kept)
 
     def _new_cache(self) -> KVCache | None:
         if not self.settings.use_cache:
@@ -193,10 +184,6 @@ class Tokens:
         self.generators = [torch.Generator(model.device) for _ in rows]
         for b, generator in enumerate(self.generators):
             generator.seed() if settings.seed is None else generator.manual_seed(settings.seed + b)
-
-    @property
-    def running(self) -> bool:
-        return not all(self.stopped)
 
     def draw(self, logits: Tensor, broken: Tensor) -> Tensor:
         """One new token per sample (B,) from logits (B, V): BROKEN where these are not finite."""

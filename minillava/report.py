@@ -84,8 +84,8 @@ class Clock:
     def note_token(self) -> None:
         """After a token was read, for which the host has waited."""
         self.n_tokens += 1
-        now = time.perf_counter() - self.start
-        self.read["first_token" if self.n_tokens == 1 else "last"] = now
+        what = "first_token" if self.n_tokens == 1 else "last"
+        self.read[what] = time.perf_counter() - self.start
 
     def per_token(self) -> float:
         """Mean of the tokens after the first."""

@@ -28,8 +28,9 @@ class Settings:
     stop: str | Sequence[str] = ()  # strings that end the answer
     temperature: float = 0.0  # 0: the likeliest token (greedy)
     top_p: float = 1.0  # draw from the likeliest tokens that together have this probability
-    seed: int | None = None  # sample b draws with seed + b; None: sampling differs from call to
-    # call, and methods that draw use 0
+    seed: int | None = (
+        None  # sample b draws with seed + b; None: a new one for sampling, 0 in plans
+    )
     use_cache: bool = True  # False: the whole sequence is run again for every token
     output_logits: bool = False
 
@@ -45,11 +46,9 @@ class Settings:
         for name in ("temperature", "top_p"):
             if not isinstance(getattr(self, name), (int, float)):
                 raise ValueError(f"{name}={getattr(self, name)!r} must be a number")
-        if self.min_new_tokens > self.max_new_tokens:
-            raise ValueError(
-                f"min_new_tokens={self.min_new_tokens} is more than "
-                f"max_new_tokens={self.max_new_tokens}"
-            )
+        least, most = self.min_new_tokens, self.max_new_tokens
+        if least > most:
+            raise ValueError(f"min_new_tokens={least} is more than max_new_tokens={most}")
         if not 0 <= self.temperature < float("inf"):
             raise ValueError(f"temperature={self.temperature} must be 0 (greedy) or more, finite")
         if not 0 < self.top_p <= 1:
@@ -58,9 +57,6 @@ class Settings:
             raise ValueError(f"stop={self.stop!r}: stop strings must be text, not empty")
         if self.seed is not None and not 0 <= self.seed < 2**62:
             raise ValueError(f"seed={self.seed} must be from 0 to 2^62 - 1")
-
-
-# ---------------------------------------------------------------- prompts
 
 
 def prompts_of(model: LLaVA, batch: Batch) -> list[Prompt]:
@@ -148,9 +144,6 @@ def check_encoded(batch: Batch, encoded: Encoded | None, read: set[int]) -> Enco
     return encoded
 
 
-# ---------------------------------------------------------------- plans
-
-
 def check_plan(model: LLaVA, prompts: Sequence[Prompt], plan: Plan, settings: Settings) -> None:
     """Refuse a plan that cannot run on the prompts, and prompts beyond the model's positions."""
     config = model.config
@@ -170,11 +163,9 @@ def check_plan(model: LLaVA, prompts: Sequence[Prompt], plan: Plan, settings: Se
         if text + left <= most:
             continue
         room = (most - text - min(settings.max_new_tokens, most // 8)) // max(images, 1)
-        advice = (
-            f"prune before the decoder, for example uniform:keep={room},positions=compact"
-            if images and room > 0
-            else "shorten the text"
-        )
+        advice = "shorten the text"
+        if images and room > 0:
+            advice = f"prune before the decoder, for example uniform:keep={room},positions=compact"
         raise ValueError(
             f"prompt {b} has {len(prompt.ids)} tokens, {text + left} of them for the decoder, but "
             f"the model has {most} positions: {advice}"

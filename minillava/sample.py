@@ -142,13 +142,9 @@ class Sample:
         return rows[1:] if len(rows) > 1 and rows[0] == 0 else rows
 
 
-# ---------------------------------------------------------------- layers
-
-
 @dataclass(frozen=True)
 class Segment:
-    """Consecutive decoder layers that see the same rows: a pruning step, or the end of a mask,
-    begins the next segment."""
+    """Consecutive decoder layers that see the same rows (Plan.segments)."""
 
     layers: range
     rows: list[Rows]  # [b] of the prompt

@@ -264,9 +264,8 @@ def check_keep(method: Method, keep: Any, n: int, width: int) -> Keep:
         finite[what] = rows.isfinite().all()
     flags = [torch.stack([*finite.values()]).to(index.device)] if finite else []
     index, good = torch.cat((index, *flags)).cpu().split([len(index), len(finite)])
-    for what, flag in zip(finite, good.tolist(), strict=True):
-        if not flag:
-            raise ValueError(f"{who}: Keep.{what} has NaN or infinite numbers")
+    for what in (what for what, ok in zip(finite, good.tolist(), strict=True) if not ok):
+        raise ValueError(f"{who}: Keep.{what} has NaN or infinite numbers")
     numbers = index.sort().values.tolist()
     if numbers and (numbers[0] < 0 or numbers[-1] >= n or len(set(numbers)) < len(numbers)):
         pairs = zip(numbers, [*numbers[1:], n], strict=True)
@@ -307,8 +306,6 @@ class Context:
     def _error(self, text: str) -> ValueError:
         return ValueError(f"{self._step.method.name}: {text}")
 
-    # ------------------------------------------------------------ the candidates
-
     @property
     def patches(self) -> Tensor:
         """Patch of each candidate (n,), 0..n_tokens-1: image * N + patch in it. -1: no patch."""
@@ -322,8 +319,6 @@ class Context:
     def shuffled(self) -> Tensor:
         """The numbers 0..n-1 in random order (n,), drawn from the sample's generator."""
         return torch.randperm(len(self.candidates), generator=self.generator)
-
-    # ------------------------------------------------------------ the text
 
     @property
     def text_rows(self) -> Tensor:
@@ -350,8 +345,6 @@ class Context:
     def _focus_ids(self) -> Tensor:
         focus = self._sample.prompt.focus
         return self._text_ids() if focus is None else focus
-
-    # ------------------------------------------------------------ the decoder
 
     @property
     def newest(self) -> Tensor:
@@ -441,8 +434,6 @@ class Context:
         there = torch.full((now.n_ids,), -1)
         there[last.rows.id] = numbers[: len(last.rows)]
         return torch.cat((there[now.id], numbers[len(last.rows) :]))  # generated rows follow
-
-    # ------------------------------------------------------------ the vision tower
 
     def vision_state(self, layer: int | None = None) -> Tensor:
         """A hidden state of the vision tower for the images in scope, (images, 1 + N, C), class
@@ -537,9 +528,6 @@ class Plan:
     def at(self, stage: Stage, layer: int = 0) -> list[Step]:
         """Steps of a stage (before a decoder layer), in order."""
         return [s for s in self.steps if s.stage == stage and s.layer == layer]
-
-    def has_stage(self, stage: Stage) -> bool:
-        return any(s.stage == stage for s in self.steps)
 
     def segments(self, n_layers: int) -> list[range]:
         """The decoder's layers in runs that see the same rows: a step or a mask's end begins one.
