@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import NoReturn
 
-from .command import CommandParser, end_program, parse_float, parse_int, run_command
+from .command import CommandParser, end_at_once, end_program, parse_float, parse_int, run_command
 
 DEMO = Path(__file__).parents[2] / "weights" / "demo"  # beside the package in the repository
 
@@ -28,8 +28,8 @@ def program() -> NoReturn:
 
 
 def _run(args: argparse.Namespace) -> None:
-    # torch takes seconds to import: not for --help, and here Ctrl-C ends it without a traceback
-    from .ask import answer
+    with end_at_once():  # torch takes seconds to import: not for --help, and Ctrl-C may come
+        from .ask import answer
 
     answer(args)
 

@@ -117,6 +117,27 @@ def end_by_signal() -> Iterator[None]:
             signal.signal(number, signal.SIG_DFL)
 
 
+@contextlib.contextmanager
+def end_at_once() -> Iterator[None]:
+    """Let Ctrl-C and other signals end the process immediately: for imports of large libraries,
+    which may swallow an exception and then fail, and which have nothing to clean up."""
+    main = threading.current_thread() is threading.main_thread()
+    numbers = [signal.SIGINT, *_ENDING] if main else []
+    ours = {n: signal.getsignal(n) for n in numbers}
+    ours = {n: h for n, h in ours.items() if h in (signal.default_int_handler, _end)}
+    for number in ours:
+        signal.signal(number, _exit)
+    try:
+        yield
+    finally:
+        for number, handler in ours.items():
+            signal.signal(number, handler)
+
+
+def _exit(number: int, frame: FrameType | None) -> NoReturn:
+    os._exit(128 + number)
+
+
 def _end(number: int, frame: FrameType | None) -> NoReturn:
     raise Ended(number)
 

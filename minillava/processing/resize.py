@@ -63,8 +63,9 @@ def resize_and_cut(
     down = _middle(image.height, frame[1], size[1], cut, resample)
     top, bottom = down.touched()
     start = down.covered[0]
-    wanted = image.crop((0, top - start, image.width, bottom - start))
-    rows = _resize_rows(wanted, across, fill)
+    if (top, bottom) != down.covered:
+        image = image.crop((0, top - start, image.width, bottom - start))
+    rows = _resize_rows(image, across, fill)
     # the rows that were left out are only replaced by fill where they have no influence
     columns = rows.transpose(Image.Transpose.TRANSPOSE)
     whole = dataclasses.replace(down, covered=(top, bottom))
