@@ -27,11 +27,11 @@ from .report import Result as Result
 from .request import Batch, Settings, check_encoded, check_plan, prompts_of
 from .sampling import sample
 
-BROKEN = -1  # stands for a token whose logits are NaN
-
 if TYPE_CHECKING:
     from .processing.processor import Processor
     from .processing.streaming import TextStream
+
+BROKEN = -1  # stands for a token whose logits are not finite
 
 
 def generate(
@@ -63,10 +63,8 @@ def stream(
     encoded: Encoded | None = None,
     **options: Any,
 ) -> TextStream:
-    """The answer to one prompt, to be iterated for pieces of text; then it has `.result`.
-
-    Takes the options of `generate` and raises its errors.
-    """
+    """The answer to one prompt, to be iterated for pieces of text; then it has `.result`. Takes the
+    options of `generate` and raises its errors."""
     if len(batch.ids) != 1:
         raise ValueError(f"stream answers one prompt, the batch has {len(batch.ids)}; use generate")
     settings = Settings(max_new_tokens, **options)
@@ -75,10 +73,8 @@ def stream(
 
 
 def encode_images(model: LLaVA, batch: Batch, plan: Plan | None = None) -> Encoded | None:
-    """Run the vision tower once, for any number of calls with the same images.
-
-    It keeps the hidden states that the plan's methods read; None for a batch without images.
-    """
+    """Run the vision tower once, for any number of calls with the same images. It keeps the hidden
+    states that the plan's methods read; None for a batch without images."""
     prompts_of(model, batch)
     if batch.pixels is None:
         return None
@@ -146,12 +142,8 @@ class Answer:
         # 4. what happened
         report = make_report(model, prompt_state, tokens.stopped, clock, cache_bytes)
         texts = [model.tokenizer.decode(t) for t in tokens.tokens] if model.tokenizer else None
-        starts, kept = [prompt.starts for prompt in self.prompts], None
-        if settings.output_logits:
-            none = logits.new_empty(len(logits), 0, logits.shape[1])
-            kept = torch.stack(chosen_from, 1) if chosen_from else none  # (B, n_new, V)
-            for b, ids in enumerate(tokens.tokens):
-                kept[b, len(ids) :] = float("nan")
+        starts = [prompt.starts for prompt in self.prompts]
+        kept = tokens.stack(chosen_from, logits) if settings.output_logits else None
         self.result = Result(tokens.tokens, texts, report, self.plan, model.config, starts, kept)
 
     def _follow_rules(self, logits: Tensor, tokens: Tokens) -> Tensor:
@@ -206,6 +198,13 @@ class Tokens:
                 self.tokens[b].append(id)
                 self.stopped[b] = self._reason_to_stop(b)
         return taken
+
+    def stack(self, steps: list[Tensor], logits: Tensor) -> Tensor:
+        """Logits of all steps (B, n_new, V), NaN after a sample's end; `logits` gives the shape."""
+        kept = torch.stack([*steps, logits], 1)[:, : len(steps)]
+        for b, ids in enumerate(self.tokens):
+            kept[b, len(ids) :] = float("nan")
+        return kept
 
     def _reason_to_stop(self, b: int) -> str:
         """eos, stop, length or context; empty: the sample goes on."""

@@ -41,6 +41,7 @@ COMMANDS = (
     "eval.check",
     "eval.demo",
     "eval.fit",
+    "eval.forms",
     "eval.latency",
     "eval.published",
     "eval.rivals",
@@ -218,7 +219,7 @@ def test_unexpected_output_of_llama_bench_is_refused(prints: str, tmp_path: Path
 @pytest.mark.parametrize(("module", "name", "words"), [
     (quantise, "quantise", f"{ROOT} out --bits 8"),
     (download, "fetch_any", "some/model"),
-    (published, "load", ""),
+    (published, "read_figures", ""),
     (demo, "load", ""),
     (rivals, "transformers_times", ""),
 ])  # fmt: skip

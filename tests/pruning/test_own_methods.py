@@ -303,7 +303,7 @@ def test_a_declaration_that_nothing_would_read(tried: Try, declared: str, words:
         (
             "return Keep(top(c.vision_state()[0], 3, c.where))",
             "",
-            "top() ranks scores (n,), not (65, 128); mean over the heads?",
+            "top() ranks scores (n,), not (65, 128); mean over heads?",
         ),
         ("", ":keep=99999", "keep=99999, but there are 64 image tokens"),
         (
