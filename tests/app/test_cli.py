@@ -209,7 +209,7 @@ def test_a_chat_goes_on_from_turn_to_turn(
         return encode(model, pixels, plan)
 
     monkeypatch.setattr(LLaVA, "encode", counted)
-    monkeypatch.setattr(sys, "stdin", io.StringIO("And\n\nwhy now\n"))
+    monkeypatch.setattr(sys, "stdin", io.StringIO("  And\n\nwhy now\n"))
     flags = ("--image", photo, "--json", "--prune", "simignore:keep=5")
     output = run(*flags, "--prompt", "Hi", "--chat")
     assert (output.code, output.err, encoded) == (0, "", [1])  # no "> " when stdin is a pipe

@@ -8,11 +8,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import GenerationConfig, LlavaConfig
 
 from minillava.config import Config, TextConfig, VisionConfig
+from minillava.llava import LLaVA
 from minillava.loading.config_file import parse_config, read_config
 
 CHECKPOINTS = Path(__file__).parents[1] / "goldens" / "checkpoints"
@@ -120,6 +122,13 @@ def test_the_published_7b_config_is_read_as_by_transformers() -> None:
     assert (config.eos_token_ids, config.image_aspect) == ((), "crop")  # see generation_config
     # the defaults are those of the 7B
     assert config == Config(VisionConfig(), TextConfig(), eos_token_ids=())
+
+
+@pytest.mark.parametrize(("said", "read"), [(-1, 24), (-2, 23), (-25, 0), (0, 0), (1, 1)])
+def test_the_feature_layer_is_counted_from_0(said: int, read: int) -> None:
+    config = Config(VisionConfig(), TextConfig(num_hidden_layers=1), vision_feature_layer=said)
+    with torch.device("meta"):
+        assert LLaVA(config).feature_layer == read
 
 
 def subsets(entries: dict[str, Any]) -> st.SearchStrategy[dict[str, Any]]:

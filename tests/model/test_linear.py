@@ -244,6 +244,22 @@ def test_kernels_are_used_where_they_work() -> None:
     assert type(FORMS["int4"](weight[:, :16])) is WidenedLinear  # no kernel for groups of 16
 
 
+def test_a_working_kernel_is_found() -> None:
+    if "fbgemm" not in torch.backends.quantized.supported_engines:
+        pytest.skip("this torch was built without fbgemm")
+    assert kernel_works("float16")
+    assert kernel_works("int8")
+
+
+@pytest.mark.parametrize("columns", [32, 64, 128, 256])
+def test_the_packed_int4_kernel_takes_groups_of(columns: int) -> None:
+    if not kernel_works("int4"):
+        pytest.skip("this torch lacks the kernel")
+    weight = torch.randn(64, columns, generator=torch.Generator().manual_seed(0))
+    stored = Int4(*to_int4(weight))
+    assert isinstance(choose_linear(stored, None), Int4Linear)
+
+
 @pytest.mark.parametrize("form", ["float16", "int8", "int8-dynamic", "int4"])
 def test_without_the_kernels_weights_are_widened(
     form: str, monkeypatch: pytest.MonkeyPatch
