@@ -192,13 +192,7 @@ def _parse_image_token(top: Entries, vocab_size: int) -> int:
 
 
 def _parse_feature_layer(top: Entries, n_layers: int) -> int:
-    """Hidden state 0 enters the first block; hidden state i leaves block i - 1.
-
-    A list of one number means the same as the number.
-    """
-    value = top.values.get("vision_feature_layer")
-    if isinstance(value, list) and len(value) == 1:
-        top = Entries(top.source, top.name, {"vision_feature_layer": value[0]})
+    """Hidden state 0 enters the first block; hidden state i leaves block i - 1."""
     layer = top.integer("vision_feature_layer", -2, minimum=-n_layers - 1)
     if layer > n_layers:
         allowed = f"one whole number from {-n_layers - 1} to {n_layers}"

@@ -205,7 +205,6 @@ def test_the_image_token_has_two_names() -> None:
 @pytest.mark.parametrize("layer", [-25, -1, 0, 24])
 def test_any_single_hidden_state_may_be_read(layer: int) -> None:
     assert parse_config({**HUB_7B, "vision_feature_layer": layer}).vision_feature_layer == layer
-    assert parse_config({**HUB_7B, "vision_feature_layer": [layer]}).vision_feature_layer == layer
 
 
 def test_harmless_entries_are_ignored() -> None:
@@ -226,6 +225,7 @@ REFUSED: list[tuple[str, Any, str]] = [
     ("projector_hidden_act", "relu", "'gelu'"),
     ("multimodal_projector_bias", False, "True"),
     ("vision_feature_select_strategy", "full", "'default'"),
+    ("vision_feature_layer", [-2], "one whole number"),
     ("vision_feature_layer", [-2, -5], "one whole number"),
     ("vision_feature_layer", [], "one whole number"),
     ("vision_feature_layer", -26, "-25"),

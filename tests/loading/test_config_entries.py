@@ -334,13 +334,3 @@ def test_other_weights_in_the_folder_are_refused(folder: Path, tmp_path: Path) -
     (to / "shard-00000-model-00001-of-00002.safetensors").write_bytes(b"")
     with pytest.raises(ValueError, match=r"contains shard-00000.*save the whole model"):
         load(to)
-
-
-def test_a_list_of_one_hidden_state_is_that_state(
-    folder: Path, tmp_path: Path, expected: tuple[torch.Tensor, list[int]]
-) -> None:
-    one = variant(folder, tmp_path / "1", "config.json", "", "vision_feature_layer", [-2])
-    tiny.assert_close(answer(one)[0], expected[0])
-    other = variant(folder, tmp_path / "2", "config.json", "", "vision_feature_layer", [-1])
-    assert not torch.allclose(answer(other)[0], expected[0], atol=0.01)
-    assert read_config(one / "config.json") == read_config(folder / "config.json")

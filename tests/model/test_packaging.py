@@ -50,7 +50,8 @@ def test_the_package_imports_neither_eval_nor_weights(path: Path) -> None:
 
 PACKAGE = ROOT / "minillava"
 READING_PATH = sorted(
-    [path.stem for path in PACKAGE.glob("*.py") if not path.stem.startswith("__")]
+    # image.py only gives a name in a folder a shorter form
+    [p.stem for p in PACKAGE.glob("*.py") if p.stem != "image" and not p.stem.startswith("__")]
     + ["pruning.base", "pruning.fastv", "pruning.simignore"]
 )
 
@@ -89,7 +90,7 @@ def test_the_reading_path_has_no_circle() -> None:
 
 def test_the_reading_path_can_be_read_in_an_evening() -> None:
     """At most 2,500 lines, and no function of more than 45."""
-    modules = [*READING_PATH, "__init__", "__main__"]
+    modules = [*READING_PATH, "__init__", "__main__", "image"]
     assert sum(len(source_of(name).splitlines()) for name in modules) <= 2500
     for name in modules:
         for node in ast.walk(ast.parse(source_of(name))):

@@ -1,0 +1,3 @@
+"""The short name of `preprocess`, which processing/image.py explains."""
+
+from .processing.image import preprocess as preprocess
