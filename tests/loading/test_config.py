@@ -86,6 +86,7 @@ ROPES: list[dict[str, Any]] = [
     {"rope_scaling": {"rope_type": "linear", "factor": 4.0, "rope_theta": 11.0}},
     {"rope_parameters": {"rope_type": "default", "rope_theta": 75000.0}},
     {"rope_parameters": {"rope_theta": 5.0}},
+    {"rope_parameters": {"rope_theta": 5.0, "partial_rotary_factor": 1.0}},
     {"rope_parameters": {"rope_type": "default"}, "rope_theta": 9.0},
     {"rope_parameters": {"rope_type": "linear", "factor": 3.0}},
     {"rope_parameters": {"rope_type": "default", "rope_theta": 3.0}, "rope_theta": 9.0},

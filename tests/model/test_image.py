@@ -253,6 +253,14 @@ def test_settings_are_read_from_either_file(tmp_path: Path) -> None:
     assert read_image_config(tmp_path, 56) == published
 
 
+@pytest.mark.parametrize("suffix", ["", "Fast", "Pil"])
+def test_every_name_of_transformers_class_is_accepted(tmp_path: Path, suffix: str) -> None:
+    for key in ("image_processor_type", "feature_extractor_type"):
+        content = {"crop_size": 56, "size": 56, key: f"CLIPImageProcessor{suffix}"}
+        (tmp_path / "preprocessor_config.json").write_text(json.dumps(content))
+        assert read_image_config(tmp_path, 56) == ImageConfig(56, 56)
+
+
 @pytest.mark.parametrize(
     ("entries", "message"),
     [
@@ -264,6 +272,7 @@ def test_settings_are_read_from_either_file(tmp_path: Path) -> None:
         ({"do_pad": True}, "leave it out and ask for image_aspect='pad'"),
         ({"do_flip_channel_order": True}, "do_flip_channel_order is True"),
         ({"image_processor_type": "SiglipImageProcessor"}, "'CLIPImageProcessor' or"),
+        ({"feature_extractor_type": "SiglipFeatureExtractor"}, "'CLIPFeatureExtractor' or"),
         ({"crop_size": 28}, "crop_size is 28, but must be 56 like vision_config.image_size"),
         ({"crop_size": {"height": 56, "width": 28}}, "under height and width"),
         ({"size": 28}, "size is 28, but must be at least 56"),
@@ -272,6 +281,7 @@ def test_settings_are_read_from_either_file(tmp_path: Path) -> None:
         ({"size": 56.5}, "size is 56.5"),
         ({"resample": 0}, "resample is 0"),
         ({"rescale_factor": -1}, "rescale_factor is -1"),
+        ({"image_mean": [0.5, "0.5", 0.5]}, "image_mean is [0.5, '0.5', 0.5], but must be three"),
         ({"image_mean": [0.5]}, "image_mean is [0.5], but must be three numbers"),
         ({"image_std": [1, 1, 0]}, "image_std is [1, 1, 0]"),
     ],
