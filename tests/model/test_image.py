@@ -228,11 +228,6 @@ def test_a_truncated_image_is_refused() -> None:
         preprocess(image, SMALL)
 
 
-def test_an_unknown_aspect_is_refused() -> None:
-    with pytest.raises(ValueError, match="'stretch'"):
-        preprocess(noise("RGB", 60, 60), SMALL, "stretch")
-
-
 # ------------------------------------------------------------ settings
 
 
