@@ -557,16 +557,17 @@ class TestMap:
         return set().union(*self.lines[file].values()) - {""}
 
     def tests(self, mutant: Mutant, importers: dict[str, list[str]]) -> list[str]:
-        """Tests that execute the statement, fastest first; then, if it also runs on import (where
-        no test is to thank), those that execute the module or import it, directly or through one
-        other module."""
+        """Tests that execute the statement, fastest first; then the others of their files, as a
+        cached result is computed for one test only; then, if the statement also runs on import,
+        the tests that execute the module or import it, directly or through one other module."""
         lines = self.lines[mutant.file]
         direct = set().union(*(lines[i] for i in range(mutant.first, mutant.last + 1)))
-        more: set[str] = set()
+        files = {test.split("::")[0] for test in direct}
+        more = {test for test in self.seconds if test.split("::")[0] in files}
         if mutant.at_import or "" in direct or not direct:
             near = {mutant.file, *importers[mutant.file]}
             near |= {far for file in near for far in importers[file]}
-            more = self.of_module(mutant.file)
+            more |= self.of_module(mutant.file)
             more |= {test for test in self.seconds if test.split("::")[0] in near}
             if not more:
                 more = more.union(*map(self.of_module, near))

@@ -101,7 +101,7 @@ def test_the_answer_is_what_generate_gives(run: Run, photo: Path) -> None:
     assert (output["plan"], output["model"]) == ("fastv:k=1,r=0.5", str(TINY))
     assert (output["tokens_mode"], output["focus"]) == ("hf", None)
     counts = [layer[0] for layer in output["report"]["image_tokens_entering"]]
-    assert output["load_seconds"] > 0
+    assert 0 < output["load_seconds"] < 600
     averages = output["average_image_tokens"]
     assert averages["entering"] == pytest.approx(sum(counts) / len(counts))
     assert averages["leaving"] == pytest.approx((sum(counts[1:]) + counts[-1]) / len(counts))

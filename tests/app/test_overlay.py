@@ -8,10 +8,25 @@ from dataclasses import replace
 import pytest
 import tiny
 import torch
-from PIL import Image, ImageChops
+from PIL import Image, ImageChops, ImageFont
 
 from minillava import Batch
-from minillava.app.overlay import GAP, LINE, MARGIN, PANEL, model_input_image, overlay
+from minillava.app.overlay import (
+    EDGE,
+    GAP,
+    LINE,
+    MARGIN,
+    MAX_LINES,
+    PANEL,
+    PAPER,
+    _draw_panel,
+    _make_caption,
+    _to_ascii,
+    _wrap_text,
+    model_input_image,
+    overlay,
+)
+from minillava.config import VisionConfig
 from minillava.generate import Result, generate
 from minillava.llava import LLaVA
 from minillava.processing.image import ImageConfig, preprocess
@@ -133,6 +148,57 @@ def test_any_text_can_be_drawn_below(model: LLaVA) -> None:
         page = overlay(result, make_image(0), text=text)
         assert page.width == plain.width
         assert plain.height <= page.height < plain.height + 15 * LINE
+
+
+def test_the_grid_the_outline_and_the_strokes_are_drawn() -> None:
+    """Patch 5 of 4 x 4 is kept, in the second row and the second column."""
+    grey = Image.new("RGB", (SIZE, SIZE), (200, 200, 200))
+    panel = _draw_panel(grey, VisionConfig(image_size=SIZE, patch_size=SIZE // GRID), {5})
+    dim, half = panel.getpixel((5, 5)), SIDE // 2
+    assert panel.getpixel((SIDE + half, SIDE + half)) == (200, 200, 200)
+    for x, y in ((SIDE, SIDE + half), (2 * SIDE, SIDE + half)):
+        assert panel.getpixel((x, y)) == panel.getpixel((y, x)) == EDGE[:3]
+    for n in (1, 2, 3):
+        assert panel.getpixel((n * SIDE, 9)) == panel.getpixel((9, n * SIDE)) != dim
+    for x, y in ((0, 0), (2, 1), (3, 3)):  # from the lower left to the upper right corner
+        assert panel.getpixel((x * SIDE + half, y * SIDE + half)) not in (dim, (200, 200, 200))
+
+
+def test_the_caption_names_layers_by_what_enters_them(model: LLaVA) -> None:
+    result = run(model, [make_image(0)], "uniform:keep=9+fastv:layer=1,keep=3")
+    assert _make_caption(result, 0, "red") == [
+        "plan: uniform:keep=9+fastv:layer=1,keep=3",
+        "tokens: 20 in the prompt; layer 0: 13 (9 of images), layers 1-3: 7 (3 of images)",
+        "answer: red",
+    ]
+    assert _make_caption(result, 0, None)[2] == f"answer: tokens {result.tokens[0]}"
+
+
+def test_every_line_of_the_caption_is_below_the_panels(model: LLaVA) -> None:
+    result = run(model, [make_image(0)], "")
+    page = overlay(result, make_image(0), text="word " * 60)
+    top = MARGIN + LINE + PANEL + GAP
+    lines = (page.height - MARGIN - top) // LINE
+    assert lines > 4
+    for i in range(lines):
+        line = page.crop((0, top + i * LINE, page.width, top + (i + 1) * LINE))
+        assert len(line.getcolors()) > 1, f"line {i} is empty"
+    gap = page.crop((0, top - GAP, page.width, top))
+    assert gap.getcolors() == [(gap.width * gap.height, PAPER)]
+
+
+def test_text_is_wrapped_and_what_is_too_long_is_cut() -> None:
+    font = ImageFont.load_default(14)
+    width = int(font.getlength("aaaa bbbb "))
+    assert _wrap_text("aaaa bbbb cc", font, width) == ["aaaa bbbb", "cc"]
+    lines = _wrap_text("aaaa " * 999, font, width)
+    assert (len(lines), lines[-1]) == (MAX_LINES, "...")
+    assert len(_wrap_text("bbbb aaaa " * MAX_LINES, font, width)) == MAX_LINES
+    assert "..." not in _wrap_text("bbbb aaaa " * MAX_LINES, font, width)
+
+
+def test_accents_go_and_other_characters_are_escaped() -> None:
+    assert _to_ascii("Füße é 中") == "Fu\\xdfe e \\u4e2d"
 
 
 def test_impossible_overlays_are_refused(model: LLaVA) -> None:

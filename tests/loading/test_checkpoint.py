@@ -19,9 +19,11 @@ from tiny import rewrite_config
 from torch import Tensor
 from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration
 
+from minillava.config import Config, TextConfig, VisionConfig
 from minillava.llava import LLaVA
 from minillava.loading import assemble
-from minillava.loading.checkpoint import load, match_tensors, widest_dtype
+from minillava.loading.assemble import quantised_layers
+from minillava.loading.checkpoint import empty_model, load, match_tensors, widest_dtype
 from minillava.loading.config_file import parse_config, read_config
 from minillava.loading.json_entries import read_json
 from minillava.loading.keys import published_name
@@ -614,3 +616,21 @@ def test_match_tensors_needs_headers_only(folder: Path) -> None:
     with torch.device("meta"):
         model = LLaVA(read_config(folder / "config.json"))
     assert match_tensors(model, tensors, folder).keys() == model.state_dict().keys()
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_which_layers_get_how_many_bits(tied: bool) -> None:
+    """Decoder blocks as asked, but 8 bits where a row is odd: `down_proj` reads 41 numbers here."""
+    vision = VisionConfig(num_hidden_layers=1)
+    text = TextConfig(intermediate_size=41, num_hidden_layers=1, tie_word_embeddings=tied)
+    model = empty_model(Config(vision, text))
+    bits = quantised_layers(model, 4)
+    block = {"attn.q_proj", "attn.k_proj", "attn.v_proj", "attn.o_proj"}
+    block |= {"mlp.gate_proj", "mlp.up_proj"}
+    assert {name for name, n in bits.items() if n == 4} == {f"llama.blocks.0.{n}" for n in block}
+    eight = {name for name, n in bits.items() if n == 8}
+    assert {"llama.blocks.0.mlp.down_proj", "vision.blocks.0.mlp.fc1"} <= eight
+    assert any(name.startswith("projector") for name in eight)
+    assert ("llama.lm_head" in eight) != tied
+    assert set(bits) <= {n for n, m in model.named_modules() if isinstance(m, torch.nn.Linear)}
+    assert set(quantised_layers(model, 8).values()) == {8}

@@ -86,6 +86,7 @@ ROPES: list[dict[str, Any]] = [
     {"rope_scaling": {"rope_type": "linear", "factor": 4.0, "rope_theta": 11.0}},
     {"rope_parameters": {"rope_type": "default", "rope_theta": 75000.0}},
     {"rope_parameters": {"rope_theta": 5.0}},
+    {"rope_parameters": {"rope_theta": 5.0, "partial_rotary_factor": 1.0}},
     {"rope_parameters": {"rope_type": "default"}, "rope_theta": 9.0},
     {"rope_parameters": {"rope_type": "linear", "factor": 3.0}},
     {"rope_parameters": {"rope_type": "default", "rope_theta": 3.0}, "rope_theta": 9.0},
@@ -165,6 +166,7 @@ def test_a_full_dump_of_a_config_is_read() -> None:
         ({}, {"eos_token_id": None}, None, ()),
         ({"eos_token_id": None}, {"eos_token_id": [7, 8]}, None, (7, 8)),
         ({"eos_token_id": 5}, {"eos_token_id": 7}, None, (5,)),
+        ({"eos_token_id": [0, 32063]}, {}, None, (0, 32063)),
         ({"eos_token_id": 5}, {"eos_token_id": 7}, {"eos_token_id": [3, 4]}, (3, 4)),
         ({"eos_token_id": 5}, {"eos_token_id": 7}, {"eos_token_id": None}, ()),
         ({"eos_token_id": 5}, {"eos_token_id": 7}, {}, ()),
@@ -198,6 +200,7 @@ def test_the_image_aspect_is_that_of_the_checkpoint(ratio: str | None, aspect: s
 
 def test_the_image_token_has_two_names() -> None:
     entries = {k: v for k, v in HUB_7B.items() if k != "image_token_index"}
+    assert parse_config(entries).image_token_id == 32000
     assert parse_config({**entries, "image_token_id": 31}).image_token_id == 31
     assert parse_config({**HUB_7B, "image_token_id": 32000}).image_token_id == 32000
 
@@ -238,6 +241,7 @@ REFUSED: list[tuple[str, Any, str]] = [
     ("eos_token_id", "</s>", "token id"),
     ("eos_token_id", [2, None], "token id"),
     ("eos_token_id", -1, "token id"),
+    ("eos_token_id", 32064, "0 to 32063"),
     ("tie_word_embeddings", "yes", "True"),
     ("quantization_config", {"quant_method": "bitsandbytes"}, "unquantised"),
     ("text_config", [1], "object"),

@@ -27,6 +27,7 @@ from minillava import Batch, load, parse_plan
 from minillava.cache import KVCache
 from minillava.config import TextConfig
 from minillava.generate import Result, encode_images, generate, stream
+from minillava.processing.streaming import TextStream
 from minillava.sampling import sample
 
 PROMPTS = ("tttItttt", "tt", "tItIt")
@@ -303,6 +304,16 @@ def test_the_stream_ends_before_a_stop_string(model: Any, processor: Any, seed: 
         assert "".join(pieces) == whole[: whole.index(stop)]
     unseen = list(stream(model, processor, one, stop=(whole[-1] + "x",), **options))
     assert "".join(unseen) == whole
+
+
+@pytest.mark.parametrize("stop", [("n", "d"), ("d", "n")])
+def test_of_two_stop_strings_in_one_token_the_earlier_counts(
+    processor: Any, stop: tuple[str, str]
+) -> None:
+    (token,) = processor.tokenizer.encode("and", bos=False)[-1:]
+    assert processor.tokenizer.decode([token]) == "and"
+    steps: Any = [[token]]
+    assert "".join(TextStream(steps, processor.tokenizer, stop)) == "a"
 
 
 def test_a_character_is_never_split(model: Any, processor: Any) -> None:

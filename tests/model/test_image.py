@@ -313,6 +313,14 @@ def test_settings_are_read_from_either_file(tmp_path: Path) -> None:
     assert read_image_config(tmp_path, 56) == published
 
 
+@pytest.mark.parametrize("suffix", ["", "Fast", "Pil"])
+def test_every_name_of_transformers_class_is_accepted(tmp_path: Path, suffix: str) -> None:
+    for key in ("image_processor_type", "feature_extractor_type"):
+        content = {"crop_size": 56, "size": 56, key: f"CLIPImageProcessor{suffix}"}
+        (tmp_path / "preprocessor_config.json").write_text(json.dumps(content))
+        assert read_image_config(tmp_path, 56) == ImageConfig(56, 56)
+
+
 @pytest.mark.parametrize(
     ("entries", "message"),
     [
@@ -326,6 +334,7 @@ def test_settings_are_read_from_either_file(tmp_path: Path) -> None:
         ({"use_square_size": True}, "use_square_size is True"),
         ({"default_to_square": True}, "size is {'height': 56, 'width': 56}"),
         ({"image_processor_type": "SiglipImageProcessor"}, "'CLIPImageProcessor' or"),
+        ({"feature_extractor_type": "SiglipFeatureExtractor"}, "'CLIPFeatureExtractor' or"),
         ({"crop_size": 28}, "crop_size is 28, but must be 56 like vision_config.image_size"),
         ({"crop_size": {"height": 56, "width": 28}}, "under height and width"),
         ({"size": 28}, "size is 28, but must be at least 56"),
@@ -348,6 +357,7 @@ def test_settings_are_read_from_either_file(tmp_path: Path) -> None:
         ({"image_std": [1, -1, 1]}, "image_std is [1, -1, 1]"),
         ({"image_std": [float("inf"), 1, 1]}, "image_std is [inf, 1, 1]"),
         ({"auto_map": 3}, "auto_map is 3, but must be an object"),
+        ({"image_mean": [0.5, "0.5", 0.5]}, "image_mean is [0.5, '0.5', 0.5], but must be three"),
         ({"image_mean": [0.5]}, "image_mean is [0.5], but must be three numbers"),
         ({"image_std": [1, 1, 0]}, "image_std is [1, 1, 0]"),
     ],

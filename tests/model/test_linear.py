@@ -252,7 +252,7 @@ def test_a_working_kernel_is_found() -> None:
 
 
 @pytest.mark.parametrize("columns", [32, 64, 128, 256])
-def test_the_packed_int4_kernel_takes_groups_of(columns: int) -> None:
+def test_the_packed_int4_kernel_is_chosen(columns: int) -> None:
     if not kernel_works("int4"):
         pytest.skip("this torch lacks the kernel")
     weight = torch.randn(64, columns, generator=torch.Generator().manual_seed(0))

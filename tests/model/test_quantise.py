@@ -17,7 +17,7 @@ from tiny import refusal
 from minillava import load, parse_plan
 from minillava.generate import generate
 from minillava.loading.tensor_files import INDEX, SINGLE
-from minillava.quant.linear import weight_bytes
+from minillava.quant.linear import Int8Linear, kernel_works, weight_bytes
 from weights import files as writer
 from weights import quantise as module
 from weights.files import PART
@@ -48,6 +48,18 @@ def contents(folder: Path) -> dict[str, bytes]:
 
 
 # ---------------------------------------------------------------- the same model
+
+
+@pytest.mark.parametrize(("form", "digits"), [("int8", 2), ("int8-dynamic", 1)])
+def test_the_digits_of_activations(
+    src: Path, stored: dict[int, Path], form: str, digits: int
+) -> None:
+    if not kernel_works("int8"):
+        pytest.skip("this torch lacks the kernel")
+    for folder in (src, stored[8]):
+        model = load(folder, quantize=form)[0]
+        layers = [m for m in model.llama.blocks.modules() if isinstance(m, Int8Linear)]
+        assert {layer.digits for layer in layers} == {digits}
 
 
 @pytest.mark.parametrize("form", FORMS)

@@ -197,9 +197,10 @@ def test_equally_relevant_patches() -> None:
     assert torch.equal(cdpruner.relevance(torch.ones(4, 3), torch.randn(2, 3)), torch.ones(4))
 
 
+@pytest.mark.parametrize("spread", [0.3, 3.0])
 @pytest.mark.parametrize("seed", range(5))
-def test_outliers_are_counted_as_written_out(seed: int) -> None:
-    patches = 3 * torch.randn(200, 8, generator=torch.Generator().manual_seed(seed))
+def test_outliers_are_counted_as_written_out(seed: int, spread: float) -> None:
+    patches = spread * torch.randn(200, 8, generator=torch.Generator().manual_seed(seed))
     text = torch.randn(8, generator=torch.Generator().manual_seed(seed + 50))
     ours = trim.count_outliers(patches @ text)
     assert ours == len(reference.trim(patches, text, None))

@@ -74,6 +74,26 @@ def test_a_plan_of_objects_runs(model: Any) -> None:
     assert run(model, Merging(), max_new_tokens=1).report.tokens_entering[0] == [2 + 2 + 2]
 
 
+@pytest.mark.parametrize("mode", ["drop", "mask"])
+def test_a_method_is_not_asked_about_no_candidates(model: Any, mode: str) -> None:
+    asked: list[int] = []
+
+    @dataclass(frozen=True)
+    class Counting(Loud):
+        def stages(self) -> Any:
+            return (("decoder", 1),)
+
+        def choose(self, c: Context) -> Keep:
+            asked.append(len(c.candidates))
+            return Keep(torch.arange(1))
+
+    result = run(model, Loud(keep=0, mode=mode), Counting(), max_new_tokens=1)
+    assert asked == []
+    assert result.report.kept[1].positions == [[]]
+    run(model, Loud(keep=3, mode=mode), Counting(), max_new_tokens=1)
+    assert asked == [3]
+
+
 def test_a_joint_choice_sees_the_patches_of_all_images(model: Any) -> None:
     """With scope=all, image i's patches are i * N to i * N + N - 1, with their own keys."""
     seen: list[tuple[Tensor, Tensor, Tensor]] = []
