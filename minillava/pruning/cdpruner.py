@@ -34,7 +34,7 @@ def relevance(patches: Tensor, text: Tensor) -> Tensor:
     """Relevance (n,) of patches (n, E) to pieces of the text (m, E), 0..1 (plus 1e-6 / span)."""
     r = -(F.normalize(patches, dim=-1) @ F.normalize(text, dim=-1).T).mean(1)
     span = r.max() - r.min()
-    return (r - r.min() + 1e-6) / span if span > 0 else torch.ones_like(r)
+    return torch.ones_like(r) if span == 0 else (r - r.min() + 1e-6) / span
 
 
 def choose_greedily(kernel: Tensor, k: int) -> Tensor:
