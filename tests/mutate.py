@@ -9,8 +9,10 @@ matter. The sample is drawn by --seed: at least five mutants of each file where 
 The checkout is never modified: all runs happen in a copy of it in a temporary folder. --out gets
 one JSON line per decided mutant; a second run skips those, so the command can be stopped at any
 time. --map holds which tests execute which line, measured once with the package `coverage` (in the
-dev extra); the fastest tests that execute the mutated line run first, then all others of them.
-Tests run in forks of this process, which has imported torch, so that no mutant pays for that.
+dev extra). The fastest tests that execute the mutated line run first, then the others, up to --most
+seconds of tests: what survives a low --most may fail with --again and a higher one, or with --tests
+that name the files of its subject. Tests run in forks of this process, which has imported torch, so
+that no mutant pays for that.
 """
 
 from __future__ import annotations
@@ -482,7 +484,7 @@ def run_tests(copy: Copy, arguments: list[str], plugin: Any) -> int:
     ours = {copy.root, copy.root / "tests", Path(__file__).parent}
     sys.path[:] = [entry for entry in sys.path if Path(entry).absolute() not in ours]
     os.chdir(copy.folder)
-    os.environ |= {"PYTHONPATH": str(copy.folder), "CI": "true"}  # hypothesis draws by no seed
+    os.environ |= {"PYTHONPATH": str(copy.folder), "CI": "true"}  # hypothesis then repeats itself
     os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
     sys.dont_write_bytecode = False
     options = ["-x", "-q", "-p", "no:cacheprovider", f"--basetemp={copy.folder.parent / 'tmp'}"]

@@ -35,7 +35,7 @@ def relevance(patches: Tensor, text: Tensor) -> Tensor:
     """Relevance (n,) of patches (n, E) to pieces of the text (m, E), 0..1 (plus 1e-6 / span)."""
     r = -(F.normalize(patches, dim=-1) @ F.normalize(text, dim=-1).T).mean(1)
     span = r.max() - r.min()
-    return torch.where(span > 0, (r - r.min() + 1e-6) / span, 1.0)
+    return torch.where(span == 0, 1.0, (r - r.min() + 1e-6) / span)
 
 
 def choose_greedily(kernel: Tensor, k: int) -> Tensor:

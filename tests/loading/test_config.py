@@ -154,6 +154,12 @@ def test_missing_entries_get_the_defaults_of_transformers(
     check_against_transformers(entries)
 
 
+@pytest.mark.parametrize("rope", ROPES, ids=str)
+def test_every_spelling_of_rope_is_read_as_by_transformers(rope: dict[str, Any]) -> None:
+    text = {**HUB_7B["text_config"], **rope}
+    check_against_transformers({**HUB_7B, "text_config": text})
+
+
 def test_a_full_dump_of_a_config_is_read() -> None:
     check_against_transformers(LlavaConfig(image_token_index=31999).to_dict())
 

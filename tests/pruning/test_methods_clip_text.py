@@ -172,7 +172,7 @@ def test_one_budget_over_all_pictures(model: Any, batch: Batch, clip: ClipText) 
 def test_cdpruner_refuses_a_kernel_that_is_no_number(
     model: Any, batch: Batch, clip: ClipText, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(cdpruner, "relevance", lambda patches, text: torch.full((N,), torch.nan))
+    monkeypatch.setattr(ClipText, "segments", lambda self, text: torch.full((1, 12), torch.nan))
     with pytest.raises(ValueError, match="NaN in the kernel of the embed stage"):
         run(model, batch, f"cdpruner:keep=9,clip={clip.source}")
 
