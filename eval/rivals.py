@@ -1,12 +1,14 @@
 """The times of other implementations at the shape of LLaVA-1.5-7B: `python -m eval.rivals`.
 
-    python -m eval.rivals                                          transformers in bfloat16
-    python -m eval.rivals --llama-bench BIN --gguf FILE            llama.cpp as well
+    python -m eval.rivals                                      transformers in bfloat16 and ours
+    python -m eval.rivals --ours float16 int8-dynamic          these forms of ours
+    python -m eval.rivals --llama-bench BIN --gguf FILE        llama.cpp as well
 
-transformers (of the extra `test`) runs its LLaVA with random weights, SDPA attention, one image and
-620 tokens. So that it fits in any memory, it has two decoder layers, and the decoder's time is
-multiplied by 16; the vision tower is complete. llama-bench measures the prefill of 620 tokens and
-single tokens of a GGUF file, without any vision. Compare with `python -m eval.latency`.
+transformers (of the extra `test`) and minillava run with random weights, SDPA attention, one image
+and 620 tokens, in turn in one process. To fit in any memory, they have two decoder layers, and the
+decoder's time is multiplied by 16; the vision tower is complete. The ratio is that of the
+first token's time to transformers'. llama-bench measures the prefill of 620 tokens and single
+tokens of a GGUF file, without any vision.
 """
 
 from __future__ import annotations
@@ -19,16 +21,21 @@ import subprocess
 import sys
 import time
 from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 import torch
 
 from minillava.app.command import CommandParser, parse_positive_int, run_command
+from minillava.generate import generate
+from minillava.quant.linear import multiplies_bfloat16
 
-from . import cost
+from .latency import FORMS, SHAPES, random_batch, random_model
 
 LAYERS, ALL_LAYERS = 2, 32
+TOKENS = 4  # generated tokens that are timed in a round
 _CPU = torch.device("cpu")
 
 
@@ -62,37 +69,86 @@ def _random_transformers_model(dtype: torch.dtype) -> Any:
     return make(config, dtype=dtype).eval()
 
 
-def transformers_times(dtype: torch.dtype, tokens: int, repeats: int) -> dict[str, float]:
-    """Seconds of vision tower with projector, of the prefill of all 32 layers, and of a token."""
-    model = _random_transformers_model(dtype)
-    pixels = torch.randn(1, 3, 336, 336, dtype=dtype)
-    ids = torch.randint(3, 31000, (1, tokens))
-    language, head = model.model.language_model, model.lm_head
+@dataclass(frozen=True)
+class Times:
+    """Seconds of a model with LAYERS decoder layers; head: those of a token in the output head."""
 
-    def prefill() -> Any:
-        out = language(input_ids=ids, use_cache=True)
-        return head(out.last_hidden_state[:, -1:]), out.past_key_values
+    vision: float  # tower and projector
+    prefill: float
+    per_token: float
+    head: float
 
-    with torch.inference_mode():
-        vision = cost.best_seconds(
-            lambda: model.get_image_features(pixel_values=pixels), _CPU, repeats
-        )
-        prefilling = cost.best_seconds(prefill, _CPU, repeats)
-        _, cache = prefill()
+    def scale(self) -> dict[str, float]:
+        """Seconds with all decoder layers."""
+        times = ALL_LAYERS // LAYERS
+        prefill = self.prefill * times
+        return {
+            "vision": self.vision,
+            "prefill": prefill,
+            "first_token": self.vision + prefill,
+            "per_token": (self.per_token - self.head) * times + self.head,
+        }
 
-        def step() -> None:
-            language(input_ids=ids[:, :1], past_key_values=cache, use_cache=True)
 
-        one = cost.best_seconds(step, _CPU, 3 * repeats)
-        row = torch.randn(1, 1, 4096, dtype=dtype)
-        last = cost.best_seconds(lambda: head(row), _CPU, 3 * repeats)
-    times = ALL_LAYERS // LAYERS
-    return {
-        "vision": vision,
-        "prefill": prefilling * times,
-        "first_token": vision + prefilling * times,
-        "per_token": one * times + last,
-    }
+class Transformers:
+    """LLaVA of transformers, with random weights."""
+
+    def __init__(self, dtype: str, tokens: int) -> None:
+        self.name = f"transformers {dtype}"
+        self.model = _random_transformers_model(getattr(torch, dtype))
+        self.pixels = torch.randn(1, 3, 336, 336, dtype=self.model.dtype)
+        self.ids = torch.randint(3, 31000, (1, tokens))
+
+    @torch.inference_mode()
+    def measure(self) -> Times:
+        model, language, head = self.model, self.model.model.language_model, self.model.lm_head
+        start = time.perf_counter()
+        model.get_image_features(pixel_values=self.pixels)
+        vision = time.perf_counter()
+        out = language(input_ids=self.ids, use_cache=True)
+        head(out.last_hidden_state[:, -1:])
+        prefill = time.perf_counter()
+        one = {"input_ids": self.ids[:, :1], "past_key_values": out.past_key_values}
+        for _ in range(TOKENS):
+            row = language(**one, use_cache=True).last_hidden_state
+            head(row)
+        token = time.perf_counter()
+        head(row)
+        end = time.perf_counter()
+        return Times(vision - start, prefill - vision, (token - prefill) / TOKENS, end - token)
+
+
+class Ours:
+    """minillava in one of its forms, with random weights."""
+
+    def __init__(self, form: str, tokens: int) -> None:
+        self.name = f"minillava {form}"
+        shape = SHAPES["7b"]
+        config = replace(shape, text=replace(shape.text, num_hidden_layers=LAYERS))
+        self.model = random_model(config, form, _CPU)
+        self.batch = random_batch(config, tokens - config.vision.num_patches, _CPU)
+
+    @torch.inference_mode()
+    def measure(self) -> Times:
+        n = TOKENS + 1
+        report = generate(self.model, self.batch, max_new_tokens=n, min_new_tokens=n).report
+        row = torch.zeros(1, self.model.config.text.hidden_size, dtype=self.model.dtype)
+        start = time.perf_counter()
+        self.model.llama.logits(row)
+        return Times(report.vision, report.prefill, report.per_token, time.perf_counter() - start)
+
+
+def take_turns(models: Sequence[Transformers | Ours], repeats: int) -> dict[str, dict[str, float]]:
+    """Measure all in turn, in `repeats` rounds after one that does not count; medians, by name.
+
+    Noise of the machine then affects all of them alike.
+    """
+    rounds = [[model.measure() for model in models] for _ in range(repeats + 1)][1:]
+    found = {}
+    for model, times in zip(models, zip(*rounds, strict=True), strict=True):
+        scaled = [t.scale() for t in times]
+        found[model.name] = {what: median(t[what] for t in scaled) for what in scaled[0]}
+    return found
 
 
 def llama_cpp_times(bench: str, gguf: str, tokens: int, threads: int) -> dict[str, float]:
@@ -125,6 +181,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     add = parser.add_argument
     add("--dtype", choices=("bfloat16", "float16", "float32"), default="bfloat16")
+    add("--ours", nargs="+", choices=FORMS, default=["bfloat16", "int8-dynamic"], help="our forms")
     add("--tokens", type=parse_positive_int, default=620, help="tokens of the prompt, default 620")
     add("--repeats", type=parse_positive_int, default=2, help="measured runs, default 2")
     add("--llama-bench", metavar="BIN")
@@ -135,13 +192,19 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _run(args: argparse.Namespace) -> None:
     _check(args)
     began = time.perf_counter()
-    times = transformers_times(getattr(torch, args.dtype), args.tokens, args.repeats)
-    found = {f"transformers {args.dtype}": times}
+    theirs = Transformers(args.dtype, args.tokens)
+    ours = [Ours(form, args.tokens) for form in args.ours]
+    found = take_turns([theirs, *ours], args.repeats)
     if args.llama_bench:
         threads = torch.get_num_threads()
         found["llama.cpp"] = llama_cpp_times(args.llama_bench, args.gguf, args.tokens, threads)
+    native = "in hardware" if multiplies_bfloat16() else "emulated"
+    kind = torch.backends.cpu.get_cpu_capability()
+    print(f"CPU: {kind}, bfloat16 {native}, {torch.get_num_threads()} threads")
+    first = found[theirs.name]["first_token"]
     for name, times in found.items():
-        print(f"{name}: " + ", ".join(f"{what} {value:.3f} s" for what, value in times.items()))
+        ratio = f", ratio {times['first_token'] / first:.2f}" if "first_token" in times else ""
+        print(f"{name}: {', '.join(f'{w} {v:.3f} s' for w, v in times.items())}{ratio}")
     print(f"{time.perf_counter() - began:.0f} s in all", file=sys.stderr)
 
 
@@ -155,6 +218,8 @@ def _check(args: argparse.Namespace) -> None:
         )
     if args.gguf and not Path(args.gguf).is_file():
         raise ValueError(f"there is no file --gguf {args.gguf}; give the GGUF file of a 7B")
+    if args.tokens <= SHAPES["7b"].vision.num_patches:
+        raise ValueError(f"--tokens {args.tokens} must be more than the image's 576")
     if importlib.util.find_spec("transformers") is None:
         raise ValueError("transformers is not installed; pip install 'minillava[test]'")
 

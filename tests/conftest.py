@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +38,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_configure(config: pytest.Config) -> None:
+    reset_signals()
     config.addinivalue_line(
         "markers", "goldens(pattern, complete=False): run once for each case of golden_cases.py"
     )
@@ -50,6 +52,15 @@ def pytest_configure(config: pytest.Config) -> None:
         if method.name in METHODS:
             raise pytest.UsageError(f"--method: {method.name!r} exists; choose another name")
         METHODS[method.name] = method
+
+
+def reset_signals() -> None:
+    """Handle signals as a program started in a terminal does. One that nohup or a shell starts in
+    the background ignores some of them, and so would the programs that the tests start."""
+    handlers = {"SIGINT": signal.default_int_handler, "SIGTERM": signal.SIG_DFL}
+    for name, handler in {**handlers, "SIGHUP": signal.SIG_DFL}.items():
+        if hasattr(signal, name):
+            signal.signal(getattr(signal, name), handler)
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:

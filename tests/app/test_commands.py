@@ -110,6 +110,7 @@ BAD = [
     ("eval.latency", "--model no/such/folder", "no folder 'no/such/folder'"),
     ("eval.rivals", "--tokens -3", "--tokens: '-3' must be a whole number, 1 or more"),
     ("eval.rivals", "--repeats 0", "--repeats"),
+    ("eval.rivals", "--tokens 576", "--tokens 576 must be more than the image's 576"),
     ("eval.rivals", "--dtype int3", "'int3'"),
     ("eval.rivals", "--gguf a.gguf", "--llama-bench and --gguf belong together"),
     ("eval.rivals", "--llama-bench no-program --gguf a", "--llama-bench no-program is no program"),
@@ -154,7 +155,7 @@ def no_work(monkeypatch: pytest.MonkeyPatch) -> None:
     def work(*args: Any, **options: Any) -> Any:
         raise AssertionError("the work began before the error")
 
-    for module, name in ((demo, "measure"), (rivals, "transformers_times"), (fit, "divergences")):
+    for module, name in ((demo, "measure"), (rivals, "Transformers"), (fit, "divergences")):
         monkeypatch.setattr(module, name, work)
 
 
@@ -221,7 +222,7 @@ def test_unexpected_output_of_llama_bench_is_refused(prints: str, tmp_path: Path
     (download, "fetch_any", "some/model"),
     (published, "read_figures", ""),
     (demo, "load", ""),
-    (rivals, "transformers_times", ""),
+    (rivals, "Transformers", ""),
 ])  # fmt: skip
 def test_exit_codes(
     module: types.ModuleType, name: str, words: str, error: BaseException, code: int,
