@@ -32,6 +32,13 @@ IMAGE, PAD, VOCABULARY = 318, 319, 320
 NEVER = (2, IMAGE, PAD)  # their logits are 0, so greedy decoding never ends by chance
 
 
+def write_folder(factory: pytest.TempPathFactory, **shape: Any) -> Path:
+    """A new folder that write_hf has filled, for a fixture."""
+    folder = factory.mktemp("tiny")
+    write_hf(folder, **shape)
+    return folder
+
+
 def write_hf(
     folder: Path,
     *,

@@ -45,9 +45,7 @@ PROMPTS = ("tttItttttt", "tttt", "tItIttt", "tIItt")
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("gpu")
-    tiny.write_hf(folder, width=64, vision_layers=4)
-    return folder
+    return tiny.write_folder(tmp_path_factory, width=64, vision_layers=4)
 
 
 @pytest.fixture(scope="module")

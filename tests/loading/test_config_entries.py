@@ -36,9 +36,7 @@ SECTIONS: dict[str, Table] = {"": TOP, "vision_config": VISION, "text_config": T
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    path = tmp_path_factory.mktemp("tiny")
-    tiny.write_hf(path, layers=2, vision_layers=3)
-    return path
+    return tiny.write_folder(tmp_path_factory, layers=2, vision_layers=3)
 
 
 @pytest.fixture(scope="module")

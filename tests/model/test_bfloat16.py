@@ -21,9 +21,7 @@ from minillava.quant.linear import WidenedLinear, multiplies_bfloat16
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("bfloat16")
-    tiny.write_hf(folder)
-    return folder
+    return tiny.write_folder(tmp_path_factory)
 
 
 def load_on(native: bool, folder: Path, monkeypatch: pytest.MonkeyPatch, **options: Any) -> Any:

@@ -57,9 +57,7 @@ PROMPT = 5  # waits of a prompt: the clock three times, the pixels of up to 8 im
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("pretended")
-    tiny.write_hf(folder, vision_layers=4, width=64)
-    return folder
+    return tiny.write_folder(tmp_path_factory, vision_layers=4, width=64)
 
 
 @pytest.fixture(scope="module")
