@@ -41,6 +41,7 @@ from minillava.app.command import (
     CommandParser,
     parse_float,
     parse_non_negative_int,
+    parse_path,
     parse_positive_int,
     run_command,
 )
@@ -245,7 +246,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     add = parser.add_argument
     add("method", choices=["vtw", "fitprune"])
     add("--model", default=str(Path(__file__).parent.parent / "weights" / "demo"))
-    add("--samples", type=Path, metavar="FILE.jsonl")
+    add("--samples", type=parse_path, metavar="FILE.jsonl")
     add("--number", type=parse_positive_int, default=20, help="number of samples, default 20")
     add("--seed", type=parse_non_negative_int, default=0)
     add("--threshold", type=parse_float, default=0.003, help="of vtw, default 0.003")
