@@ -45,6 +45,7 @@ from minillava.app.command import (
     parse_positive_int,
     run_command,
 )
+from minillava.app.open_image import open_header
 from minillava.config import TextConfig
 from minillava.engine import hidden_states_read, prefill
 from minillava.generate import generate
@@ -228,9 +229,11 @@ def samples(file: Path | None, n: int, seed: int) -> list[tuple[str, Image.Image
             ) from None
         try:
             refuse_special_file(file.parent / name)
-            found.append((text, Image.open(file.parent / name)))
-        except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+            image = open_header(file.parent / name)
+            image.load()
+        except Exception as error:  # decoders raise many types on damaged data
             raise ValueError(f"{file}, line {i}: {error}; correct the path") from None
+        found.append((text, image))
     if not found:
         raise ValueError(f"{file} has no samples; give one JSON object a line")
     return found

@@ -146,12 +146,16 @@ def read_questions(
         items = task.items(source, protocol, limit)
         if strange := [item for item in items if not isinstance(item.text, str)]:
             raise TypeError(f"the question {strange[0].question_id} is not text")
-        return items
     except (TypeError, AttributeError, KeyError, IndexError) as error:
         raise ValueError(
             f"{source} does not have the format of {task.name} ({type(error).__name__}: {error}); "
             f"give {'; or '.join(task.needs)}"
         ) from error
+    if not items:
+        raise ValueError(
+            f"{source} has no questions of {task.name}; give {'; or '.join(task.needs)}"
+        )
+    return items
 
 
 def format_published(scored: Scored, model: str, plan: str, weights: str) -> str:
