@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 
 from minillava import load
-from minillava.app.command import parse_positive_int
+from minillava.app.command import parse_int, parse_path, parse_positive_int
 from minillava.llava import LLaVA
 from minillava.loading.checkpoint import DTYPES, QUANTIZE
 from minillava.processing.processor import Processor
@@ -40,11 +40,11 @@ def add_options(parser: argparse.ArgumentParser, batch: int = 1) -> None:
     """Add the options of every command that asks a model the questions of a benchmark."""
     add = parser.add_argument
     add("--task", default="demo", metavar="T", help=f"default demo; {', '.join(TASKS)}")
-    add("--data", type=Path, metavar="DIR", help="the benchmark's files; demo needs none")
+    add("--data", type=parse_path, metavar="DIR", help="the benchmark's files; demo needs none")
     add("--protocol", metavar="P", help="llava (default) or lmms; a few tasks have others")
     add("--model", default=str(DEMO), metavar="DIR|HUB_ID", help="default: the demo")
     add("--revision", metavar="R", help="branch, tag or commit of a hub id")
-    add("--out", type=Path, required=True, metavar="DIR")
+    add("--out", type=parse_path, required=True, metavar="DIR")
     add("--limit", type=parse_positive_int, metavar="N", help="only the first N questions")
     add(
         "--batch",
@@ -53,7 +53,12 @@ def add_options(parser: argparse.ArgumentParser, batch: int = 1) -> None:
         metavar="B",
         help=f"questions at a time, default {batch}",
     )
-    add("--seed", type=int, default=0, help="question i draws its random numbers with seed + i")
+    add(
+        "--seed",
+        type=parse_int,
+        default=0,
+        help="question i draws its random numbers with seed + i",
+    )
     add("--device", default="cpu", help="cpu, cuda or cuda:N")
     add("--dtype", choices=DTYPES)
     add("--quantize", choices=QUANTIZE)

@@ -22,7 +22,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from minillava.app.command import CommandParser, run_command
+from minillava.app.command import CommandParser, parse_path, run_command
 
 from .metrics import (
     aokvqa,
@@ -569,7 +569,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = CommandParser(
         prog="python -m eval.check", description="Check the metrics against known results."
     )
-    parser.add_argument("files", metavar="FILE.json", nargs="+", type=Path)
+    parser.add_argument("files", metavar="FILE.json", nargs="+", type=parse_path)
     parser.add_argument(
         "--json", action="store_true", help="print one JSON object instead of lines"
     )

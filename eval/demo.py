@@ -29,6 +29,7 @@ from minillava import Batch, load
 from minillava.app.command import (
     CommandParser,
     parse_non_negative_int,
+    parse_path,
     parse_positive_int,
     run_command,
 )
@@ -162,7 +163,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     add("--questions", type=parse_positive_int, default=450, help="default 450")
     add("--kinds", nargs="+", choices=[*scenes.KINDS])
     add("--seed", type=parse_non_negative_int, default=2026)
-    add("--out", type=Path, metavar="NAME", help="write NAME.json and NAME.md")
+    add("--out", type=parse_path, metavar="NAME", help="write NAME.json and NAME.md")
     return run_command(lambda: _run(parser.parse_args(argv)))
 
 

@@ -41,9 +41,11 @@ from minillava.app.command import (
     CommandParser,
     parse_float,
     parse_non_negative_int,
+    parse_path,
     parse_positive_int,
     run_command,
 )
+from minillava.app.open_image import open_header
 from minillava.config import TextConfig
 from minillava.engine import hidden_states_read, prefill
 from minillava.generate import generate
@@ -227,9 +229,11 @@ def samples(file: Path | None, n: int, seed: int) -> list[tuple[str, Image.Image
             ) from None
         try:
             refuse_special_file(file.parent / name)
-            found.append((text, Image.open(file.parent / name)))
-        except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+            image = open_header(file.parent / name)
+            image.load()
+        except Exception as error:  # decoders raise many types on damaged data
             raise ValueError(f"{file}, line {i}: {error}; correct the path") from None
+        found.append((text, image))
     if not found:
         raise ValueError(f"{file} has no samples; give one JSON object a line")
     return found
@@ -245,7 +249,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     add = parser.add_argument
     add("method", choices=["vtw", "fitprune"])
     add("--model", default=str(Path(__file__).parent.parent / "weights" / "demo"))
-    add("--samples", type=Path, metavar="FILE.jsonl")
+    add("--samples", type=parse_path, metavar="FILE.jsonl")
     add("--number", type=parse_positive_int, default=20, help="number of samples, default 20")
     add("--seed", type=parse_non_negative_int, default=0)
     add("--threshold", type=parse_float, default=0.003, help="of vtw, default 0.003")

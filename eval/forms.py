@@ -17,14 +17,13 @@ import argparse
 import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from minillava import Batch, load
 from minillava.app.cli import DEMO
-from minillava.app.command import CommandParser, parse_positive_int, run_command
+from minillava.app.command import CommandParser, parse_path, parse_positive_int, run_command
 from minillava.cache import KVCache
 from minillava.engine import decode, hidden_states_read, prefill
 from minillava.generate import generate
@@ -139,7 +138,7 @@ def _main(argv: Sequence[str] | None) -> None:
     add("--limit", type=parse_positive_int, default=96, metavar="N", help="questions, default 96")
     add("--seed", type=parse_positive_int, default=2026, help="of the scenes, default 2026")
     add("--device", default="cpu", help="cpu, cuda or cuda:N; default cpu")
-    add("--out", type=Path, metavar="FILE.json", help="also write one object for each form")
+    add("--out", type=parse_path, metavar="FILE.json", help="also write one object for each form")
     args = parser.parse_args(argv)
     rows = run(args)
     print(table(rows))

@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any, TypedDict
 
 from minillava import parse_plan
-from minillava.app.command import CommandParser, parse_positive_int, run_command
+from minillava.app.command import CommandParser, parse_path, parse_positive_int, run_command
 
 from . import predictions, published, store
 from .plans import NONE, files_of
@@ -146,12 +146,16 @@ def read_questions(
         items = task.items(source, protocol, limit)
         if strange := [item for item in items if not isinstance(item.text, str)]:
             raise TypeError(f"the question {strange[0].question_id} is not text")
-        return items
     except (TypeError, AttributeError, KeyError, IndexError) as error:
         raise ValueError(
             f"{source} does not have the format of {task.name} ({type(error).__name__}: {error}); "
             f"give {'; or '.join(task.needs)}"
         ) from error
+    if not items:
+        raise ValueError(
+            f"{source} has no questions of {task.name}; give {'; or '.join(task.needs)}"
+        )
+    return items
 
 
 def format_published(scored: Scored, model: str, plan: str, weights: str) -> str:
@@ -193,8 +197,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     add = parser.add_argument
     add("--task", required=True, metavar="T", help=", ".join(TASKS))
-    add("--questions", type=Path, metavar="FILE", help="required but for demo")
-    add("--predictions", type=Path, required=True, metavar="FILE")
+    add("--questions", type=parse_path, metavar="FILE", help="required but for demo")
+    add("--predictions", type=parse_path, required=True, metavar="FILE")
     add("--protocol", metavar="P", help="llava (default) or lmms; a few tasks have others")
     add("--limit", type=parse_positive_int, metavar="N", help="score only the first N questions")
     add("--model", choices=published.LAYERS, help="also print its published figures")
@@ -205,7 +209,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         metavar="W",
         help="with --model: unquantised (default), nf4, …",
     )
-    add("--submission", type=Path, metavar="FILE", help="write a file for the server (VQAv2)")
+    add("--submission", type=parse_path, metavar="FILE", help="write a file for the server (VQAv2)")
     add("--json", action="store_true", help="print one JSON object with every number")
 
     def act() -> None:

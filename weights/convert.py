@@ -29,7 +29,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from minillava.app.command import CommandParser, end_program, run_command
+from minillava.app.command import CommandParser, end_program, parse_path, run_command
 from minillava.loading.checkpoint import fit_model
 from minillava.loading.config_file import parse_config as config_of
 from minillava.loading.config_file import read_config
@@ -76,13 +76,16 @@ def main(argv: list[str] | None = None) -> int:
         description=(__doc__ or "").partition("\n")[0],
         allow_abbrev=False,
     )
-    parser.add_argument("src", type=Path, metavar="SRC", help="folder of the checkpoint")
-    parser.add_argument("dst", type=Path, metavar="DST", help="folder to write or resume")
+    parser.add_argument("src", type=parse_path, metavar="SRC", help="folder of the checkpoint")
+    parser.add_argument("dst", type=parse_path, metavar="DST", help="folder to write or resume")
     parser.add_argument(
         "--vision-tower", metavar="DIR|FILE|HUB_ID", help="use this CLIP, not the one in SRC"
     )
     parser.add_argument(
-        "--base", type=Path, metavar="DIR", help=f"the Llama's folder if SRC has only {PROJECTOR}"
+        "--base",
+        type=parse_path,
+        metavar="DIR",
+        help=f"the Llama's folder if SRC has only {PROJECTOR}",
     )
 
     def run() -> None:

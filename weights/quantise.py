@@ -19,7 +19,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from minillava.app.command import CommandParser, end_program, run_command
+from minillava.app.command import CommandParser, end_program, parse_int, parse_path, run_command
 from minillava.loading.assemble import quantise_tensor as integers
 from minillava.loading.assemble import quantised_layers
 from minillava.loading.checkpoint import fit_model
@@ -49,8 +49,10 @@ def main(argv: list[str] | None = None) -> int:
         allow_abbrev=False,
     )
     parser.add_argument("src", metavar="SRC", help="folder or hub id of a llava-hf checkpoint")
-    parser.add_argument("dst", type=Path, metavar="DST", help="folder to write or resume")
-    parser.add_argument("--bits", type=int, choices=(8, 4), required=True, help="bits per weight")
+    parser.add_argument("dst", type=parse_path, metavar="DST", help="folder to write or resume")
+    parser.add_argument(
+        "--bits", type=parse_int, choices=(8, 4), required=True, help="bits per weight"
+    )
 
     def run() -> None:
         args = parser.parse_args(argv)

@@ -13,6 +13,8 @@ from typing import Any, ClassVar
 
 from PIL import Image
 
+from minillava.app.open_image import open_header
+
 from ..metrics.vqa import soft_accuracy
 from ..typed import refuse_special_file
 
@@ -41,7 +43,7 @@ class ImageSource:
 
     @classmethod
     def from_base64(cls, name: str, text: str) -> ImageSource:
-        return cls(name, lambda: Image.open(io.BytesIO(base64.b64decode(text))))
+        return cls(name, lambda: open_header(io.BytesIO(base64.b64decode(text))))
 
     @classmethod
     def missing(cls, name: str) -> ImageSource:
@@ -66,7 +68,7 @@ def _refuse_missing() -> Image.Image:
 
 def _open_file(path: Path) -> Image.Image:
     refuse_special_file(path)
-    return Image.open(path)
+    return open_header(path)
 
 
 @dataclass(frozen=True)

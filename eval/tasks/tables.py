@@ -20,6 +20,8 @@ from urllib.parse import unquote
 
 from PIL import Image, ImageOps
 
+from minillava.app.open_image import open_header
+
 from .base import ImageSource
 from .files import Row
 
@@ -71,7 +73,7 @@ class Table:
             value = self._read_file(value)
         if not isinstance(value, bytes):
             raise ValueError(f"{type(value).__name__} is neither bytes nor the path of a file")
-        return ImageOps.exif_transpose(Image.open(io.BytesIO(value)))
+        return ImageOps.exif_transpose(open_header(io.BytesIO(value)))
 
     def _read_file(self, name: str) -> bytes:
         if "://" in name:

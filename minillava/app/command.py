@@ -13,6 +13,7 @@ import sys
 import threading
 import warnings
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from types import FrameType
 from typing import Any, NoReturn
 
@@ -172,6 +173,14 @@ def parse_float(text: str) -> float:
         return float(text)
     except ValueError:
         raise argparse.ArgumentTypeError(f"{text!r} is not a number") from None
+
+
+def parse_path(text: str) -> Path:
+    """A file or folder. Path("") would be the current folder, which a shell variable that is not
+    set does not mean."""
+    if not text:
+        raise argparse.ArgumentTypeError("'' is empty, but must be a path; for this folder give .")
+    return Path(text)
 
 
 # ---------------------------------------------------------------- output

@@ -64,12 +64,9 @@ def _decode(source: Path | io.BytesIO, shown: str) -> Image.Image:
     try:
         if isinstance(source, Path):
             _check_file(source)
-        Image.init()
-        known = [name for name in FORMATS if name in Image.OPEN]
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # Pillow's, for odd metadata or 90 megapixels
-            with Image.open(source, formats=known) as image:
-                _check_size(image)
+            with open_header(source) as image:
                 image.load()
                 return ImageOps.exif_transpose(to_eight_bits(image))
     except FileNotFoundError:
@@ -85,6 +82,21 @@ def _decode(source: Path | io.BytesIO, shown: str) -> Image.Image:
         told = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
         reason = f"cannot be read ({' '.join(told.split())[:300] or type(error).__name__})"
     raise ValueError(f"{shown} {reason}; give another file or copy of the image")
+
+
+def open_header(source: Path | io.BytesIO) -> Image.Image:
+    """Read the header of an image in one of FORMATS; its pixels are decoded later.
+
+    Raises ValueError if decoding them would need too much memory, and Pillow's errors.
+    """
+    Image.init()
+    image = Image.open(source, formats=[name for name in FORMATS if name in Image.OPEN])
+    try:
+        _check_size(image)
+    except ValueError:
+        image.close()
+        raise
+    return image
 
 
 def _check_file(path: Path) -> None:

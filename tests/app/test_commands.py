@@ -499,3 +499,39 @@ MODEL_REGISTRY_V2.register_manifest = staticmethod(lambda manifest: None)
     finally:
         for name in [name for name in sys.modules if name.split(".")[0] == "lmms_eval"]:
             del sys.modules[name]
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        "eval.run --limit 1 --out=",
+        "eval.run --limit 1 --out OUT --task gqa --data=",
+        "eval.demo --out=",
+        "eval.forms --out=",
+        "eval.fit vtw --samples=",
+        "eval.score --task demo --predictions=",
+    ],
+)
+def test_an_empty_path_is_not_the_current_folder(
+    line: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    name, *options = line.split()
+    assert main_of(name)(options) == 2
+    assert "'' is empty, but must be a path" in refusal(capsys)
+    assert not [*tmp_path.iterdir()]
+
+
+@pytest.mark.parametrize("name", ["weights.quantise", "weights.convert"])
+@pytest.mark.parametrize("paths", [("", "to"), ("from", "")])
+def test_an_empty_folder_is_refused(
+    name: str, paths: tuple[str, str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main_of(name)([*paths, *(["--bits", "8"] if name == "weights.quantise" else [])]) == 2
+    refusal(capsys)
+
+
+@pytest.mark.parametrize("text", ["1_0", "\u0663"])
+def test_a_seed_has_ascii_digits_alone(text: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main_of("eval.run")(["--task", "gqa", "--out", "never", f"--seed={text}"]) == 2
+    assert "is not a whole number" in refusal(capsys)

@@ -2,20 +2,23 @@
 
 from __future__ import annotations
 
+import base64
 import io
 import json
 import os
+import struct
+import zlib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
-from PIL import Image
+from PIL import Image, ImageFile
 
 from eval.predictions import match, read
 from eval.score import read_questions
 from eval.tasks import TASKS
-from eval.tasks.base import Item
+from eval.tasks.base import ImageSource, Item
 from eval.tasks.files import read_jsonl, read_table
 
 pa = pytest.importorskip("pyarrow")
@@ -31,6 +34,15 @@ def png(colour: str) -> bytes:
     stream = io.BytesIO()
     Image.new("RGB", (8, 6), colour).save(stream, "PNG")
     return stream.getvalue()
+
+
+def png_header(width: int, height: int) -> bytes:
+    """A PNG that says its size and has no pixels."""
+    chunks = ((b"IHDR", struct.pack(">IIBBBBB", width, height, 8, 0, 0, 0, 0)), (b"IDAT", b""))
+    return b"\x89PNG\r\n\x1a\n" + b"".join(
+        struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+        for kind, data in chunks
+    )
 
 
 PICTURES = [png(colour) for colour in COLOURS]
@@ -398,3 +410,37 @@ def test_images_are_rotated_by_exif_as_datasets_does(tmp_path: Path) -> None:
     write(tmp_path, columns(image=[stream.getvalue()] * N))
     theirs = datasets.Image().decode_example({"bytes": stream.getvalue(), "path": None})
     assert questions(tmp_path)[0].images[0].open().size == theirs.size == (6, 8)
+
+
+@pytest.mark.filterwarnings("ignore::PIL.Image.DecompressionBombWarning")
+@pytest.mark.parametrize(
+    ("picture", "why"),
+    [
+        (png_header(1, 150_000_000), "1 x 150000000 pixels"),
+        (png_header(12_000, 12_000), "12000 x 12000 pixels"),
+        (b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n%%EndComments\n", "identify"),
+    ],
+    ids=["long", "large", "EPS"],
+)
+def test_a_picture_is_refused_before_it_is_decoded(
+    picture: bytes, why: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Too large ones, and formats for which Pillow would run another program."""
+    monkeypatch.setattr(ImageFile.ImageFile, "load", lambda image: pytest.fail("decoded"))
+    write(tmp_path, columns(image=[picture] * N))
+    in_a_file = tmp_path / "picture.png"
+    in_a_file.write_bytes(picture)
+    text = base64.b64encode(picture).decode()
+    for source in (
+        questions(tmp_path)[0].images[0],
+        ImageSource.from_file(in_a_file),
+        ImageSource.from_base64("text", text),
+    ):
+        with pytest.raises(ValueError, match=why):
+            source.open()
+
+
+def test_a_file_without_questions_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "testdev_balanced_questions.json").write_text("{}")
+    with pytest.raises(ValueError, match="has no questions of gqa"):
+        read_questions(TASKS["gqa"], tmp_path, "llava")
