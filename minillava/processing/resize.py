@@ -85,12 +85,20 @@ def _resize_rows(image: Image.Image, window: Window, fill: tuple[int, ...]) -> I
         return _resize_wanted(image, window, fill)
     result = Image.new("RGB", (window.count, image.height))
     for a, b in split_rows(image.height, width):
-        strip = Image.new("RGB", (window.before, b - a), fill)
-        strip.paste(image.crop((0, a, image.width, b)), (window.covered[0], 0))
+        strip = _frame_rows(image.crop((0, a, image.width, b)), window, fill)
         strip = strip.resize((window.after, b - a), window.resample)
         left, right = window.first, window.first + window.count
         result.paste(strip.crop((left, 0, right, b - a)), (0, a))
     return result
+
+
+def _frame_rows(image: Image.Image, window: Window, fill: tuple[int, ...]) -> Image.Image:
+    """Rows between the two ends of their frame; the image itself if it is as wide as the frame."""
+    if image.width == window.before:
+        return image
+    framed = Image.new("RGB", (window.before, image.height), fill)
+    framed.paste(image, (window.covered[0], 0))
+    return framed
 
 
 def _resize_wanted(image: Image.Image, window: Window, fill: tuple[int, ...]) -> Image.Image:

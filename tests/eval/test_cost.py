@@ -175,7 +175,7 @@ def test_a_timed_plan_chooses_the_same_and_says_how_long(model: Any) -> None:
 def test_choosing_takes_less_than_the_time_to_the_first_token(model: Any) -> None:
     batch: Batch = tiny.make_batch(model, "tttIttttt")
     plan, clock = parse_plan("divprune:keep=8+fastv:k=2,keep=5"), cost.Clock()
-    report = generate(model, batch, cost.timed(plan, model, clock), 3).report
+    report = generate(model, batch, cost.with_timed_choices(plan, model, clock), 3).report
     assert 0 < clock.seconds < report.first_token
 
 
