@@ -49,7 +49,7 @@ def check_placeholders(folder: str | Path, config: Config) -> None:
     names = ("patch_size", "num_additional_image_tokens", "vision_feature_select_strategy")
     patch, additional = e.integer(names[0], 1), e.integer(names[1], 0, 0)
     if any(e.values.get(name) is None for name in names):
-        return  # transformers cannot count with such a file
+        return  # transformers answers nothing with such a file
     n = (config.vision.image_size // patch) ** 2 + additional
     n -= e.values[names[2]] == "default"
     if n != config.vision.num_patches:
