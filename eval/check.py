@@ -440,7 +440,7 @@ _LABELS = {"name", "id", "subject", "options"}  # fields for the reader only
 
 def _load(path: Path) -> tuple[Mapping[str, Any], list[Case]]:
     if path.exists() and not path.is_file():  # a pipe would wait for its writer
-        raise ValueError(f"{path} cannot be read, it is no plain file; give files of cases")
+        raise ValueError(f"{path} cannot be read: it is not a plain file; give files of cases")
     try:
         document = json.loads(path.read_text(encoding="utf-8-sig"))
     except FileNotFoundError:

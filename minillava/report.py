@@ -59,7 +59,7 @@ class Result:
     plan: Plan  # with average= solved
     config: Config
     starts: list[tuple[int, ...]]  # [b] index of the first token of each image in the prompt
-    logits: Tensor | None = None  # (B, n_new, V) that each token was chosen from; NaN behind them
+    logits: Tensor | None = None  # (B, n_new, V) that each token was chosen from; NaN after the end
 
 
 class Clock:

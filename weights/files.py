@@ -148,7 +148,7 @@ def sha256_of(path: Path, bar: tqdm | None = None) -> str:
 
 
 def progress_bar(total: int, what: str) -> tqdm:
-    """A bar on stderr that counts bytes and shows their rate; hidden if stderr is no terminal."""
+    """A bar on stderr that counts bytes and shows their rate, if stderr is a terminal."""
     return tqdm(
         total=total,
         desc=what,

@@ -208,7 +208,7 @@ def _from_shapes(parts: Mapping[str, Part], head: int) -> dict[str, Any]:
     layers = {found[1] for name in parts if (found := re.search(r"\.layers\.(\d+)\.", name))}
     if width % head:
         raise ValueError(
-            f"the vision tower is {width} wide, which is no multiple of {head}, so its number of "
+            f"the vision tower is {width} wide, not a multiple of {head}, so its number of "
             "heads is unknown; give a folder with its config.json or "
             f"{OPEN_CLIP_CONFIG} with --vision-tower"
         )

@@ -56,7 +56,7 @@ class Chat:
         """Answer `first` and then the lines of stdin, as one conversation.
 
         The images are encoded once. Each turn prefills the whole conversation again, so that a plan
-        that reads the question chooses anew for each one.
+        that reads the question chooses again for each one.
         """
         turns: list[tuple[str, str]] = []
         encoded = None

@@ -100,7 +100,7 @@ def open_header(source: Path | io.BytesIO) -> Image.Image:
 
 
 def _check_file(path: Path) -> None:
-    """Raises ValueError for what is no regular file, which might block for ever or never end."""
+    """Raises ValueError for anything but a regular file: reading it might never end."""
     if not stat.S_ISREG((found := path.stat()).st_mode):
         raise ValueError("it is a directory, a pipe or a device and not a regular file")
     if found.st_size > MAX_FILE:

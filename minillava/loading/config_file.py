@@ -177,7 +177,7 @@ def _parse_rope(e: Entries) -> tuple[float, float]:
     return r.number("rope_theta", theta, _MOST_THETA, _LEAST_THETA), factor
 
 
-_LEAST_THETA, _MOST_THETA = 1e-3, 1e12  # beyond them the angles are no useful numbers
+_LEAST_THETA, _MOST_THETA = 1e-3, 1e12  # beyond them the angles are useless
 
 
 def _parse_image_token(top: Entries, vocab_size: int) -> int:

@@ -99,7 +99,7 @@ def _make_bar(stop: threading.Event) -> Any:
 
     class Bar(utils.tqdm):  # type: ignore[misc,name-defined,unused-ignore]
         def __init__(self, *args: Any, **options: Any) -> None:
-            options["disable"] = options.get("disable") or None  # None: if stderr is no terminal
+            options["disable"] = options.get("disable") or None  # None: unless stderr is a terminal
             super().__init__(*args, **options)  # type: ignore[no-untyped-call,unused-ignore]
 
         def update(self, n: float | None = 1) -> bool | None:

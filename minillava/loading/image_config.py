@@ -120,7 +120,7 @@ def _find_entries(folder: Path) -> Entries | None:
 
 
 def _refuse_nulls(e: Entries) -> None:
-    """In transformers null is no default here: a step that is null is left out."""
+    """In transformers null does not mean the default here: a step that is null is left out."""
     steps = {key for key in IMAGES if key.startswith("do_") and key != "do_pad"}
     values = {"size", "crop_size", "resample", "rescale_factor", "image_mean", "image_std"}
     for key, value in e.values.items():

@@ -132,7 +132,7 @@ class Entries:
 def read_json(path: str | Path, limit: int = SMALL_FILE) -> dict[str, Any]:
     """Read a JSON file of at most `limit` bytes that contains an object.
 
-    Raises ValueError if it does not, or if it is no regular file.
+    Raises ValueError if it does not, or if it is not a regular file.
     """
     name = cut_path(path)
     data = read_bytes(path, limit)

@@ -74,7 +74,7 @@ class GenerationRules:
         return max(self.min_length - prompt, 0)
 
     def _completing_words(self, ids: Tensor) -> list[int]:
-        """The ids that would complete one of bad_words_ids; an end token alone is no such word."""
+        """The ids that would complete one of bad_words_ids; an end token alone does not count."""
         words = [w for w in self.bad_words_ids if len(w) > 1 or w[0] not in self.end_tokens]
         longest = max(map(len, words), default=1)
         last = ids[max(len(ids) - longest + 1, 0) :].tolist() if longest > 1 else []

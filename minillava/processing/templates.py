@@ -77,7 +77,7 @@ def conversation(
     if template not in TEMPLATES:
         known = ", ".join(TEMPLATES)
         raise ValueError(
-            f"{template!r} is no template that is known here; choose one of {known}, or write out "
+            f"{template!r} is not a known template; choose one of {known}, or write out "
             "the whole prompt (--raw-prompt)"
         )
     t = TEMPLATES[template]

@@ -121,7 +121,7 @@ class Method:
             cls.name = cls.__name__.lower()
 
     def __new__(cls, *args: Any, **kwargs: Any) -> Method:
-        """Refuse a class whose options are no dataclass fields, before Python's own error does."""
+        """Refuse a class whose options are not dataclass fields, before Python's own error does."""
         if get_annotations(cls) and "__dataclass_fields__" not in vars(cls):
             raise ValueError(f"put @dataclass(frozen=True) above class {cls.__name__}")
         return super().__new__(cls)
@@ -468,7 +468,7 @@ class Context:
         return tower.heads(block, self.vision_state(block))  # each (images, 1 + N, H, Dh)
 
     def whole_patches(self) -> Tensor:
-        """`patches`, after refusing candidates that are no patch and so have no rank there."""
+        """`patches`, after refusing candidates that are not patches."""
         patches = self.patches
         if (patches < 0).any():
             raise self._error(

@@ -25,7 +25,7 @@ PREFIX = "_user_method_"  # of the names of modules made from users' files
 def load_file_method(spec: str) -> type[Method]:
     """The class behind FILE.py:Class.
 
-    Raises ValueError, in one line, for a file that does not run and for a class that is no Method.
+    Raises ValueError, in one line, for a file that does not run and for a class that is not one.
     """
     found = SPEC.fullmatch(spec)
     if found is None or found["options"]:
