@@ -392,6 +392,7 @@ def _make_encoder(p: Pipeline, ids: Mapping[str, int]) -> PieceEncoder | None:
         Markers({content: ids[content] for content in late}),
         p.prefix,
         p.split,
+        frozenset(token.content for token in p.added.tokens if token.normalized),
     )
 
 

@@ -67,7 +67,8 @@ class PieceEncoder:
     stretches whose spaces are U+2581, with the prefix if it is "prepend". prefix: before
     which stretches a space is put: before each of them ("prepend"), each that does not begin with a
     space ("always"), only the one at the beginning of the text, unless it begins with a space
-    ("first"), or none ("never"). split: encode each word by itself.
+    ("first"), or none ("never"). split: encode each word by itself. shown_normalized: added tokens
+    whose text is their normalised content; also some that the files list a second time as typed.
     """
 
     pieces: sentencepiece.SentencePieceProcessor
@@ -75,6 +76,7 @@ class PieceEncoder:
     normalized: Markers
     prefix: str
     split: bool
+    shown_normalized: frozenset[str] = frozenset()
 
     def encode(self, text: str) -> list[int]:
         ids = []
@@ -83,7 +85,8 @@ class PieceEncoder:
         return ids
 
     def show(self, token: str) -> str:
-        return SPACE + token if self.prefix == "prepend" and token in self.normalized.ids else token
+        normalized = token in self.normalized.ids or token in self.shown_normalized
+        return SPACE + token if self.prefix == "prepend" and normalized else token
 
     @cached_property
     def _late(self) -> Markers:

@@ -79,6 +79,11 @@ def flag(**flags: bool) -> Change:
     return change
 
 
+def flag_in_json(**flags: bool) -> Change:
+    """The same flags, while the other files still list the tokens without them."""
+    return lambda files: [token.update(flags) for token in files[TOKENIZER]["added_tokens"]]
+
+
 def flag_in_config(**flags: bool) -> Change:
     return lambda files: [
         token.update(flags) for token in files[CONFIG]["added_tokens_decoder"].values()
@@ -140,6 +145,8 @@ PIECES: dict[str, tuple[Change, ...]] = {
     "only replace": (put(TOKENIZER, normalizer=REPLACE),),
     "normalized": (flag(normalized=True),),
     "normalized in the config": (flag_in_config(normalized=True),),
+    "normalized in tokenizer.json": (flag_in_json(normalized=True),),
+    "normalized in tokenizer.json, metaspace": (flag_in_json(normalized=True), metaspace("first")),
     "normalized, metaspace": (flag(normalized=True), metaspace("first")),
     "not special": (
         flag(special=False),
