@@ -56,7 +56,9 @@ def test_the_two_vicuna_templates_name_the_user_differently() -> None:
 
 
 def test_an_unknown_template_is_refused() -> None:
-    with pytest.raises(ValueError, match=r"'vicuna' is no template .* choose one of llava-hf,"):
+    with pytest.raises(
+        ValueError, match=r"'vicuna' is not a known template; choose one of llava-hf,"
+    ):
         conversation("vicuna", "?")
 
 
