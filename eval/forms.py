@@ -31,6 +31,7 @@ from minillava.llava import LLaVA
 from minillava.loading.checkpoint import QUANTIZE, find_device
 from minillava.pruning.base import Plan
 from minillava.quant.linear import weight_bytes
+from minillava.report import describe_arithmetic
 from minillava.request import prompts_of
 
 from .demo import questions
@@ -95,13 +96,7 @@ def compare(expected: Tensor, found: Tensor) -> tuple[Tensor, Tensor]:
 def measure(model: LLaVA, form: str, answers: Sequence[Answered]) -> Row:
     pairs = [compare(a.logits, follow(model, a)) for a in answers]
     kl, same = (torch.cat(column).double().mean().item() for column in zip(*pairs, strict=True))
-    return Row(form, kl, same, weight_bytes(model), model_arithmetic(model))
-
-
-def model_arithmetic(model: LLaVA) -> str:
-    """What the decoder's linear layers compute with, as a report says it."""
-    linear = model.llama.get_submodule("blocks.0.mlp.down_proj")
-    return getattr(linear, "arithmetic", str(model.dtype).removeprefix("torch."))
+    return Row(form, kl, same, weight_bytes(model), describe_arithmetic(model))
 
 
 def run(args: argparse.Namespace) -> list[Row]:

@@ -32,10 +32,9 @@ from minillava.attention import causal_attention
 from minillava.config import Config, TextConfig, VisionConfig
 from minillava.generate import generate
 from minillava.llava import LLaVA
-from minillava.loading.assemble import choose_forms as forms_of
-from minillava.loading.assemble import load_weights as fill
+from minillava.loading.assemble import choose_forms, load_weights
 from minillava.loading.checkpoint import DTYPES, QUANTIZE, empty_model, find_device
-from minillava.loading.tensor_files import StoredTensor as Stored
+from minillava.loading.tensor_files import StoredTensor
 from minillava.quant.linear import weight_bytes
 from minillava.request import Settings, check_plan, prompts_of
 
@@ -92,7 +91,7 @@ class Limits:
 
 
 @dataclass(frozen=True)
-class Random(Stored):
+class Random(StoredTensor):
     """A tensor that is not in any file: ones for norms, zeros for biases, otherwise Gaussian."""
 
     def read(self, device: torch.device, dtype: torch.dtype) -> Tensor:
@@ -116,7 +115,9 @@ def random_model(config: Config, form: str, device: torch.device) -> LLaVA:
     }
     quantize = form if form in QUANTIZE else None
     storage = torch.float16 if quantize else DTYPES[form]
-    fill(model, found, device, storage, forms_of(model, found, quantize, Path()), progress=True)
+    load_weights(
+        model, found, device, storage, choose_forms(model, found, quantize, Path()), progress=True
+    )
     return model
 
 

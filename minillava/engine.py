@@ -185,7 +185,7 @@ def decode(model: LLaVA, tokens: Tensor, state: State) -> Tensor:
         rope = model.llama.rope(position, model.dtype)
         for layer in layers:
             remember = bool(plan.chosen_again(layer + 1))
-            attend = LayerAttention(layer, samples, cache, hidden, hidden, view, remember)
+            attend = LayerAttention(layer, samples, cache, hidden, [], view, remember)
             x = model.block(layer)(x, rope, attend)  # (B, D)
     state.position += 1
     state.length += 1

@@ -84,8 +84,7 @@ class Clock:
     def note_token(self) -> None:
         """After a token was read, for which the host has waited."""
         self.n_tokens += 1
-        what = "first_token" if self.n_tokens == 1 else "last"
-        self.read[what] = time.perf_counter() - self.start
+        self.read["last" if self.n_tokens > 1 else "first_token"] = time.perf_counter() - self.start
 
     def per_token(self) -> float:
         """Mean of the tokens after the first."""
@@ -98,12 +97,10 @@ def make_report(
     model: LLaVA, state: State, stopped: list[str], clock: Clock, cache_bytes: int
 ) -> Report:
     """The report on a generation whose prefill left `state`."""
-    linear = model.llama.get_submodule("blocks.0.mlp.down_proj")
     by_layer = [segment for segment in state.segments for _ in segment.layers]
     entering = [[len(rows) for rows in segment.rows] for segment in by_layer]
     pairs = [zip(segment.rows, segment.hidden, strict=True) for segment in by_layer]
     images = [[int(visible_images(*pair).sum()) for pair in layer] for layer in pairs]
-    read = clock.read
     return Report(
         prompt_tokens=[len(s.prompt.ids) for s in state.samples],
         kept=[image_tokens_left(pruned) for pruned in state.history],
@@ -112,14 +109,19 @@ def make_report(
         cache_lengths=[list(n) if state.cache else [0] * len(n) for n in entering],
         next_position=[rows.next_position for rows in state.segments[0].rows],
         stopped=stopped,
-        vision=read["vision"],
-        prefill=read["prefill"] - read["vision"],
-        first_token=read.get("first_token", read["prefill"]),
+        vision=clock.read["vision"],
+        prefill=clock.read["prefill"] - clock.read["vision"],
+        first_token=clock.read.get("first_token", clock.read["prefill"]),
         per_token=clock.per_token(),
         cache_bytes=cache_bytes,
         peak_bytes=torch.cuda.max_memory_allocated(clock.cuda) if clock.cuda else None,
-        arithmetic=getattr(linear, "arithmetic", str(model.dtype).removeprefix("torch.")),
+        arithmetic=describe_arithmetic(model),
     )
+
+
+def describe_arithmetic(model: LLaVA) -> str:
+    """What the decoder's linear layers compute with: a stored form's words, or "bfloat16"."""
+    return getattr(model.block(0).mlp.down_proj, "arithmetic", str(model.dtype)[len("torch.") :])
 
 
 def image_tokens_left(pruned: Pruned) -> Kept:

@@ -106,8 +106,7 @@ class Sample:
 
     prompt: Prompt
     rows: Rows  # as they enter what runs next
-    # their hidden states (S, C | D), (0, D) while packed; while decoding (1, D), the new token's
-    x: Tensor
+    x: Tensor  # (S, C | D) hidden states; (0, D) while packed; the new token's (1, D) in decode()
     vision: Mapping[int, Tensor]  # hidden states of the vision tower, (images, 1 + N, C) by number
     generator: torch.Generator
     memory: dict[tuple[int, ...], dict[str, Any]]  # what methods keep between tokens, by step
@@ -123,7 +122,6 @@ class Sample:
         for number, mask in self.masks.items():
             ended = mask.until is not None and layer >= mask.until
             if mask.layer <= layer and not ended and (before is None or number < before):
-                # ids given out since then are visible
                 table = F.pad(mask.hidden, (0, self.rows.n_ids - len(mask.hidden)))
                 rows = table[self.rows.id]
                 result = rows if result is None else result | rows
@@ -168,7 +166,7 @@ class LayerAttention:
     samples: list[Sample]
     cache: KVCache | None
     hidden: list[Tensor | None]  # [b] (S,) bool, on the CPU
-    seen: list[Tensor | None]  # [b] numbers (s,) of the rows that are not hidden; None: all
+    seen: list[Tensor | None]  # [b] prompts: numbers (s,) of rows that are not hidden; None: all
     view: CacheView | None  # of new tokens; None: these are the rows of the prompts
     remember: bool  # whether a method reads this layer's queries and keys afterwards
 

@@ -271,7 +271,7 @@ def print_error(error: Exception) -> None:
     else:
         text = str(error)
     line = "".join(c if c.isprintable() else " " for c in text)
-    line = shorten(f"error: {' '.join(line.split())}", MAX_LINE)
+    line = cut_middle(f"error: {' '.join(line.split())}", MAX_LINE)
     if sys.stderr is None:
         return
     try:
@@ -281,7 +281,7 @@ def print_error(error: Exception) -> None:
             os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
 
 
-def shorten(text: str, most: int) -> str:
+def cut_middle(text: str, most: int) -> str:
     """A text of at most `most` characters: of a longer one the middle is replaced by "…", since
     errors name the value first and say what to do at the end."""
     end = (most - 1) // 2

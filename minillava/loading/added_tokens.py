@@ -13,8 +13,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from ..processing.templates import IMAGE
-from .json_entries import MAX_INTEGER, Entries, read_json
-from .regular_files import is_present
+from .json_entries import MAX_INTEGER, Entries, read_entries
 
 CORRECT = "correct the file"
 ROLES = tuple(f"{name}_token" for name in ("bos", "eos", "unk", "sep", "pad", "cls", "mask"))
@@ -109,7 +108,7 @@ def read_added_tokens(
         decoder = _read_decoder(config)
     else:
         path = folder / "special_tokens_map.json"
-        old = Entries(str(path), "", read_json(path) if is_present(path) else {})
+        old = read_entries(path)
         by_role = {role: token for role, token in _read_named(old).items() if role in ROLES}
         named = _read_named(old) | named | by_role
         extra = extra or _read_extra(old)
@@ -222,7 +221,7 @@ def _read_decoder(config: Entries) -> dict[int, AddedToken]:
 
 def _read_ids(path: Path, special: Iterable[str]) -> dict[int, AddedToken]:
     """added_tokens.json: content -> id."""
-    e = Entries(str(path), "", read_json(path) if is_present(path) else {})
+    e = read_entries(path)
     found = {}
     for content in e.values:
         _check_content(e, content, content)

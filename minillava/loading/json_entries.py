@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from .error_text import cut, cut_path, shorten
-from .regular_files import MB, read_bytes
+from .regular_files import MB, is_present, read_bytes
 
 MAX_INTEGER = 10**7  # larger than any size in a checkpoint
 SMALL_FILE = 16 * MB  # more than any of a checkpoint's JSON files but tokenizer.json
@@ -127,6 +127,11 @@ class Entries:
     def multiple(self, key: str, value: int, of: str, divisor: int) -> None:
         if value % divisor:
             raise self.error(key, value, f"a multiple of {of}={divisor}", "correct the file")
+
+
+def read_entries(path: str | Path) -> Entries:
+    """The entries of a JSON file, or no entries if it is not there. Raises as read_json does."""
+    return Entries(str(path), "", read_json(path) if is_present(path) else {})
 
 
 def read_json(path: str | Path, limit: int = SMALL_FILE) -> dict[str, Any]:

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from ..config import Config
 from ..processing.templates import IMAGE, JINJA
-from .json_entries import Entries, read_json
+from .json_entries import Entries, read_entries, read_json
 from .regular_files import MB, is_present, read_bytes
 
 CORRECT = "correct the file"
@@ -42,7 +42,7 @@ def read_template(folder: str | Path, default: str) -> str:
 def check_placeholders(folder: str | Path, config: Config) -> None:
     """Refuse a processor_config.json that asks for other placeholders than <image> N times."""
     path = Path(folder) / "processor_config.json"
-    e = Entries(str(path), "", read_json(path) if is_present(path) else {})
+    e = read_entries(path)
     e.only("image_token", (IMAGE,), IMAGE)
     e.only("processor_class", ("LlavaProcessor",), "LlavaProcessor")
     e.only("vision_feature_select_strategy", ("default", "full"), "default")

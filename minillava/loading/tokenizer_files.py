@@ -31,7 +31,7 @@ from .added_tokens import (
     read_listed_tokens,
 )
 from .error_text import cut, shorten
-from .json_entries import MAX_INTEGER, Entries, read_json
+from .json_entries import MAX_INTEGER, Entries, read_entries
 from .regular_files import MB, is_present, read_bytes
 from .sentencepiece_model import (
     BPE,
@@ -96,10 +96,10 @@ def read_tokenizer(folder: str | Path, image_id: int) -> Tokenizer:
     """
     folder = Path(folder)
     path, model_path = folder / "tokenizer.json", folder / "tokenizer.model"
-    config = _read_entries(folder / "tokenizer_config.json")
+    config = read_entries(folder / "tokenizer_config.json")
     _check_config(config)
     model = read_bytes(model_path, MAX_MODEL) if is_present(model_path) else None
-    tokenizer = _read_entries(path)
+    tokenizer = read_entries(path)
     if is_present(path):
         pipeline = _read_pipeline(tokenizer, config, folder)
     elif model is not None:
@@ -131,10 +131,6 @@ def read_tokenizer(folder: str | Path, image_id: int) -> Tokenizer:
         strip=pipeline.strip,
         max_length=pipeline.max_length,
     )
-
-
-def _read_entries(path: Path) -> Entries:
-    return Entries(str(path), "", read_json(path) if is_present(path) else {})
 
 
 # ---------------------------------------------------------------- tokenizer_config.json
