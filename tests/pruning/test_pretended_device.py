@@ -7,6 +7,7 @@ copies to the device, not in time.
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Iterator
 from dataclasses import replace
@@ -190,6 +191,27 @@ def test_stored_forms(folder: Path, here: Any, monkeypatch: pytest.MonkeyPatch, 
         expected = generate(load(folder, **FORMS[form])[0], batch, plan, 3, output_logits=True)
         assert found.tokens == expected.tokens
         tiny.assert_close(found.logits.values, expected.logits)
+
+
+def test_a_checkpoints_rules_for_choosing_tokens(tmp_path: Path) -> None:
+    tiny.write_hf(tmp_path, layers=2, vision_layers=3)
+    rules = {
+        "repetition_penalty": 1.3,
+        "no_repeat_ngram_size": 2,
+        "suppress_tokens": [5, 9],
+        "begin_suppress_tokens": [7],
+        "bad_words_ids": [[3, 4], [8]],
+        "min_new_tokens": 2,
+        "eos_token_id": 2,
+        "forced_eos_token_id": 2,
+    }
+    (tmp_path / "generation_config.json").write_text(json.dumps(rules))
+    here = load(tmp_path)[0]
+    batch = tiny.make_batch(here, "ttIttt", "tttt")
+    with pretended_cuda():
+        found = generate(load(tmp_path, device="cuda")[0], batch, max_new_tokens=6)
+    assert found.tokens == generate(here, batch, max_new_tokens=6).tokens
+    assert all(tokens[-1] == 2 for tokens in found.tokens)
 
 
 def test_int8_dynamic_is_for_the_cpu(folder: Path) -> None:
