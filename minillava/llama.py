@@ -30,6 +30,12 @@ def rotate(x: Tensor, rope: Rope) -> Tensor:
     return torch.cat((a * cos - b * sin, b * cos + a * sin), dim=-1)
 
 
+def share_input(x: Tensor, *layers: nn.Module) -> Tensor:
+    """x as these layers read it: layers with integer weights can share x in integers."""
+    alike = len({type(layer) for layer in layers}) == 1
+    return layers[0].prepare(x) if alike and hasattr(layers[0], "prepare") else x
+
+
 class RMSNorm(nn.Module):
     def __init__(self, dim: int, eps: float) -> None:
         super().__init__()
@@ -54,15 +60,16 @@ class Attention(nn.Module):
 
     def query(self, x: Tensor) -> Tensor:
         """(R, D) -> (R, H, Dh), not yet rotated."""
-        return self.q_proj(x).view(len(x), -1, self.head_dim)
+        return self.q_proj(x).unflatten(-1, (-1, self.head_dim))
 
     def key(self, x: Tensor) -> Tensor:
         """(R, D) -> (R, Hkv, Dh), not yet rotated."""
-        return self.k_proj(x).view(len(x), -1, self.head_dim)
+        return self.k_proj(x).unflatten(-1, (-1, self.head_dim))
 
     def forward(self, x: Tensor, rope: Rope, attend: Attend) -> Tensor:
+        x = share_input(x, self.q_proj, self.k_proj, self.v_proj)
         q, k = rotate(self.query(x), rope), rotate(self.key(x), rope)  # (R, H | Hkv, Dh)
-        v = self.v_proj(x).view(len(x), -1, self.head_dim)  # (R, Hkv, Dh)
+        v = self.v_proj(x).unflatten(-1, (-1, self.head_dim))  # (R, Hkv, Dh)
         return self.o_proj(attend(q, k, v).flatten(1))  # (R, D)
 
 
@@ -75,6 +82,7 @@ class MLP(nn.Module):
         self.down_proj = nn.Linear(M, D, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
+        x = share_input(x, self.gate_proj, self.up_proj)
         # multiplied in place: for a long prompt each of these is tens of megabytes
         return self.down_proj(F.silu(self.gate_proj(x)).mul_(self.up_proj(x)))
 

@@ -5,8 +5,8 @@ as integers; all other tensors keep their bits. minillava/quant/quantise.py has 
 minillava/loading/assemble.py chooses the layers. A weight NAME is stored as
 
     int8: NAME, int8 codes; NAME_scale, one float32 scale per row
-    int4: NAME, two codes per byte; NAME_scale and NAME_low, a bfloat16 scale and lowest value for
-          each group of up to 64 columns of a row
+    int4: NAME, two codes per byte; NAME_step and NAME_low, two integers for each group of up to 32
+          columns of a row; NAME_scale, one float32 scale per row
 
 config.json describes this too, and `minillava.load` opens DST directly. One tensor is in memory at
 a time, and an interrupted run resumes (see files.py).
@@ -88,11 +88,14 @@ def quantise(src: Path, dst: Path, bits: int, shard_bytes: int = SHARD_BYTES) ->
 def quantization_config(bits: int) -> dict[str, object]:
     """Return config.json's quantization_config, for the loader and for people who read it."""
     eight = f"weight = (codes * scale) H, H orthogonal on blocks of at most {ROTATED} columns"
-    four = f"weight = code * scale + low, per group of at most {GROUP} columns; low nibble first"
+    four = (
+        f"weight = ((code * step + low) * scale) H, step and low for at most {GROUP} columns; "
+        "low nibble first"
+    )
     method = "minillava/quantise.py"
     return {
         "quant_method": "minillava",
-        "version": 1,
+        "version": 2,
         "bits": bits,
         "weights": {"I8": eight, "U8": four},
         "defined_in": method,

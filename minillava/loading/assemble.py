@@ -25,6 +25,7 @@ from .tensor_files import FLOATS, StoredTensor
 
 TIED = ("llama.embed_tokens.weight", "llama.lm_head.weight")  # one tensor in some models
 BLOCKS = ("llama.blocks.",)
+FAST = ("int8-dynamic", "int4")  # forms with activations of one digit
 _BITS = {"I8": 8, "U8": 4}  # how safetensors spells the dtypes of integer weights
 
 
@@ -74,17 +75,22 @@ def choose_forms(
 
 
 def choose_arithmetic(
-    device: torch.device, storage: torch.dtype, forms: Mapping[str, str]
+    device: torch.device,
+    dtype: torch.dtype | None,
+    storage: torch.dtype,
+    forms: Mapping[str, str],
 ) -> torch.dtype:
-    """The dtype that a model computes in, from the dtype that its weights are held in.
+    """The dtype that a model computes in.
 
-    On CUDA they are the same. A CPU computes in float32, but in bfloat16 where it multiplies
-    bfloat16 in hardware and no weight is stored in integers (those kernels take float32).
+    dtype: what the caller asked for. storage: what the weights that are no integers are held in.
+    On CUDA it is storage. A CPU computes in float32, but in bfloat16 where it multiplies that in
+    hardware, if bfloat16 or a fast integer form (FAST) was asked for and no other dtype.
     """
     if device.type != "cpu":
         return storage
-    native = storage == torch.bfloat16 and not forms and multiplies_bfloat16()
-    return storage if native else torch.float32
+    fast = any(form in FAST for form in forms.values())
+    wanted = (fast or not forms) if dtype == torch.bfloat16 else (fast and dtype is None)
+    return torch.bfloat16 if wanted and multiplies_bfloat16() else torch.float32
 
 
 def load_weights(
@@ -92,19 +98,22 @@ def load_weights(
     found: Mapping[str, StoredTensor],
     device: torch.device,
     storage: torch.dtype,
+    arithmetic: torch.dtype,
     forms: Mapping[str, str],
     progress: bool = False,
 ) -> None:
     """Give a model on the meta device its weights, reading and converting one at a time.
 
     found: our name -> tensor in a file, for all weights. storage: dtype that linear and embedding
-    weights are held in; all others are held in the dtype of the arithmetic. forms: the quantised
-    layers, see choose_forms. progress: a bar on stderr.
+    weights are held in; all others are held in `arithmetic`. forms: the quantised layers, see
+    choose_forms. progress: a bar on stderr.
     Raises ValueError for values that the dtype or the integers cannot represent.
     """
     model.requires_grad_(False).eval()
-    model.dtype = choose_arithmetic(device, storage, forms)
-    converted = {name for name in linear_layers(model) if name in forms or model.dtype != storage}
+    model.dtype = arithmetic
+    if arithmetic == torch.bfloat16:
+        storage = arithmetic
+    converted = {name for name in linear_layers(model) if name in forms or arithmetic != storage}
     tied = TIED if model.config.text.tie_word_embeddings else ()
     if tied:
         stored = found[next(name for name in TIED if name in found)]
@@ -119,13 +128,14 @@ def load_weights(
         if layer in converted:
             weight = _read_weight(found, name, device, storage, forms.get(layer))
             stored_bias = found.get(f"{layer}.bias")
-            bias = None if stored_bias is None else _read_floats(stored_bias, device, model.dtype)
-            digits = 1 if forms.get(layer) == "int8-dynamic" else 2
+            bias = None if stored_bias is None else _read_floats(stored_bias, device, arithmetic)
+            # bfloat16 has 8 significant bits, so a second digit would hold nothing of it
+            digits = 2 if forms.get(layer) == "int8" and arithmetic == torch.float32 else 1
             model.set_submodule(layer, choose_linear(weight, bias, digits))
             del weight
             return_freed_memory()
         else:
-            dtype = storage if name == TIED[0] else model.dtype
+            dtype = storage if name == TIED[0] else arithmetic
             _set_parameter(model, name, _read_floats(found[name], device, dtype))
     missing = [n for n, t in (*model.named_parameters(), *model.named_buffers()) if t.is_meta]
     assert not missing, f"without values: {missing}"
@@ -160,12 +170,11 @@ def _read_weight(
             tensor.read(device, torch.int8), found[f"{name}_scale"].read(device, torch.float32)
         )
     if tensor.kind == "U8":
-        scale, low = (
-            found[name + part].read(device, torch.bfloat16) for part in ("_scale", "_low")
-        )
-        return Int4(tensor.read(device, torch.uint8), scale, low)
-    parts = quantise_tensor(tensor, device, 4 if form == "int4" else 8)
-    return Int4(*parts) if form == "int4" else Int8(*parts)
+        dtypes = {"step": torch.uint8, "low": torch.int8, "scale": torch.float32}
+        parts = [found[f"{name}_{part}"].read(device, dtype) for part, dtype in dtypes.items()]
+        return Int4(tensor.read(device, torch.uint8), *parts)
+    made = quantise_tensor(tensor, device, 4 if form == "int4" else 8)
+    return Int4(*made) if form == "int4" else Int8(*made)
 
 
 def quantise_tensor(tensor: StoredTensor, device: torch.device, bits: int) -> tuple[Tensor, ...]:
@@ -174,13 +183,13 @@ def quantise_tensor(tensor: StoredTensor, device: torch.device, bits: int) -> tu
     Raises ValueError for NaN and infinity, which integers cannot represent.
     """
     weight = tensor.read(device, FLOATS[tensor.kind])
-    codes, scale, *low = to_int8(weight) if bits == 8 else to_int4(weight)
-    if not scale.isfinite().all():  # the scale of a group with NaN or infinity is not finite either
+    *parts, scale = to_int8(weight) if bits == 8 else to_int4(weight)
+    if not scale.isfinite().all():  # the scale of a row with NaN or infinity is not finite either
         raise ValueError(
             f"{tensor.file}: {tensor.name} has values that are not finite, which integers cannot "
             "represent; download the checkpoint again"
         )
-    return (codes, scale, *low)
+    return (*parts, scale)
 
 
 def _read_floats(tensor: StoredTensor, device: torch.device, dtype: torch.dtype) -> Tensor:

@@ -101,9 +101,11 @@ def _refuse_original_layout(top: Entries) -> None:
 def _check_quantization(top: Entries) -> None:
     """Accept our own quantised checkpoints, whose weights load() recognises, and no others."""
     e = top.section("quantization_config", {})
-    if e.values and (e.values.get("quant_method"), e.values.get("version")) != ("minillava", 1):
-        allowed = "absent, or as weights.quantise writes it (quant_method 'minillava', version 1)"
-        todo = "load the checkpoint's unquantised weights"
+    read = [("minillava", 1, 8), ("minillava", 2, 8), ("minillava", 2, 4)]
+    found = tuple(e.values.get(name) for name in ("quant_method", "version", "bits"))
+    if e.values and found not in read:
+        allowed = "absent, or as weights.quantise writes it (quant_method 'minillava', version 2)"
+        todo = "load the checkpoint's unquantised weights, or quantise them again"
         raise top.error("quantization_config", dict(e.values), allowed, todo)
 
 
