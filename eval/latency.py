@@ -32,7 +32,7 @@ from minillava.attention import causal_attention
 from minillava.config import Config, TextConfig, VisionConfig
 from minillava.generate import generate
 from minillava.llava import LLaVA
-from minillava.loading.assemble import choose_arithmetic, choose_forms, load_weights
+from minillava.loading.assemble import choose_forms, load_weights
 from minillava.loading.checkpoint import DTYPES, QUANTIZE, empty_model, find_device
 from minillava.loading.tensor_files import StoredTensor
 from minillava.quant.linear import weight_bytes
@@ -114,11 +114,10 @@ def random_model(config: Config, form: str, device: torch.device) -> LLaVA:
         for name, tensor in model.state_dict().items()
     }
     quantize = form if form in QUANTIZE else None
-    asked = None if quantize else DTYPES[form]
-    storage = asked or torch.float16
-    forms = choose_forms(model, found, quantize, Path())
-    arithmetic = choose_arithmetic(device, asked, storage, forms)
-    load_weights(model, found, device, storage, arithmetic, forms, progress=True)
+    storage = torch.float16 if quantize else DTYPES[form]
+    load_weights(
+        model, found, device, storage, choose_forms(model, found, quantize, Path()), progress=True
+    )
     return model
 
 

@@ -17,6 +17,7 @@ from ..quant.linear import (
     Weight,
     WidenedLinear,
     choose_linear,
+    kernel_works,
     multiplies_bfloat16,
 )
 from ..quant.quantise import to_int4, to_int8
@@ -25,7 +26,7 @@ from .tensor_files import FLOATS, StoredTensor
 
 TIED = ("llama.embed_tokens.weight", "llama.lm_head.weight")  # one tensor in some models
 BLOCKS = ("llama.blocks.",)
-FAST = ("int8-dynamic", "int4")  # forms with activations of one digit
+TOWER = ("vision.", "projector.")
 _BITS = {"I8": 8, "U8": 4}  # how safetensors spells the dtypes of integer weights
 
 
@@ -68,29 +69,27 @@ def choose_forms(
         return {}
     bits = bits or quantised_layers(model, 4 if quantize == "int4" else 8)
     names = {4: "int4", 8: "int8"}
-    dynamic = BLOCKS if quantize == "int8-dynamic" else ()  # other layers take too little time
+    dynamic = BLOCKS if quantize == "int8-dynamic" else ()
+    if (dynamic or stored == "int4" or quantize == "int4") and kernel_works("onednn"):
+        dynamic += TOWER  # with 8 bits one digit is accurate enough for it
     return {
-        name: "int8-dynamic" if name.startswith(dynamic) else names[n] for name, n in bits.items()
+        name: "int8-dynamic" if name.startswith(dynamic) and n == 8 else names[n]
+        for name, n in bits.items()
     }
 
 
 def choose_arithmetic(
-    device: torch.device,
-    dtype: torch.dtype | None,
-    storage: torch.dtype,
-    forms: Mapping[str, str],
+    device: torch.device, storage: torch.dtype, forms: Mapping[str, str]
 ) -> torch.dtype:
-    """The dtype that a model computes in.
+    """The dtype that a model computes in, from the dtype that its weights are held in.
 
-    dtype: what the caller asked for. storage: what the weights that are no integers are held in.
-    On CUDA it is storage. A CPU computes in float32, but in bfloat16 where it multiplies that in
-    hardware, if bfloat16 or a fast integer form (FAST) was asked for and no other dtype.
+    On CUDA they are the same. A CPU computes in float32, but in bfloat16 where it multiplies
+    bfloat16 in hardware and no weight is stored in integers (those kernels take float32).
     """
     if device.type != "cpu":
         return storage
-    fast = any(form in FAST for form in forms.values())
-    wanted = (fast or not forms) if dtype == torch.bfloat16 else (fast and dtype is None)
-    return torch.bfloat16 if wanted and multiplies_bfloat16() else torch.float32
+    native = storage == torch.bfloat16 and not forms and multiplies_bfloat16()
+    return storage if native else torch.float32
 
 
 def load_weights(
@@ -98,22 +97,19 @@ def load_weights(
     found: Mapping[str, StoredTensor],
     device: torch.device,
     storage: torch.dtype,
-    arithmetic: torch.dtype,
     forms: Mapping[str, str],
     progress: bool = False,
 ) -> None:
     """Give a model on the meta device its weights, reading and converting one at a time.
 
     found: our name -> tensor in a file, for all weights. storage: dtype that linear and embedding
-    weights are held in; all others are held in `arithmetic`. forms: the quantised layers, see
-    choose_forms. progress: a bar on stderr.
+    weights are held in; all others are held in the dtype of the arithmetic. forms: the quantised
+    layers, see choose_forms. progress: a bar on stderr.
     Raises ValueError for values that the dtype or the integers cannot represent.
     """
     model.requires_grad_(False).eval()
-    model.dtype = arithmetic
-    if arithmetic == torch.bfloat16:
-        storage = arithmetic
-    converted = {name for name in linear_layers(model) if name in forms or arithmetic != storage}
+    model.dtype = choose_arithmetic(device, storage, forms)
+    converted = {name for name in linear_layers(model) if name in forms or model.dtype != storage}
     tied = TIED if model.config.text.tie_word_embeddings else ()
     if tied:
         stored = found[next(name for name in TIED if name in found)]
@@ -128,14 +124,13 @@ def load_weights(
         if layer in converted:
             weight = _read_weight(found, name, device, storage, forms.get(layer))
             stored_bias = found.get(f"{layer}.bias")
-            bias = None if stored_bias is None else _read_floats(stored_bias, device, arithmetic)
-            # bfloat16 has 8 significant bits, so a second digit would hold nothing of it
-            digits = 2 if forms.get(layer) == "int8" and arithmetic == torch.float32 else 1
+            bias = None if stored_bias is None else _read_floats(stored_bias, device, model.dtype)
+            digits = 1 if forms.get(layer) == "int8-dynamic" else 2
             model.set_submodule(layer, choose_linear(weight, bias, digits))
             del weight
             return_freed_memory()
         else:
-            dtype = storage if name == TIED[0] else arithmetic
+            dtype = storage if name == TIED[0] else model.dtype
             _set_parameter(model, name, _read_floats(found[name], device, dtype))
     missing = [n for n, t in (*model.named_parameters(), *model.named_buffers()) if t.is_meta]
     assert not missing, f"without values: {missing}"

@@ -24,7 +24,7 @@ from ..processing.processor import Processor
 from ..processing.tokenizer import Tokenizer
 from ..quant.linear import multiplies_bfloat16
 from ..quant.quantise import stored_parts
-from .assemble import TIED, choose_arithmetic, choose_forms, linear_layers, load_weights
+from .assemble import TIED, choose_forms, linear_layers, load_weights
 from .config_file import read_config, read_generation_rules
 from .error_text import cut, cut_path, shorten
 from .hub import find_checkpoint
@@ -66,17 +66,17 @@ def load(
     tag or commit of that repository. device: cpu, cuda or cuda:N. dtype: float32, float16 or
     bfloat16, as a torch.dtype or by name; None means float32 on a CPU and the dtype of the files on
     CUDA; "auto" the fastest 16-bit dtype of the device. On a CPU arithmetic is float32 and the
-    dtype only says how weights are stored. The exception are CPUs with instructions for bfloat16
-    (AVX-512 BF16, AMX, Arm): they compute in bfloat16 if it is asked for, and beside int8-dynamic
-    and int4 if no dtype is. quantize: int8, int8-dynamic (faster and less accurate, CPU only) or
-    int4 for the weights of the decoder's blocks; the other weights are then stored in the dtype of
-    the files unless `dtype` is given. A checkpoint that is already quantised needs no `quantize`.
-    progress: show a bar on stderr if that is a terminal.
+    dtype only says how weights are stored, except that bfloat16 is computed in where the CPU has
+    instructions for it (AVX-512 BF16, AMX, Arm). quantize:
+    int8, int8-dynamic (faster and less accurate, CPU only) or int4 for the weights of the decoder's
+    blocks; the other weights are then stored in the dtype of the files unless `dtype` is given. A
+    checkpoint that is already quantised needs no `quantize`. progress: show a bar on stderr if that
+    is a terminal.
 
     Raises ValueError for every failure, in one line with the value, what is allowed and what to do.
     """
     target = find_device(device)
-    asked = storage = _parse_dtype(dtype, target)
+    storage = _parse_dtype(dtype, target)
     if quantize not in (None, *QUANTIZE):
         allowed = ", ".join(QUANTIZE)
         raise ValueError(f"quantize={shorten(quantize)}, but must be {allowed}; choose one")
@@ -95,8 +95,7 @@ def load(
         # Scales of integer weights are always float32 and say nothing about the checkpoint.
         weights = [t for name, t in found.items() if not name.endswith("_scale")]
         storage = torch.float32 if target == _CPU and not forms else widest_dtype(weights)
-    arithmetic = choose_arithmetic(target, asked, storage, forms)
-    load_weights(model, found, target, storage, arithmetic, forms, progress)
+    load_weights(model, found, target, storage, forms, progress)
     return model, processor
 
 

@@ -17,7 +17,7 @@ from tiny import refusal
 from minillava import load, parse_plan
 from minillava.generate import generate
 from minillava.loading.tensor_files import INDEX, SINGLE
-from minillava.quant.linear import Int8Linear, kernel_works, weight_bytes
+from minillava.quant.linear import Int8Linear, OneDnnLinear, kernel_works, weight_bytes
 from weights import files as writer
 from weights import quantise as module
 from weights.files import PART
@@ -58,7 +58,8 @@ def test_the_digits_of_activations(
         pytest.skip("this torch lacks the kernel")
     for folder in (src, stored[8]):
         model = load(folder, quantize=form)[0]
-        layers = [m for m in model.llama.blocks.modules() if isinstance(m, Int8Linear)]
+        kinds = (OneDnnLinear, Int8Linear)
+        layers = [m for m in model.llama.blocks.modules() if isinstance(m, kinds)]
         assert {layer.digits for layer in layers} == {digits}
 
 
