@@ -32,8 +32,8 @@ def rotate(x: Tensor, rope: Rope) -> Tensor:
 
 def share_input(x: Tensor, *layers: nn.Module) -> Tensor:
     """x as these layers read it: layers with integer weights can share x in integers."""
-    alike = len({type(layer) for layer in layers}) == 1
-    return layers[0].prepare(x) if alike and hasattr(layers[0], "prepare") else x
+    prepare = getattr(layers[0], "prepare", None)
+    return prepare(x) if prepare and len({*map(type, layers)}) == 1 else x
 
 
 class RMSNorm(nn.Module):

@@ -14,14 +14,14 @@ a time, and an interrupted run resumes (see files.py).
 
 from __future__ import annotations
 
+import functools
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from minillava.app.command import CommandParser, end_program, parse_int, parse_path, run_command
-from minillava.loading.assemble import quantise_tensor as integers
-from minillava.loading.assemble import quantised_layers
+from minillava.loading.assemble import quantise_tensor, quantised_layers
 from minillava.loading.checkpoint import fit_model
 from minillava.loading.config_file import read_config
 from minillava.loading.hub import find_checkpoint as find
@@ -108,13 +108,16 @@ def _planned(tensor: Stored, bits: int | None) -> list[Planned]:
         dtype = FLOATS[tensor.kind]
         return [Planned(tensor.name, tensor.shape, dtype, lambda: tensor.read(_CPU, dtype))]
 
-    def part(i: int) -> Tensor:
-        return integers(tensor, _CPU, bits)[i]
-
     return [
-        Planned(tensor.name + suffix, shape, _DTYPES[kind], lambda i=i: part(i))  # type: ignore[misc]
+        Planned(tensor.name + suffix, shape, _DTYPES[kind], lambda i=i: _integers(tensor, bits)[i])  # type: ignore[misc]
         for i, (suffix, shape, kind) in enumerate(stored_parts(tensor.shape, bits))
     ]
+
+
+@functools.lru_cache(maxsize=1)
+def _integers(tensor: Stored, bits: int) -> tuple[Tensor, ...]:
+    """All parts of one quantised tensor, kept until the next tensor's are asked for."""
+    return quantise_tensor(tensor, _CPU, bits)
 
 
 if __name__ == "__main__":

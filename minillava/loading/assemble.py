@@ -69,7 +69,7 @@ def choose_forms(
         return {}
     bits = bits or quantised_layers(model, 4 if quantize == "int4" else 8)
     names = {4: "int4", 8: "int8"}
-    dynamic = BLOCKS if quantize == "int8-dynamic" else ()
+    dynamic: tuple[str, ...] = BLOCKS if quantize == "int8-dynamic" else ()
     if (dynamic or stored == "int4" or quantize == "int4") and kernel_works("onednn"):
         dynamic += TOWER  # with 8 bits one digit is accurate enough for it
     return {
