@@ -10,6 +10,8 @@ converted to that dtype, multiplied, and overwritten by the next block.
     int8          int8 weights, activations as two 7-bit digits, exact sums   widened
     int8-dynamic  int8 weights, activations as one 7-bit digit                widened
     int4          4-bit weights, bfloat16 activations, float32 sums           widened
+    nf4, fp4      widened: the 4-bit weights of bitsandbytes (nf4.py)         widened
+    LLM.int8      widened: the 8-bit weights of bitsandbytes                  widened
 
 A CPU that multiplies bfloat16 in hardware (AVX-512 BF16, AMX, Arm's BF16) does so at twice the rate
 of float32 or more. There a model in bfloat16 keeps its nn.Linear layers and computes in bfloat16,
@@ -31,6 +33,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from .nf4 import Nested, Nf4, from_nf4, level_pairs
 from .quantise import from_int4, rotate_columns, row_abs_max, to_int4, to_int8, unpack_codes
 
 WIDENED_ROWS = 512  # rows of a weight that are widened at a time
@@ -57,7 +60,15 @@ class Int4:
     low: Tensor  # (N, K / G) bfloat16
 
 
-Weight = Tensor | Int8 | Int4
+@dataclass(frozen=True)
+class RowInt8:
+    """A weight in 8 bits as LLM.int8() of bitsandbytes stores it: codes * scale / 127."""
+
+    codes: Tensor  # (N, K) int8
+    scale: Tensor  # (N,) float32, the largest absolute value of a row
+
+
+Weight = Tensor | Int8 | Int4 | RowInt8 | Nf4
 
 
 class StoredLinear(nn.Module):
@@ -98,7 +109,7 @@ class WidenedLinear(StoredLinear):
     scale: Tensor
     low: Tensor
 
-    def __init__(self, weight: Weight, bias: Tensor | None) -> None:
+    def __init__(self, weight: Tensor | Int8 | Int4 | RowInt8, bias: Tensor | None) -> None:
         parts = [weight] if isinstance(weight, Tensor) else list(vars(weight).values())
         N, K = parts[0].shape
         super().__init__(2 * K if isinstance(weight, Int4) else K, N, bias)
@@ -110,7 +121,7 @@ class WidenedLinear(StoredLinear):
 
     @property
     def arithmetic(self) -> str:
-        names = {Int8: "int8", Int4: "int4"}
+        names = {Int8: "int8", Int4: "int4", RowInt8: "LLM.int8"}
         return f"weights widened from {names.get(self.form, str(self.weight.dtype)[6:])}"
 
     def multiply(self, x: Tensor) -> Tensor:
@@ -127,8 +138,63 @@ class WidenedLinear(StoredLinear):
                 wide.copy_(from_int4(self.weight[block], self.scale[block], self.low[block]))
             else:
                 wide.copy_(self.weight[block])
+            if self.form is RowInt8:
+                wide.mul_(self.scale[block, None] / 127)
             torch.mm(x, wide.T, out=y[:, block])
         return y.mul_(self.scale.to(y.dtype)) if self.form is Int8 else y
+
+
+class Nf4Linear(StoredLinear):
+    """A 4-bit weight of bitsandbytes; blocks of rows are converted before use."""
+
+    codes: Tensor
+    absmax: Tensor
+    scale: Tensor
+    levels: Tensor
+    offset: Tensor
+    pairs: Tensor
+
+    def __init__(self, weight: Nf4, bias: Tensor | None) -> None:
+        N, K = weight.shape
+        super().__init__(K, N, bias)
+        self.kind, self.block, self.compute = weight.kind, weight.block, weight.compute
+        self.nested = isinstance(weight.absmax, Nested)
+        parts = {"codes": weight.codes}
+        if isinstance(weight.absmax, Nested):
+            nested = weight.absmax
+            parts |= {"absmax": nested.codes, "scale": nested.scale}
+            parts |= {"levels": nested.levels, "offset": nested.offset}
+        else:
+            parts["absmax"] = weight.absmax
+        for name, part in parts.items():
+            self.register_buffer(name, part)
+        self.register_buffer("pairs", level_pairs(self.kind, weight.codes.device), persistent=False)
+        self.nbytes = sum(part.nbytes for part in parts.values())
+
+    @property
+    def arithmetic(self) -> str:
+        return f"weights widened from {self.kind}"
+
+    @property
+    def stored(self) -> Nf4:
+        """The weight, from the tensors that this module holds now."""
+        absmax: Tensor | Nested = self.absmax
+        if self.nested:
+            absmax = Nested(self.absmax, self.scale, self.levels, self.offset)
+        shape = self.out_features, self.in_features
+        return Nf4(self.codes, absmax, shape, self.kind, self.block, self.compute)
+
+    def multiply(self, x: Tensor) -> Tensor:
+        on_cpu, stored = x.device.type == "cpu", self.stored
+        y = x.new_empty(len(x), self.out_features)
+        # A CPU computes in the dtype of the model whatever the checkpoint names, as everywhere.
+        wide_x = x if on_cpu or self.compute is None else x.to(self.compute)
+        rows = min(WIDENED_ROWS, self.out_features) if on_cpu else self.out_features
+        for at in range(0, self.out_features, rows):
+            stop = min(at + rows, self.out_features)
+            wide = from_nf4(stored, at, stop, self.pairs).to(wide_x.dtype)  # (rows, K)
+            y[:, at:stop] = wide_x @ wide.T
+        return y
 
 
 class HalfLinear(StoredLinear):
@@ -241,6 +307,10 @@ def choose_linear(weight: Weight, bias: Tensor | None, digits: int = 2) -> Store
 
     digits: how many 7-bit digits activations get if they become integers (1 for int8-dynamic).
     """
+    if isinstance(weight, Nf4):
+        return Nf4Linear(weight, bias)
+    if isinstance(weight, RowInt8):
+        return WidenedLinear(weight, bias)
     if isinstance(weight, Int8):
         if weight.codes.device.type == "cpu" and kernel_works("int8"):
             return Int8Linear(weight, bias, digits)
