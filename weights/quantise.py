@@ -97,6 +97,8 @@ def quantization_config(form: str) -> dict[str, object]:
             "load_in_4bit": True,
             "bnb_4bit_quant_type": "nf4",
             "bnb_4bit_use_double_quant": True,
+            # As modules are called in transformers 5, and in earlier versions.
+            "llm_int8_skip_modules": ["lm_head", "model.vision_tower", "vision_tower"],
         }
     eight = f"weight = (codes * scale) H, H orthogonal on blocks of at most {ROTATED} columns"
     four = f"weight = code * scale + low, per group of at most {GROUP} columns; low nibble first"

@@ -27,7 +27,7 @@ from .tensor_files import FLOATS, StoredTensor
 
 TIED = ("llama.embed_tokens.weight", "llama.lm_head.weight")  # one tensor in some models
 BLOCKS = ("llama.blocks.",)
-HEAD = "llama.lm_head"
+HEAD, PROJECTOR = "llama.lm_head", "projector."
 # The form of a weight by the dtype that safetensors names, or by a JoinedWeight's kind.
 _FORMS = {"U8": "int4", "NF4": "nf4", "FP4": "fp4", LLM_INT8: LLM_INT8, "I8": "int8"}
 
@@ -40,20 +40,18 @@ def linear_layers(model: LLaVA) -> dict[str, nn.Linear]:
 def quantised_layers(model: LLaVA, quantize: str) -> dict[str, str]:
     """The form of each linear layer whose weight is quantised: our name -> form.
 
-    nf4 is for all but the output head, as in transformers. Otherwise the decoder's blocks get
-    `quantize`, which is int8, int8-dynamic or int4. The vision tower, the projector, an untied
-    output head, and for int4 rows of odd length (two codes share a byte), get int8. Embeddings, a
-    head tied to them and everything small are not quantised.
+    int8, int8-dynamic, int4: the decoder's blocks get that form. The vision tower, the projector,
+    an untied output head, and for int4 rows of odd length (two codes share a byte), get int8.
+    nf4: the decoder's blocks and the projector, as when LLaVA's own loader is told load_4bit.
+    Embeddings, a head tied to them and everything small are not quantised.
     """
     layers = linear_layers(model)
     if quantize == "nf4":
-        return {name: quantize for name in layers if name != HEAD}
+        return {name: quantize for name in layers if name.startswith((*BLOCKS, PROJECTOR))}
     tied = model.config.text.tie_word_embeddings
-    fits = {
-        name: quantize != "int4" or layer.in_features % 2 == 0 for name, layer in layers.items()
-    }
+    fits = {n for n, layer in layers.items() if quantize != "int4" or layer.in_features % 2 == 0}
     return {
-        name: quantize if name.startswith(BLOCKS) and fits[name] else "int8"
+        name: quantize if name.startswith(BLOCKS) and name in fits else "int8"
         for name in layers
         if not (tied and name == HEAD)
     }

@@ -29,7 +29,7 @@ import torch
 from torch import Tensor
 
 from ..quant.linear import RowInt8
-from ..quant.nf4 import BLOCK, LEVELS, NESTED_BLOCK, Nested, Nf4, levels_of
+from ..quant.nf4 import BLOCK, LEVELS, NESTED_BLOCK, Nested, Nf4, dynamic_levels, levels_of
 from .error_text import cut, cut_path, shorten
 from .json_entries import MAX_INTEGER
 from .quantization_entries import COMPUTE, Layout, read_layout
@@ -88,10 +88,14 @@ class FourBitWeight(JoinedWeight):
         if self.state.offset is None:
             absmax: Tensor | Nested = _read_finite(self.parts["absmax"], device)
         else:
+            levels, usual = (
+                _read_finite(self.parts["nested_quant_map"], device),
+                dynamic_levels(device),
+            )
             absmax = Nested(
                 self.parts["absmax"].read(device, torch.uint8),
                 _read_finite(self.parts["nested_absmax"], device),
-                _read_finite(self.parts["nested_quant_map"], device),
+                usual if torch.equal(levels, usual) else levels,  # weights share the usual ones
                 torch.tensor(self.state.offset, device=device),
             )
         N, K = self.state.shape
