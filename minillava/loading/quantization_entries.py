@@ -53,13 +53,15 @@ def parse_layout(top: Entries) -> Layout | None:
     method, version = (e.values.get(key) for key in ("quant_method", "version"))
     if not e.values or (method, version) == ("minillava", 1):
         return None
+    todo = "load the checkpoint's unquantised weights"
+    if method not in (None, METHOD, "minillava"):
+        raise e.error("quant_method", method, f"'minillava' or '{METHOD}'", todo)
     loads = any(e.values.get(f"load_in_{bits}bit") not in (None, False) for bits in (4, 8))
-    if not loads or method not in (None, METHOD):
+    if not loads or method == "minillava":
         allowed = (
             "absent, or as weights.quantise writes it (quant_method 'minillava', version 1), or "
             "of bitsandbytes with load_in_4bit or load_in_8bit"
         )
-        todo = "load the checkpoint's unquantised weights"
         raise top.error("quantization_config", dict(e.values), allowed, todo)
     e.check(BITSANDBYTES)
     four, eight = (e.flag(f"load_in_{bits}bit", False) for bits in (4, 8))

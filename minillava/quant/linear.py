@@ -159,17 +159,20 @@ class Nf4Linear(StoredLinear):
         super().__init__(K, N, bias)
         self.kind, self.block, self.compute = weight.kind, weight.block, weight.compute
         self.nested = isinstance(weight.absmax, Nested)
-        parts = {"codes": weight.codes}
+        self.register_buffer("codes", weight.codes)
+        self.register_buffer("pairs", level_pairs(self.kind, weight.codes.device), persistent=False)
+        held = [weight.codes]
         if isinstance(weight.absmax, Nested):
             nested = weight.absmax
-            parts |= {"absmax": nested.codes, "scale": nested.scale}
-            parts |= {"levels": nested.levels, "offset": nested.offset}
+            self.register_buffer("absmax", nested.codes)
+            self.register_buffer("scale", nested.scale)
+            self.register_buffer("levels", nested.levels)
+            self.register_buffer("offset", nested.offset)
+            held += [nested.codes, nested.scale, nested.offset]
         else:
-            parts["absmax"] = weight.absmax
-        for name, part in parts.items():
-            self.register_buffer(name, part)
-        self.register_buffer("pairs", level_pairs(self.kind, weight.codes.device), persistent=False)
-        self.nbytes = sum(part.nbytes for part in parts.values())
+            self.register_buffer("absmax", weight.absmax)
+            held.append(weight.absmax)
+        self.nbytes = sum(part.nbytes for part in held)  # without the tables that layers share
 
     @property
     def arithmetic(self) -> str:
