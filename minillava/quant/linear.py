@@ -159,20 +159,17 @@ class Nf4Linear(StoredLinear):
         super().__init__(K, N, bias)
         self.kind, self.block, self.compute = weight.kind, weight.block, weight.compute
         self.nested = isinstance(weight.absmax, Nested)
-        self.register_buffer("codes", weight.codes)
-        self.register_buffer("pairs", level_pairs(self.kind, weight.codes.device), persistent=False)
-        held = [weight.codes]
+        parts = {"codes": weight.codes}
         if isinstance(weight.absmax, Nested):
             nested = weight.absmax
-            self.register_buffer("absmax", nested.codes)
-            self.register_buffer("scale", nested.scale)
+            parts |= {"absmax": nested.codes, "scale": nested.scale, "offset": nested.offset}
             self.register_buffer("levels", nested.levels)
-            self.register_buffer("offset", nested.offset)
-            held += [nested.codes, nested.scale, nested.offset]
         else:
-            self.register_buffer("absmax", weight.absmax)
-            held.append(weight.absmax)
-        self.nbytes = sum(part.nbytes for part in held)  # without the tables that layers share
+            parts["absmax"] = weight.absmax
+        for name, part in parts.items():
+            self.register_buffer(name, part)
+        self.register_buffer("pairs", level_pairs(self.kind, weight.codes.device), persistent=False)
+        self.nbytes = sum(part.nbytes for part in parts.values())  # layers share levels and pairs
 
     @property
     def arithmetic(self) -> str:

@@ -186,7 +186,8 @@ def from_nf4(
     packed = weight.codes[a * B // 2 : b * B // 2]
     pairs = level_pairs(weight.kind, packed.device) if pairs is None else pairs
     values = pairs.index_select(0, packed.int()).view(torch.float32)
-    values = F.pad(values, (0, (b - a) * B - len(values)))  # where the last block is incomplete
+    if len(values) < (b - a) * B:  # the last block is incomplete
+        values = F.pad(values, (0, (b - a) * B - len(values)))
     values = values.view(b - a, B).mul_(absmax_of(weight, a, b)[:, None]).flatten()
     return values[first * K - a * B : stop - a * B].view(-1, K)
 
