@@ -14,6 +14,7 @@ from minillava.app.command import parse_int, parse_path, parse_positive_int
 from minillava.llava import LLaVA
 from minillava.loading.checkpoint import DTYPES, QUANTIZE
 from minillava.processing.processor import Processor
+from minillava.report import describe_arithmetic
 
 from . import cost, predict, store
 from .plans import TypedPlan, file_name
@@ -100,7 +101,7 @@ class Bench:
             model=model_name(args.model),
             plan=plan.text,
             dtype=args.dtype,
-            quantize=args.quantize,
+            quantize=args.quantize or stored_form(self.model),
             device=torch.device(args.device).type,
             seed=args.seed,
             template=setup.template or self.processor.template,
@@ -152,6 +153,12 @@ class Bench:
         text = store.as_json(result.json())
         self.ranks.run_in_first(lambda: store.write_atomically(json_path(path), text))
         return result
+
+
+def stored_form(model: LLaVA) -> str | None:
+    """The form of a checkpoint that is stored in 8 or 4 bits, from the words for its arithmetic."""
+    words = describe_arithmetic(model)
+    return next((form for form in ("nf4", "fp4", "int4", "int8") if form in words), None)
 
 
 def model_name(text: str) -> str:

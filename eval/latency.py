@@ -294,7 +294,7 @@ def _check_shape(args: argparse.Namespace, plans: Mapping[str, TypedPlan]) -> No
 def _refuse_too_large(config: Config, form: str) -> None:
     """Raise ValueError for a shape that does not fit in the free memory of the machine."""
     values = sum(t.numel() for t in empty_model(config).state_dict().values())
-    size = {"float32": 4.0, "float16": 2.0, "bfloat16": 2.0, "int4": 0.7}.get(form, 1.2)
+    size = {"float32": 4.0, "float16": 2.0, "bfloat16": 2.0, "int4": 0.7, "nf4": 0.7}.get(form, 1.2)
     needed = values * size + 2e9
     free = _available()
     if needed > free:

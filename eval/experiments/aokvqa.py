@@ -4,12 +4,13 @@
     python -m eval.experiments.aokvqa --task aokvqa --data DIR --model HUB_ID --out DIR
 
 This is the table of FastV's README (arXiv 2403.06764): K=2, R = 25, 50 and 75 %, one question at a
-time. There, memory is that of a GPU and 4-bit means bitsandbytes nf4. Here, 4-bit means our int4,
-and memory is that of the first question's prompt and first token, in two columns. The computed
-memory is the sum of the weights as they are held, the cache and the peak of the activations. The
-measured memory, on a CPU, is the peak of resident memory of a separate process minus what it held
-before the model was loaded; it includes the library's own memory (memory.py). The column for CUDA
-is empty unless it was measured. --prune adds further plans.
+time. As there, 4-bit means bitsandbytes' nf4 with double quantisation, in the decoder and the
+projector. There, memory is that of a GPU and arithmetic is in float16. Here, a CPU computes in
+float32, and memory is that of the first question's prompt and first token, in two columns. The
+computed memory is the sum of the weights as they are held, the cache and the peak of the
+activations. The measured memory, on a CPU, is the peak of resident memory of a separate process
+minus what it held before the model was loaded; it includes the library's own memory (memory.py).
+The column for CUDA is empty unless it was measured. --prune adds further plans.
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ from .memory import Memory, measure_peaks, memory_of
 
 FORMATS = {
     "16-bit": {"dtype": "float16", "quantize": None},
-    "4-bit": {"dtype": None, "quantize": "int4"},
+    "4-bit": {"dtype": None, "quantize": "nf4"},
 }
 PLANS = {NONE: None, **{f"fastv:k=2,r={r / 100:g}": r for r in (25, 50, 75)}}  # -> R in percent
 

@@ -20,14 +20,18 @@ from ..quant.linear import (
     kernel_works,
     multiplies_bfloat16,
 )
+from ..quant.nf4 import Nf4, absmax_of, to_nf4
 from ..quant.quantise import to_int4, to_int8
+from .bitsandbytes_layout import LLM_INT8, JoinedWeight
 from .memory import return_freed_memory
 from .tensor_files import FLOATS, StoredTensor
 
 TIED = ("llama.embed_tokens.weight", "llama.lm_head.weight")  # one tensor in some models
 BLOCKS = ("llama.blocks.",)
 TOWER = ("vision.", "projector.")
-_BITS = {"I8": 8, "U8": 4}  # how safetensors spells the dtypes of integer weights
+HEAD, PROJECTOR = "llama.lm_head", "projector."
+# The form of a weight by the dtype that safetensors names, or by a JoinedWeight's kind.
+_FORMS = {"U8": "int4", "NF4": "nf4", "FP4": "fp4", LLM_INT8: LLM_INT8, "I8": "int8"}
 
 
 def linear_layers(model: LLaVA) -> dict[str, nn.Linear]:
@@ -35,46 +39,53 @@ def linear_layers(model: LLaVA) -> dict[str, nn.Linear]:
     return {name: m for name, m in model.named_modules() if isinstance(m, nn.Linear)}
 
 
-def quantised_layers(model: LLaVA, bits: int) -> dict[str, int]:
-    """The linear layers whose weights become integers: our name -> 8 or 4 bits.
+def quantised_layers(model: LLaVA, quantize: str) -> dict[str, str]:
+    """The form of each linear layer whose weight is quantised: our name -> form.
 
-    The decoder's blocks get `bits`. The vision tower, the projector, an untied output head, and
-    rows of odd length (two 4-bit codes share a byte) get 8. Embeddings, a head tied to them and
-    everything small are not quantised.
+    int8, int8-dynamic, int4: the decoder's blocks get that form. The vision tower, the projector,
+    an untied output head, and for int4 rows of odd length (two codes share a byte), get int8.
+    nf4: the decoder's blocks and the projector, as when LLaVA's own loader is told load_4bit.
+    Embeddings, a head tied to them and everything small are not quantised.
     """
+    layers = linear_layers(model)
+    if quantize == "nf4":
+        return {name: quantize for name in layers if name.startswith((*BLOCKS, PROJECTOR))}
     tied = model.config.text.tie_word_embeddings
+    fits = {n for n, layer in layers.items() if quantize != "int4" or layer.in_features % 2 == 0}
     return {
-        name: bits if name.startswith(BLOCKS) and layer.in_features % 2 == 0 else 8
-        for name, layer in linear_layers(model).items()
-        if not (tied and name == "llama.lm_head")
+        name: quantize if name.startswith(BLOCKS) and name in fits else "int8"
+        for name in layers
+        if not (tied and name == HEAD)
     }
 
 
 def choose_forms(
     model: LLaVA, found: Mapping[str, StoredTensor], quantize: str | None, folder: Path
 ) -> dict[str, str]:
-    """The form of each quantised layer: our name -> "int8", "int8-dynamic" or "int4".
+    """The form of each quantised layer: our name -> a value of _FORMS, or "int8-dynamic".
 
-    Raises ValueError if the files are already quantised to another number of bits.
+    Raises ValueError if the files are already quantised to another form.
     """
-    kinds = {n: t.kind for n, t in found.items() if t.kind in _BITS}
-    bits = {name.removesuffix(".weight"): _BITS[kind] for name, kind in kinds.items()}
-    stored = "int4" if 4 in bits.values() else "int8"
-    if bits and quantize not in (None, stored, f"{stored}-dynamic"):
+    stored = {
+        name.removesuffix(".weight"): _FORMS[tensor.kind]
+        for name, tensor in found.items()
+        if tensor.kind in _FORMS
+    }
+    if not stored and quantize is None:
+        return {}
+    has = next((form for form in _FORMS.values() if form in stored.values()), quantize)
+    if quantize not in (None, has) and (quantize, has) != ("int8-dynamic", "int8"):
         raise ValueError(
-            f"quantize={quantize!r}, but the weights in {folder} are stored in {stored}; leave "
+            f"quantize={quantize!r}, but the weights in {folder} are stored in {has}; leave "
             "quantize out, or take the unquantised checkpoint"
         )
-    if not bits and quantize is None:
-        return {}
-    bits = bits or quantised_layers(model, 4 if quantize == "int4" else 8)
-    names = {4: "int4", 8: "int8"}
+    forms = stored or quantised_layers(model, str(quantize))
     dynamic: tuple[str, ...] = BLOCKS if quantize == "int8-dynamic" else ()
-    if (dynamic or stored == "int4" or quantize == "int4") and kernel_works("onednn"):
+    if (quantize == "int8-dynamic" or has == "int4") and kernel_works("onednn"):
         dynamic += TOWER  # with 8 bits one digit is accurate enough for it
     return {
-        name: "int8-dynamic" if name.startswith(dynamic) and n == 8 else names[n]
-        for name, n in bits.items()
+        name: "int8-dynamic" if form == "int8" and name.startswith(dynamic) else form
+        for name, form in forms.items()
     }
 
 
@@ -160,6 +171,8 @@ def _read_weight(
     tensor = found[name]
     if form is None:
         return _read_floats(tensor, device, storage)
+    if isinstance(tensor, JoinedWeight):
+        return tensor.read_weight(device)
     if tensor.kind == "I8":
         return Int8(
             tensor.read(device, torch.int8), found[f"{name}_scale"].read(device, torch.float32)
@@ -168,23 +181,29 @@ def _read_weight(
         dtypes = {"step": torch.uint8, "low": torch.int8, "scale": torch.float32}
         parts = [found[f"{name}_{part}"].read(device, dtype) for part, dtype in dtypes.items()]
         return Int4(tensor.read(device, torch.uint8), *parts)
-    made = quantise_tensor(tensor, device, 4 if form == "int4" else 8)
-    return Int4(*made) if form == "int4" else Int8(*made)
+    return quantise_tensor(tensor, device, form)
 
 
-def quantise_tensor(tensor: StoredTensor, device: torch.device, bits: int) -> tuple[Tensor, ...]:
-    """Quantise a weight that a file has as floats: the result of to_int8 or to_int4.
+def quantise_tensor(tensor: StoredTensor, device: torch.device, form: str) -> Int8 | Int4 | Nf4:
+    """Quantise a weight that a file has as floats, in the file's dtype.
 
     Raises ValueError for NaN and infinity, which integers cannot represent.
     """
     weight = tensor.read(device, FLOATS[tensor.kind])
-    *parts, scale = to_int8(weight) if bits == 8 else to_int4(weight)
-    if not scale.isfinite().all():  # the scale of a row with NaN or infinity is not finite either
+    stored: Int8 | Int4 | Nf4
+    # NaN and infinity make the scale of their group not finite, or the mean of nf4's.
+    if form == "nf4":
+        stored = to_nf4(weight)
+        scales = absmax_of(stored)
+    else:
+        stored = Int4(*to_int4(weight)) if form == "int4" else Int8(*to_int8(weight))
+        scales = stored.scale
+    if not scales.isfinite().all():
         raise ValueError(
-            f"{tensor.file}: {tensor.name} has values that are not finite, which integers cannot "
-            "represent; download the checkpoint again"
+            f"{tensor.file}: {tensor.name} has values that are not finite or too large, which "
+            f"{form} cannot represent; download the checkpoint again"
         )
-    return (*parts, scale)
+    return stored
 
 
 def _read_floats(tensor: StoredTensor, device: torch.device, dtype: torch.dtype) -> Tensor:

@@ -25,13 +25,14 @@ from ..processing.tokenizer import Tokenizer
 from ..quant.linear import multiplies_bfloat16
 from ..quant.quantise import stored_parts
 from .assemble import TIED, choose_forms, linear_layers, load_weights
+from .bitsandbytes_layout import JoinedWeight, read_tensors
 from .config_file import read_config, read_generation_rules
 from .error_text import cut, cut_path, shorten
 from .hub import find_checkpoint
 from .keys import our_name, published_name
 from .processor_files import read_processor
 from .regular_files import is_present
-from .tensor_files import FLOATS, StoredTensor, read_headers
+from .tensor_files import FLOATS, StoredTensor
 
 DTYPES = {
     "float32": torch.float32,
@@ -43,7 +44,7 @@ DTYPES = {
     "bf16": torch.bfloat16,
 }
 
-QUANTIZE = ("int8", "int8-dynamic", "int4")
+QUANTIZE = ("int8", "int8-dynamic", "int4", "nf4")
 
 ADAPTER = "adapter_config.json"  # with it, transformers (with peft) adds an adapter
 _DISTRIBUTED = re.compile(r"shard-\d{5}-model-\d{5}-of-\d{5}\.safetensors")
@@ -69,9 +70,10 @@ def load(
     dtype only says how weights are stored, except that bfloat16 is computed in where the CPU has
     instructions for it (AVX-512 BF16, AMX, Arm). quantize:
     int8, int8-dynamic (faster and less accurate, CPU only) or int4 for the weights of the decoder's
-    blocks; the other weights are then stored in the dtype of the files unless `dtype` is given. A
-    checkpoint that is already quantised needs no `quantize`. progress: show a bar on stderr if that
-    is a terminal.
+    blocks, or nf4, the 4-bit form of bitsandbytes; the other weights are then stored in the dtype
+    of the files unless `dtype` is given. A checkpoint that is already quantised, by
+    weights.quantise or by bitsandbytes, needs no `quantize`. progress: show a bar on stderr if
+    that is a terminal.
 
     Raises ValueError for every failure, in one line with the value, what is allowed and what to do.
     """
@@ -87,7 +89,7 @@ def load(
     config = read_config(folder / "config.json")
     rules = read_generation_rules(folder / "config.json", config)
     processor = read_processor(folder, config)
-    stored = read_headers(folder)
+    stored = read_tensors(folder)
     config = untie_different_weights(config, stored)
     model, found = fit_model(config, stored, folder, processor.tokenizer, rules)
     forms = choose_forms(model, found, quantize, folder)
@@ -196,13 +198,15 @@ def match_tensors(
     """Find the stored tensor of every parameter: our name -> tensor.
 
     The weight NAME of a linear layer may be stored as integers (see quant/quantise.py): as int8
-    with NAME_scale beside it, or as two 4-bit codes per byte with NAME_step, NAME_low, NAME_scale.
+    with NAME_scale beside it, or as two 4-bit codes per byte with NAME_step, NAME_low and
+    NAME_scale. Or it is one of bitsandbytes' weights (bitsandbytes_layout.py).
 
     Raises ValueError if tensors are missing, unknown, or of another shape or dtype; it lists them.
     """
     shapes = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
     kinds: dict[str, Collection[str]] = dict.fromkeys(shapes, FLOATS)
-    weights = {f"{name}.weight" for name in linear_layers(model)}
+    tied = set(TIED) if model.config.text.tie_word_embeddings else set()
+    weights = {f"{name}.weight" for name in linear_layers(model)} - tied
     found: dict[str, StoredTensor] = {}
     unknown, unfit = [], []
     for tensor in stored:
@@ -218,6 +222,8 @@ def match_tensors(
         elif name in weights and tensor.kind in ("I8", "U8"):
             for part, shape, kind in stored_parts(shapes[name], 8 if tensor.kind == "I8" else 4):
                 shapes[name + part], kinds[name + part] = shape, (kind,)
+        elif name in weights and isinstance(tensor, JoinedWeight):
+            kinds[name] = (tensor.kind,)
         found[name] = tensor
 
     for name, tensor in found.items():
@@ -227,7 +233,6 @@ def match_tensors(
             unfit.append(f"{tensor.name} {tensor.shape} for {shapes[name]}")
         elif tensor.kind not in kinds[name]:
             unfit.append(f"{tensor.name} {tensor.kind} for {' or '.join(kinds[name])}")
-    tied = set(TIED) if model.config.text.tie_word_embeddings else set()
     optional = tied if tied & found.keys() else set()  # one of the two is enough
     missing = [published_name(n) for n in shapes if n not in found and n not in optional]
     if missing or unknown or unfit:

@@ -88,7 +88,7 @@ TOP: Table = {
     "image_token_id": Followed(),
     "vision_feature_layer": Followed(),
     "tie_word_embeddings": Followed(),
-    "quantization_config": Followed(),  # our own is read, all others are refused
+    "quantization_config": Followed(),  # see quantization_entries.py
     "projector_hidden_act": Only(("gelu",)),
     "multimodal_projector_bias": Only((True,)),
     "vision_feature_select_strategy": Only(("default",)),

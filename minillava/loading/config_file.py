@@ -17,6 +17,7 @@ from .config_entries import ROPE, TEXT, TOP, VISION
 from .error_text import shorten
 from .generation_file import changes_tokens, parse_generation
 from .json_entries import Entries, read_json
+from .quantization_entries import parse_layout
 from .regular_files import is_present
 
 GENERATION_FILE = "generation_config.json"
@@ -57,7 +58,7 @@ def parse_config(
     if top.only("model_type", ("llava",), None) is None:
         raise top.error("model_type", None, "'llava'")
     top.check(TOP)
-    _check_quantization(top)
+    parse_layout(top)
     # Without a vision_config the tower is CLIP ViT-L/14-336; an entry missing from one that is
     # there gets the default of transformers' CLIPVisionConfig, which is a smaller model.
     vision = _parse_vision(top.section("vision_config", _VIT_L_14_336))
@@ -96,17 +97,6 @@ def _refuse_original_layout(top: Entries) -> None:
             "the original LLaVA layout, and only the llava-hf layout is read; write that with "
             "`python -m weights.convert SRC DST` (SRC: the folder with its weights)"
         )
-
-
-def _check_quantization(top: Entries) -> None:
-    """Accept our own quantised checkpoints, whose weights load() recognises, and no others."""
-    e = top.section("quantization_config", {})
-    read = [("minillava", 1, 8), ("minillava", 2, 8), ("minillava", 2, 4)]
-    found = tuple(e.values.get(name) for name in ("quant_method", "version", "bits"))
-    if e.values and found not in read:
-        allowed = "absent, or as weights.quantise writes it (quant_method 'minillava', version 2)"
-        todo = "load the checkpoint's unquantised weights, or quantise them again"
-        raise top.error("quantization_config", dict(e.values), allowed, todo)
 
 
 def _parse_vision(e: Entries) -> VisionConfig:

@@ -10,6 +10,8 @@ dtype, multiplied, and overwritten by the next block.
     int8          int8 weights, activations as two digits, exact sums         widened
     int8-dynamic  int8 weights, activations as one digit, exact sums          widened
     int4          4-bit codes of int8 weights, one digit, exact sums          widened
+    nf4, fp4      widened: the 4-bit weights of bitsandbytes (nf4.py)         widened
+    LLM.int8      widened: the 8-bit weights of bitsandbytes                  widened
 
 A digit is an integer of 8 bits where the CPU multiplies them exactly (AVX-512 VNNI, AMX), of 7 bits
 on other CPUs, whose instructions for 8 bits saturate: digit_limit() finds out by trying.
@@ -34,6 +36,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from .nf4 import Nested, Nf4, from_nf4, level_pairs
 from .quantise import rotate_columns, row_abs_max, to_int4, to_int8, unpack_codes, widen_codes
 
 WIDENED_ROWS = 512  # rows of a weight that are widened at a time
@@ -66,7 +69,15 @@ class Int4:
     scale: Tensor  # (N,) float32
 
 
-Weight = Tensor | Int8 | Int4
+@dataclass(frozen=True)
+class RowInt8:
+    """A weight in 8 bits as LLM.int8() of bitsandbytes stores it: codes * scale / 127."""
+
+    codes: Tensor  # (N, K) int8
+    scale: Tensor  # (N,) float32, the largest absolute value of a row
+
+
+Weight = Tensor | Int8 | Int4 | RowInt8 | Nf4
 
 
 @dataclass(frozen=True)
@@ -131,7 +142,7 @@ class WidenedLinear(StoredLinear):
     low: Tensor
     scale: Tensor
 
-    def __init__(self, weight: Weight, bias: Tensor | None) -> None:
+    def __init__(self, weight: Tensor | Int8 | Int4 | RowInt8, bias: Tensor | None) -> None:
         parts = {"codes": weight} if isinstance(weight, Tensor) else dict(vars(weight))
         codes = parts.pop("codes")
         N, K = codes.shape
@@ -144,7 +155,7 @@ class WidenedLinear(StoredLinear):
 
     @property
     def arithmetic(self) -> str:
-        names = {Int8: "int8", Int4: "int4"}
+        names = {Int8: "int8", Int4: "int4", RowInt8: "LLM.int8"}
         return f"weights widened from {names.get(self.form, str(self.weight.dtype)[6:])}"
 
     def multiply(self, x: Tensor) -> Tensor:
@@ -162,8 +173,63 @@ class WidenedLinear(StoredLinear):
                 wide.copy_(widen_codes(self.weight[block], self.step[block], self.low[block]))
             else:
                 wide.copy_(self.weight[block])
+            if self.form is RowInt8:
+                wide.mul_(self.scale[block, None] / 127)
             torch.mm(x, wide.T, out=y[:, block])
         return y.mul_(self.scale.to(y.dtype)) if integers else y
+
+
+class Nf4Linear(StoredLinear):
+    """A 4-bit weight of bitsandbytes; blocks of rows are converted before use."""
+
+    codes: Tensor
+    absmax: Tensor
+    scale: Tensor
+    levels: Tensor
+    offset: Tensor
+    pairs: Tensor
+
+    def __init__(self, weight: Nf4, bias: Tensor | None) -> None:
+        N, K = weight.shape
+        super().__init__(K, N, bias)
+        self.kind, self.block, self.compute = weight.kind, weight.block, weight.compute
+        self.nested = isinstance(weight.absmax, Nested)
+        parts = {"codes": weight.codes}
+        if isinstance(weight.absmax, Nested):
+            nested = weight.absmax
+            parts |= {"absmax": nested.codes, "scale": nested.scale, "offset": nested.offset}
+            self.register_buffer("levels", nested.levels)
+        else:
+            parts["absmax"] = weight.absmax
+        for name, part in parts.items():
+            self.register_buffer(name, part)
+        self.register_buffer("pairs", level_pairs(self.kind, weight.codes.device), persistent=False)
+        self.nbytes = sum(part.nbytes for part in parts.values())  # layers share levels and pairs
+
+    @property
+    def arithmetic(self) -> str:
+        return f"weights widened from {self.kind}"
+
+    @property
+    def stored(self) -> Nf4:
+        """The weight, from the tensors that this module holds now."""
+        absmax: Tensor | Nested = self.absmax
+        if self.nested:
+            absmax = Nested(self.absmax, self.scale, self.levels, self.offset)
+        shape = self.out_features, self.in_features
+        return Nf4(self.codes, absmax, shape, self.kind, self.block, self.compute)
+
+    def multiply(self, x: Tensor) -> Tensor:
+        on_cpu, stored = x.device.type == "cpu", self.stored
+        y = x.new_empty(len(x), self.out_features)
+        # A CPU computes in the dtype of the model whatever the checkpoint names, as everywhere.
+        wide_x = x if on_cpu or self.compute is None else x.to(self.compute)
+        rows = min(WIDENED_ROWS, self.out_features) if on_cpu else self.out_features
+        for at in range(0, self.out_features, rows):
+            stop = min(at + rows, self.out_features)
+            wide = from_nf4(stored, at, stop, self.pairs).to(wide_x.dtype)  # (rows, K)
+            y[:, at:stop] = wide_x @ wide.T
+        return y
 
 
 class HalfLinear(StoredLinear):
@@ -412,6 +478,10 @@ def choose_linear(weight: Weight, bias: Tensor | None, digits: int = 2) -> Store
 
     digits: how many digits activations get if they become integers (1 for int8-dynamic).
     """
+    if isinstance(weight, Nf4):
+        return Nf4Linear(weight, bias)
+    if isinstance(weight, RowInt8):
+        return WidenedLinear(weight, bias)
     if isinstance(weight, Int8):
         if weight.codes.device.type == "cpu" and kernel_works("onednn"):
             return OneDnnLinear(weight, bias, digits)

@@ -45,11 +45,13 @@ def test_divergence_by_hand() -> None:
 
 def test_the_table(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     out = tmp_path / "forms.json"
-    argv = ["--form", "int8", "int4", "--limit", "2", "--out", str(out)]
+    argv = ["--form", "int8", "int4", "nf4", "--limit", "2", "--out", str(out)]
     assert main(argv) == 0
     lines = capsys.readouterr().out.splitlines()
-    assert [line.split("`")[1] for line in lines[2:]] == ["float32", "int8", "int4"]
+    assert [line.split("`")[1] for line in lines[2:]] == ["float32", "int8", "int4", "nf4"]
     rows = json.loads(out.read_text())
     assert rows[0]["kl"] == 0
     assert 0 < rows[1]["kl"] < rows[2]["kl"]
+    assert rows[3]["kl"] > 0
+    assert rows[3]["arithmetic"] == "weights widened from nf4"
     assert main(["--form", "int3"]) == 2

@@ -19,6 +19,7 @@ from tiny import refusal
 from eval import predict, run, score, store
 from eval.plans import file_name
 from eval.summary import summarise
+from weights.quantise import quantise
 
 ROOT = Path(__file__).parents[2]
 PLAN = "fastv:k=3,keep=16"
@@ -56,6 +57,15 @@ def test_predictions_have_the_shape_of_llavas(whole: Path) -> None:
     assert told["plan"] == PLAN
     assert told["image_tokens_entering"] == [64] * 3 + [16] * 5
     assert told["cache_bytes"] == sum(told["tokens_entering"]) * 2 * 128 * 4
+
+
+@pytest.mark.parametrize("form", ["int8", "int4", "nf4"])
+def test_a_stored_form_is_named_without_quantize(form: str, tmp_path: Path) -> None:
+    """So that its figures are not compared with those of unquantised weights."""
+    quantise(ROOT / "weights" / "demo", tmp_path / "stored", form)
+    assert ask(tmp_path / "out", "--model", str(tmp_path / "stored"), limit=2) == 0
+    (result,) = (tmp_path / "out").glob("*.json")
+    assert json.loads(result.read_text())["run"]["quantize"] == form
 
 
 def test_the_result_says_how_it_came_about(whole: Path) -> None:

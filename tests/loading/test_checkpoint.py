@@ -260,7 +260,7 @@ def test_a_checkpoints_own_dtype_holds_all_its_tensors(
         ({"device": "cuda:" + "9" * 20}, "device='cuda:9{20}', but must be cpu, cuda or cuda:N"),
         ({"device": "cuda:01"}, "device='cuda:01', but must be cpu, cuda or cuda:N"),
         ({"device": "x" * 5000}, "device='x{50,200}.*, but must be cpu, cuda or cuda:N"),
-        ({"quantize": "int3"}, "quantize='int3', but must be int8, int8-dynamic, int4"),
+        ({"quantize": "int3"}, "quantize='int3', but must be int8, int8-dynamic, int4, nf4"),
         ({"revision": "main"}, "revision='main', but .* is a local folder.*leave it out"),
     ],
 )

@@ -19,6 +19,7 @@ from minillava.quant.linear import (
     Int8,
     Int8Linear,
     OneDnnLinear,
+    RowInt8,
     StoredLinear,
     WidenedLinear,
     choose_linear,
@@ -27,6 +28,7 @@ from minillava.quant.linear import (
     multiplies_bfloat16,
     weight_bytes,
 )
+from minillava.quant.nf4 import from_nf4, to_nf4
 from minillava.quant.quantise import (
     block_size,
     from_int4,
@@ -47,6 +49,9 @@ FORMS: dict[str, Make] = {
     "int4": lambda w: choose_linear(Int4(*to_int4(w)), None),
     "int8 fbgemm": lambda w: Int8Linear(Int8(*to_int8(w)), None, digits=2),
     "int8-dynamic fbgemm": lambda w: Int8Linear(Int8(*to_int8(w)), None, digits=1),
+    "nf4 widened": lambda w: choose_linear(to_nf4(w), None),
+    "fp4 widened": lambda w: choose_linear(to_nf4(w, "fp4", nested=False), None),
+    "LLM.int8 widened": lambda w: choose_linear(RowInt8(*to_row_int8(w)), None),
     "float16 widened": lambda w: WidenedLinear(w.half(), None),
     "int8 widened": lambda w: WidenedLinear(Int8(*to_int8(w)), None),
     "int4 widened": lambda w: WidenedLinear(Int4(*to_int4(w)), None),
@@ -61,6 +66,9 @@ LIMITS = {
     "int4": 0.15,
     "int8 fbgemm": 2e-3,
     "int8-dynamic fbgemm": 0.15,
+    "nf4 widened": 2e-6,
+    "fp4 widened": 2e-6,
+    "LLM.int8 widened": 2e-6,
     "float16 widened": 2e-6,
     "int8 widened": 1e-5,
     "int4 widened": 1e-5,
@@ -75,8 +83,19 @@ def example(N: int = 80, K: int = 192, R: int = 7, seed: int = 0) -> tuple[Tenso
     return x, torch.randn(N, K, generator=generator) * 0.03
 
 
+def to_row_int8(weight: Tensor) -> tuple[Tensor, Tensor]:
+    """Codes and the largest absolute value of each row, as LLM.int8() has them."""
+    scale = weight.abs().amax(1)
+    return (weight * (127 / scale[:, None])).round().to(torch.int8), scale
+
+
 def as_stored(form: str, weight: Tensor) -> Tensor:
     """The float32 weight that a form represents, by plain arithmetic."""
+    if form in ("nf4 widened", "fp4 widened"):
+        return from_nf4(to_nf4(weight, form[:3], nested=form.startswith("nf4")))
+    if form == "LLM.int8 widened":
+        codes, scale = to_row_int8(weight)
+        return codes * scale[:, None] / 127
     if form.startswith("int8"):
         return from_int8(*to_int8(weight))
     if form.startswith("int4"):
@@ -397,6 +416,10 @@ def test_weight_bytes_counts_the_stored_form() -> None:
         assert held["int8"] == held["int8-dynamic"] == held["int8 widened"] + zeros
     if kernel_works("int4"):
         assert held["int4"] == values // 2 + 4 * values // 32 + 4 * 128
+    assert held["LLM.int8 widened"] == values + 4 * 128
+    blocks, pairs, levels = values // 64, 8 * 256, 4 * 256  # all layers share the last two
+    assert held["fp4 widened"] == values // 2 + 4 * blocks + pairs
+    assert held["nf4 widened"] == values // 2 + blocks + 4 * blocks // 256 + 4 + pairs + levels
     tied = torch.nn.ModuleList(
         [torch.nn.Linear(4, 4, bias=False), torch.nn.Linear(4, 4, bias=False)]
     )

@@ -24,7 +24,8 @@ from weights.files import PART
 from weights.quantise import main, quantise
 
 DEMO = Path(__file__).parents[2] / "weights" / "demo"
-FORMS = {"int8": 8, "int8-dynamic": 8, "int4": 4}
+FORMS = {"int8": "int8", "int8-dynamic": "int8", "int4": "int4", "nf4": "nf4"}  # -> as stored
+OPTIONS = {"int8": ["--bits", "8"], "int4": ["--bits", "4"], "nf4": ["--nf4"]}
 
 
 @pytest.fixture(scope="module")
@@ -36,10 +37,10 @@ def src(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def stored(src: Path) -> dict[int, Path]:
-    folders = {bits: src.with_name(f"int{bits}") for bits in (8, 4)}
-    for bits, folder in folders.items():
-        quantise(src, folder, bits)
+def stored(src: Path) -> dict[str, Path]:
+    folders = {form: src.with_name(form) for form in ("int8", "int4", "nf4")}
+    for form, folder in folders.items():
+        quantise(src, folder, form)
     return folders
 
 
@@ -52,11 +53,11 @@ def contents(folder: Path) -> dict[str, bytes]:
 
 @pytest.mark.parametrize(("form", "digits"), [("int8", 2), ("int8-dynamic", 1)])
 def test_the_digits_of_activations(
-    src: Path, stored: dict[int, Path], form: str, digits: int
+    src: Path, stored: dict[str, Path], form: str, digits: int
 ) -> None:
     if not kernel_works("int8"):
         pytest.skip("this torch lacks the kernel")
-    for folder in (src, stored[8]):
+    for folder in (src, stored["int8"]):
         model = load(folder, quantize=form)[0]
         kinds = (OneDnnLinear, Int8Linear)
         layers = [m for m in model.llama.blocks.modules() if isinstance(m, kinds)]
@@ -64,7 +65,7 @@ def test_the_digits_of_activations(
 
 
 @pytest.mark.parametrize("form", FORMS)
-def test_what_is_stored_is_what_load_makes(src: Path, stored: dict[int, Path], form: str) -> None:
+def test_what_is_stored_is_what_load_makes(src: Path, stored: dict[str, Path], form: str) -> None:
     at_load = load(src, quantize=form)[0]
     as_stored = load(stored[FORMS[form]], quantize=form)[0]
     batch = tiny.make_batch(at_load, "tttIttttt")
@@ -180,9 +181,9 @@ def test_broken_sources_are_one_line_and_nothing_is_written(
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
-@pytest.mark.parametrize("bits", [8, 4])
+@pytest.mark.parametrize("form", OPTIONS)
 def test_values_that_integers_cannot_represent_are_refused(
-    tmp_path: Path, value: float, bits: int, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path, value: float, form: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     src, dst = tmp_path / "src", tmp_path / "dst"
     tiny.write_hf(src, width=64, vision_layers=3)
@@ -191,12 +192,12 @@ def test_values_that_integers_cannot_represent_are_refused(
     state[name][5, 3] = value
     save_file(state, src / SINGLE, {"format": "pt"})
     capsys.readouterr()
-    assert main([str(src), str(dst), "--bits", str(bits)]) == 2
+    assert main([str(src), str(dst), *OPTIONS[form]]) == 2
     assert f"{name} has values that are not finite" in refusal(capsys)
     assert not list(dst.glob("*.safetensors*"))
     assert not (dst / "config.json").exists()
     with pytest.raises(ValueError, match=f"{name} has values that are not finite"):
-        load(src, quantize=f"int{bits}")
+        load(src, quantize=form)
 
 
 def test_rows_of_odd_length_stay_in_8_bits(tmp_path: Path) -> None:
@@ -212,7 +213,7 @@ def test_rows_of_odd_length_stay_in_8_bits(tmp_path: Path) -> None:
         for name, tensor in load_file(tmp_path / "src" / SINGLE).items()
     }
     save_file(state, tmp_path / "src" / SINGLE, {"format": "pt"})
-    quantise(tmp_path / "src", tmp_path / "dst", 4)
+    quantise(tmp_path / "src", tmp_path / "dst", "int4")
     kinds = {n: t.dtype for n, t in load_file(tmp_path / "dst" / SINGLE).items()}
     layer = "language_model.model.layers.0.mlp"
     assert kinds[f"{layer}.up_proj.weight"] == torch.uint8
@@ -223,27 +224,27 @@ def test_rows_of_odd_length_stay_in_8_bits(tmp_path: Path) -> None:
 
 
 def test_other_refusals(
-    src: Path, stored: dict[int, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    src: Path, stored: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     (tmp_path / "taken").mkdir()
     (tmp_path / "taken" / "photo.png").touch()
     for words, message in (
-        ([stored[8], tmp_path / "x", "--bits", 4], "is quantised already"),
+        ([stored["int8"], tmp_path / "x", "--bits", 4], "is quantised already"),
         ([src, tmp_path / "taken", "--bits", 4], "contains other files (photo.png)"),
-        ([src, stored[8], "--bits", 4], "was written from other files or with other options"),
+        ([src, stored["int8"], "--bits", 4], "was written from other files or with other options"),
         ([src, src / "inside", "--bits", 4], "is inside"),
     ):
         assert main([str(word) for word in words]) == 2
         assert message in refusal(capsys)
-    config = json.loads((stored[8] / "config.json").read_text())
+    config = json.loads((stored["int8"] / "config.json").read_text())
     del config["quantization_config"]
-    shutil.copytree(stored[8], tmp_path / "unmarked")  # the weights are still integers
+    shutil.copytree(stored["int8"], tmp_path / "unmarked")  # the weights are still integers
     (tmp_path / "unmarked" / "config.json").write_text(json.dumps(config))
     assert main([str(tmp_path / "unmarked"), str(tmp_path / "x"), "--bits", "8"]) == 2
     assert "is quantised already" in refusal(capsys)
-    for bits, form, has in ((8, "int4", "int8"), (4, "int8", "int4")):
+    for has, form in (("int8", "int4"), ("int4", "int8"), ("nf4", "int4"), ("int4", "nf4")):
         with pytest.raises(ValueError, match=f"quantize='{form}', but .* stored in {has}"):
-            load(stored[bits], quantize=form)
+            load(stored[has], quantize=form)
 
 
 # ---------------------------------------------------------------- interruption
@@ -259,7 +260,7 @@ def test_an_interrupted_run_leaves_no_partial_files_and_can_be_resumed(
     before, limit = contents(src), 60_000
     complete = src.with_name("complete")
     if not complete.exists():
-        quantise(src, complete, 8, limit)
+        quantise(src, complete, "int8", limit)
     owner: Any = module if place == "integers" else writer.os
     original, calls = getattr(owner, place), iter(range(10**6))
 
@@ -288,10 +289,10 @@ def test_an_interrupted_run_leaves_no_partial_files_and_can_be_resumed(
     assert contents(src) == before
 
 
-@pytest.mark.parametrize("bits", ["8", "4"])
-def test_stored_weights_take_the_memory_of_those_made_at_load(bits: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize("form", OPTIONS)
+def test_stored_weights_take_the_memory_of_those_made_at_load(form: str, tmp_path: Path) -> None:
     """Embeddings too: the scales are float32, but do not decide how embeddings are stored."""
-    assert main([str(DEMO), str(tmp_path / "q"), "--bits", bits]) == 0
-    stored, made = load(tmp_path / "q")[0], load(DEMO, quantize=f"int{bits}")[0]
+    assert main([str(DEMO), str(tmp_path / "q"), *OPTIONS[form]]) == 0
+    stored, made = load(tmp_path / "q")[0], load(DEMO, quantize=form)[0]
     assert stored.llama.embed_tokens.weight.dtype == torch.float16
     assert weight_bytes(stored) == weight_bytes(made)

@@ -46,6 +46,8 @@ FORMS: dict[str, dict[str, Any]] = {
     "int4": {"quantize": "int4", "dtype": "float32"},
     "int8 in float16": {"quantize": "int8", "dtype": "float16"},
     "int4 in bfloat16": {"quantize": "int4", "dtype": "bfloat16"},
+    "nf4": {"quantize": "nf4", "dtype": "float32"},
+    "nf4 in float16": {"quantize": "nf4", "dtype": "float16"},
 }
 
 # Waits for one image at one step of a plan: one for the index that the method chose, one for the
