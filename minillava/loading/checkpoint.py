@@ -12,7 +12,7 @@ import re
 from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch.overrides import TorchFunctionMode
@@ -24,7 +24,7 @@ from ..processing.processor import Processor
 from ..processing.tokenizer import Tokenizer
 from ..quant.linear import multiplies_bfloat16
 from ..quant.quantise import stored_parts
-from .assemble import TIED, choose_forms, linear_layers, load_weights
+from .assemble import TIED, choose_arithmetic, choose_forms, linear_layers, load_weights
 from .config_file import read_config, read_generation_rules
 from .error_text import cut, cut_path, shorten
 from .hub import find_checkpoint
@@ -32,6 +32,9 @@ from .keys import our_name, published_name
 from .processor_files import read_processor
 from .regular_files import is_present
 from .tensor_files import FLOATS, StoredTensor, read_headers
+
+if TYPE_CHECKING:
+    from torch.distributed.device_mesh import DeviceMesh
 
 DTYPES = {
     "float32": torch.float32,
@@ -59,6 +62,7 @@ def load(
     quantize: str | None = None,
     revision: str | None = None,
     progress: bool = False,
+    mesh: DeviceMesh | None = None,
 ) -> tuple[LLaVA, Processor]:
     """Read a LLaVA-1.5 checkpoint in the llava-hf layout.
 
@@ -71,7 +75,8 @@ def load(
     int8, int8-dynamic (faster and less accurate, CPU only) or int4 for the weights of the decoder's
     blocks; the other weights are then stored in the dtype of the files unless `dtype` is given. A
     checkpoint that is already quantised needs no `quantize`. progress: show a bar on stderr if that
-    is a terminal.
+    is a terminal. mesh: the processes that share the decoder; each calls load() with its own device,
+    reads its part, and then takes part in every generation (README.md in this folder).
 
     Raises ValueError for every failure, in one line with the value, what is allowed and what to do.
     """
@@ -95,7 +100,15 @@ def load(
         # Scales of integer weights are always float32 and say nothing about the checkpoint.
         weights = [t for name, t in found.items() if not name.endswith(("_scale", "_low"))]
         storage = torch.float32 if target == _CPU and not forms else widest_dtype(weights)
-    load_weights(model, found, target, storage, forms, progress)
+    if mesh is None:
+        load_weights(model, found, target, storage, forms, progress)
+        return model, processor
+    from .parallel import refuse_stored_forms, split_decoder  # takes a second to import
+
+    refuse_stored_forms(forms, storage, choose_arithmetic(target, storage, forms))
+    split = split_decoder(model, mesh)
+    load_weights(model, split.parts(found), target, storage, forms, progress)
+    split.join(model)
     return model, processor
 
 
