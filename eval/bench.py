@@ -19,7 +19,7 @@ from . import cost, predict, store
 from .plans import TypedPlan, file_name
 from .predict import Run
 from .predictions import read
-from .ranks import ALONE, Ranks
+from minillava.app.ranks import ALONE, Ranks
 from .results import (
     PlanResult,
     begin_result,

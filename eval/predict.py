@@ -18,7 +18,7 @@ from minillava.pruning.base import Plan
 from minillava.request import Settings, check_plan, prompts_of
 
 from . import cost, store
-from .ranks import ALONE, Ranks
+from minillava.app.ranks import ALONE, Ranks
 from .tasks.base import Item
 
 WARM_UP = 2  # first batches of a process, whose times are left out of the costs

@@ -21,7 +21,7 @@ from minillava.app.command import CommandParser
 from .. import plots, store
 from ..bench import Bench, add_options
 from ..plans import TypedPlan
-from ..ranks import Ranks
+from minillava.app.ranks import Ranks
 from ..results import PlanResult
 from ..run import run_locked
 from ..score import find_task

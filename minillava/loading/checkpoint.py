@@ -87,6 +87,8 @@ def load(
         raise ValueError(f"quantize={shorten(quantize)}, but must be {allowed}; choose one")
     if quantize == "int8-dynamic" and target != _CPU:
         raise ValueError("quantize='int8-dynamic' is for CPUs only; on CUDA use 'int8'")
+    if mesh is not None and quantize is not None:  # before anything is downloaded
+        _refuse_to_share({"all": quantize})
     folder = find_checkpoint(path_or_hub_id, revision)
     _refuse_other_weights(folder)
     config = read_config(folder / "config.json")
@@ -103,9 +105,9 @@ def load(
     if mesh is None:
         load_weights(model, found, target, storage, forms, progress)
         return model, processor
-    from .parallel import refuse_stored_forms, split_decoder  # takes a second to import
+    _refuse_to_share(forms, storage, choose_arithmetic(target, storage, forms))
+    from .parallel import split_decoder  # takes a second
 
-    refuse_stored_forms(forms, storage, choose_arithmetic(target, storage, forms))
     split = split_decoder(model, mesh)
     load_weights(model, split.parts(found), target, storage, forms, progress)
     split.join(model)
@@ -306,3 +308,23 @@ def _parse_dtype(dtype: str | torch.dtype | None, device: torch.device) -> torch
             "choose one"
         )
     return known[str(dtype)]
+
+
+def _refuse_to_share(
+    forms: Mapping[str, str],
+    storage: torch.dtype | None = None,
+    arithmetic: torch.dtype | None = None,
+) -> None:
+    """Refuse weights for several processes that are not held in the dtype of the arithmetic."""
+    for form in forms.values():
+        raise ValueError(
+            f"weights quantised to {form} cannot be shared by several processes, only float32, "
+            "bfloat16 and float16; take a checkpoint that is not quantised, without quantize, or "
+            "start one process"
+        )
+    if storage != arithmetic:
+        name, wide = (str(dtype).removeprefix("torch.") for dtype in (storage, arithmetic))
+        raise ValueError(
+            f"dtype={name} only says how this CPU stores weights, it computes in {wide}; several "
+            f"processes share weights in the dtype of the arithmetic, so give dtype={wide}"
+        )

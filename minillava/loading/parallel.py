@@ -109,23 +109,6 @@ def check_sizes(config: TextConfig, mesh: DeviceMesh) -> None:
             )
 
 
-def refuse_stored_forms(
-    forms: Mapping[str, str], storage: torch.dtype, arithmetic: torch.dtype
-) -> None:
-    """Raises ValueError for weights that are not held in the dtype of the arithmetic."""
-    for form in forms.values():
-        raise ValueError(
-            f"weights stored in {form} are not split over several processes; take a checkpoint in "
-            "float16, bfloat16 or float32 without quantize, or start one process"
-        )
-    if storage != arithmetic:
-        name, wide = (str(dtype).removeprefix("torch.") for dtype in (storage, arithmetic))
-        raise ValueError(
-            f"dtype={name} is a stored form on this CPU, whose arithmetic is then {wide}, and "
-            f"stored forms are not split over several processes; give dtype={wide}"
-        )
-
-
 def own_part(whole: DTensor) -> tuple[slice, slice]:
     """Which rows and columns of a split weight (N, K) this process holds.
 
