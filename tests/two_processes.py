@@ -90,7 +90,7 @@ def do(job: Job, models: dict[Any, Any], mesh: Any = None) -> Done:
         plan = parse_plan(job.plan) if isinstance(job.plan, str) else job.plan
         done.result = generate(model, job.batch, plan, output_logits=True, **job.options)
         parameters = dict(model.named_parameters())
-        done.held = {n: getattr(p, "_local_tensor", p).nbytes for n, p in parameters.items()}
+        done.held = {n: p.nbytes for n, p in parameters.items()}
     except ValueError as error:
         done.refused = str(error)
     finally:

@@ -102,15 +102,12 @@ def load(
         # Scales of integer weights are always float32 and say nothing about the checkpoint.
         weights = [t for name, t in found.items() if not name.endswith(("_scale", "_low"))]
         storage = torch.float32 if target == _CPU and not forms else widest_dtype(weights)
-    if mesh is None:
-        load_weights(model, found, target, storage, forms, progress)
-        return model, processor
-    _refuse_to_share(forms, storage, choose_arithmetic(target, storage, forms))
-    from .parallel import split_decoder  # takes a second
+    if mesh is not None:
+        _refuse_to_share(forms, storage, choose_arithmetic(target, storage, forms))
+        from .parallel import split_decoder  # takes a second
 
-    split = split_decoder(model, mesh)
-    load_weights(model, split.parts(found), target, storage, forms, progress)
-    split.join(model)
+        found = split_decoder(model, found, mesh)
+    load_weights(model, found, target, storage, forms, progress)
     return model, processor
 
 

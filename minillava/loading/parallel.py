@@ -17,20 +17,15 @@ heads (WholeHeads), and what the first process has chosen holds in all (Agreemen
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.tensor import DTensor, Replicate, Shard
-from torch.distributed.tensor.parallel import (
-    ColwiseParallel,
-    ParallelStyle,
-    RowwiseParallel,
-    parallelize_module,
-)
+from torch.distributed.tensor import DTensor, Partial, Placement, Shard, distribute_tensor
+from torch.distributed.tensor.parallel import ParallelStyle, parallelize_module
 
 from ..config import TextConfig
 from ..llava import LLaVA
@@ -38,51 +33,25 @@ from ..rows import Keep
 from .tensor_files import StoredTensor
 
 
-@dataclass(frozen=True)
-class Split:
-    """The weights of a decoder that are split: our name -> DTensor on the meta device."""
-
-    weights: Mapping[str, DTensor]
-
-    def parts(self, found: Mapping[str, StoredTensor]) -> dict[str, StoredTensor]:
-        """The stored tensors, of which `read` gives what this process holds."""
-        return {
-            name: replace(tensor, part=own_part(self.weights[name]))
-            if name in self.weights
-            else tensor
-            for name, tensor in found.items()
-        }
-
-    def join(self, model: LLaVA) -> None:
-        """Make one tensor of the parts of each weight that the processes have loaded."""
-        for name, whole in self.weights.items():
-            layer = model.get_submodule(name.removesuffix(".weight"))
-            part, mesh = layer.get_parameter("weight"), whole.device_mesh
-            shape, stride = whole.shape, whole.stride()
-            joined = DTensor.from_local(
-                part.data, mesh, whole.placements, run_check=False, shape=shape, stride=stride
-            )
-            layer.weight = nn.Parameter(joined, requires_grad=False)
-
-
-def split_decoder(model: LLaVA, mesh: DeviceMesh) -> Split:
+def split_decoder(
+    model: LLaVA, found: Mapping[str, StoredTensor], mesh: DeviceMesh
+) -> dict[str, StoredTensor]:
     """Split the decoder of a model on the meta device over the processes of a mesh.
 
-    Raises ValueError if its heads or its MLP cannot be cut into equal parts.
+    Returns the stored tensors found for it, of which `read` now gives what this process holds.
+    Raises ValueError if the heads or the MLP cannot be cut into equal parts.
     """
     config, n = model.config.text, mesh.size()
     check_sizes(config, mesh)
     plan: dict[str, ParallelStyle] = {
-        "blocks.*.attn.q_proj": ColwiseParallel(),
-        "blocks.*.attn.k_proj": ColwiseParallel(),
-        "blocks.*.attn.v_proj": ColwiseParallel(),
-        "blocks.*.attn.o_proj": RowwiseParallel(),
-        "blocks.*.mlp.gate_proj": ColwiseParallel(),
-        "blocks.*.mlp.up_proj": ColwiseParallel(),
-        "blocks.*.mlp.down_proj": RowwiseParallel(),
+        "blocks.*.attn.[qkv]_proj": SplitOutputs(),
+        "blocks.*.attn.o_proj": SplitInputs(),
+        "blocks.*.mlp.gate_proj": SplitOutputs(),
+        "blocks.*.mlp.up_proj": SplitOutputs(),
+        "blocks.*.mlp.down_proj": SplitInputs(),
     }
     if not config.tie_word_embeddings:
-        plan["lm_head"] = ColwiseParallel(output_layouts=Replicate())
+        plan["lm_head"] = SplitOutputs(gather=True)
     parallelize_module(model.llama, mesh, plan)
     model.llama.config = replace(  # what this process computes, and caches
         config,
@@ -90,7 +59,9 @@ def split_decoder(model: LLaVA, mesh: DeviceMesh) -> Split:
         num_key_value_heads=config.num_key_value_heads // n,
     )
     model.llama.whole_heads, model.llama.agree = WholeHeads(mesh), Agreement(mesh)
-    return Split({n: w.data for n, w in model.named_parameters() if isinstance(w.data, DTensor)})
+    split = {n: w.data for n, w in model.named_parameters() if isinstance(w.data, DTensor)}
+    parts = {name: replace(found[name], part=own_part(weight)) for name, weight in split.items()}
+    return {**found, **parts}
 
 
 def check_sizes(config: TextConfig, mesh: DeviceMesh) -> None:
@@ -119,8 +90,71 @@ def own_part(whole: DTensor) -> tuple[slice, slice]:
     size = whole.shape[placement.dim]
     each = -(-size // mesh.size())
     start = min(mesh.get_local_rank() * each, size)
-    own, all_of_it = slice(start, min(start + each, size)), slice(None)
-    return (own, all_of_it) if placement.dim == 0 else (all_of_it, own)
+    own, every = slice(start, min(start + each, size)), slice(None)
+    return (own, every) if placement.dim == 0 else (every, own)
+
+
+# ---------------------------------------------------------------- linear layers
+
+
+# torch's own ColwiseParallel and RowwiseParallel multiply DTensors. For each new number of rows
+# these work out on the host how to (25 ms for each shape of weight), and after pruning almost every
+# prompt has a number of its own. So here weights are plain tensors, and only results are joined.
+
+
+class SplitOutputs(ParallelStyle):
+    """A linear layer of which each process computes a part of the outputs.
+
+    gather: each process gets the whole outputs.
+    """
+
+    def __init__(self, gather: bool = False) -> None:
+        super().__init__()
+        self.gather = gather
+
+    def _apply(self, module: nn.Module, device_mesh: DeviceMesh) -> nn.Module:
+        split_weight(module, device_mesh, Shard(0))
+        if self.gather:
+            module.register_forward_hook(JoinResults(device_mesh, Shard(1)))
+        return module
+
+
+class SplitInputs(ParallelStyle):
+    """A linear layer of which each process multiplies a part of the inputs; results are added."""
+
+    def _apply(self, module: nn.Module, device_mesh: DeviceMesh) -> nn.Module:
+        split_weight(module, device_mesh, Shard(1))
+        module.register_forward_hook(JoinResults(device_mesh, Partial()))
+        return module
+
+
+def split_weight(module: nn.Module, mesh: DeviceMesh, placement: Shard) -> None:
+    """Cut a weight on the meta device. Loading replaces it by a plain tensor of the own part."""
+    weight = distribute_tensor(module.get_parameter("weight").data, mesh, [placement])
+    module.register_parameter("weight", nn.Parameter(weight, requires_grad=False))
+
+
+class JoinResults:
+    """A forward hook: the whole result of a linear layer, from what each process computed of it."""
+
+    def __init__(self, mesh: DeviceMesh, placement: Placement) -> None:
+        self.mesh, self.placement = mesh, placement
+
+    def __call__(self, layer: nn.Linear, inputs: tuple[Tensor], y: Tensor) -> Tensor:
+        """y (R, N) or (R, its part of N) -> (R, N)."""
+        N = layer.out_features
+        joined = DTensor.from_local(
+            y,
+            self.mesh,
+            [self.placement],
+            run_check=False,
+            shape=torch.Size((len(y), N)),
+            stride=(N, 1),
+        )
+        return joined.full_tensor()
+
+
+# ---------------------------------------------------------------- pruning
 
 
 class WholeHeads(nn.Module):
