@@ -22,6 +22,7 @@ from two_processes import ROOT, Done, Job, Wavering, do, run_two
 from minillava.loading.checkpoint import load
 from minillava.pruning import METHODS
 from minillava.pruning.base import Plan
+from minillava.quant.linear import multiplies_bfloat16
 from weights.quantise import quantise
 
 PROMPTS = ("tttItttttt", "tttt", "tItIttt", "tIItt")  # several images, and none
@@ -46,7 +47,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def tied(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Another model: its output head is the embedding, and each query head has its own key."""
-    return write_folder(tmp_path_factory, tied=True, kv_heads=4, vision_layers=2)
+    return write_folder(tmp_path_factory, tied=True, kv_heads=4)
 
 
 @pytest.fixture(scope="module")
@@ -308,5 +309,16 @@ def test_all_methods_modes_and_ways_of_decoding(
 
 
 @pytest.mark.slow
+@pytest.mark.skipif(not multiplies_bfloat16(), reason="this CPU does not compute in bfloat16")
 def test_bfloat16(folder: Path, batch: Any, tmp_path: Path) -> None:
-    ...
+    """No further from float32 than one process is, whose sums are rounded once less often."""
+    plans = ("", "fastv:layer=2,keep=5")
+    done = run({text: ask(folder, batch, text, "bfloat16") for text in plans}, tmp_path)
+    exact = do(ask(folder, batch, ""), {}).result.logits[:, 0]
+    for first, second, alone in done.values():
+        assert first.result.report.arithmetic == "bfloat16"
+        assert torch.equal(first.result.logits, second.result.logits)
+        assert first.result.report.kept == second.result.report.kept
+        assert 2 * first.cached == alone.cached
+    errors = [(each.result.logits[:, 0] - exact).square().mean().sqrt() for each in done[""]]
+    assert errors[0] <= 1.5 * errors[2]
