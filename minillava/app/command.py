@@ -216,9 +216,12 @@ def silence_other_ranks() -> Iterator[None]:
     if "TORCHELASTIC_RUN_ID" not in os.environ or os.environ.get("RANK") == "0":
         yield
         return
-    with open(os.devnull, "w", encoding="utf-8") as discard:
-        with contextlib.redirect_stdout(discard), contextlib.redirect_stderr(discard):
-            yield
+    with (
+        open(os.devnull, "w", encoding="utf-8") as discard,
+        contextlib.redirect_stdout(discard),
+        contextlib.redirect_stderr(discard),
+    ):
+        yield
 
 
 @contextlib.contextmanager

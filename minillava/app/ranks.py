@@ -17,12 +17,14 @@ from typing import Any, TypeVar
 import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.distributed_c10d import Store
+from torch.distributed.rendezvous import rendezvous
 
 T = TypeVar("T")
 
 PATIENCE = timedelta(days=30)  # a process that is ready waits for the slowest one, or for a person
-# what torch says, in a RuntimeError, when another process has ended or cannot be reached
 LOST = "another process of torchrun has ended; give the same command again"
+# what torch says then, in a RuntimeError
 _LOST = re.compile("gloo|nccl|connection|broken pipe|socket", re.IGNORECASE)
 
 
@@ -118,7 +120,7 @@ def answer_together() -> Iterator[Ranks]:
     if not dist.is_torchelastic_launched():
         yield ALONE
         return
-    store, rank, size = next(dist.rendezvous("env://"))
+    store, rank, size = next(rendezvous("env://"))
     backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
     dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=PATIENCE)
     try:
@@ -136,7 +138,7 @@ def answer_together() -> Iterator[Ranks]:
         dist.destroy_process_group()
 
 
-def _is_first(store: dist.Store) -> bool:
+def _is_first(store: Store) -> bool:
     """Whether no other process has asked this before."""
     try:
         return store.add("ended", 1) == 1

@@ -75,8 +75,8 @@ def load(
     int8, int8-dynamic (faster and less accurate, CPU only) or int4 for the weights of the decoder's
     blocks; the other weights are then stored in the dtype of the files unless `dtype` is given. A
     checkpoint that is already quantised needs no `quantize`. progress: show a bar on stderr if that
-    is a terminal. mesh: the processes that share the decoder; each calls load() with its own device,
-    reads its part, and then takes part in every generation (README.md in this folder).
+    is a terminal. mesh: the processes that share the decoder. Each of them calls load(), reads its
+    own part, and then takes part in every generation (README.md in this folder).
 
     Raises ValueError for every failure, in one line with the value, what is allowed and what to do.
     """

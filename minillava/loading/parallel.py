@@ -58,7 +58,8 @@ def split_decoder(
         num_attention_heads=config.num_attention_heads // n,
         num_key_value_heads=config.num_key_value_heads // n,
     )
-    model.llama.whole_heads, model.llama.agree = WholeHeads(mesh), Agreement(mesh)
+    model.llama.set_submodule("whole_heads", WholeHeads(mesh))
+    model.llama.set_submodule("agree", Agreement(mesh))
     split = {n: w.data for n, w in model.named_parameters() if isinstance(w.data, DTensor)}
     parts = {name: replace(found[name], part=own_part(weight)) for name, weight in split.items()}
     return {**found, **parts}

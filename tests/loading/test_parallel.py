@@ -250,9 +250,7 @@ class Failing(Method):
         ("os.kill(os.getpid(), 9)", "another process of torchrun has ended"),
     ],
 )
-def test_a_failure_of_one_process_ends_both(
-    tmp_path: Path, rank: int, act: str, told: str
-) -> None:
+def test_a_failure_of_one_process_ends_both(tmp_path: Path, rank: int, act: str, told: str) -> None:
     file = tmp_path / "failing.py"
     file.write_text(FAILING.format(rank=rank, act=act))
     ended = torchrun("--prune", f"{file}:Failing")
