@@ -10,6 +10,8 @@ import os
 import pickle
 import subprocess
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -21,7 +23,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from minillava import load, parse_plan
 from minillava.cache import KVCache
 from minillava.generate import generate
-from minillava.loading.tensor_files import StoredTensor
+from minillava.loading import tensor_files
 from minillava.pruning.base import Context, Keep, Method, Stages
 
 ROOT = Path(__file__).parents[1]
@@ -45,7 +47,7 @@ class Done:
 
     result: Any = None
     refused: str = ""
-    read: int = 0  # bytes that were read from the checkpoint's files, as float32
+    read: int = 0  # bytes that were read from the checkpoint's files
     held: dict[str, int] = field(default_factory=dict)  # parameter -> bytes
     cached: int = 0  # bytes of the KV cache that the prefill reserved
 
@@ -67,21 +69,45 @@ class Wavering(Method):
         return Keep(torch.arange(k) + rank, merged=merged, extra=extra)
 
 
+@dataclass(frozen=True)
+class CountedFile:
+    """An open safetensors file, or a tensor in it, that counts the bytes which are read."""
+
+    opened: Any
+    done: Done
+
+    def get_tensor(self, name: str) -> torch.Tensor:
+        return self._count(self.opened.get_tensor(name))
+
+    def get_slice(self, name: str) -> CountedFile:
+        return CountedFile(self.opened.get_slice(name), self.done)
+
+    def __getitem__(self, part: Any) -> torch.Tensor:
+        return self._count(self.opened[part])
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.opened, name)
+
+    def _count(self, value: torch.Tensor) -> torch.Tensor:
+        self.done.read += value.nbytes
+        return value
+
+
 def do(job: Job, models: dict[Any, Any], mesh: Any = None) -> Done:
     """Without a mesh: in this process alone, with the whole model."""
-    done, read, reserve = Done(), StoredTensor.read, KVCache.reserve
+    done, open_file, reserve = Done(), tensor_files._open_safetensors, KVCache.reserve
 
-    def count_read(self: StoredTensor, *args: Any) -> Any:
-        value = read(self, *args)
-        done.read += 4 * value.numel()
-        return value
+    @contextmanager
+    def counted_file(path: Path) -> Iterator[Any]:
+        with open_file(path) as file:
+            yield CountedFile(file, done)
 
     def count_reserved(self: KVCache, layers: Any, lengths: Any) -> None:
         reserve(self, layers, lengths)
         done.cached += sum(self.keys[i].nbytes + self.values[i].nbytes for i in layers)
 
     key = (job.folder, *job.load.items())
-    StoredTensor.read, KVCache.reserve = count_read, count_reserved  # type: ignore[method-assign]
+    tensor_files._open_safetensors, KVCache.reserve = counted_file, count_reserved
     try:
         if key not in models:
             models.clear()
@@ -94,7 +120,7 @@ def do(job: Job, models: dict[Any, Any], mesh: Any = None) -> Done:
     except ValueError as error:
         done.refused = str(error)
     finally:
-        StoredTensor.read, KVCache.reserve = read, reserve  # type: ignore[method-assign]
+        tensor_files._open_safetensors, KVCache.reserve = open_file, reserve
     return done
 
 
