@@ -11,6 +11,7 @@ import torch
 
 from minillava import load
 from minillava.app.command import parse_int, parse_path, parse_positive_int
+from minillava.app.ranks import ALONE, Ranks
 from minillava.llava import LLaVA
 from minillava.loading.checkpoint import DTYPES, QUANTIZE
 from minillava.processing.processor import Processor
@@ -20,7 +21,6 @@ from . import cost, predict, store
 from .plans import TypedPlan, file_name
 from .predict import Run
 from .predictions import read
-from .ranks import ALONE, Ranks
 from .results import (
     PlanResult,
     begin_result,

@@ -10,6 +10,7 @@ from pathlib import Path
 from tqdm import tqdm  # type: ignore[import-untyped,unused-ignore]
 
 from minillava import Batch
+from minillava.app.ranks import ALONE, Ranks
 from minillava.generate import Result, generate
 from minillava.llava import LLaVA
 from minillava.processing.processor import Processor
@@ -18,7 +19,6 @@ from minillava.pruning.base import Plan
 from minillava.request import Settings, check_plan, prompts_of
 
 from . import cost, store
-from .ranks import ALONE, Ranks
 from .tasks.base import Item
 
 WARM_UP = 2  # first batches of a process, whose times are left out of the costs

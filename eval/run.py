@@ -22,11 +22,11 @@ from contextlib import nullcontext
 import torch
 
 from minillava.app.command import CommandParser, run_command
+from minillava.app.ranks import Ranks, process_group
 
 from . import cost, published, results, store
 from .bench import Bench, add_options
 from .plans import NONE, read_plans
-from .ranks import Ranks, process_group
 from .results import PlanResult
 
 

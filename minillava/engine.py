@@ -248,6 +248,7 @@ def ask_method(model: LLaVA, step: Step, sample: Sample) -> list[Choice]:
             context = Context(model, sample, step, group, candidates)
             keep = step.method.choose(context)
             keep = check_keep(step.method, keep, len(candidates), sample.x.shape[1])
+            keep = model.llama.agree(keep)
         choices.append(Choice(window, candidates, keep))
     return choices
 

@@ -127,7 +127,7 @@ class Answer:
             logits = self._follow_rules(logits, tokens)
             if settings.output_logits:
                 chosen_from.append(logits)
-            new = tokens.draw(logits, broken)  # (B,)
+            new = model.llama.agree(tokens.draw(logits, broken))  # (B,)
             taken = tokens.take(new.tolist())
             clock.note_token()
             yield taken
@@ -156,7 +156,7 @@ class Answer:
     def _new_cache(self) -> KVCache | None:
         if not self.settings.use_cache:
             return None
-        text = self.model.config.text
+        text = self.model.llama.config
         room = min(self.settings.max_new_tokens, text.max_position_embeddings) - 1
         return KVCache(text, max(room, 0), self.model.dtype, self.model.device)
 

@@ -112,6 +112,8 @@ class Llama(nn.Module):
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         if config.tie_word_embeddings:
             self.lm_head.weight = self.embed_tokens.weight
+        # where processes share the decoder (loading/parallel.py): all heads, and the first's choice
+        self.whole_heads, self.agree = nn.Identity(), nn.Identity()
 
     def rope(self, positions: Tensor, dtype: torch.dtype = torch.float32) -> Rope:
         """Rotation of each row by its position (R,): cosine and sine, each (R, 1, Dh / 2).

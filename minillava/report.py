@@ -44,7 +44,7 @@ class Report:
     prefill: float
     first_token: float  # from the start to the first token
     per_token: float  # mean of the later ones
-    cache_bytes: int  # keys and values held after the prefill
+    cache_bytes: int  # keys and values that this process holds after the prefill
     peak_bytes: int | None  # peak of allocated memory, CUDA only
     arithmetic: str  # of the decoder's linear layers: float32, bfloat16, or its stored form's
 

@@ -17,11 +17,11 @@ from typing import Any
 import torch
 
 from minillava.app.command import CommandParser
+from minillava.app.ranks import Ranks
 
 from .. import plots, store
 from ..bench import Bench, add_options
 from ..plans import TypedPlan
-from ..ranks import Ranks
 from ..results import PlanResult
 from ..run import run_locked
 from ..score import find_task

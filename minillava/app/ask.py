@@ -18,6 +18,7 @@ from .cli import DEMO
 from .command import quiet_decoders
 from .method_table import list_methods
 from .open_image import open_image
+from .ranks import Ranks, answer_together
 
 
 def answer(args: argparse.Namespace) -> None:
@@ -26,13 +27,14 @@ def answer(args: argparse.Namespace) -> None:
         print(list_methods(), flush=True)
         return
     files, question = _choose_question(args)
-    chat = _load_chat(args, files)
-    if args.chat:
-        chat.answer_questions(args.prompt)
-    elif args.raw_prompt:
-        chat.answer_prompt(question)
-    else:
-        chat.answer_prompt(chat.processor.prompt(question, len(files)))
+    with answer_together() as ranks:
+        chat = _load_chat(args, files, ranks)
+        if args.chat:
+            chat.answer_questions(args.prompt)
+        elif args.raw_prompt:
+            chat.answer_prompt(question)
+        else:
+            chat.answer_prompt(chat.processor.prompt(question, len(files)))
 
 
 def _choose_question(args: argparse.Namespace) -> tuple[list[str], str]:
@@ -59,7 +61,7 @@ def _read_demo_question() -> tuple[list[str], str]:
     return [str(DEMO / "example.png")], json.loads(example.read_text("utf-8"))["question"]
 
 
-def _load_chat(args: argparse.Namespace, files: list[str]) -> Chat:
+def _load_chat(args: argparse.Namespace, files: list[str], ranks: Ranks) -> Chat:
     """Load the model, after checking everything that can be checked without it."""
     plan = parse_plan_with_files(args.prune)
     settings = Settings(
@@ -78,12 +80,13 @@ def _load_chat(args: argparse.Namespace, files: list[str]) -> Chat:
     with quiet_decoders():
         images = [open_image(file) for file in files]
     name = _find_demo() if args.model is None else args.model
+    mesh, device = ranks.mesh(args.device), ranks.device(args.device)
     start = time.perf_counter()
     model, processor = load(
-        name, args.device, args.dtype, args.quantize, args.revision, progress=True
+        name, device, args.dtype, args.quantize, args.revision, progress=True, mesh=mesh
     )
     load_seconds = time.perf_counter() - start
-    return Chat(args, model, processor, images, plan, settings, name, load_seconds)
+    return Chat(args, model, processor, images, plan, settings, name, load_seconds, ranks)
 
 
 def _find_demo() -> str:

@@ -22,6 +22,7 @@ from ..request import Settings
 from ..sample import Batch
 from .command import print_error
 from .overlay import overlay
+from .ranks import ALONE, Ranks
 
 LONGEST_PIECE = 100  # characters; the longest tokens of Llama's vocabulary are 16 spaces
 MAX_LINE = 10_000_000  # characters of a question that are read
@@ -39,6 +40,7 @@ class Chat:
     settings: Settings
     name: str  # the checkpoint, as given
     load_seconds: float
+    ranks: Ranks = ALONE  # the processes that share the model
 
     @property
     def tokens(self) -> str:
@@ -59,8 +61,8 @@ class Chat:
         that reads the question chooses again for each one.
         """
         turns: list[tuple[str, str]] = []
-        encoded = None
-        for question in _read_questions(first):
+        encoded, questions = None, _read_questions(first)
+        while (question := self.ranks.run_in_first(lambda: next(questions, None))) is not None:
             try:
                 self._check_length(question)
                 prompt = self.processor.prompt(question, len(self.images), turns)
@@ -100,7 +102,7 @@ class Chat:
         text, result = _collect(pieces, printing=not self.args.json), pieces.result
         if self.args.json:
             print(json.dumps(self._make_record(text, result)), flush=True)
-        if self.args.overlay:
+        if self.args.overlay and self.ranks.rank == 0:
             aspect = self.args.image_aspect or self.processor.aspect
             config = self.processor.image
             drawing = overlay(result, self.images, text=text, aspect=aspect, config=config)
@@ -115,6 +117,7 @@ class Chat:
             "plan": self.plan.text or None,
             "model": self.name,
             "load_seconds": self.load_seconds,
+            "processes": self.ranks.size,
             "tokens_mode": self.tokens,
             "focus": self.focus,
             "average_image_tokens": {

@@ -1,7 +1,8 @@
 """Ask a LLaVA-1.5 model about images, with visual-token pruning.
 
 Without arguments it asks the demo checkpoint a question about an image, both of which come with the
-repository. An error is printed as one line on stderr, and the exit code is 2.
+repository. The processes of `torchrun --nproc-per-node N -m minillava.generate ...` share one model
+between them. An error is printed as one line on stderr, and the exit code is 2.
 """
 
 from __future__ import annotations
@@ -11,7 +12,15 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import NoReturn
 
-from .command import CommandParser, end_at_once, end_program, parse_float, parse_int, run_command
+from .command import (
+    CommandParser,
+    end_at_once,
+    end_program,
+    parse_float,
+    parse_int,
+    run_command,
+    silence_other_ranks,
+)
 
 DEMO = Path(__file__).parents[2] / "weights" / "demo"  # beside the package in the repository
 
@@ -19,7 +28,8 @@ DEMO = Path(__file__).parents[2] / "weights" / "demo"  # beside the package in t
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a command line. Returns the exit code: 0, 2 after an error, 130 after Ctrl-C; the others
     are those of run_command."""
-    return run_command(lambda: _run(_make_parser().parse_args(argv)))
+    with silence_other_ranks():
+        return run_command(lambda: _run(_make_parser().parse_args(argv)))
 
 
 def program() -> NoReturn:

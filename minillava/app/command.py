@@ -208,6 +208,23 @@ def open_streams() -> Iterator[None]:
 
 
 @contextlib.contextmanager
+def silence_other_ranks() -> Iterator[None]:
+    """Let only the first of the processes that torchrun has started print.
+
+    They all parse the command line, before torch is imported, and give the same answer.
+    """
+    if "TORCHELASTIC_RUN_ID" not in os.environ or os.environ.get("RANK") == "0":
+        yield
+        return
+    with (
+        open(os.devnull, "w", encoding="utf-8") as discard,
+        contextlib.redirect_stdout(discard),
+        contextlib.redirect_stderr(discard),
+    ):
+        yield
+
+
+@contextlib.contextmanager
 def quiet_libraries() -> Iterator[None]:
     """Suppress warnings and log messages of libraries, and flush stdout at the end.
 

@@ -12,7 +12,7 @@ import re
 from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch.overrides import TorchFunctionMode
@@ -24,7 +24,7 @@ from ..processing.processor import Processor
 from ..processing.tokenizer import Tokenizer
 from ..quant.linear import multiplies_bfloat16
 from ..quant.quantise import stored_parts
-from .assemble import TIED, choose_forms, linear_layers, load_weights
+from .assemble import TIED, choose_arithmetic, choose_forms, linear_layers, load_weights
 from .bitsandbytes_layout import JoinedWeight, read_tensors
 from .config_file import read_config, read_generation_rules
 from .error_text import cut, cut_path, shorten
@@ -33,6 +33,9 @@ from .keys import our_name, published_name
 from .processor_files import read_processor
 from .regular_files import is_present
 from .tensor_files import FLOATS, StoredTensor
+
+if TYPE_CHECKING:
+    from torch.distributed.device_mesh import DeviceMesh
 
 DTYPES = {
     "float32": torch.float32,
@@ -60,6 +63,7 @@ def load(
     quantize: str | None = None,
     revision: str | None = None,
     progress: bool = False,
+    mesh: DeviceMesh | None = None,
 ) -> tuple[LLaVA, Processor]:
     """Read a LLaVA-1.5 checkpoint in the llava-hf layout.
 
@@ -73,7 +77,8 @@ def load(
     blocks, or nf4, the 4-bit form of bitsandbytes; the other weights are then stored in the dtype
     of the files unless `dtype` is given. A checkpoint that is already quantised, by
     weights.quantise or by bitsandbytes, needs no `quantize`. progress: show a bar on stderr if
-    that is a terminal.
+    that is a terminal. mesh: the processes that share the decoder. Each of them calls load(), reads
+    its own part, and then takes part in every generation (README.md in this folder).
 
     Raises ValueError for every failure, in one line with the value, what is allowed and what to do.
     """
@@ -84,6 +89,8 @@ def load(
         raise ValueError(f"quantize={shorten(quantize)}, but must be {allowed}; choose one")
     if quantize == "int8-dynamic" and target != _CPU:
         raise ValueError("quantize='int8-dynamic' is for CPUs only; on CUDA use 'int8'")
+    if mesh is not None and quantize is not None:  # before anything is downloaded
+        _refuse_to_share({"all": quantize})
     folder = find_checkpoint(path_or_hub_id, revision)
     _refuse_other_weights(folder)
     config = read_config(folder / "config.json")
@@ -97,6 +104,11 @@ def load(
         # Scales of integer weights are always float32 and say nothing about the checkpoint.
         weights = [t for name, t in found.items() if not name.endswith("_scale")]
         storage = torch.float32 if target == _CPU and not forms else widest_dtype(weights)
+    if mesh is not None:
+        _refuse_to_share(forms, storage, choose_arithmetic(target, storage, forms))
+        from .parallel import split_decoder  # takes a second
+
+        found = split_decoder(model, found, mesh)
     load_weights(model, found, target, storage, forms, progress)
     return model, processor
 
@@ -298,3 +310,23 @@ def _parse_dtype(dtype: str | torch.dtype | None, device: torch.device) -> torch
             "choose one"
         )
     return known[str(dtype)]
+
+
+def _refuse_to_share(
+    forms: Mapping[str, str],
+    storage: torch.dtype | None = None,
+    arithmetic: torch.dtype | None = None,
+) -> None:
+    """Refuse weights for several processes that are not held in the dtype of the arithmetic."""
+    for form in forms.values():
+        raise ValueError(
+            f"weights quantised to {form} cannot be shared by several processes, only float32, "
+            "bfloat16 and float16; take a checkpoint that is not quantised, without quantize, or "
+            "start one process"
+        )
+    if storage != arithmetic:
+        name, wide = (str(dtype).removeprefix("torch.") for dtype in (storage, arithmetic))
+        raise ValueError(
+            f"dtype={name} only says how this CPU stores weights, it computes in {wide}; several "
+            f"processes share weights in the dtype of the arithmetic, so give dtype={wide}"
+        )

@@ -29,6 +29,7 @@ class StoredTensor:
     name: str
     shape: tuple[int, ...]
     kind: str  # dtype as safetensors spells it: F16, I8, ...; FLOATS lists the floating ones
+    part: tuple[slice, ...] = ()  # of each dimension, what `read` reads; (): the whole tensor
 
     def read(self, device: torch.device, dtype: torch.dtype) -> Tensor:
         """Read the values into new memory on `device`, converted to `dtype`.
@@ -38,6 +39,8 @@ class StoredTensor:
         the file does.
         """
         with _open_safetensors(self.file) as file:
+            if self.part:
+                return file.get_slice(self.name)[self.part].to(device, dtype, copy=True)
             return file.get_tensor(self.name).to(device, dtype, copy=True)
 
 

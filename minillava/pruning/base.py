@@ -349,9 +349,8 @@ class Context:
     @property
     def newest(self) -> Tensor:
         """Row number (1,) of the last row: the one whose logits give the next token."""
-        token, s = self._sample.token, self._sample
-        n = len(s.rows) if token is None else len(token.cached_keys) + 1
-        return torch.tensor([n - 1])
+        token, rows = self._sample.token, self._sample.rows
+        return torch.tensor([len(rows) - 1 if token is None else len(token.cached_keys)])
 
     def attention(self, rows: Tensor, layer: int = -1, strongest: bool = False) -> Tensor:
         """Attention weight that each candidate receives from `rows`, their mean: (H, n), float32.
@@ -374,7 +373,8 @@ class Context:
         if layer == 0:
             received = self._coming_attention(rows.cpu(), strongest)  # (H, S)
             return received[:, on_device(self.candidates, received)]
-        last, there = self._last(), self._rows_in_last()
+        last = self._last()
+        there = self._rows_in(last)
         at, columns = there[rows.cpu()], on_device(there[self.candidates], last.k)
         at = at[at >= 0]  # rows added since then had no query there
         q = take_rows(last.q, at - (len(last.k) - len(last.q)))  # (r, H, Dh)
@@ -383,9 +383,9 @@ class Context:
 
     def keys(self) -> Tensor:
         """Rotated keys (S, Hkv, Dh) of all rows in the layer that ran last; zeros for new rows."""
-        k = self._last().k
-        there = on_device(self._rows_in_last(), k)
-        return k[there] * (there >= 0)[:, None, None]
+        last = self._last()
+        there = on_device(self._rows_in(last), last.k)
+        return last.k[there] * (there >= 0)[:, None, None]
 
     def sequence(self) -> Tensor:
         """Hidden states (S, C | D) of all rows of the sample."""
@@ -408,7 +408,7 @@ class Context:
     def _coming_attention(self, rows: Tensor, strongest: bool) -> Tensor:
         """(H, S) in the layer that runs next; rows (r,) are on the CPU."""
         s, block = self._sample, self.model.block(self._step.layer)
-        token = s.token
+        token, whole = s.token, self.model.llama.whole_heads
         position = s.rows.position if token is None else token.position
         h, (cos, sin) = block.norm1(s.x), self.model.llama.rope(position, s.x.dtype)
         own = on_device(rows if token is None else rows - len(token.cached_keys), h)
@@ -417,20 +417,20 @@ class Context:
         if token is not None:
             k = torch.cat((token.cached_keys, k))
         hidden = pad_visible(s.hidden(self._step.layer, before=self._step.number), len(k))
-        return attention_received(q, k, rows, hidden, strongest)
+        return attention_received(whole(q), whole(k), rows, hidden, strongest)
 
     def _last(self) -> LastAttention:
-        if self._sample.last is None or self._step.layer == 0:
+        last, whole = self._sample.last, self.model.llama.whole_heads
+        if last is None or self._step.layer == 0:
             raise self._error(
                 f"layer {self._step.layer} has no layer before it whose attention could be read; "
                 "ask for that of the coming layer, attention(rows, layer=0)"
             )
-        return self._sample.last
+        return replace(last, q=whole(last.q), k=whole(last.k))
 
-    def _rows_in_last(self) -> Tensor:
+    def _rows_in(self, last: LastAttention) -> Tensor:
         """Row number (S,) of each row of now in the layer that ran last, on the CPU; -1: new."""
-        last, now = self._last(), self._sample.rows
-        numbers = torch.arange(len(last.k))
+        now, numbers = self._sample.rows, torch.arange(len(last.k))
         there = torch.full((now.n_ids,), -1)
         there[last.rows.id] = numbers[: len(last.rows)]
         return torch.cat((there[now.id], numbers[len(last.rows) :]))  # generated rows follow
@@ -565,11 +565,8 @@ class Plan:
         left = per_image * n_images
         for step in self.steps:
             if step.stage != "decoder" and step.method.mode == "drop":
-                joint = step.method.scope == "all"
-                most = step.method.left(per_image * n_images if joint else per_image)[
-                    step.stage_index
-                ]
-                most = most if joint else most * n_images
+                groups, images = (1, n_images) if step.method.scope == "all" else (n_images, 1)
+                most = groups * step.method.left(per_image * images)[step.stage_index]
                 # a method that adds rows can leave more than there were
                 left = min(left, most) if step.method.drops_only else most
         return left
