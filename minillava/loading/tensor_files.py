@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +29,8 @@ class StoredTensor:
     name: str
     shape: tuple[int, ...]
     kind: str  # dtype as safetensors spells it: F16, I8, ...; FLOATS lists the floating ones
-    part: tuple[slice, ...] = ()  # of each dimension, what `read` reads; (): the whole tensor
+    # of each dimension, what `read` reads; (): the whole tensor
+    part: tuple[slice, ...] = field(default=(), kw_only=True)
 
     def read(self, device: torch.device, dtype: torch.dtype) -> Tensor:
         """Read the values into new memory on `device`, converted to `dtype`.
