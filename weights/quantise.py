@@ -23,7 +23,8 @@ import torch
 from torch import Tensor
 
 from minillava.app.command import CommandParser, end_program, parse_int, parse_path, run_command
-from minillava.loading.assemble import quantise_tensor, quantised_layers
+from minillava.loading.assemble import quantise_tensor as integers
+from minillava.loading.assemble import quantised_layers
 from minillava.loading.bitsandbytes_layout import planned_parts, store_parts
 from minillava.loading.bitsandbytes_layout import read_tensors as stored_tensors
 from minillava.loading.checkpoint import fit_model
@@ -135,7 +136,7 @@ def _planned(tensor: Stored, form: str | None) -> list[Planned]:
 @functools.lru_cache(maxsize=1)
 def _parts(tensor: Stored, form: str) -> list[Tensor]:
     """All parts of one quantised tensor, kept until the next tensor's are asked for."""
-    weight = quantise_tensor(tensor, _CPU, form)
+    weight = integers(tensor, _CPU, form)
     if isinstance(weight, Nf4):
         return store_parts(weight, FLOATS[tensor.kind])
     return list(vars(weight).values())

@@ -156,7 +156,7 @@ def join_weights(stored: Iterable[StoredTensor], layout: Layout) -> list[StoredT
 
 
 def _is_packed(tensor: StoredTensor) -> bool:
-    return tensor.name.endswith(".weight") and tensor.kind not in FLOATS
+    return tensor.name.endswith(".weight") and tensor.kind in ("U8", "I8")
 
 
 def _join_four_bits(weight: StoredTensor, companions: Parts, layout: Layout) -> FourBitWeight:

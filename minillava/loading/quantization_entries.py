@@ -18,19 +18,20 @@ OURS = "minillava"
 METHOD = "bitsandbytes"
 COMPUTE = {str(dtype).removeprefix("torch."): dtype for dtype in FLOATS.values()}
 
+_UNQUANTISED = "load the checkpoint's unquantised weights"
 _TENSORS = Unused("the tensors say it themselves, and transformers follows them too")
 
 BITSANDBYTES: Table = {
-    "quant_method": Only((None, METHOD)),
+    "quant_method": Followed(),
     "load_in_4bit": Followed(),
     "load_in_8bit": Followed(),
-    "bnb_4bit_compute_dtype": Only((None, *COMPUTE)),
+    "bnb_4bit_compute_dtype": Only((None, *COMPUTE), "correct the file"),
     "bnb_4bit_quant_type": _TENSORS,
     "bnb_4bit_use_double_quant": _TENSORS,
     "bnb_4bit_quant_storage": _TENSORS,
     "llm_int8_skip_modules": _TENSORS,  # the weights of these layers are floating-point numbers
     "llm_int8_threshold": Unused("says which activations are not rounded to 8 bits; here none is"),
-    "llm_int8_has_fp16_weight": Only((None, False)),
+    "llm_int8_has_fp16_weight": Only((None, False), _UNQUANTISED),
     "llm_int8_enable_fp32_cpu_offload": Unused("for models on several devices"),
 }
 
@@ -55,16 +56,15 @@ def parse_layout(top: Entries) -> Layout | None:
     # in version 1, 4 bits meant something else
     if not e.values or (method, version, bits) in {(OURS, 2, 4), (OURS, 2, 8), (OURS, 1, 8)}:
         return None
-    todo = "load the checkpoint's unquantised weights, or quantise them again"
     if method not in (None, METHOD, OURS):
-        raise e.error("quant_method", method, f"'{OURS}' or '{METHOD}'", todo)
+        raise e.error("quant_method", method, f"'{OURS}' or '{METHOD}'", _UNQUANTISED)
     loads = any(e.values.get(f"load_in_{bits}bit") not in (None, False) for bits in (4, 8))
     if not loads or method == OURS:
         allowed = (
             "absent, or as weights.quantise writes it (quant_method 'minillava', version 2), or "
             "of bitsandbytes with load_in_4bit or load_in_8bit"
         )
-        raise top.error("quantization_config", dict(e.values), allowed, todo)
+        raise top.error("quantization_config", dict(e.values), allowed, _UNQUANTISED)
     e.check(BITSANDBYTES)
     four, eight = (e.flag(f"load_in_{bits}bit", False) for bits in (4, 8))
     if four and eight:

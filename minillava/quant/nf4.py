@@ -14,8 +14,8 @@ every finite weight in float32, float16 or bfloat16. Its details that decide abo
 - A value on the border of two levels gets the lower one.
 - Values are multiplied by the float32 reciprocal of absmax, but those of an incomplete last block
   are divided by it, and such a block's absmax is at least SMALLEST.
-- An absmax in 8 bits is first rounded to one of 65,536 equal steps (_to_8_bits). On a GPU,
-  bitsandbytes omits this step.
+- An absmax in 8 bits is first rounded to one of 65,536 equal steps (_to_8_bits); on GPUs, and
+  before version 0.50, it is not.
 - The mean is torch's, whose last bit can depend on the number of threads.
 """
 

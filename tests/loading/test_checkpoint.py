@@ -22,7 +22,7 @@ from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForCon
 from minillava.config import Config, TextConfig, VisionConfig
 from minillava.llava import LLaVA
 from minillava.loading import assemble
-from minillava.loading.assemble import quantised_layers
+from minillava.loading.assemble import choose_forms, quantised_layers
 from minillava.loading.checkpoint import empty_model, load, match_tensors, widest_dtype
 from minillava.loading.config_file import parse_config, read_config
 from minillava.loading.json_entries import read_json
@@ -624,13 +624,27 @@ def test_which_layers_get_how_many_bits(tied: bool) -> None:
     vision = VisionConfig(num_hidden_layers=1)
     text = TextConfig(intermediate_size=41, num_hidden_layers=1, tie_word_embeddings=tied)
     model = empty_model(Config(vision, text))
-    bits = quantised_layers(model, 4)
+    forms = quantised_layers(model, "int4")
     block = {"attn.q_proj", "attn.k_proj", "attn.v_proj", "attn.o_proj"}
     block |= {"mlp.gate_proj", "mlp.up_proj"}
-    assert {name for name, n in bits.items() if n == 4} == {f"llama.blocks.0.{n}" for n in block}
-    eight = {name for name, n in bits.items() if n == 8}
+    four = {name for name, form in forms.items() if form == "int4"}
+    assert four == {f"llama.blocks.0.{n}" for n in block}
+    eight = {name for name, form in forms.items() if form == "int8"}
     assert {"llama.blocks.0.mlp.down_proj", "vision.blocks.0.mlp.fc1"} <= eight
     assert any(name.startswith("projector") for name in eight)
     assert ("llama.lm_head" in eight) != tied
-    assert set(bits) <= {n for n, m in model.named_modules() if isinstance(m, torch.nn.Linear)}
-    assert set(quantised_layers(model, 8).values()) == {8}
+    assert set(forms) <= {n for n, m in model.named_modules() if isinstance(m, torch.nn.Linear)}
+    assert set(quantised_layers(model, "int8").values()) == {"int8"}
+
+
+@pytest.mark.parametrize("exact", [True, False])
+def test_which_layers_get_one_digit(exact: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The decoder as asked, tower and projector where a digit has 8 bits, never the head."""
+    monkeypatch.setattr("minillava.loading.assemble.kernel_works", lambda kind: exact)
+    model = empty_model(Config(VisionConfig(num_hidden_layers=1), TextConfig(num_hidden_layers=1)))
+    for form in ("int8", "int8-dynamic", "int4"):
+        forms = choose_forms(model, {}, form, Path())
+        assert forms["llama.blocks.0.mlp.up_proj"] == form
+        assert forms["llama.lm_head"] == "int8"
+        tower = "int8-dynamic" if exact and form != "int8" else "int8"
+        assert forms["vision.blocks.0.mlp.fc1"] == forms["projector.linear_1"] == tower

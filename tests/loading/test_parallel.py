@@ -180,7 +180,7 @@ def test_what_cannot_be_shared(folder: Path, n: int, options: Any, told: str) ->
 
 
 def test_stored_integers_cannot_be_shared(tied: Path, tmp_path: Path) -> None:
-    quantise(tied, tmp_path / "int8", 8)
+    quantise(tied, tmp_path / "int8", "int8")
     with pytest.raises(ValueError, match="quantised to int8 "):
         load(tmp_path / "int8", mesh=processes(2))
 
