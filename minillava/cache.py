@@ -60,14 +60,11 @@ class KVCache:
         at (B,): where each sample's row goes; None: at end - 1 for all. The two results are
         (B, Hkv, end, Dh); rows of a shorter sample beyond its own length are zeros.
         """
-        for held, row in ((self.keys[layer], k[:, :, None]), (self.values[layer], v[:, :, None])):
-            if at is None:
-                held[:, :, end - 1 : end] = row
-            else:
-                held[:, :, end - 1 : end] = 0.0
-                held.scatter_(2, at[:, None, None, None].expand(row.shape), row)
+        keys, values = self.keys[layer][:, :, :end], self.values[layer][:, :, :end]
+        write_rows(keys, k, at)
+        write_rows(values, v, at)
         self.lengths[layer] = [n + 1 for n in self.lengths[layer]]
-        return self.keys[layer][:, :, :end], self.values[layer][:, :, :end]
+        return keys, values
 
     def keys_of(self, layer: int, b: int) -> Tensor:
         """Rotated keys of one sample (S, Hkv, Dh)."""
@@ -80,3 +77,10 @@ class KVCache:
             for keys, lengths in zip(self.keys, self.lengths, strict=True)
             if lengths
         )
+
+
+def write_rows(held: Tensor, rows: Tensor, at: Tensor | None) -> None:
+    """Write rows (B, Hkv, Dh) into held (B, Hkv, end, Dh) at (B,); None: at the end of all."""
+    held[:, :, -1] = rows if at is None else 0.0
+    if at is not None:
+        held.scatter_(2, at[:, None, None, None].expand_as(rows[:, :, None]), rows[:, :, None])

@@ -43,6 +43,7 @@ class State:
     cache: KVCache | None
     position: Tensor  # (segments, B) position of the next token in each segment's layers
     length: Tensor  # (segments, B) rows that each segment's layers hold of each sample
+    graph: Any = None  # a CUDA graph of one token, if the model was loaded with compile=True
 
 
 # ---------------------------------------------------------------- prompt

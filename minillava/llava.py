@@ -11,9 +11,9 @@ prunes image tokens on the way.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -71,6 +71,8 @@ class LLaVA(nn.Module):
         self.dtype = dtype
         self.tokenizer = tokenizer
         self.rules = rules
+        # takes the place of engine.decode, if load() is told to compile
+        self.compiled: Callable[[LLaVA, Tensor, Any], Tensor] | None = None
         self.vision = CLIPVision(config.vision)
         self.projector = Projector(config)
         self.llama = Llama(config.text)

@@ -80,7 +80,13 @@ def _load_chat(args: argparse.Namespace, files: list[str]) -> Chat:
     name = _find_demo() if args.model is None else args.model
     start = time.perf_counter()
     model, processor = load(
-        name, args.device, args.dtype, args.quantize, args.revision, progress=True
+        name,
+        args.device,
+        args.dtype,
+        args.quantize,
+        args.revision,
+        progress=True,
+        compile=args.compile,
     )
     load_seconds = time.perf_counter() - start
     return Chat(args, model, processor, images, plan, settings, name, load_seconds)

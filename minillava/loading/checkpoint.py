@@ -25,6 +25,7 @@ from ..processing.tokenizer import Tokenizer
 from ..quant.linear import multiplies_bfloat16
 from ..quant.quantise import stored_parts
 from .assemble import TIED, choose_forms, linear_layers, load_weights
+from .compiled import check_compilable, compile_decoding
 from .config_file import read_config, read_generation_rules
 from .error_text import cut, cut_path, shorten
 from .hub import find_checkpoint
@@ -59,6 +60,7 @@ def load(
     quantize: str | None = None,
     revision: str | None = None,
     progress: bool = False,
+    compile: bool = False,
 ) -> tuple[LLaVA, Processor]:
     """Read a LLaVA-1.5 checkpoint in the llava-hf layout.
 
@@ -71,7 +73,9 @@ def load(
     int8, int8-dynamic (faster and less accurate, CPU only) or int4 for the weights of the decoder's
     blocks; the other weights are then stored in the dtype of the files unless `dtype` is given. A
     checkpoint that is already quantised needs no `quantize`. progress: show a bar on stderr if that
-    is a terminal.
+    is a terminal. compile: prepare the generation of tokens with torch.compile (CPU; for weights
+    that are stored as they are computed with) or CUDA graphs, see compiled.py; the tokens are the
+    same.
 
     Raises ValueError for every failure, in one line with the value, what is allowed and what to do.
     """
@@ -95,7 +99,11 @@ def load(
         # Scales of integer weights are always float32 and say nothing about the checkpoint.
         weights = [t for name, t in found.items() if not name.endswith(("_scale", "_low"))]
         storage = torch.float32 if target == _CPU and not forms else widest_dtype(weights)
+    if compile:
+        check_compilable(target, storage, forms)
     load_weights(model, found, target, storage, forms, progress)
+    if compile:
+        model.compiled = compile_decoding(model)
     return model, processor
 
 
