@@ -254,7 +254,9 @@ class _Functions(TorchFunctionMode):
                 )
         if func is F.scaled_dot_product_attention:
             _refuse_mixed("scaled_dot_product_attention", leaves_of((args, kwargs)))
-            return on_device(self.counts.run(func, args, kwargs)) if there else func(*args, **kwargs)
+            return (
+                on_device(self.counts.run(func, args, kwargs)) if there else func(*args, **kwargs)
+            )
         if _names_cuda(kwargs.get("device")):
             if func in (torch.tensor, torch.as_tensor):
                 self.counts.copy(blocking=True)

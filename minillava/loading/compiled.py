@@ -41,9 +41,7 @@ RunBlock = Callable[[Block, Tensor, Rope, Held, CacheView], Tensor]
 COMPILERS = {"darwin": "clang++", "win32": "cl"}  # torch's default for C++; elsewhere g++
 
 
-def check_compilable(
-    device: torch.device, storage: torch.dtype, forms: Mapping[str, str]
-) -> None:
+def check_compilable(device: torch.device, storage: torch.dtype, forms: Mapping[str, str]) -> None:
     """Raise ValueError if a model with these weights (see assemble.py) cannot be compiled here."""
     if device.type != "cpu":
         return
@@ -142,9 +140,7 @@ class CompiledDecode:
         count_token(state)
         return logits
 
-    def run(
-        self, block: Block, x: Tensor, rope: Rope, held: Held, view: CacheView
-    ) -> Tensor:
+    def run(self, block: Block, x: Tensor, rope: Rope, held: Held, view: CacheView) -> Tensor:
         """run_block, compiled except for the last rows that the cache has room for: code for a part
         of a tensor is not code for all of it."""
         if view.end == held[0].shape[2]:
