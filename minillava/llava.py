@@ -57,6 +57,7 @@ class LLaVA(nn.Module):
     dtype is that of its arithmetic; weights may be stored in a smaller one. tokenizer turns ids
     into text for stop strings and for pruning methods that read the question as text; without one
     these two are refused. rules: what the checkpoint says about choosing tokens, if anything.
+    compiled: what load(compile=True) puts in the place of engine.decode.
     """
 
     def __init__(
@@ -71,7 +72,6 @@ class LLaVA(nn.Module):
         self.dtype = dtype
         self.tokenizer = tokenizer
         self.rules = rules
-        # takes the place of engine.decode, if load() is told to compile
         self.compiled: Callable[[LLaVA, Tensor, Any], Tensor] | None = None
         self.vision = CLIPVision(config.vision)
         self.projector = Projector(config)

@@ -28,15 +28,15 @@ import torch
 from torch import Tensor
 
 from ..attention import token_attention
-from ..cache import KVCache, write_rows
+from ..cache import Held, KVCache, write_rows
 from ..engine import State, decode, view_cache
 from ..llama import Block, Rope
 from ..llava import LLaVA
 from ..pruning.base import Plan
 from ..sample import CacheView
 from .assemble import choose_arithmetic
+from .error_text import cut
 
-Held = tuple[Tensor, Tensor]  # keys and values of a layer in the cache, each (B, Hkv, S, Dh)
 RunBlock = Callable[[Block, Tensor, Rope, Held, CacheView], Tensor]
 COMPILERS = {"darwin": "clang++", "win32": "cl"}  # torch's default for C++; elsewhere g++
 
@@ -49,7 +49,7 @@ def check_compilable(device: torch.device, storage: torch.dtype, forms: Mapping[
     if forms or choose_arithmetic(device, storage, forms) != storage:
         raise ValueError(
             f"compile=True, but weights stored in {' and '.join(stored)} are multiplied here by "
-            "kernels that torch.compile does not know; leave it out, or use dtype='float32'"
+            "kernels that torch.compile does not know; leave compile out, or quantize and dtype"
         )
     compiler = os.environ.get("CXX") or COMPILERS.get(sys.platform, "g++")
     if shutil.which(compiler) is None:
@@ -68,9 +68,9 @@ def compile_decoding(model: LLaVA) -> CompiledDecode | GraphDecode:
     return compiled
 
 
-def chooses_again(plan: Plan, n_layers: int) -> bool:
-    """Whether a plan asks a method again for every token."""
-    return any(plan.chosen_again(layer) for layer in range(n_layers))
+def asks_again(plan: Plan, model: LLaVA) -> bool:
+    """Whether a plan asks a method again for every token, which only engine.decode does."""
+    return any(plan.chosen_again(layer) for layer in range(model.config.text.num_hidden_layers))
 
 
 # ---------------------------------------------------------------- one token
@@ -133,7 +133,7 @@ class CompiledDecode:
 
     def __call__(self, model: LLaVA, tokens: Tensor, state: State) -> Tensor:
         """As engine.decode."""
-        if chooses_again(state.plan, model.config.text.num_hidden_layers):
+        if asks_again(state.plan, model):
             return decode(model, tokens, state)
         views = [view_cache(state, i, segment.hidden) for i, segment in enumerate(state.segments)]
         logits = run_token(model, tokens, state, views, self.run)
@@ -161,10 +161,11 @@ class CompiledDecode:
         held = cache.keys[0].zero_(), cache.values[0].zero_()
         try:
             self.run(model.block(0), x, rope, held, CacheView(3, None, None))
-        except RuntimeError as error:  # torch's own for whatever fails in Dynamo or a compiler
+        except (RuntimeError, OSError) as error:  # all that fails in Dynamo and the compiler
+            said = cut(str(error).strip().partition("\n")[0])
             raise ValueError(
-                f"compile=True: torch.compile failed ({error}); install a C++ compiler and Python's "
-                "headers, or leave it out"
+                f"compile=True: torch.compile failed ({said}); it needs a C++ compiler and the "
+                "header files of Python: install them, or leave it out"
             ) from error
 
 
@@ -225,7 +226,7 @@ class GraphDecode:
 
     def __call__(self, model: LLaVA, tokens: Tensor, state: State) -> Tensor:
         """As engine.decode."""
-        if chooses_again(state.plan, model.config.text.num_hidden_layers):
+        if asks_again(state.plan, model):
             return decode(model, tokens, state)
         if state.graph is None:  # kernels that run for the first time may do what a graph cannot
             state.graph = TokenGraph(tokens, state)

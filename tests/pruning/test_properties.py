@@ -330,7 +330,7 @@ def test_of_equal_scores_the_lower_index_is_kept(model: Any, batch: Batch, mode:
 )
 def test_scores_that_are_no_numbers_are_refused_by_layer(model: Any, one: Batch, plan: str) -> None:
     broken = changed(model, 1, float("nan"))
-    with pytest.raises(ValueError, match="NaN among the (scores|rows) of layer 2"):
+    with pytest.raises(ValueError, match=r"NaN among the (scores|rows) of layer 2"):
         run(broken, one, parse_plan(plan))
     with pytest.raises(ValueError, match="logits are not numbers"):
         run(broken, one)
