@@ -162,7 +162,7 @@ class CompiledDecode:
         try:
             self.run(model.block(0), x, rope, held, CacheView(3, None, None))
         except (RuntimeError, OSError) as error:  # all that fails in Dynamo and the compiler
-            said = cut(str(error).strip().partition("\n")[0])
+            said = cut(" ".join(str(error).split("\n")[:2]))
             raise ValueError(
                 f"compile=True: torch.compile failed ({said}); it needs a C++ compiler and the "
                 "header files of Python: install them, or leave it out"
