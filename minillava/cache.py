@@ -14,6 +14,8 @@ from torch import Tensor
 
 from .config import TextConfig
 
+Held = tuple[Tensor, Tensor]  # keys and values of a layer, each (B, Hkv, S, Dh)
+
 
 class KVCache:
     """Per layer two tensors (B, Hkv, longest prompt + room, Dh), allocated by reserve().
@@ -52,22 +54,14 @@ class KVCache:
                 # attention multiplies masked rows by 0, and 0 x garbage may be NaN
                 held[b, :, lengths[b] : max(lengths)] = 0.0
 
-    def append(
-        self, layer: int, k: Tensor, v: Tensor, end: int, at: Tensor | None
-    ) -> tuple[Tensor, Tensor]:
-        """Add one row per sample, k and v (B, Hkv, Dh); return the first `end` rows of all samples.
-
-        at (B,): where each sample's row goes; None: at end - 1 for all. The two results are
-        (B, Hkv, end, Dh); rows of a shorter sample beyond its own length are zeros.
-        """
-        for held, row in ((self.keys[layer], k[:, :, None]), (self.values[layer], v[:, :, None])):
-            if at is None:
-                held[:, :, end - 1 : end] = row
-            else:
-                held[:, :, end - 1 : end] = 0.0
-                held.scatter_(2, at[:, None, None, None].expand(row.shape), row)
+    def append(self, layer: int, k: Tensor, v: Tensor, end: int, at: Tensor | None) -> Held:
+        """Write one row per sample, k and v (B, Hkv, Dh), as write_rows does; return the first
+        `end` rows of all samples. Those of a shorter sample beyond its own length are zeros."""
+        keys, values = self.keys[layer][:, :, :end], self.values[layer][:, :, :end]
+        write_rows(keys, k, at)
+        write_rows(values, v, at)
         self.lengths[layer] = [n + 1 for n in self.lengths[layer]]
-        return self.keys[layer][:, :, :end], self.values[layer][:, :, :end]
+        return keys, values
 
     def keys_of(self, layer: int, b: int) -> Tensor:
         """Rotated keys of one sample (S, Hkv, Dh)."""
@@ -75,8 +69,12 @@ class KVCache:
 
     def used_bytes(self) -> int:
         """Bytes of the rows that are held; room for tokens to come does not count."""
-        return sum(
-            2 * sum(lengths) * keys.shape[1] * keys.shape[3] * keys.element_size()
-            for keys, lengths in zip(self.keys, self.lengths, strict=True)
-            if lengths
-        )
+        row = 2 * self.heads * self.head_dim * self.keys[0].element_size()  # of one layer
+        return row * sum(sum(lengths) for lengths in self.lengths)
+
+
+def write_rows(held: Tensor, rows: Tensor, at: Tensor | None) -> None:
+    """Write a row per sample (B, Hkv, Dh) into held (B, Hkv, S, Dh) at (B,); None: as the last."""
+    held[:, :, -1] = rows if at is None else 0.0
+    if at is not None:
+        held.scatter_(2, at[:, None, None, None].expand_as(rows[:, :, None]), rows[:, :, None])

@@ -43,6 +43,7 @@ class State:
     cache: KVCache | None
     position: Tensor  # (segments, B) position of the next token in each segment's layers
     length: Tensor  # (segments, B) rows that each segment's layers hold of each sample
+    graph: Any = None  # a CUDA graph of one token, if the model was loaded with compile=True
 
 
 # ---------------------------------------------------------------- prompt
@@ -118,13 +119,12 @@ def embed_rows(model: LLaVA, samples: Sequence[Sample]) -> None:
     features = torch.cat([take_rows(s.x, s.rows.image_rows()) for s in samples])  # (n, C)
     for s in samples:
         s.x = s.x.new_empty(0, s.x.shape[1])  # the features are the only copy left
-    features = model.projector(features) if len(features) else features  # (n, D)
+    features = model.projector(features)  # (n, D)
     # rows that methods added have no token: any one stands in, and is overwritten
     ids = [s.prompt.ids[s.rows.id.clamp(max=len(s.prompt.ids) - 1)] for s in samples]
     y = model.embed(torch.cat(ids))  # (R, D)
-    if len(features):
-        is_image = torch.cat([s.rows.image for s in samples]) >= 0  # (R,)
-        y[on_device(is_image.nonzero()[:, 0], y)] = features
+    is_image = torch.cat([s.rows.image for s in samples]) >= 0  # (R,)
+    y[on_device(is_image.nonzero()[:, 0], y)] = features
     unpack_rows(samples, y)
 
 

@@ -134,7 +134,7 @@ class Answer:
             if all(tokens.stopped):
                 break
             if cache is not None:
-                logits = decode(model, new, state)
+                logits = (model.compiled or decode)(model, new, state)
             else:
                 longer = [p.extended(f) for p, f in zip(self.prompts, tokens.fed, strict=True)]
                 logits, state = prefill(model, longer, encoded, self.plan, None, seed, memories)

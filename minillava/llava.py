@@ -11,9 +11,9 @@ prunes image tokens on the way.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -57,6 +57,7 @@ class LLaVA(nn.Module):
     dtype is that of its arithmetic; weights may be stored in a smaller one. tokenizer turns ids
     into text for stop strings and for pruning methods that read the question as text; without one
     these two are refused. rules: what the checkpoint says about choosing tokens, if anything.
+    compiled: what load(compile=True) puts in the place of engine.decode.
     """
 
     def __init__(
@@ -71,6 +72,7 @@ class LLaVA(nn.Module):
         self.dtype = dtype
         self.tokenizer = tokenizer
         self.rules = rules
+        self.compiled: Callable[[LLaVA, Tensor, Any], Tensor] | None = None
         self.vision = CLIPVision(config.vision)
         self.projector = Projector(config)
         self.llama = Llama(config.text)

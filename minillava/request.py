@@ -28,9 +28,8 @@ class Settings:
     stop: str | Sequence[str] = ()  # strings that end the answer
     temperature: float = 0.0  # 0: the likeliest token (greedy)
     top_p: float = 1.0  # draw from the likeliest tokens that together have this probability
-    seed: int | None = (
-        None  # sample b draws with seed + b; None: a new one for sampling, 0 in plans
-    )
+    # sample b draws with seed + b; None: a new one for sampling, 0 in plans
+    seed: int | None = None
     use_cache: bool = True  # False: the whole sequence is run again for every token
     output_logits: bool = False
 

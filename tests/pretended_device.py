@@ -5,6 +5,8 @@ CPU. Every operation runs on these values, after what CUDA refuses has been refu
 devices (except CPU scalars in pointwise operations and CPU indices), a generator of the CPU, matrix
 products of integers, kernels for CPUs. Counts says how often the host waited for the device and
 what was copied to it, by the line of minillava that asked for it. A blocking copy is also a wait.
+It also counts what the host starts there: an operator, or a CUDA graph (PretendedGraph), in which
+neither waits nor copies from the host are allowed.
 
 It says nothing about kernels, numbers or speed of a real device.
 """
@@ -14,7 +16,7 @@ from __future__ import annotations
 import sys
 from collections import Counter
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 from unittest import mock
@@ -53,14 +55,39 @@ class Counts:
 
     waits: Counter[str] = field(default_factory=Counter)
     copies: Counter[str] = field(default_factory=Counter)
+    starts: int = 0  # operators and graphs
+    recorded: PretendedGraph | None = None  # the graph that operators are recorded in now
 
     def wait(self, n: int = 1) -> None:
         self.waits[_line()] += n
+        if self.recorded:
+            raise RuntimeError(f"the host waits in a CUDA graph ({_line()})")
 
     def copy(self, blocking: bool) -> None:
         self.copies[_line()] += 1
+        if self.recorded:
+            raise RuntimeError(f"a copy from the host in a CUDA graph ({_line()})")
         if blocking:
             self.waits[_line()] += 1
+
+    def run(self, func: Any, args: Any, kwargs: Any) -> Any:
+        """The result of an operator on values."""
+        args, kwargs = values_of(args), values_of(kwargs)
+        if self.recorded:
+            return self.recorded.record(func, args, kwargs)
+        self.starts += 1
+        return func(*args, **kwargs)
+
+    @contextmanager
+    def record(self, graph: PretendedGraph, **_: Any) -> Iterator[None]:
+        """torch.cuda.graph: operators do not change memory that was there before, until replay."""
+        graph.counts, self.recorded = self, graph
+        try:
+            yield
+        finally:
+            self.recorded = None
+            for storage, before in graph.changed.values():
+                storage.copy_(before)
 
     @property
     def totals(self) -> tuple[int, int]:
@@ -117,6 +144,43 @@ class PretendedGenerator(torch.Generator):
         return self
 
 
+@dataclass
+class PretendedGraph:
+    """A torch.cuda.CUDAGraph: operators that are repeated on the same memory."""
+
+    calls: list[tuple[Any, Any, Any, Any]] = field(default_factory=list)
+    made: set[int] = field(default_factory=set)  # addresses of memory that operators made
+    changed: dict[int, Any] = field(default_factory=dict)  # other memory that they write to
+    counts: Counts = field(default_factory=Counts)
+
+    def record(self, func: Any, args: Any, kwargs: Any) -> Any:
+        schema = getattr(func, "_schema", None)  # scaled_dot_product_attention has none
+        for i, argument in enumerate(schema.arguments if schema else ()):
+            x = args[i] if i < len(args) else kwargs.get(argument.name)
+            if argument.alias_info and argument.alias_info.is_write and x is not None:
+                storage = x.untyped_storage()
+                if storage.data_ptr() not in self.made | self.changed.keys():
+                    self.changed[storage.data_ptr()] = storage, storage.clone()
+        result = func(*args, **kwargs)
+        there = {address(x) for x in tensors_of((args, kwargs))}
+        self.made |= {address(x) for x in tensors_of(result)} - there
+        self.calls.append((func, args, kwargs, result))
+        return result
+
+    def replay(self) -> None:
+        self.counts.starts += 1
+        for func, args, kwargs, result in self.calls:
+            there = {address(x) for x in tensors_of((args, kwargs))}
+            again = func(*args, **kwargs)
+            for x, new in zip(tensors_of(result), tensors_of(again), strict=True):
+                if address(x) not in there:  # neither a view nor changed in place
+                    x.copy_(new)
+
+
+def address(x: Tensor) -> int:
+    return x.untyped_storage().data_ptr()
+
+
 def change(function: Callable[[Any], Any], x: Any) -> Any:
     """The function of each argument, or of each result, of an operator: of those in lists too.
 
@@ -133,6 +197,10 @@ def leaves_of(x: Any) -> list[Any]:
     found: list[Any] = []
     change(found.append, x)
     return found
+
+
+def tensors_of(x: Any) -> list[Tensor]:
+    return [leaf for leaf in leaves_of(x) if isinstance(leaf, Tensor)]
 
 
 def values_of(x: Any) -> Any:
@@ -186,8 +254,9 @@ class _Functions(TorchFunctionMode):
                 )
         if func is F.scaled_dot_product_attention:
             _refuse_mixed("scaled_dot_product_attention", leaves_of((args, kwargs)))
-            result = func(*values_of(args), **values_of(kwargs))
-            return on_device(result) if there else result
+            return (
+                on_device(self.counts.run(func, args, kwargs)) if there else func(*args, **kwargs)
+            )
         if _names_cuda(kwargs.get("device")):
             if func in (torch.tensor, torch.as_tensor):
                 self.counts.copy(blocking=True)
@@ -251,7 +320,7 @@ class _Operators(TorchDispatchMode):
         if device is not None:
             args = change(lambda x: CPU if isinstance(x, torch.device) else x, args)
             kwargs = change(lambda x: CPU if isinstance(x, torch.device) else x, kwargs)
-        result = func(*values_of(args), **values_of(kwargs))
+        result = self.counts.run(func, args, kwargs)
         if to_cpu:
             return result
         same = {id(x.values): x for x in there}  # operators in place return their operand
@@ -318,6 +387,9 @@ def pretended_cuda() -> Iterator[Counts]:
             ("cuda.synchronize", lambda *_: counts.wait()),
             ("cuda.reset_peak_memory_stats", lambda *_: None),
             ("cuda.max_memory_allocated", lambda *_: 0),
+            ("cuda.device", lambda _: nullcontext()),
+            ("cuda.CUDAGraph", PretendedGraph),
+            ("cuda.graph", counts.record),
             ("Generator", PretendedGenerator),
         ):
             stack.enter_context(mock.patch(f"torch.{name}", value))

@@ -5,11 +5,13 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
 
 from ..loading.checkpoint import load
+from ..loading.compiled import asks_again
 from ..processing.image import check_aspect
 from ..pruning import parse_plan_with_files
 from ..request import Settings
@@ -77,15 +79,29 @@ def _load_chat(args: argparse.Namespace, files: list[str], ranks: Ranks) -> Chat
         _check_overlay(args.overlay, files)
     if args.image_aspect is not None:
         check_aspect(args.image_aspect)
+    if args.compile and args.no_cache:
+        raise ValueError("--compile prepares decoding from the cache; leave it out, or --no-cache")
     with quiet_decoders():
         images = [open_image(file) for file in files]
     name = _find_demo() if args.model is None else args.model
     mesh, device = ranks.mesh(args.device), ranks.device(args.device)
     start = time.perf_counter()
     model, processor = load(
-        name, device, args.dtype, args.quantize, args.revision, progress=True, mesh=mesh
+        name,
+        device,
+        args.dtype,
+        args.quantize,
+        args.revision,
+        progress=True,
+        mesh=mesh,
+        compile=args.compile,
     )
     load_seconds = time.perf_counter() - start
+    if args.compile and asks_again(plan, model):
+        note = (
+            "note: the plan chooses again for every token (mode=mask), so --compile has no effect"
+        )
+        print(note, file=sys.stderr, flush=True)
     return Chat(args, model, processor, images, plan, settings, name, load_seconds, ranks)
 
 

@@ -26,6 +26,7 @@ from ..quant.linear import multiplies_bfloat16
 from ..quant.quantise import stored_parts
 from .assemble import TIED, choose_arithmetic, choose_forms, linear_layers, load_weights
 from .bitsandbytes_layout import JoinedWeight, read_tensors
+from .compiled import check_compilable, compile_decoding
 from .config_file import read_config, read_generation_rules
 from .error_text import cut, cut_path, shorten
 from .hub import find_checkpoint
@@ -64,6 +65,7 @@ def load(
     revision: str | None = None,
     progress: bool = False,
     mesh: DeviceMesh | None = None,
+    compile: bool = False,
 ) -> tuple[LLaVA, Processor]:
     """Read a LLaVA-1.5 checkpoint in the llava-hf layout.
 
@@ -78,7 +80,9 @@ def load(
     of the files unless `dtype` is given. A checkpoint that is already quantised, by
     weights.quantise or by bitsandbytes, needs no `quantize`. progress: show a bar on stderr if
     that is a terminal. mesh: the processes that share the decoder. Each of them calls load(), reads
-    its own part, and then takes part in every generation (README.md in this folder).
+    its own part, and then takes part in every generation (README.md in this folder). compile:
+    prepare the generation of tokens with torch.compile (CPU; for weights that are stored as they
+    are computed with) or CUDA graphs, see compiled.py; the tokens are the same.
 
     Raises ValueError for every failure, in one line with the value, what is allowed and what to do.
     """
@@ -91,6 +95,8 @@ def load(
         raise ValueError("quantize='int8-dynamic' is for CPUs only; on CUDA use 'int8'")
     if mesh is not None and quantize is not None:  # before anything is downloaded
         _refuse_to_share({"all": quantize})
+    if mesh is not None and compile:
+        raise ValueError("compile=True is for one process; leave it out, or start one without mesh")
     folder = find_checkpoint(path_or_hub_id, revision)
     _refuse_other_weights(folder)
     config = read_config(folder / "config.json")
@@ -109,7 +115,11 @@ def load(
         from .parallel import split_decoder  # takes a second
 
         found = split_decoder(model, found, mesh)
+    if compile:
+        check_compilable(target, storage, forms)
     load_weights(model, found, target, storage, forms, progress)
+    if compile:
+        model.compiled = compile_decoding(model)
     return model, processor
 
 

@@ -15,6 +15,8 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from ..rows import on_device
+
 if TYPE_CHECKING:
     from ..request import Settings
 
@@ -41,31 +43,43 @@ class GenerationRules:
     ) -> Tensor:
         """The logits (B, V) of the next tokens, with -inf for ids that may not follow.
 
-        ids[b] (T,): those of sample b so far, the last `generated` of which are its answer. A
-        min_new_tokens above 0 in the caller's settings replaces the checkpoint's. Raises ValueError
-        if no id may follow.
+        ids[b] (T,): those of sample b so far, on the CPU; the last `generated` of them are its
+        answer. A min_new_tokens above 0 in the caller's settings replaces the checkpoint's. The
+        host does not wait for the logits. Raises ValueError if no id may follow.
         """
-        rows = zip(logits, ids, strict=True)
-        ruled = torch.stack([self._apply(row, i, generated, settings) for row, i in rows])
-        if ruled.isneginf().all(1).any():
+        used, banned = masks = torch.zeros(2, *logits.shape, dtype=torch.bool)  # (2, B, V)
+        for row_used, row_banned, row_ids in zip(used, banned, ids, strict=True):
+            row_used[row_ids] = True
+            self._ban(row_banned, row_ids, generated, settings)
+        if banned.all(1).any():
             raise ValueError(
                 "the checkpoint's settings of generation (suppress_tokens, bad_words_ids, "
                 "no_repeat_ngram_size, ...) allow no token here; change generation_config.json"
             )
-        return ruled
+        used, banned = on_device(masks, logits)
+        penalty = self.repetition_penalty
+        penalised = torch.where(logits < 0, logits * penalty, logits / penalty)
+        logits = torch.where(used, penalised, logits)
+        if self._forces_end(generated, settings):
+            logits = torch.zeros_like(logits)
+        return logits.masked_fill(banned, -torch.inf)
 
-    def _apply(self, logits: Tensor, ids: Tensor, generated: int, settings: Settings) -> Tensor:
-        """Logits (V,) of one sample."""
-        logits = _penalise(logits, ids, self.repetition_penalty)
-        banned = _completing_ngrams(ids, self.no_repeat_ngram_size) + self._completing_words(ids)
-        if generated < self._minimum(len(ids) - generated, settings.min_new_tokens):
-            banned += self.end_tokens
-        logits = _ban(logits, banned)
-        if self.forced_eos_token_id and generated == settings.max_new_tokens - 1:
-            forced = torch.tensor(self.forced_eos_token_id, device=logits.device)
-            logits = torch.full_like(logits, -torch.inf).index_fill(0, forced, 0.0)
-        first = self.begin_suppress_tokens if generated == 0 else ()
-        return _ban(logits, [*self.suppress_tokens, *first])
+    def _ban(self, banned: Tensor, ids: Tensor, generated: int, settings: Settings) -> None:
+        """Mark in banned (V,) the ids that may not follow the ids of one sample."""
+        if self._forces_end(generated, settings):
+            banned[:] = True
+            banned[list(self.forced_eos_token_id)] = False
+        else:
+            banned[_completing_ngrams(ids, self.no_repeat_ngram_size)] = True
+            banned[self._completing_words(ids)] = True
+            if generated < self._minimum(len(ids) - generated, settings.min_new_tokens):
+                banned[list(self.end_tokens)] = True
+        banned[list(self.suppress_tokens)] = True
+        if generated == 0:
+            banned[list(self.begin_suppress_tokens)] = True
+
+    def _forces_end(self, generated: int, settings: Settings) -> bool:
+        return bool(self.forced_eos_token_id) and generated == settings.max_new_tokens - 1
 
     def _minimum(self, prompt: int, least: int) -> int:
         """How many tokens the answer to a prompt of that length has at least."""
@@ -81,14 +95,6 @@ class GenerationRules:
         return [w[-1] for w in words if last[len(last) - len(w) + 1 :] == list(w[:-1])]
 
 
-def _penalise(logits: Tensor, ids: Tensor, penalty: float) -> Tensor:
-    """Divide the logits of these ids by the penalty, or multiply them by it where below 0."""
-    if penalty == 1:
-        return logits
-    used = logits[ids]
-    return logits.index_put((ids,), torch.where(used < 0, used * penalty, used / penalty))
-
-
 def _completing_ngrams(ids: Tensor, n: int) -> list[int]:
     """The ids that would complete a sequence of n ids a second time."""
     if n == 0 or len(ids) < n:
@@ -97,9 +103,3 @@ def _completing_ngrams(ids: Tensor, n: int) -> list[int]:
     started = (windows[:, :-1] == ids[len(ids) - n + 1 :]).all(1)
     found: list[int] = windows[started, -1].tolist()
     return found
-
-
-def _ban(logits: Tensor, ids: list[int]) -> Tensor:
-    if not ids:
-        return logits
-    return logits.index_fill(0, torch.tensor(ids, device=logits.device), -torch.inf)

@@ -27,7 +27,7 @@ from torch import Tensor
 from ..attention import attention_received
 from ..rows import on_device, take_rows
 from .base import Context, Keep, Method, Stages, top
-from .shared import cosines
+from .shared import mark_nan, unchecked_cosines
 
 NEAREST = 32
 
@@ -74,13 +74,14 @@ class PruMerge(Method):
         block = len(c.model.vision.blocks) - 1
         q, k = (x[0].flatten(1) for x in c.model.vision.heads(block, c.vision_state(block)))
         score = take_rows(attention_received(q[:1, None], k[:, None], None)[0, 1:], patches)  # (n,)
-        ranked = score.cpu()
+        keys = take_rows(k[1:], patches)  # (n, C)
+        ranked = mark_nan(score, keys).cpu()
         share = outlier_share(ranked)
         kept = top(ranked, int(n * share), c.where)
         if self.plus:
             regular = regular_patches(n, share)
             kept = torch.cat((kept, regular[~torch.isin(regular, kept)]))
-        keys, there = take_rows(k[1:], patches), on_device(kept, features)  # (n, C), (K,)
-        merged = add_neighbours(features, score, cosines(keys[there], keys, c.where), there)
+        there = on_device(kept, features)  # (K,)
+        merged = add_neighbours(features, score, unchecked_cosines(keys[there], keys), there)
         dropped = score.index_fill(0, there, 0.0).to(features.dtype)  # (n,) 0 where kept
         return Keep(kept, merged=merged, extra=(dropped @ features)[None], ordered=True)

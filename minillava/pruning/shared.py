@@ -83,8 +83,14 @@ def cosines(a: Tensor, b: Tensor, where: str) -> Tensor:
 
 
 def unchecked_cosines(a: Tensor, b: Tensor) -> Tensor:
-    """The same, for a method that compares rows in many blocks and refuses NaN once, at the end."""
+    """The same, for a method that refuses NaN in another place."""
     return F.normalize(a.float(), dim=-1) @ F.normalize(b.float(), dim=-1).T
+
+
+def mark_nan(scores: Tensor, rows: Tensor) -> Tensor:
+    """The scores, or nothing but NaN if there is NaN or infinity in the rows that the method will
+    compare: top() then refuses both, and the host waits for a device once."""
+    return scores.masked_fill(~rows.isfinite().all(), torch.nan)
 
 
 def refuse_nan(x: Tensor, where: str) -> None:

@@ -30,8 +30,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..rows import on_device
-from .base import Context, Keep, Method, Stages, amount, count, option, top
-from .shared import check_lists, midpoints
+from .base import Context, Keep, Method, Stages, amount, count, option
+from .shared import check_lists, midpoints, refuse_nan
 
 PUBLISHED = (300, 200, 110)  # tokens kept at each stage, for a budget of 192
 
@@ -54,8 +54,9 @@ def count_clusters(merged: int) -> int:
     return int(merged / 10) + 1
 
 
-def cluster_means(x: Tensor, n: int) -> Tensor:
-    """Means (n, D) of the clusters of rows x (q, D) around n density peaks, densest first.
+def cluster_means(x: Tensor, n: int, where: str) -> Tensor:
+    """Means (n, D) of the clusters of rows x (q, D) around n density peaks, densest first. NaN in x
+    raises ValueError, which says `where` it was found.
 
     The density of a row is exp(-mean squared distance to its n nearest rows, itself among them). A
     peak is dense and far from every denser row. Distances are divided by sqrt(D). With n = 2 two
@@ -68,7 +69,9 @@ def cluster_means(x: Tensor, n: int) -> Tensor:
     density = (-nearest.square().mean(1)).exp()  # (q,)
     denser = density > density[:, None]  # (q, q): column j is denser than row i
     apart = distance.where(denser, distance.max()).amin(1)
-    peaks = on_device((apart * density).cpu().topk(n).indices, x)  # (n,)
+    height = (apart * density).cpu()  # (q,)
+    refuse_nan(height, where)
+    peaks = on_device(height.topk(n).indices, x)  # (n,)
     cluster = distance[peaks].argmin(0)  # (q,)
     cluster[peaks] = torch.arange(n, device=x.device)
     member = F.one_hot(cluster, n).T.to(x.dtype)  # (n, q)
@@ -114,9 +117,10 @@ class SparseVLM(Method):
 
     def choose(self, c: Context) -> Keep:
         raters = c.text_rows[select_raters(c.entered(), c.text())]
-        order = top(c.attention(raters).mean(0), len(c.candidates), c.where)  # (n,)
+        score = c.attention(raters).mean(0)  # (n,)
+        # not top(), for which a GPU would wait: NaN is refused with that of the merged rows
+        order = score.sort(descending=True, stable=True).indices  # (n,)
         k = min(count(self.keep[c.stage_index], c.n_tokens), len(order) - 1)
         merged = order[k : k + count_merged(len(order) - k)]  # (q,) the best of the dropped
-        return Keep(
-            order[:k], extra=cluster_means(c.features()[merged], count_clusters(len(merged)))
-        )
+        rows = c.features()[merged].masked_fill(score.isnan().any(), torch.nan)  # (q, D)
+        return Keep(order[:k], extra=cluster_means(rows, count_clusters(len(merged)), c.where))

@@ -22,7 +22,7 @@ from torch import Tensor
 
 from ..rows import on_device
 from .base import Context, Keep, Method, Stages, option, top
-from .shared import assignment, cosines, second_last_block
+from .shared import assignment, mark_nan, second_last_block, unchecked_cosines
 
 
 def target_indices(n: int, contextual: int) -> Tensor:
@@ -63,7 +63,8 @@ class VisionZip(Method):
         return (second_last_block(self.name, n_layers),)
 
     def choose(self, c: Context) -> Keep:
-        features, score = c.features(), c.vision_attention(-2).sum(0).cpu()  # (n, C), (n,)
+        features, keys = c.features(), c.vision_keys(-2).mean(1)  # (n, C), (n, Dh)
+        score = mark_nan(c.vision_attention(-2).sum(0), keys).cpu()  # (n,)
         dominant = top(score, self.dominant - 1, c.where).sort().values
         is_rest = torch.ones_like(score, dtype=torch.bool).index_fill(0, dominant, False)
         rest = is_rest.nonzero()[:, 0]
@@ -72,8 +73,8 @@ class VisionZip(Method):
         first, rest, targets = (on_device(i, features) for i in (dominant, rest, targets))
         merged = features[:0]
         if len(targets):
-            keys = c.vision_keys(-2)[rest].mean(1)  # (r, H, Dh) -> (r, Dh)
-            similarity = cosines(keys, keys[targets], c.where)
+            keys = keys[rest]  # (r, Dh)
+            similarity = unchecked_cosines(keys, keys[targets])
             merged = merge_into_targets(features[rest], similarity, targets)
         return Keep(
             index,

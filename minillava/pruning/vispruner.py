@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 from .base import Context, Keep, option, top
-from .shared import BeforeDecoder, cosines, second_last_block
+from .shared import BeforeDecoder, mark_nan, second_last_block, unchecked_cosines
 
 DROPPED_PER_ROUND = 8
 
@@ -53,8 +53,8 @@ class VisPruner(BeforeDecoder):
     def choose(self, c: Context) -> Keep:
         features, n = c.features(), len(c.candidates)
         keep = min(self.left(c.n_tokens)[0], n)
-        order = top(c.vision_attention(-2).mean(0), n, c.where)
+        order = top(mark_nan(c.vision_attention(-2).mean(0), features), n, c.where)
         n_important = int(keep * self.important)
-        similarity = cosines(features, features, c.where)  # (n, n)
+        similarity = unchecked_cosines(features, features)  # (n, n)
         diverse = thin_out(similarity, order[n_important:], keep - n_important)
         return Keep(torch.cat((order[:n_important], diverse)))

@@ -28,7 +28,14 @@ from torch import Tensor
 
 from ..rows import take_rows
 from .base import Context, Keep, Method, Stages, amount, count, option, top
-from .shared import assignment, block_number, check_whole_grid, cosines, second_last_block
+from .shared import (
+    assignment,
+    block_number,
+    check_whole_grid,
+    mark_nan,
+    second_last_block,
+    unchecked_cosines,
+)
 
 SIDE = 4  # windows along one side
 
@@ -49,7 +56,7 @@ def scan_patches(local_score: Tensor, global_score: Tensor, k: int, where: str) 
     return torch.cat((local, others)).sort().values
 
 
-def merge_dropped(features: Tensor, kept: Tensor, where: str) -> Tensor:
+def merge_dropped(features: Tensor, kept: Tensor) -> Tensor:
     """Rows `kept` of features (n, D), each averaged with the dropped rows nearest to it: (K, D)."""
     is_dropped = torch.ones(len(features), dtype=torch.bool)
     is_dropped[kept] = False
@@ -57,7 +64,7 @@ def merge_dropped(features: Tensor, kept: Tensor, where: str) -> Tensor:
     mine = take_rows(features, kept)  # (K, D)
     if not len(kept) or not len(dropped):
         return mine
-    nearest = cosines(dropped, mine, where).argmax(1)  # (n - K,)
+    nearest = unchecked_cosines(dropped, mine).argmax(1)  # (n - K,)
     into = assignment(nearest, len(kept), features.dtype)  # (K, n - K)
     return (mine + into @ dropped) / (1 + into.sum(1, keepdim=True))
 
@@ -116,6 +123,7 @@ class VScan(Method):
         check_whole_grid(c, self.name)
         block = self.local_block(len(c.model.vision.blocks))
         scores = torch.stack([c.vision_attention(b).mean(0) for b in (block, -2)])
-        local, whole = scores.cpu()  # (N,) each
+        features = c.features()
+        local, whole = mark_nan(scores, features).cpu()  # (N,) each
         kept = scan_patches(local, whole, k, c.where)
-        return Keep(kept, merged=merge_dropped(c.features(), kept, c.where))
+        return Keep(kept, merged=merge_dropped(features, kept))

@@ -320,3 +320,8 @@ def test_bfloat16(folder: Path, batch: Any, tmp_path: Path) -> None:
         assert 2 * first.cached == alone.cached
     errors = [(each.result.logits[:, 0] - exact).square().mean().sqrt() for each in done[""]]
     assert errors[0] <= 1.5 * errors[2]
+
+
+def test_a_shared_decoder_is_not_compiled(folder: Path) -> None:
+    with pytest.raises(ValueError, match="compile=True is for one process"):
+        load(folder, mesh=processes(2), compile=True)

@@ -26,6 +26,7 @@ from minillava.pruning import (
     sparsevlm,
 )
 from minillava.pruning.average import AveragePlan, average_entering, entering, leaving
+from minillava.pruning.base import Context
 
 N = 64  # tokens per image of the model below
 
@@ -121,7 +122,7 @@ def test_sparsevlms_clusters_are_the_released_ones(golden: Golden) -> None:
         mask = expected[f"stage{stage}_keep_mask"][0].bool()
         assert len(rows) == sparsevlm.count_merged(int((~mask).sum()))
         assert len(merged) == sparsevlm.count_clusters(len(rows))
-        assert (sparsevlm.cluster_means(rows, len(merged)) - merged).abs().max() < 1e-4
+        assert (sparsevlm.cluster_means(rows, len(merged), "here") - merged).abs().max() < 1e-4
 
 
 # ---------------------------------------------------------------- references
@@ -178,12 +179,22 @@ def test_choices_are_those_of_the_written_out_method(model: Any, batch: Batch, n
 def test_cluster_means_are_the_written_out_ones(seed: int, rows: int, n: int) -> None:
     x = torch.randn(rows, 12, generator=torch.Generator().manual_seed(seed)) * 3
     expected = reference.clusters(list(x), n)
-    tiny.assert_close(sparsevlm.cluster_means(x, n), torch.stack(expected))
+    tiny.assert_close(sparsevlm.cluster_means(x, n, "here"), torch.stack(expected))
 
 
 def test_rows_that_coincide_have_themselves_as_mean() -> None:
     x = torch.ones(12, 3)
-    assert torch.equal(sparsevlm.cluster_means(x, 2), torch.ones(2, 3))
+    assert torch.equal(sparsevlm.cluster_means(x, 2, "here"), torch.ones(2, 3))
+
+
+def test_sparsevlm_refuses_scores_that_are_no_numbers(
+    model: Any, batch: Batch, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Scores alone: the rows that it merges are as usual."""
+    attention = Context.attention
+    monkeypatch.setattr(Context, "attention", lambda c, rows: attention(c, rows) * torch.nan)
+    with pytest.raises(ValueError, match="NaN among the rows of layer 2"):
+        run(model, batch, "sparsevlm:layers=2/3,keep=30/20")
 
 
 def test_a_single_text_row_rates() -> None:

@@ -604,7 +604,7 @@ def test_some_methods_need_all_patches(plan: str) -> None:
         method.choose(p.context(method, n=3))
 
 
-WITH_NAN = ["divprune", "vispruner", "prumerge", "visionzip", "tome", "simignore"]
+WITH_NAN = ["divprune", "vispruner", "prumerge", "visionzip", "tome", "simignore", "vscan"]
 
 
 @pytest.mark.parametrize("name", WITH_NAN)
@@ -617,6 +617,16 @@ def test_what_is_not_a_number_is_refused(name: str) -> None:
     options = {"visionzip": {"dominant": 4, "contextual": 2}, "prumerge": {}, "tome": {"r": 2}}
     with pytest.raises(ValueError, match="NaN among"):
         p.choose(name, **options.get(name, {"keep": 4}))
+
+
+@pytest.mark.parametrize("name", ["divprune", "vispruner", "vscan"])
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_rows_that_cannot_be_compared_are_refused(name: str, value: float) -> None:
+    """Their attention is as usual."""
+    p = Picture(4)
+    p.features[2, 1] = p.projected[2, 1] = value
+    with pytest.raises(ValueError, match="NaN among"):
+        p.choose(name, keep=4)
 
 
 def test_presets_are_what_they_are_called() -> None:

@@ -51,10 +51,8 @@ FORMS: dict[str, dict[str, Any]] = {
 }
 
 # Waits for one image at one step of a plan: one for the index that the method chose, one for the
-# numbers that it chose by. More: rows are compared with each other and NaN refused there too
-# (visionzip, vispruner, prumerge, vscan); SparseVLM reads its raters, scores, peaks and index.
-WAITS = {"sparsevlm": 4, "visionzip": 3, "vispruner": 3, "prumerge": 3, "prumerge-plus": 3}
-WAITS |= {"vscan": 3}
+# numbers that it chose by. SparseVLM reads its raters, the peaks of its clusters and the index.
+WAITS = {"sparsevlm": 3}
 PROMPT = 5  # waits of a prompt: the clock three times, the pixels of up to 8 images, its token
 
 
@@ -214,6 +212,20 @@ def test_a_checkpoints_rules_for_choosing_tokens(tmp_path: Path) -> None:
         found = generate(load(tmp_path, device="cuda")[0], batch, max_new_tokens=6)
     assert found.tokens == generate(here, batch, max_new_tokens=6).tokens
     assert all(tokens[-1] == 2 for tokens in found.tokens)
+
+
+def test_rules_cost_one_copy_and_no_wait(tmp_path: Path) -> None:
+    """Which ids they change is known on the host; the logits stay on the device."""
+    tiny.write_hf(tmp_path, layers=2, vision_layers=3)
+    rules = {"repetition_penalty": 1.3, "no_repeat_ngram_size": 2, "bad_words_ids": [[3, 4], [8]]}
+    rules |= {"suppress_tokens": [5, 9], "forced_eos_token_id": 2, "min_new_tokens": 2}
+    (tmp_path / "generation_config.json").write_text(json.dumps(rules))
+    with pretended_cuda():
+        model = load(tmp_path, device="cuda")[0]
+    batch = tiny.make_batch(model, "ttIttt", "tttt", "tt")
+    prompt, *tokens = costs(model, batch, Plan())
+    assert prompt[0] <= PROMPT
+    assert tokens == [(1, 1), (1, 1)]
 
 
 def test_int8_dynamic_is_for_the_cpu(folder: Path) -> None:

@@ -325,11 +325,13 @@ def test_of_equal_scores_the_lower_index_is_kept(model: Any, batch: Batch, mode:
         ]
 
 
-@pytest.mark.parametrize("mode", ["drop", "mask"])
-def test_scores_that_are_no_numbers_are_refused_by_layer(model: Any, one: Batch, mode: str) -> None:
+@pytest.mark.parametrize(
+    "plan", ["fastv:layer=2,keep=5", "fastv:layer=2,keep=5,mode=mask", "sparsevlm:layers=2,keep=5"]
+)
+def test_scores_that_are_no_numbers_are_refused_by_layer(model: Any, one: Batch, plan: str) -> None:
     broken = changed(model, 1, float("nan"))
-    with pytest.raises(ValueError, match="layer 2"):
-        run(broken, one, parse_plan(f"fastv:layer=2,keep=5,mode={mode}"))
+    with pytest.raises(ValueError, match=r"NaN among the (scores|rows) of layer 2"):
+        run(broken, one, parse_plan(plan))
     with pytest.raises(ValueError, match="logits are not numbers"):
         run(broken, one)
 
