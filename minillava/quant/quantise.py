@@ -13,6 +13,7 @@ simplest form of QuaRot (arXiv 2404.00456).
 from __future__ import annotations
 
 import functools
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
@@ -22,7 +23,8 @@ ROTATED_COLUMNS = 128  # columns rotated together, at most
 CHUNK_ROWS = 512  # rows quantised at a time; rows are independent, so this only limits memory
 FEW_ROWS = 16  # BLAS sums in another order below this many rows; pad to it for identical bits
 GROUP_COLUMNS = 64  # columns of an int4 weight that share a scale, at most
-CLIPPED = 0.05  # share of a group's range that an int4 weight may clip at either end
+CLIPPED = 1 / 32  # share of a group's range that an int4 weight may clip at either end: half a step
+REFITS = 2  # times that scale and lowest value of an int4 group are fitted to their codes
 
 
 def block_size(K: int, limit: int) -> int:
@@ -88,10 +90,32 @@ def to_int4(weight: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     A column's value is code * scale + low of its group, with a code in 0..15. A byte holds two
     columns, the left one in its low four bits. The 16 levels span the range of a group's values,
     or that range without CLIPPED of it at one end or both, whichever has the smallest squared
-    error (5 % less error on Gaussian weights). Codes are rounded for the scale in bfloat16.
+    error. Then scale and low are fitted to the codes by least squares, REFITS times, as long as
+    this makes the error smaller. On Gaussian weights the mean squared error is 16 % smaller than
+    that of the whole range. Codes are rounded for the scale in bfloat16.
     """
     codes, scale, low = zip(*map(_to_int4, weight.split(CHUNK_ROWS // 8)), strict=True)
     return torch.cat(codes), torch.cat(scale), torch.cat(low)
+
+
+@dataclass(frozen=True)
+class _Levels:
+    """The 16 levels of each group, with the squared error that they leave; all (N, K / G, 1)."""
+
+    scale: Tensor  # bfloat16
+    low: Tensor  # bfloat16
+    error: Tensor
+
+    @classmethod
+    def of(cls, groups: Tensor, scale: Tensor, low: Tensor) -> _Levels:
+        scale, low = scale.bfloat16(), low.bfloat16()
+        return cls(scale, low, _squared_error(groups, scale, low))
+
+    def or_better(self, other: _Levels) -> _Levels:
+        """The levels with the smaller error, group by group; these ones where they are equal."""
+        better = other.error < self.error
+        pairs = zip(vars(other).values(), vars(self).values(), strict=True)
+        return _Levels(*(torch.where(better, new, old) for new, old in pairs))
 
 
 def _to_int4(weight: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -99,16 +123,24 @@ def _to_int4(weight: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     groups = weight.float().view(N, -1, block_size(K, GROUP_COLUMNS))  # (N, K / G, G)
     lowest, highest = groups.amin(-1, keepdim=True), groups.amax(-1, keepdim=True)  # (N, K / G, 1)
     span = highest - lowest
-    scale, low = (span / 15).bfloat16(), lowest.bfloat16()
-    smallest = _squared_error(groups, scale, low)  # (N, K / G, 1)
+    levels = _Levels.of(groups, span / 15, lowest)
     for left, right in ((CLIPPED, 0.0), (0.0, CLIPPED), (CLIPPED, CLIPPED)):
-        other = (span * ((1 - left - right) / 15)).bfloat16(), (lowest + span * left).bfloat16()
-        error = _squared_error(groups, *other)
-        better = error < smallest
-        smallest = torch.where(better, error, smallest)
-        scale, low = torch.where(better, other[0], scale), torch.where(better, other[1], low)
-    codes = _round_to_codes(groups, scale, low).to(torch.uint8).view(N, K)
-    return codes[:, 0::2] | codes[:, 1::2] << 4, scale[..., 0], low[..., 0]
+        scale, low = span * ((1 - left - right) / 15), lowest + span * left
+        levels = levels.or_better(_Levels.of(groups, scale, low))
+    for _ in range(REFITS):
+        levels = levels.or_better(_fit_levels(groups, levels))
+    codes = _round_to_codes(groups, levels.scale, levels.low).to(torch.uint8).view(N, K)
+    return codes[:, 0::2] | codes[:, 1::2] << 4, levels.scale[..., 0], levels.low[..., 0]
+
+
+def _fit_levels(groups: Tensor, levels: _Levels) -> _Levels:
+    """The scale and lowest value with the least squared error for the codes of these levels."""
+    codes = _round_to_codes(groups, levels.scale, levels.low)  # (N, K / G, G)
+    mean_code, mean = codes.mean(-1, keepdim=True), groups.mean(-1, keepdim=True)
+    codes.sub_(mean_code)
+    variance = codes.square().sum(-1, keepdim=True)  # 0 if a group's codes are all equal
+    scale = (codes * groups).sum(-1, keepdim=True) / variance.clamp_min(0.5)
+    return _Levels.of(groups, scale, mean - scale * mean_code)
 
 
 def _round_to_codes(groups: Tensor, scale: Tensor, low: Tensor) -> Tensor:

@@ -114,7 +114,8 @@ def test_int4_rounds_to_the_nearest_of_16_levels_of_a_group() -> None:
             assert found[n, k] == pytest.approx(float(nearest), abs=1e-6)
 
 
-def test_int4_clips_the_ends_of_a_range_if_that_reduces_the_error() -> None:
+def test_int4_chooses_levels_with_a_small_error() -> None:
+    """Never more than 16 levels over the whole range, and 15 % less in all on Gaussian weights."""
     _, weight = example(N=256, K=1024)
     groups = weight.view(256, -1, 64)
     lowest, highest = groups.aminmax(dim=-1, keepdim=True)
@@ -123,7 +124,14 @@ def test_int4_clips_the_ends_of_a_range_if_that_reduces_the_error() -> None:
     wrong = (from_int4(*to_int4(weight)) - weight).view_as(groups).square().sum(-1)
     full = (plain - groups).square().sum(-1)
     assert (wrong <= 1.0001 * full).all()
-    assert wrong.sum() < 0.92 * full.sum()
+    assert wrong.sum() < 0.85 * full.sum()
+
+
+def test_int4_keeps_groups_of_one_and_of_two_values() -> None:
+    weight = torch.full((3, 128), 0.75)
+    weight[1] = 0.0
+    weight[2, ::5] = 0.75 - 15 * 0.125
+    assert torch.equal(from_int4(*to_int4(weight)), weight)
 
 
 def test_a_weight_of_zeros_stays_one() -> None:
