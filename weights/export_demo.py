@@ -60,9 +60,7 @@ def write_example(folder: Path) -> None:
             return
 
 
-def settings(
-    config: Config, pieces: bytes, dtype: torch.dtype = torch.float16
-) -> dict[str, Any]:
+def settings(config: Config, pieces: bytes, dtype: torch.dtype = torch.float16) -> dict[str, Any]:
     """Return file name -> content of every JSON file."""
     stored = str(dtype).removeprefix("torch.")
     vision, text, image_id = config.vision, config.text, config.image_token_id
