@@ -108,8 +108,8 @@ def questions(processor: Processor, seed: int, n: int, kinds: Sequence[str] | No
 def measure(
     model: LLaVA, processor: Processor, groups: Sequence[Group], text: str, seed: int
 ) -> dict[str, Any]:
-    """Ask all questions under one plan: accuracy by kind, image tokens per layer, seconds."""
-    plan, began = read_plan(text).plan, time.perf_counter()
+    """Ask all questions under one plan: accuracy by kind, image tokens per layer."""
+    plan = read_plan(text).plan
     right: dict[str, list[bool]] = defaultdict(list)
     entering: list[float] = []
     for i, (batch, examples) in enumerate(groups):
@@ -125,7 +125,6 @@ def measure(
         "all": _percent(answers),  # all kinds but captions
         **kinds,
         "image_tokens_entering_a_layer": round(sum(entering) / len(entering), 2),
-        "seconds": round(time.perf_counter() - began, 1),
     }
 
 
@@ -140,7 +139,7 @@ def _percent(right: Sequence[bool]) -> float:
 
 def format_table(rows: Sequence[dict[str, Any]]) -> str:
     """The rows as a Markdown table, a line for each plan."""
-    skip = {"plan", "questions", "image_tokens_entering_a_layer", "seconds"}
+    skip = {"plan", "questions", "image_tokens_entering_a_layer"}
     kinds = [key for key in rows[0] if key not in skip]
     head = ["plan", "tokens/layer", *kinds]
     lines = ["| " + " | ".join(head) + " |", "|---" + "|---:" * (len(head) - 1) + "|"]
@@ -174,11 +173,11 @@ def _run(args: argparse.Namespace) -> None:
     wanted = ["", *args.plans] if args.plans else default_plans(model, processor)
     groups = questions(processor, args.seed, args.questions, args.kinds)
     check_plans(model, groups[0][0], wanted)
-    rows = []
+    rows, began = [], time.perf_counter()
     for text in wanted:
         rows.append(measure(model, processor, groups, text, args.seed))
         print(json.dumps(rows[-1]), file=sys.stderr, flush=True)
-    seconds, threads = sum(row["seconds"] for row in rows), torch.get_num_threads()
+    seconds, threads = time.perf_counter() - began, torch.get_num_threads()
     note = (
         f"{args.questions} held-out questions, seed {args.seed}; {seconds:.0f} s on {threads} "
         f"thread{'s' * (threads > 1)}, torch {torch.__version__.partition('+')[0]}"

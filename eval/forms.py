@@ -2,13 +2,18 @@
 
     python -m eval.forms                                    every form, on the demo
     python -m eval.forms --model DIR --form bfloat16 int8   these forms of a checkpoint
+    python -m eval.forms --model DIR --text FILE            on running text
 
 float32 answers the demo's held-out questions. Every form is then given the same tokens, and its
-distribution of each next token is compared with that of float32:
+distribution of each next token is compared with that of float32. With --text, both read the file
+in pieces of 256 tokens, and the distributions after every token are compared:
 
 - KL: mean Kullback-Leibler divergence of the form's distribution from float32's, in nats;
 - top-1: share of tokens for which both find the same token the likeliest;
 - bytes: the weights as this machine holds them; arithmetic: what it computes with.
+
+Answers of a model to what it was trained for are almost certain, so that rounding moves them
+little; running text has uncertain tokens and shows more of it (weights/train_text.py).
 """
 
 from __future__ import annotations
@@ -17,18 +22,22 @@ import argparse
 import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from pathlib import Path
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from minillava import Batch, load
 from minillava.app.cli import DEMO
 from minillava.app.command import CommandParser, parse_path, parse_positive_int, run_command
+from minillava.attention import causal_attention
 from minillava.cache import KVCache
 from minillava.engine import decode, hidden_states_read, prefill
 from minillava.generate import generate
 from minillava.llava import LLaVA
 from minillava.loading.checkpoint import QUANTIZE, find_device
+from minillava.processing.processor import Processor
 from minillava.pruning.base import Plan
 from minillava.quant.linear import weight_bytes
 from minillava.report import describe_arithmetic
@@ -38,6 +47,8 @@ from .demo import questions
 
 FORMS = ("bfloat16", "float16", *QUANTIZE)
 NEW_TOKENS = 16  # the longest answer but a caption's
+QUESTIONS, PIECES = 96, 32  # by default
+PIECE = 256  # tokens of text that are read at once
 
 
 @dataclass(frozen=True)
@@ -83,6 +94,28 @@ def follow(model: LLaVA, answered: Answered) -> Tensor:
     return torch.stack(steps, dim=1)
 
 
+@torch.inference_mode()
+def read(model: LLaVA, ids: Tensor) -> Tensor:
+    """Logits (1, T, V) after each of the ids (T,) of a text."""
+    x = model.embed(ids)  # (T, D)
+    rope = model.llama.rope(torch.arange(len(ids)), model.dtype)
+    for layer in range(model.config.text.num_hidden_layers):
+        x = model.block(layer)(x, rope, causal_attention)
+    return model.llama.logits(x)[None]
+
+
+def pieces(processor: Processor, file: Path, limit: int) -> list[Tensor]:
+    """The first `limit` pieces of a text, PIECE ids each (ValueError if it is shorter than one)."""
+    try:
+        text = file.read_text("utf-8")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"--text {file} is not UTF-8 ({error}); give a text file") from None
+    ids = torch.tensor(processor.tokenizer.encode(text))
+    if len(ids) < PIECE:
+        raise ValueError(f"--text {file} has {len(ids)} tokens; give a text of at least {PIECE}")
+    return list(ids[: PIECE * limit].split(PIECE))[: len(ids) // PIECE]
+
+
 def compare(expected: Tensor, found: Tensor) -> tuple[Tensor, Tensor]:
     """KL divergence and whether the likeliest token is the same, of each token that was answered.
 
@@ -93,23 +126,62 @@ def compare(expected: Tensor, found: Tensor) -> tuple[Tensor, Tensor]:
     return (p.exp() * (p - q)).sum(-1), p.argmax(-1) == q.argmax(-1)
 
 
-def measure(model: LLaVA, form: str, answers: Sequence[Answered]) -> Row:
-    pairs = [compare(a.logits, follow(model, a)) for a in answers]
+@dataclass(frozen=True)
+class Questions:
+    """Answers of float32, and how another model follows them."""
+
+    answers: Sequence[Answered]
+
+    def logits(self, model: LLaVA) -> list[tuple[Tensor, Tensor]]:
+        """(expected, found) of each batch."""
+        return [(a.logits, follow(model, a)) for a in self.answers]
+
+
+@dataclass(frozen=True)
+class Text:
+    """Pieces of a text with the logits of float32, and how another model reads them."""
+
+    ids: Sequence[Tensor]
+    expected: Sequence[Tensor]
+
+    def logits(self, model: LLaVA) -> list[tuple[Tensor, Tensor]]:
+        found = (read(model, ids) for ids in self.ids)
+        return list(zip(self.expected, found, strict=True))
+
+    def loss(self) -> float:
+        """float32's loss in nats for each token."""
+        pairs = zip(self.ids, self.expected, strict=True)
+        losses = [F.cross_entropy(logits[0, :-1], ids[1:]) for ids, logits in pairs]
+        return torch.stack(losses).mean().item()
+
+
+def measure(model: LLaVA, form: str, asked: Questions | Text) -> Row:
+    pairs = [compare(expected, found) for expected, found in asked.logits(model)]
     kl, same = (torch.cat(column).double().mean().item() for column in zip(*pairs, strict=True))
     return Row(form, kl, same, weight_bytes(model), describe_arithmetic(model))
+
+
+def ask(model: LLaVA, processor: Processor, args: argparse.Namespace) -> Questions | Text:
+    """Let float32 answer the questions or read the text."""
+    if args.text is None:
+        groups = questions(processor, args.seed, args.limit or QUESTIONS, None)
+        return Questions([answer(model, batch) for batch, _ in groups])
+    ids = pieces(processor, args.text, args.limit or PIECES)
+    text = Text(ids, [read(model, piece).cpu() for piece in ids])
+    print(f"{sum(map(len, ids)):,} tokens; float32's loss is {text.loss():.3f} nats for each\n")
+    return text
 
 
 def run(args: argparse.Namespace) -> list[Row]:
     device = find_device(args.device)
     model, processor = load(args.model, device, "float32", progress=True)
-    groups = questions(processor, args.seed, args.limit, None)
-    answers = [answer(model, batch) for batch, _ in groups]
-    rows = [measure(model, "float32", answers)]
+    asked = ask(model, processor, args)
+    rows = [measure(model, "float32", asked)]
     del model
     for form in args.form:
         quantize = form if form in QUANTIZE else None
         model, _ = load(args.model, device, None if quantize else form, quantize, progress=True)
-        rows.append(measure(model, form, answers))
+        rows.append(measure(model, form, asked))
     return rows
 
 
@@ -130,7 +202,9 @@ def _main(argv: Sequence[str] | None) -> None:
     add = parser.add_argument
     add("--model", default=str(DEMO), metavar="DIR|HUB_ID", help="default: the demo")
     add("--form", nargs="+", choices=FORMS, default=list(FORMS), help="default: all")
-    add("--limit", type=parse_positive_int, default=96, metavar="N", help="questions, default 96")
+    add("--text", type=parse_path, metavar="FILE", help="read this text, not the demo's questions")
+    limits = f"questions, default {QUESTIONS}, or pieces of {PIECE} tokens of --text, {PIECES}"
+    add("--limit", type=parse_positive_int, metavar="N", help=limits)
     add("--seed", type=parse_positive_int, default=2026, help="of the scenes, default 2026")
     add("--device", default="cpu", help="cpu, cuda or cuda:N; default cpu")
     add("--out", type=parse_path, metavar="FILE.json", help="also write one object for each form")

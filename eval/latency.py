@@ -291,12 +291,17 @@ def _check_shape(args: argparse.Namespace, plans: Mapping[str, TypedPlan]) -> No
         _refuse_too_large(config, form)
 
 
+def model_bytes(config: Config, form: str) -> float:
+    """About the memory of a model's weights in one of FORMS."""
+    values = sum(t.numel() for t in empty_model(config).state_dict().values())
+    small = {"int4": 0.75, "nf4": 0.7}
+    size = {"float32": 4.0, "float16": 2.0, "bfloat16": 2.0, **small}.get(form, 1.2)
+    return values * size
+
+
 def _refuse_too_large(config: Config, form: str) -> None:
     """Raise ValueError for a shape that does not fit in the free memory of the machine."""
-    values = sum(t.numel() for t in empty_model(config).state_dict().values())
-    size = {"float32": 4.0, "float16": 2.0, "bfloat16": 2.0, "int4": 0.7, "nf4": 0.7}.get(form, 1.2)
-    needed = values * size + 2e9
-    free = _available()
+    needed, free = model_bytes(config, form) + 2e9, available_memory()
     if needed > free:
         raise ValueError(
             f"--form {form} needs {needed / 1e9:.1f} GB of memory for this shape, and "
@@ -304,7 +309,7 @@ def _refuse_too_large(config: Config, form: str) -> None:
         )
 
 
-def _available(meminfo: Path = Path("/proc/meminfo")) -> float:
+def available_memory(meminfo: Path = Path("/proc/meminfo")) -> float:
     """Bytes that a new process can allocate: free memory and the cache of files."""
     try:
         lines = meminfo.read_text("ascii").splitlines()

@@ -6,6 +6,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from .cost import Spread
+
 SIZE = (6.4, 4.2)  # inches
 DPI = 130
 LINE_STYLES = (
@@ -77,11 +79,16 @@ def curves(
 
 
 def bars(
-    path: Path, groups: Mapping[str, Mapping[str, float]], title: str, label: str, log: bool = False
+    path: Path,
+    groups: Mapping[str, Mapping[str, float | Spread]],
+    title: str,
+    label: str,
+    log: bool = False,
 ) -> None:
     """Plot groups of bars with their heights as labels.
 
-    groups: group -> bar -> height; every group has the same bars.
+    groups: group -> bar -> height; every group has the same bars. A Spread is drawn as its median
+    with a line between its quartiles.
     """
     plt = _pyplot()
     figure, axes = plt.subplots(
@@ -91,7 +98,13 @@ def bars(
     width = 0.8 / len(names)
     for i, name in enumerate(names):
         places = [g + (i - (len(names) - 1) / 2) * width for g in range(len(groups))]
-        drawn = axes.bar(places, [heights[name] for heights in groups.values()], width, label=name)
+        heights = [group[name] for group in groups.values()]
+        spreads = [h if isinstance(h, Spread) else Spread(h, h, h, 1) for h in heights]
+        medians = [s.median for s in spreads]
+        drawn = axes.bar(places, medians, width, label=name)
+        if any(s.low < s.high for s in spreads):
+            lines = [[s.median - s.low for s in spreads], [s.high - s.median for s in spreads]]
+            axes.errorbar(places, medians, lines, fmt="none", ecolor="k", capsize=3)
         axes.bar_label(drawn, fmt="%.3g", fontsize="x-small")
     axes.set_xticks(range(len(groups)), groups, fontsize="small")
     if log:

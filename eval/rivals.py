@@ -1,175 +1,135 @@
-"""The times of other implementations at the shape of LLaVA-1.5-7B: `python -m eval.rivals`.
+"""Other implementations at the shape of LLaVA-1.5-7B, beside ours: `python -m eval.rivals`.
 
-    python -m eval.rivals                                      transformers in bfloat16 and ours
-    python -m eval.rivals --ours float16 int8-dynamic          these forms of ours
-    python -m eval.rivals --llama-bench BIN --gguf FILE        llama.cpp as well
+    python -m eval.rivals                                          everything that is installed
+    python -m eval.rivals --peers transformers-bfloat16 openvino-u4 --ours int8-dynamic
+    python -m eval.rivals --ours int8-dynamic --prune fastv:k=2,r=0.75 divprune:keep=64
 
-transformers (of the extra `test`) and minillava run with random weights, SDPA attention, one image
-and 620 tokens, in turn in one process. To fit in any memory, they have two decoder layers, and the
-decoder's time is multiplied by 16; the vision tower is complete. The ratio is that of the
-first token's time to transformers'. llama-bench measures the prefill of 620 tokens and single
-tokens of a GGUF file, without any vision.
+All run in one process with random weights, one image and 620 tokens, and take turns in each round,
+so that noise on the machine affects all of them alike; times are medians over the rounds, and the
+first round warms up and does not count. To fit in 24 GiB they have two decoder layers, and the time
+of a layer is multiplied by 16; the output head counts once and the vision tower is complete. With a
+pruning plan our models also have the layers before its last step, which count once.
+
+Times to the first token include the image. Implementations without a vision tower (llama.cpp and
+OpenVINO here) are given the fastest of transformers' towers in the same run. A peer that is not
+installed is left out with a note; pip install 'minillava[test,rivals]' installs all of them
+(llama-cpp-python is compiled for this CPU then).
 """
 
 from __future__ import annotations
 
 import argparse
 import importlib.util
-import json
-import shutil
-import subprocess
 import sys
 import time
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
-from pathlib import Path
+from collections.abc import Mapping, Sequence
+from dataclasses import fields, replace
 from statistics import median
 from typing import Any
 
 import torch
 
 from minillava.app.command import CommandParser, parse_positive_int, run_command
-from minillava.generate import generate
+from minillava.config import Config
 from minillava.quant.linear import multiplies_bfloat16
 
-from .latency import FORMS, SHAPES, random_batch, random_model
+from .latency import FORMS, SHAPES, available_memory, model_bytes
+from .peers.base import ALL_LAYERS, Measurable, Peer, Times
+from .peers.llama_cpp import LlamaCpp
+from .peers.openvino import OpenVino
+from .peers.ours import full_layers, make_ours
+from .peers.transformers import Transformers
+from .plans import NONE, TypedPlan, read_plans
 
-LAYERS, ALL_LAYERS = 2, 32
-TOKENS = 4  # generated tokens that are timed in a round
-_CPU = torch.device("cpu")
-
-
-def _random_transformers_model(dtype: torch.dtype) -> Any:
-    """LLaVA-1.5-7B of transformers with random weights and LAYERS decoder layers."""
-    from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig
-    from transformers import LlavaForConditionalGeneration as Llava
-
-    config: Any = LlavaConfig(
-        vision_config=CLIPVisionConfig(
-            hidden_size=1024,
-            intermediate_size=4096,
-            num_hidden_layers=24,
-            num_attention_heads=16,
-            image_size=336,
-            patch_size=14,
-        ),
-        text_config=LlamaConfig(
-            hidden_size=4096,
-            intermediate_size=11008,
-            num_hidden_layers=LAYERS,
-            num_attention_heads=32,
-            num_key_value_heads=32,
-            vocab_size=32064,
-            max_position_embeddings=4096,
-        ),
-        image_token_index=32000,
-    )
-    config._attn_implementation = "sdpa"
-    make: Any = Llava._from_config
-    return make(config, dtype=dtype).eval()
+KINDS: dict[str, type[Peer]] = {
+    "transformers": Transformers,
+    "llama.cpp": LlamaCpp,
+    "openvino": OpenVino,
+}
+PEERS = {f"{kind}-{form}": (peer, form) for kind, peer in KINDS.items() for form in peer.forms}
+REFERENCE = "transformers bfloat16"
+LAST_STEP = 8  # decoder layer at which a plan may prune for the last time
 
 
-@dataclass(frozen=True)
-class Times:
-    """Seconds of a model with LAYERS decoder layers; head: those of a token in the output head."""
-
-    vision: float  # tower and projector
-    prefill: float
-    per_token: float
-    head: float
-
-    def scale(self) -> dict[str, float]:
-        """Seconds with all decoder layers."""
-        times = ALL_LAYERS // LAYERS
-        prefill = self.prefill * times
-        return {
-            "vision": self.vision,
-            "prefill": prefill,
-            "first_token": self.vision + prefill,
-            "per_token": (self.per_token - self.head) * times + self.head,
-        }
+def default_peers() -> list[str]:
+    """All peers, 16 bits in the form that is faster on this CPU."""
+    slow = {"transformers-float16", "llama.cpp-f16" if multiplies_bfloat16() else "llama.cpp-bf16"}
+    return [name for name in PEERS if name not in slow]
 
 
-class Transformers:
-    """LLaVA of transformers, with random weights."""
-
-    def __init__(self, dtype: str, tokens: int) -> None:
-        self.name = f"transformers {dtype}"
-        self.model = _random_transformers_model(getattr(torch, dtype))
-        self.pixels = torch.randn(1, 3, 336, 336, dtype=self.model.dtype)
-        self.ids = torch.randint(3, 31000, (1, tokens))
-
-    @torch.inference_mode()
-    def measure(self) -> Times:
-        model, language, head = self.model, self.model.model.language_model, self.model.lm_head
-        start = time.perf_counter()
-        model.get_image_features(pixel_values=self.pixels)
-        vision = time.perf_counter()
-        out = language(input_ids=self.ids, use_cache=True)
-        head(out.last_hidden_state[:, -1:])
-        prefill = time.perf_counter()
-        one = {"input_ids": self.ids[:, :1], "past_key_values": out.past_key_values}
-        for _ in range(TOKENS):
-            row = language(**one, use_cache=True).last_hidden_state
-            head(row)
-        token = time.perf_counter()
-        head(row)
-        end = time.perf_counter()
-        return Times(vision - start, prefill - vision, (token - prefill) / TOKENS, end - token)
+def default_forms() -> list[str]:
+    return ["bfloat16" if multiplies_bfloat16() else "float16", "int8-dynamic", "int4"]
 
 
-class Ours:
-    """minillava in one of its forms, with random weights."""
-
-    def __init__(self, form: str, tokens: int) -> None:
-        self.name = f"minillava {form}"
-        shape = SHAPES["7b"]
-        config = replace(shape, text=replace(shape.text, num_hidden_layers=LAYERS))
-        self.model = random_model(config, form, _CPU)
-        self.batch = random_batch(config, tokens - config.vision.num_patches, _CPU)
-
-    @torch.inference_mode()
-    def measure(self) -> Times:
-        n = TOKENS + 1
-        report = generate(self.model, self.batch, max_new_tokens=n, min_new_tokens=n).report
-        row = torch.zeros(1, self.model.config.text.hidden_size, dtype=self.model.dtype)
-        start = time.perf_counter()
-        self.model.llama.logits(row)
-        return Times(report.vision, report.prefill, report.per_token, time.perf_counter() - start)
-
-
-def take_turns(models: Sequence[Transformers | Ours], repeats: int) -> dict[str, dict[str, float]]:
-    """Measure all in turn, in `repeats` rounds after one that does not count; medians, by name.
-
-    Noise of the machine then affects all of them alike.
-    """
+def take_turns(models: Sequence[Measurable], repeats: int) -> dict[str, Times]:
+    """Measure all in turn, in `repeats` rounds after one that does not count; medians, by name."""
     rounds = [[model.measure() for model in models] for _ in range(repeats + 1)][1:]
-    found = {}
-    for model, times in zip(models, zip(*rounds, strict=True), strict=True):
-        scaled = [t.scale() for t in times]
-        found[model.name] = {what: median(t[what] for t in scaled) for what in scaled[0]}
-    return found
+    columns = zip(*rounds, strict=True)
+    return {model.name: _median(column) for model, column in zip(models, columns, strict=True)}
 
 
-def llama_cpp_times(bench: str, gguf: str, tokens: int, threads: int) -> dict[str, float]:
-    """Seconds of a prefill and of a token, measured by llama-bench (ValueError if it fails)."""
-    command = [bench, "-m", gguf, "-p", str(tokens), "-n", "8", "-t", str(threads), "-o", "json"]
-    try:
-        done = subprocess.run(command, capture_output=True, text=True, check=True)
-    except (OSError, subprocess.CalledProcessError) as error:
-        said = (getattr(error, "stderr", None) or str(error)).strip().splitlines()
-        raise ValueError(f"--llama-bench {bench} failed ({said[-1] if said else error})") from None
-    try:
-        prefill, token = json.loads(done.stdout)
-        return {
-            "prefill": prefill["avg_ns"] / 1e9,
-            "per_token": token["avg_ns"] / 1e9 / token["n_gen"],
-        }
-    except (ValueError, KeyError, TypeError) as error:
-        raise ValueError(
-            f"--llama-bench {bench} printed something else than its results as JSON "
-            f"({type(error).__name__}: {error}); give llama.cpp's llama-bench"
-        ) from None
+def _median(times: Sequence[Times]) -> Times:
+    """Field by field; None where there is no such time."""
+    found: dict[str, Any] = {}
+    for field in fields(Times):
+        values = [getattr(t, field.name) for t in times]
+        found[field.name] = None if None in values else median(values)
+    return Times(**found)
+
+
+def with_towers(found: Mapping[str, Times]) -> dict[str, Times]:
+    """Lend those without a vision tower the fastest of transformers' in this run, if any."""
+    theirs = [t.vision for name, t in found.items() if name.startswith("transformers") and t.vision]
+    tower = min(theirs, default=None)
+    return {
+        name: times if times.vision is not None else replace(times, vision=tower)
+        for name, times in found.items()
+    }
+
+
+def format_table(found: Mapping[str, Times]) -> str:
+    """The times as a Markdown table, with ratios to transformers and to the fastest of the peers.
+
+    A peer is every row that is not ours. A cell is empty where nothing was measured.
+    """
+    complete = with_towers(found)
+    first = {n: t.vision + t.prefill for n, t in complete.items() if t.vision is not None}
+    peers = [name for name in found if not name.startswith("minillava")]
+    best_first = min((first[n] for n in peers if n in first), default=None)
+    best_token = min((found[n].per_token for n in peers), default=None)
+    heads = """vision, s | prefill, s | first token, s | of transformers' | of the fastest peer's |
+        next ones, ms | of the fastest peer's | prefill of its layers alone"""
+    names = ["", *(" ".join(head.split()) for head in heads.split("|"))]
+    lines = ["| " + " | ".join(names) + " |", "|---" + "|---:" * (len(names) - 1) + "|"]
+    for name, t in found.items():
+        lent = "*" if t.vision is None and name in first else ""
+        cells = [
+            _cell(complete[name].vision) + lent,
+            _cell(t.prefill),
+            _cell(first.get(name)),
+            _ratio(first.get(name), first.get(REFERENCE)),
+            _ratio(first.get(name), best_first),
+            f"{1e3 * t.per_token:.0f}",
+            _ratio(t.per_token, best_token),
+            _ratio(t.prefill, t.layers_alone),
+        ]
+        lines.append(f"| {name} | " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def _cell(seconds: float | None) -> str:
+    return "" if seconds is None else f"{seconds:.2f}"
+
+
+def _ratio(seconds: float | None, reference: float | None) -> str:
+    return _cell(None if seconds is None or reference is None else seconds / reference)
+
+
+def describe_machine() -> str:
+    native = "in hardware" if multiplies_bfloat16() else "emulated"
+    kind = torch.backends.cpu.get_cpu_capability()
+    threads = torch.get_num_threads()
+    return f"CPU: {kind}, bfloat16 {native}, {threads} thread{'s' * (threads > 1)}"
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -180,48 +140,83 @@ def main(argv: Sequence[str] | None = None) -> int:
         allow_abbrev=False,
     )
     add = parser.add_argument
-    add("--dtype", choices=("bfloat16", "float16", "float32"), default="bfloat16")
-    add("--ours", nargs="+", choices=FORMS, default=["bfloat16", "int8-dynamic"], help="our forms")
+    add("--peers", nargs="*", choices=PEERS, default=default_peers(), help="default: all that pay")
+    add("--ours", nargs="*", choices=FORMS, default=default_forms(), help="our forms")
+    add("--prune", nargs="*", default=["fastv:k=2,r=0.75"], metavar="PLAN", help="plans of ours")
     add("--tokens", type=parse_positive_int, default=620, help="tokens of the prompt, default 620")
-    add("--repeats", type=parse_positive_int, default=2, help="measured runs, default 2")
-    add("--llama-bench", metavar="BIN")
-    add("--gguf", metavar="FILE", help="a 7B model for llama-bench, random or real")
+    add("--layers", type=parse_positive_int, default=2, help="decoder layers, default 2")
+    add("--repeats", type=parse_positive_int, default=2, help="measured rounds, default 2")
     return run_command(lambda: _run(parser.parse_args(argv)))
 
 
 def _run(args: argparse.Namespace) -> None:
-    _check(args)
     began = time.perf_counter()
-    theirs = Transformers(args.dtype, args.tokens)
-    ours = [Ours(form, args.tokens) for form in args.ours]
-    found = take_turns([theirs, *ours], args.repeats)
-    if args.llama_bench:
-        threads = torch.get_num_threads()
-        found["llama.cpp"] = llama_cpp_times(args.llama_bench, args.gguf, args.tokens, threads)
-    native = "in hardware" if multiplies_bfloat16() else "emulated"
-    kind = torch.backends.cpu.get_cpu_capability()
-    print(f"CPU: {kind}, bfloat16 {native}, {torch.get_num_threads()} threads")
-    first = found[theirs.name]["first_token"]
-    for name, times in found.items():
-        ratio = f", ratio {times['first_token'] / first:.2f}" if "first_token" in times else ""
-        print(f"{name}: {', '.join(f'{w} {v:.3f} s' for w, v in times.items())}{ratio}")
+    shape, plans = SHAPES["7b"], read_plans([NONE, *args.prune])
+    config = replace(shape, text=replace(shape.text, num_hidden_layers=args.layers))
+    peers = [name for name in dict.fromkeys(args.peers) if _installed(PEERS[name][0], name)]
+    _check(args, config, peers, plans)
+    models: list[Measurable] = []
+    for name in peers:
+        peer, form = PEERS[name]
+        models.append(peer(form, config, args.tokens))
+    for form in dict.fromkeys(args.ours):
+        models += make_ours(form, config, args.tokens, plans)
+    found = take_turns(models, args.repeats)
+    print(f"{describe_machine()}; {args.layers} of {ALL_LAYERS} decoder layers\n")
+    print(format_table(found))
+    if any(t.vision is None for t in found.values()):
+        print("\n\\* transformers' time; this implementation has no vision tower here")
     print(f"{time.perf_counter() - began:.0f} s in all", file=sys.stderr)
 
 
-def _check(args: argparse.Namespace) -> None:
-    """Refuse wrong options before minutes of work (ValueError)."""
-    if bool(args.llama_bench) != bool(args.gguf):
-        raise ValueError("--llama-bench and --gguf belong together; give both or neither")
-    if args.llama_bench and shutil.which(args.llama_bench) is None:
-        raise ValueError(
-            f"--llama-bench {args.llama_bench} is no program; give llama.cpp's llama-bench"
+def _installed(peer: type[Peer], name: str) -> bool:
+    """Whether a peer's packages are there; if not, one line says what to install."""
+    missing = [p for p in peer.packages if importlib.util.find_spec(p) is None]
+    if missing:
+        extra = "test" if peer is Transformers else "rivals"
+        print(
+            f"note: {name} is left out, because {' and '.join(missing)} is not installed; "
+            f"pip install 'minillava[{extra}]'",
+            file=sys.stderr,
         )
-    if args.gguf and not Path(args.gguf).is_file():
-        raise ValueError(f"there is no file --gguf {args.gguf}; give the GGUF file of a 7B")
-    if args.tokens <= SHAPES["7b"].vision.num_patches:
-        raise ValueError(f"--tokens {args.tokens} must be more than the image's 576")
-    if importlib.util.find_spec("transformers") is None:
-        raise ValueError("transformers is not installed; pip install 'minillava[test]'")
+    return not missing
+
+
+def _check(
+    args: argparse.Namespace, config: Config, peers: Sequence[str], plans: Mapping[str, TypedPlan]
+) -> None:
+    """Refuse what cannot run before minutes of work (ValueError)."""
+    patches, layers = config.vision.num_patches, config.text.num_hidden_layers
+    if args.tokens <= patches:
+        raise ValueError(f"--tokens {args.tokens} must be more than the image's {patches}")
+    if layers > ALL_LAYERS - LAST_STEP:
+        raise ValueError(f"--layers {layers} must be at most {ALL_LAYERS - LAST_STEP}")
+    if not peers and not args.ours:
+        raise ValueError("nothing is left to measure; give --peers or --ours")
+    for text, typed in plans.items():
+        typed.plan.check(ALL_LAYERS, patches, (0,))
+        if (last := full_layers(typed.plan)) > LAST_STEP:
+            raise ValueError(
+                f"--prune {text} prunes at layer {last}, but only a few layers are measured here "
+                f"(at most {LAST_STEP}); measure it with python -m eval.latency --shape 7b"
+            )
+    needed, free = _needed_memory(args.ours, config, peers, plans), available_memory()
+    if needed > free:
+        raise ValueError(
+            f"these models need {needed / 1e9:.1f} GB of memory together, and {free / 1e9:.1f} GB "
+            "are free; name fewer of them with --peers and --ours, or fewer --layers"
+        )
+
+
+def _needed_memory(
+    forms: Sequence[str], config: Config, peers: Sequence[str], plans: Mapping[str, TypedPlan]
+) -> float:
+    """About the bytes of all models at once, with 2 GB for activations and libraries."""
+    weights = model_bytes(config, "float32") / 4
+    theirs = sum(PEERS[name][0].forms[PEERS[name][1]] for name in peers) * weights
+    deeper = config.text.num_hidden_layers + max(full_layers(p.plan) for p in plans.values())
+    config = replace(config, text=replace(config.text, num_hidden_layers=deeper))
+    return theirs + sum(model_bytes(config, form) for form in forms) + 2e9
 
 
 if __name__ == "__main__":

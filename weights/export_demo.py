@@ -10,6 +10,7 @@ from typing import Any, Literal
 
 import numpy as np
 import sentencepiece
+import torch
 from PIL import Image
 from safetensors.torch import save_file
 from torch import Tensor
@@ -27,17 +28,23 @@ MEAN = (0.48145466, 0.4578275, 0.40821073)
 STD = (0.26862954, 0.26130258, 0.27577711)
 
 
-def export(folder: Path, config: Config, weights: Mapping[str, Tensor], pieces: bytes) -> None:
+def export(
+    folder: Path,
+    config: Config,
+    weights: Mapping[str, Tensor],
+    pieces: bytes,
+    dtype: torch.dtype = torch.float16,
+) -> None:
     """Write all files of the checkpoint.
 
-    weights: by minillava's names; they are stored as float16. pieces: tokenizer.model.
+    weights: by minillava's names; they are stored in `dtype`. pieces: tokenizer.model.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    tensors = {published_name(name): t.half().contiguous() for name, t in weights.items()}
+    tensors = {published_name(name): t.to(dtype).contiguous() for name, t in weights.items()}
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
     (folder / "model.safetensors").chmod(0o644)
     (folder / "tokenizer.model").write_bytes(pieces)
-    for name, content in settings(config, pieces).items():
+    for name, content in settings(config, pieces, dtype).items():
         text = json.dumps(content, indent=None if name == "tokenizer.json" else 2)
         (folder / name).write_text(text + "\n")
 
@@ -53,8 +60,9 @@ def write_example(folder: Path) -> None:
             return
 
 
-def settings(config: Config, pieces: bytes) -> dict[str, Any]:
+def settings(config: Config, pieces: bytes, dtype: torch.dtype = torch.float16) -> dict[str, Any]:
     """Return file name -> content of every JSON file."""
+    stored = str(dtype).removeprefix("torch.")
     vision, text, image_id = config.vision, config.text, config.image_token_id
     pad_id = image_id + 1
     special = {0: "<unk>", 1: "<s>", 2: "</s>", image_id: "<image>", pad_id: "<pad>"}
@@ -77,11 +85,11 @@ def settings(config: Config, pieces: bytes) -> dict[str, Any]:
                 "num_attention_heads": text.num_attention_heads,
                 "num_hidden_layers": text.num_hidden_layers,
                 "rms_norm_eps": text.rms_norm_eps,
-                "torch_dtype": "float16",
+                "torch_dtype": stored,
                 "vocab_size": text.vocab_size,
             },
             "tie_word_embeddings": False,
-            "torch_dtype": "float16",
+            "torch_dtype": stored,
             "vision_config": {
                 "hidden_size": vision.hidden_size,
                 "image_size": vision.image_size,

@@ -49,18 +49,18 @@ def run(args: argparse.Namespace) -> str:
         ]
         published += format_published(list(done.values()))
         metric = done[NONE].scored.score.metric
-        first = next(name for name in rows[0] if name.startswith("first token"))
         del bench, done
     title = f"FastV at K=2 on {args.task}"
-    names = [f"{row['weights']}\n{_bar_label(row)}" for row in rows]
-    shown = {"score": [metric], "first_token": [first], "memory": [f"{m}, MB" for m in MEMORIES]}
+    named_rows = {f"{row['weights']}\n{_bar_label(row)}": row for row in rows}
+    below = f"{title}; below: R in %"
+    shown = {"score": [metric], "memory": [f"{m}, MB" for m in MEMORIES]}
     for plot, columns in shown.items():
         there = [c for c in columns if all(row[c] is not None for row in rows)]
-        heights = {n: {c: row[c] for c in there} for n, row in zip(names, rows, strict=True)}
+        heights = {name: {c: row[c] for c in there} for name, row in named_rows.items()}
         label = "MB" if plot == "memory" else columns[0]
-        plots.bars(args.out / f"{plot}.png", heights, f"{title}; below: R in %", label)
+        plots.bars(args.out / f"{plot}.png", heights, below, label)
     tables = {"One question at a time": rows}
-    plot_files = [f"{plot}.png" for plot in shown]
+    plot_files = ["score.png", *base.time_plots(args.out, named_rows, below), "memory.png"]
     return base.write_report(args.out, args, title, tables, plot_files, began, published=published)
 
 

@@ -11,6 +11,7 @@ import argparse
 import json
 import time
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,7 @@ import torch
 from minillava.app.command import CommandParser
 from minillava.app.ranks import Ranks
 
-from .. import plots, store
+from .. import cost, plots, store
 from ..bench import Bench, add_options
 from ..plans import TypedPlan
 from ..results import PlanResult
@@ -131,14 +132,17 @@ def write_report(
     found = {"title": title, "setting": setting, "notes": list(notes), "tables": tables}
     found |= {"published": list(published)} if published else {}
     store.write_atomically(
-        out / "results.json", json.dumps(found, indent=1, ensure_ascii=False) + "\n"
+        out / "results.json", json.dumps(found, indent=1, ensure_ascii=False, default=asdict) + "\n"
     )
     store.write_atomically(out / "results.md", text)
     return text
 
 
 def format_table(rows: Sequence[Row]) -> str:
-    """Rows as a Markdown table. Numbers have two decimals; below 1 they have three digits."""
+    """Rows as a Markdown table. Numbers have two decimals; below 1 they have three digits.
+
+    A Spread is its median and, in brackets, its quartiles.
+    """
     names = list(rows[0])
     lines = ["| " + " | ".join(names) + " |", "|---" + "|---:" * (len(names) - 1) + "|"]
     lines += ["| " + " | ".join(_cell(row[name]) for name in names) + " |" for row in rows]
@@ -148,21 +152,42 @@ def format_table(rows: Sequence[Row]) -> str:
 def _cell(value: object) -> str:
     if value is None:
         return ""
+    if isinstance(value, cost.Spread):
+        return f"{_cell(value.median)} [{_cell(value.low)}, {_cell(value.high)}]"
     if isinstance(value, float):
         return f"{value:.2f}" if abs(value) >= 1 or not value else f"{value:.3g}"
     return str(value)
 
 
 def cost_columns(result: PlanResult) -> dict[str, Any]:
-    """The columns of costs that every table has."""
+    """The columns of costs that every table has; times as Spread."""
     c = result.costs
     many = f" of {c.batch}" if c.batch > 1 else ""
     return {
         "image tokens a layer": c.image_tokens,
         "FastV's FLOPs, %": 100 * c.fastv_share,
-        f"first token{many}, s": c.first_token.median if c.first_token else None,
+        **timed(result.run.task, {f"first token{many}, s": c.first_token}),
         "cache, MB": c.cache_bytes / 1e6,
     }
+
+
+def timed(task: str, columns: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Columns of times. The demo has none: its prompts take milliseconds, which are noise."""
+    return {} if task == "demo" else columns
+
+
+def time_plots(out: Path, rows: Mapping[str, Row], title: str) -> list[str]:
+    """Draw the times to the first token, if the rows have them; returns the names of the files.
+
+    rows: name of the bar -> row.
+    """
+    found = [c for c in next(iter(rows.values())) if c.startswith("first token")]
+    if not found:
+        return []
+    (column,) = found
+    heights = {name: {column: row[column]} for name, row in rows.items()}
+    plots.bars(out / "first_token.png", heights, title, column)
+    return ["first_token.png"]
 
 
 def score_columns(result: PlanResult) -> dict[str, Any]:

@@ -5,7 +5,9 @@
 
 One question is answered with exactly --new-tokens tokens (min_new_tokens): without a cache, so that
 the whole sequence runs again for each token; with a cache; and with a cache and a plan that drops
-tokens. The prompt contains the image --times times. If it is longer than the model's positions, the
+tokens. Counted are the rows that pass through a decoder layer for the whole answer, mean over the
+layers, and the bytes of the cache; seconds only for other tasks than the demo. The prompt contains
+the image --times times. If it is longer than the model's positions, the
 model gets more of them, because time and bytes are measured, not the answer.
 """
 
@@ -28,6 +30,9 @@ from ..bench import Bench
 from ..plans import NONE, TypedPlan, read_plan
 from . import base
 
+ROWS = "rows through a layer"
+TIMES = ("seconds", "first token, s", "per token, ms")
+
 
 def run(args: argparse.Namespace) -> str:
     began = time.perf_counter()
@@ -48,22 +53,28 @@ def run(args: argparse.Namespace) -> str:
             for name, (plan, cached) in variants.items():
                 found[name].append(_answer(bench, plan, cached, times, args.new_tokens))
         for name, runs in found.items():
-            runs.sort(key=lambda row: row["seconds"])
-            rows.append({"picture": f"x {times}", "": name, **runs[len(runs) // 2]})
+            rows.append({"picture": f"x {times}", "": name, **_with_spreads(args.task, runs)})
     title = f"{args.new_tokens} new tokens with and without a KV cache"
-    for plot, column in (("seconds", "seconds"), ("cache", "cache, MB")):
-        heights: dict[str, dict[str, float]] = {}
+    shown = {"rows": ROWS, **base.timed(args.task, {"seconds": "seconds"}), "cache": "cache, MB"}
+    for plot, column in shown.items():
+        heights: dict[str, dict[str, float | cost.Spread]] = {}
         for row in rows:
             heights.setdefault(f"picture {row['picture']}", {})[row[""]] = row[column]
-        if column == "cache, MB":
+        if plot == "cache":
             heights = {g: {n: v for n, v in bars.items() if v} for g, bars in heights.items()}
-        plots.bars(args.out / f"{plot}.png", heights, title, column, log=column == "seconds")
-    note = f"Medians of {args.repeats} runs, in turns. Cache: keys and values of all rows "
-    note += "at the end, in bytes of the arithmetic's dtype."
-    tables = {"One question": rows}
-    return base.write_report(
-        args.out, args, title, tables, ["seconds.png", "cache.png"], began, [note]
-    )
+        plots.bars(args.out / f"{plot}.png", heights, title, column, log=plot != "cache")
+    notes = ["Cache: keys and values of all rows at the end, in bytes of the arithmetic's dtype."]
+    if args.task != "demo":
+        notes.append(f"Times: medians and quartiles of {args.repeats} runs, in turns.")
+    files = [f"{plot}.png" for plot in shown]
+    return base.write_report(args.out, args, title, {"One question": rows}, files, began, notes)
+
+
+def _with_spreads(task: str, runs: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """One row of several equal runs: counts of the first, times of all."""
+    times = {c: cost.Spread.of([run[c] for run in runs]) for c in TIMES}
+    counts = {c: v for c, v in runs[0].items() if c not in TIMES}
+    return {**counts, **base.timed(task, times)}
 
 
 def _batch(bench: Bench, plan: TypedPlan, times: int, new_tokens: int) -> Batch:
@@ -105,12 +116,25 @@ def _answer(
     held = [n + new_tokens - 1 for (n,) in report.cache_lengths] if cached else []
     return {
         "prompt tokens": report.prompt_tokens[0],
+        ROWS: _rows_computed(report.tokens_entering, new_tokens, cached),
         "seconds": seconds,
         "first token, s": report.first_token,
         "per token, ms": 1e3 * report.per_token,
         "cache after the prefill, MB": report.cache_bytes / 1e6,
         "cache, MB": cost.cache_bytes(held, model.config.text, model.dtype.itemsize) / 1e6,
     }
+
+
+def _rows_computed(entering: Sequence[Sequence[int]], new_tokens: int, cached: bool) -> float:
+    """Rows that pass through a layer for a whole answer, mean over the layers.
+
+    entering [layer][0] in the prefill. Each further token is one more row; without a cache, all
+    rows before it are computed again.
+    """
+    later = new_tokens - 1
+    again = 0 if cached else later
+    rows = [n * (1 + again) + (later if cached else later * (later + 1) // 2) for (n,) in entering]
+    return sum(rows) / len(rows)
 
 
 def add_cache_options(parser: argparse.ArgumentParser) -> None:

@@ -16,7 +16,7 @@ import sys
 import time
 from collections.abc import Sequence
 
-from .. import cost, plots
+from .. import plots
 from ..bench import Bench
 from ..plans import NONE, read_plans
 from ..run import format_published
@@ -54,24 +54,19 @@ def run(args: argparse.Namespace) -> str:
             "": name,
             **base.score_columns(done[text]),
             **base.cost_columns(done[text]),
-            "prefill, s": _median(done[text].costs.prefill),
+            **base.timed(args.task, {"prefill, s": done[text].costs.prefill}),
             "plan": f"`{text}`",
         }
         for name, text in named.items()
     ]
     metric = done[NONE].scored.score.metric
-    first = next(name for name in rows[0] if name.startswith("first token"))
-    title = f"Simignore on {args.task}"
-    for plot, column in (("score", metric), ("first_token", first)):
-        heights = {row[""]: {column: row[column]} for row in rows}
-        plots.bars(args.out / f"{plot}.png", heights, title, column)
-    tables, plot_files = {"One question at a time": rows}, ["score.png", "first_token.png"]
+    title, named_rows = f"Simignore on {args.task}", {row[""]: row for row in rows}
+    heights = {name: {metric: row[metric]} for name, row in named_rows.items()}
+    plots.bars(args.out / "score.png", heights, title, metric)
+    plot_files = ["score.png", *base.time_plots(args.out, named_rows, title)]
+    tables = {"One question at a time": rows}
     published = format_published(list(done.values()))
     return base.write_report(args.out, args, title, tables, plot_files, began, published=published)
-
-
-def _median(spread: cost.Spread | None) -> float | None:
-    return spread.median if spread else None
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -20,6 +20,7 @@ simplest form of QuaRot (arXiv 2404.00456).
 from __future__ import annotations
 
 import functools
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
@@ -29,6 +30,8 @@ ROTATED_COLUMNS = 128  # columns rotated together, at most
 CHUNK_ROWS = 512  # rows quantised at a time; rows are independent, so this only limits memory
 FEW_ROWS = 16  # BLAS sums in another order below this many rows; pad to it for identical bits
 GROUP_COLUMNS = 32  # columns of an int4 weight that share a step and a low, at most
+CLIPPED = 1 / 32  # share of a group's range that an int4 weight may clip at either end: half a step
+REFITS = 2  # times that step and low of an int4 group are fitted to their codes
 
 
 def block_size(K: int, limit: int) -> int:
@@ -92,13 +95,35 @@ def to_int4(weight: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Weight (N, K) -> codes (N, K / 2), step and low (N, K / G), scale (N,), after rotation.
 
     A weight is about (code * step + low) * scale, rotated back. A byte of codes, uint8, holds two
-    columns, the left one in its low four bits. step is uint8, low int8, scale float32. Of nine
-    choices of step and low near the range of a group, the one with the smallest squared error is
-    taken.
+    columns, the left one in its low four bits. step is uint8, low int8, scale float32. The 16
+    levels span the range of a group's values, or that range without CLIPPED of it at one end or
+    both, whichever has the smallest squared error. Then step and low are fitted to the codes by
+    least squares, REFITS times, as long as this makes the error smaller.
     """
     parts = zip(*map(_to_int4, weight.split(CHUNK_ROWS // 8)), strict=True)
     codes, step, low, scale = map(torch.cat, parts)
     return codes, step, low, scale
+
+
+@dataclass(frozen=True)
+class _Levels:
+    """The 16 levels of each group, with the squared error that they leave; all (N, K / G, 1)."""
+
+    step: Tensor  # integers, as floats
+    low: Tensor
+    error: Tensor
+
+    @classmethod
+    def of(cls, groups: Tensor, step: Tensor, low: Tensor) -> _Levels:
+        step, low = step.round().clamp_min_(1), low.round().clamp_(-127, 127)
+        values = _round_to_codes(groups, step, low).mul_(step).add_(low)
+        return cls(step, low, values.sub_(groups).square_().sum(-1, keepdim=True))
+
+    def or_better(self, other: _Levels) -> _Levels:
+        """The levels with the smaller error, group by group; these ones where they are equal."""
+        better = other.error < self.error
+        pairs = zip(vars(other).values(), vars(self).values(), strict=True)
+        return _Levels(*(torch.where(better, new, old) for new, old in pairs))
 
 
 def _to_int4(weight: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -108,22 +133,26 @@ def _to_int4(weight: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     rotated.div_(scale.clamp_min(torch.finfo(torch.float32).tiny)[:, None])
     groups = rotated.view(N, -1, block_size(K, GROUP_COLUMNS))  # (N, K / G, G) in -127..127
     lowest, highest = groups.amin(-1, keepdim=True), groups.amax(-1, keepdim=True)  # (N, K / G, 1)
-    step = ((highest - lowest) / 15).round_().clamp_min_(1)
-    middle = (lowest + highest) / 2
-    smallest = torch.full_like(middle, torch.inf)
-    best_step, best_low = step, middle
-    for steps in (step, (step - 1).clamp_min_(1), step + 1):
-        for moved in (0.0, -0.5, 0.5):  # by a share of the step
-            lows = (middle + (moved - 7.5) * steps).round_().clamp_(-127, 127)
-            values = _round_to_codes(groups, steps, lows).mul_(steps).add_(lows)
-            error = values.sub_(groups).square_().sum(-1, keepdim=True)  # (N, K / G, 1)
-            better = error < smallest
-            smallest = torch.where(better, error, smallest)
-            best_step = torch.where(better, steps, best_step)
-            best_low = torch.where(better, lows, best_low)
-    codes = _round_to_codes(groups, best_step, best_low).to(torch.uint8).view(N, K)
+    span = highest - lowest
+    levels = _Levels.of(groups, span / 15, lowest)
+    for left, right in ((CLIPPED, 0.0), (0.0, CLIPPED), (CLIPPED, CLIPPED)):
+        step, low = span * ((1 - left - right) / 15), lowest + span * left
+        levels = levels.or_better(_Levels.of(groups, step, low))
+    for _ in range(REFITS):
+        levels = levels.or_better(_fit_levels(groups, levels))
+    codes = _round_to_codes(groups, levels.step, levels.low).to(torch.uint8).view(N, K)
     packed = codes[:, 0::2] | codes[:, 1::2] << 4
-    return packed, best_step[..., 0].to(torch.uint8), best_low[..., 0].to(torch.int8), scale
+    return packed, levels.step[..., 0].to(torch.uint8), levels.low[..., 0].to(torch.int8), scale
+
+
+def _fit_levels(groups: Tensor, levels: _Levels) -> _Levels:
+    """The step and low with the least squared error for the codes of these levels."""
+    codes = _round_to_codes(groups, levels.step, levels.low)  # (N, K / G, G)
+    mean_code, mean = codes.mean(-1, keepdim=True), groups.mean(-1, keepdim=True)
+    codes.sub_(mean_code)
+    variance = codes.square().sum(-1, keepdim=True)  # 0 if a group's codes are all equal
+    step = (codes * groups).sum(-1, keepdim=True) / variance.clamp_min(0.5)
+    return _Levels.of(groups, step, mean - step.round().clamp_min_(1) * mean_code)
 
 
 def _round_to_codes(groups: Tensor, step: Tensor, low: Tensor) -> Tensor:

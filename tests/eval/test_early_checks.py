@@ -117,7 +117,7 @@ def test_latency_checks_a_shape_before_it_makes_weights(
     monkeypatch.setattr(cost, "memory_bandwidth", None)
     monkeypatch.setattr(latency, "random_model", None)
     if "--form" in argv:
-        monkeypatch.setattr(latency, "_available", lambda: 4e9)
+        monkeypatch.setattr(latency, "available_memory", lambda: 4e9)
     assert latency.main(["--shape", "7b", *argv]) == 2
     assert words in refusal(capsys)
 

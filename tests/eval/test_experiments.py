@@ -23,7 +23,8 @@ from test_tasks import scienceqa as scienceqa_files
 
 from eval import run
 from eval.bench import DEMO
-from eval.experiments import ablation, aokvqa, kv_cache, nine, scienceqa, simignore
+from eval.cost import Spread
+from eval.experiments import ablation, aokvqa, base, kv_cache, nine, scienceqa, simignore
 
 Main = Callable[[Sequence[str] | None], int]
 Results = Callable[[str], tuple[Path, Any]]
@@ -35,9 +36,9 @@ CASES: dict[str, tuple[Main, list[str], list[str]]] = {
         ["heat_map", "curves"],
     ),
     "measures": (simignore.main, ["--share", "0.25", "0.5"], ["budget"]),
-    "aokvqa": (aokvqa.main, [], ["score", "first_token", "memory"]),
-    "scienceqa": (scienceqa.main, [], ["score", "first_token"]),
-    "kv_cache": (kv_cache.main, ["--new-tokens", "6", "--repeats", "1"], ["seconds", "cache"]),
+    "aokvqa": (aokvqa.main, [], ["score", "memory"]),
+    "scienceqa": (scienceqa.main, [], ["score"]),
+    "kv_cache": (kv_cache.main, ["--new-tokens", "6", "--repeats", "1"], ["rows", "cache"]),
     "nine": (nine.main, [], ["nine"]),
 }
 LIMIT = 9
@@ -129,6 +130,41 @@ def test_cache_bytes_and_prompts_of_the_kv_cache_experiment(results: Results) ->
     pruned = by["x 10", "cache, fastv:k=2,r=0.5"]
     rows = 2 * ten["prompt tokens"] + 6 * (ten["prompt tokens"] - 320)
     assert pruned["cache after the prefill, MB"] == rows * 2 * 128 * 4 / 1e6
+    # six tokens: the prompt and five rows with a cache, six growing sequences without
+    T = one["prompt tokens"]
+    assert one["rows through a layer"] == T + 5
+    assert by["x 1", "no cache"]["rows through a layer"] == sum(range(T, T + 6))
+    assert pruned["rows through a layer"] == rows / 8 + 5
+
+
+def test_tables_of_the_demo_have_no_times(results: Results) -> None:
+    """Here and in the committed results: they would be milliseconds of noise."""
+    found = [results(name)[1] for name in CASES]
+    committed = Path(__file__).parents[2] / "eval" / "results"
+    found += [json.loads(file.read_text()) for file in committed.glob("*/results.json")]
+    for tables in found:
+        columns = {c for rows in tables["tables"].values() for row in rows for c in row}
+        assert not [c for c in columns if c == "seconds" or c.endswith((", s", ", ms"))]
+    assert not [*committed.glob("*/first_token.png"), *committed.glob("*/seconds.png")]
+    demo = json.loads((committed / "demo.json").read_text())
+    assert "seconds" not in demo["rows"][0]
+
+
+def test_times_of_other_tasks_are_medians_with_quartiles(tmp_path: Path) -> None:
+    slow, fast = Spread(2.0, 1.0, 4.0, 9), Spread(0.5, 0.25, 0.75, 9)
+    assert base.timed("gqa", {"prefill, s": slow}) == {"prefill, s": slow}
+    rows = {"a": {"first token, s": slow}, "b": {"first token, s": fast}}
+    assert base.format_table([*rows.values()]).endswith("| 0.5 [0.25, 0.75] |")
+    pixels = []
+    for name, drawn in (("lines", rows), ("none", {n: {"first token, s": 2.0} for n in rows})):
+        out = tmp_path / name
+        out.mkdir()
+        assert base.time_plots(out, drawn, "times") == ["first_token.png"]
+        with Image.open(out / "first_token.png") as image:
+            colours = image.convert("RGB").getcolors(2**20) or []
+        pixels.append(sum(n for n, colour in colours if max(colour) < 40))
+    assert pixels[0] > pixels[1]  # black lines between the quartiles
+    assert base.time_plots(tmp_path, {"a": {"accuracy": 1.0}}, "times") == []
 
 
 def test_memory_is_computed_from_its_parts(results: Results) -> None:

@@ -10,7 +10,8 @@ import pytest
 import torch
 from tiny import make_batch
 
-from eval.forms import Answered, answer, compare, follow, main
+from eval.forms import Answered, answer, compare, follow, main, read
+from minillava import Batch
 from minillava.generate import generate
 
 
@@ -55,3 +56,27 @@ def test_the_table(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     assert rows[3]["kl"] > 0
     assert rows[3]["arithmetic"] == "weights widened from nf4"
     assert main(["--form", "int3"]) == 2
+
+
+def test_reading_a_text_gives_the_logits_of_its_prompts(model: Any) -> None:
+    ids = torch.arange(20, 60)
+    logits = read(model, ids)
+    for n in (1, 17, 40):
+        batch = Batch(ids[None, :n], torch.ones(1, n, dtype=torch.bool), None, None)
+        last = generate(model, batch, max_new_tokens=1, output_logits=True).logits
+        torch.testing.assert_close(logits[:, n - 1], last[:, 0], atol=1e-4, rtol=1e-4)
+
+
+def test_the_table_of_a_text(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    text = tmp_path / "text.txt"
+    text.write_text("Which digit is red? What shape is blue? " * 60)
+    argv = ["--text", str(text), "--form", "int8", "int4", "--out", str(tmp_path / "out.json")]
+    assert main([*argv, "--limit", "2"]) == 0
+    assert capsys.readouterr().out.startswith("512 tokens; float32's loss is ")
+    rows = json.loads((tmp_path / "out.json").read_text())
+    assert rows[0]["kl"] == 0
+    assert 0 < rows[1]["kl"] < rows[2]["kl"]
+    for content, reason in ((b"short", "at least 256"), (b"\xff\xfe" * 300, "is not UTF-8")):
+        text.write_bytes(content)
+        assert main(argv) == 2
+        assert reason in capsys.readouterr().err

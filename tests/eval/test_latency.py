@@ -139,7 +139,7 @@ def test_random_weights_of_a_shape(capsys: pytest.CaptureFixture[str]) -> None:
 def test_a_shape_that_does_not_fit_is_refused(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(latency, "_available", lambda: 4.3e9)
+    monkeypatch.setattr(latency, "available_memory", lambda: 4.3e9)
     assert main(["--shape", "7b", "--form", "int4"]) == 2
     err = capsys.readouterr().err
     assert "--form int4 needs 6.9 GB" in err
@@ -149,8 +149,8 @@ def test_a_shape_that_does_not_fit_is_refused(
 def test_memory_that_only_caches_files_is_free(tmp_path: Path) -> None:
     path = tmp_path / "meminfo"
     path.write_text("MemTotal: 100 kB\nMemFree: 10 kB\nMemAvailable:   70 kB\nHugePages_Total: 0\n")
-    assert latency._available(path) == 70 * 1024
-    assert latency._available(tmp_path / "missing") == math.inf
+    assert latency.available_memory(path) == 70 * 1024
+    assert latency.available_memory(tmp_path / "missing") == math.inf
 
 
 def test_a_prompt_beyond_the_positions_is_refused(capsys: pytest.CaptureFixture[str]) -> None:

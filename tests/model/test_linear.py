@@ -143,8 +143,8 @@ def test_int4_rounds_to_the_nearest_of_16_levels_of_a_group() -> None:
     assert torch.equal(from_int4(codes, step, low, scale), from_int8(integers, scale))
 
 
-def test_int4_chooses_levels_that_reduce_the_error() -> None:
-    """Less than 16 levels from the lowest to the highest value of a group, rounded, have."""
+def test_int4_chooses_levels_with_a_small_error() -> None:
+    """Never more than 16 levels over the whole range, and 15 % less in all on Gaussian weights."""
     _, weight = example(N=256, K=1024)
     *_, scale = parts = to_int4(weight)
     groups = (rotate_columns(weight) / scale[:, None]).view(256, -1, 32)
@@ -153,8 +153,16 @@ def test_int4_chooses_levels_that_reduce_the_error() -> None:
     plain = ((groups - low) / step).round().clamp(0, 15) * step + low
     wrong = (widen_codes(*parts[:3]).view_as(groups) - groups).square().sum(-1)
     full = (plain - groups).square().sum(-1)
-    assert (wrong <= 1.0001 * full).float().mean() > 0.8
-    assert wrong.sum() < 0.92 * full.sum()
+    assert (wrong <= 1.0001 * full).all()
+    assert wrong.sum() < 0.85 * full.sum()
+
+
+def test_int4_keeps_groups_of_one_and_of_two_values() -> None:
+    rotated = torch.full((3, 128), 127.0)
+    rotated[1] = 0.0
+    rotated[2, ::5] = 127 - 15 * 16
+    weight = rotate_columns(rotated) / 127
+    torch.testing.assert_close(from_int4(*to_int4(weight)), weight)
 
 
 def test_no_level_of_int4_leaves_the_range_of_int8() -> None:

@@ -1,0 +1,1 @@
+"""The implementations that eval.rivals measures, each in a file of its own."""
