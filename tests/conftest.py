@@ -40,7 +40,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 def pytest_configure(config: pytest.Config) -> None:
     reset_signals()
     config.addinivalue_line(
-        "markers", "goldens(pattern, complete=False): run once for each case of golden_cases.py"
+        "markers", "goldens(*patterns, complete=False): run once for each case of golden_cases.py"
     )
     for spec in config.getoption("--method"):
         from minillava.pruning import METHODS, load_file_method

@@ -14,6 +14,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from .fastervlm import FasterVLM
+from .shared import count_down
 
 
 @dataclass(frozen=True)
@@ -21,5 +22,4 @@ class HiRED(FasterVLM):
     name = "hired"
 
     def left(self, n_tokens: int) -> tuple[int, ...]:
-        k = self.keep if isinstance(self.keep, int) else int(n_tokens * self.keep)
-        return (k if self.keep == 0 else max(1, k),)
+        return (count_down(self.keep, n_tokens),)

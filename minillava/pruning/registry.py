@@ -11,6 +11,7 @@ from .divprune import DivPrune
 from .fastervlm import FasterVLM
 from .fastv import FastV
 from .fitprune import FitPrune
+from .gprune import GPrune
 from .grid import Grid
 from .hiprune import HiPrune
 from .hired import HiRED
@@ -20,6 +21,7 @@ from .prumerge import PruMerge
 from .prumerge_plus import PruMergePlus
 from .pyramiddrop import PyramidDrop
 from .random import Random
+from .scope import SCOPE
 from .simignore import Simignore
 from .sparsevlm import SparseVLM
 from .text_only import TextOnly
@@ -54,6 +56,8 @@ METHODS: dict[str, type[Method]] = {
         HiPrune,
         VScan,
         ToMe,
+        SCOPE,
+        GPrune,
         Random,
         Uniform,
         Grid,
@@ -193,6 +197,18 @@ CATALOGUE: dict[str, Origin] = {
         "in every block of the vision tower",
         "the released function, transcribed, on random draws; a reference in the tests",
         "facebookresearch/ToMe, tome/merge.py and tome/patch/clip.py",
+    ),
+    "scope": Origin(
+        "SCOPE, NeurIPS 2025, arXiv 2510.24214",
+        "after the vision tower, before the projector",
+        "outputs of the released code, eight runs (tests/goldens/methods2026)",
+        "kinredon/SCOPE 6bf7306, scope/clip_encoder.py",
+    ),
+    "gprune": Origin(
+        "G-Prune, AAAI 2025, arXiv 2501.02268",
+        "after the projector, before layer 0",
+        "outputs of the released code, six runs (tests/goldens/methods2026)",
+        "jytmelon/G-Prune 762c637, LLaVA-NeXT/llava/model/llava_arch.py",
     ),
     "random": Origin("baseline", "after the projector, before layer 0", "properties", ""),
     "uniform": Origin("baseline", "after the projector, before layer 0", "properties", ""),

@@ -1,0 +1,39 @@
+"""Methods of 2026 against the outputs of their released code.
+
+tests/goldens/methods2026 holds the cases of the smaller model; `--goldens` names the whole set.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+from golden_cases import Golden
+
+from minillava.generate import Result
+
+
+def check_run(golden: Golden, plan: str = "", **batch: Any) -> Result:
+    """Run the plan that the case states: kept sets, logits and tokens are the released ones."""
+    expected, t = golden.tensors, golden.meta["comparable_steps"]
+    plan = plan or golden.meta["parameters"]["plan"]
+    result = golden.run(plan, expected["generated"].shape[1], **batch)
+    kept = [[p - golden.start for p in step.positions[0]] for step in result.report.kept]
+    stages = [name for name in expected if name.endswith("kept_image_index")]
+    stages = [name for name in stages if name.startswith("stage")] or stages
+    assert kept == [expected[name].tolist() for name in sorted(stages)]
+    golden.assert_close(result.logits[:, :t], "step_logits", slice(None), slice(t))
+    assert result.tokens[0][:t] == expected["generated"][0, :t].tolist()
+    numbering, report = golden.meta["numbering"], result.report
+    first = len(golden.prompt) if numbering == "original" else report.tokens_entering[0][0]
+    assert report.next_position == [first]
+    return result
+
+
+# Methods whose cases need nothing but their plan.
+PLAIN = [f"methods2026/{name}/tiny*" for name in ("scope", "gprune")]
+
+
+@pytest.mark.goldens(*PLAIN, complete=True)
+def test_kept_sets_logits_and_tokens_are_the_released_ones(golden: Golden) -> None:
+    check_run(golden)
