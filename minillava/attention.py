@@ -8,6 +8,8 @@ keys and values; LLaVA-1.5 has H = Hkv = 32 (7B) or 40 (13B) with Dh = 128.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -55,29 +57,34 @@ def token_attention(q: Tensor, k: Tensor, v: Tensor, visible: Tensor | None) -> 
 
 
 def attention_received(
-    q: Tensor,
-    k: Tensor,
-    at: Tensor | None,
-    hidden: Tensor | None = None,
-    strongest: bool = False,
+    q: Tensor, k: Tensor, at: Tensor | None = None, hidden: Tensor | None = None
 ) -> Tensor:
     """Attention weight that each of S rows receives from r rows, their mean: (H, S), float32.
 
+    The arguments are those of attention_weights. r = 0 gives zeros.
+    """
+    total = q.new_zeros((q.shape[1], len(k)), dtype=torch.float32)
+    for weights in attention_weights(q, k, at, hidden):
+        total[:, : weights.shape[2]] += weights.sum(1)
+    return total / max(1, len(q))
+
+
+def attention_weights(
+    q: Tensor, k: Tensor, at: Tensor | None = None, hidden: Tensor | None = None
+) -> Iterator[Tensor]:
+    """Attention weights of r rows, in blocks of b rows: (H, b, end), float32; none sees a row from
+    `end` <= S on.
+
     q (r, H, Dh) and k (S, Hkv, Dh), both already rotated. at (r,): query row i sees the rows up to
-    at[i]; None: all rows. hidden (S,) bool: rows that nobody sees. Both are on the CPU. strongest:
-    take the largest weight over the heads before the mean over the r rows: (1, S). The softmax is
-    float32, and the weights are computed in blocks of rows. r = 0 gives zeros.
+    at[i]; None: all rows. hidden (S,) bool: rows that nobody sees. Both are on the CPU.
     """
     (r, H, Dh), (S, Hkv, _) = q.shape, k.shape
-    total = q.new_zeros((1 if strongest else H, S), dtype=torch.float32)
-    if not r:
-        return total
     columns = torch.arange(S, device=k.device)
     k = k.permute(1, 2, 0)  # (Hkv, Dh, S)
     block = max(1, WEIGHT_ROWS // H)
     ends = [S] * r  # of each block: the number of columns that its rows see between them
     if at is not None:
-        ends = [int(rows.max()) + 1 for rows in at.split(block)]
+        ends = [int(rows.max()) + 1 for rows in at.split(block)] if r else []
         at = on_device(at, k)
     hidden = None if hidden is None else on_device(hidden, k)
     for start, end in zip(range(0, r, block), ends, strict=False):
@@ -89,10 +96,8 @@ def attention_received(
             later = columns[:end] > at[start : start + block, None]  # (b, end)
             weights = weights.masked_fill(later, -torch.inf)
         if hidden is None:
-            weights = weights.softmax(-1)
+            yield weights.softmax(-1)
         else:  # a row that sees nothing gives nothing, where softmax would give NaN
             weights = weights.masked_fill(hidden[:end], -torch.inf)
             blind = (weights == -torch.inf).all(-1, keepdim=True)
-            weights = weights.masked_fill(blind, 0.0).softmax(-1).masked_fill(blind, 0.0)
-        total[:, :end] += (weights.amax(0, keepdim=True) if strongest else weights).sum(1)
-    return total / r
+            yield weights.masked_fill(blind, 0.0).softmax(-1).masked_fill(blind, 0.0)

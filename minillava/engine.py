@@ -87,8 +87,8 @@ def prefill(
         x = pack_rows(samples)  # (R, D): R rows of all samples
         seen = [None if h is None else on_device((~h).nonzero()[:, 0], x) for h in hidden]
         for layer in layers:
-            remember = bool(plan.at("decoder", layer + 1))
-            attend = LayerAttention(layer, samples, cache, hidden, seen, None, remember)
+            entered = x if plan.at("decoder", layer + 1) else None
+            attend = LayerAttention(layer, samples, cache, hidden, seen, None, entered)
             x = model.block(layer)(x, rope, attend)  # (R, D)
         unpack_rows(samples, x)
     logits = model.llama.logits(torch.cat([s.x[-1:] for s in samples]))  # (B, V)
@@ -184,8 +184,8 @@ def decode(model: LLaVA, tokens: Tensor, state: State) -> Tensor:
         view = view_cache(state, number, hidden)
         rope = model.llama.rope(position, model.dtype)
         for layer in layers:
-            remember = bool(plan.chosen_again(layer + 1))
-            attend = LayerAttention(layer, samples, cache, hidden, [], view, remember)
+            entered = x if plan.chosen_again(layer + 1) else None
+            attend = LayerAttention(layer, samples, cache, hidden, [], view, entered)
             x = model.block(layer)(x, rope, attend)  # (B, D)
     state.position += 1
     state.length += 1

@@ -150,6 +150,8 @@ def check_plan(model: LLaVA, prompts: Sequence[Prompt], plan: Plan, settings: Se
     if settings.stop_strings and model.tokenizer is None:
         raise ValueError("stop strings need a model with a tokenizer, as load() gives it")
     N, most = config.vision.num_patches, config.text.max_position_embeddings
+    for method in plan.methods if any(prompt.starts for prompt in prompts) else ():
+        method.check_model(config)
     for b, prompt in enumerate(prompts):
         plan.check(config.text.num_hidden_layers, N, prompt.starts)
         images = len(prompt.starts)

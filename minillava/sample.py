@@ -88,6 +88,7 @@ class LastAttention:
 
     q: Tensor  # (T, H, Dh): T = S in the prefill, T = 1 while decoding
     k: Tensor  # (S, Hkv, Dh)
+    x: Tensor  # (T, D) rows as they entered the layer
     hidden: Tensor | None  # (S,) bool, on the CPU
     rows: Rows  # the prompt's rows in that layer; generated rows follow them
 
@@ -168,7 +169,7 @@ class LayerAttention:
     hidden: list[Tensor | None]  # [b] (S,) bool, on the CPU
     seen: list[Tensor | None]  # [b] prompts: numbers (s,) of rows that are not hidden; None: all
     view: CacheView | None  # of new tokens; None: these are the rows of the prompts
-    remember: bool  # whether a method reads this layer's queries and keys afterwards
+    entered: Tensor | None  # (R, D) rows as they enter it, if a method looks back at this layer
 
     def __call__(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """q (R, H, Dh), k, v (R, Hkv, Dh) of all samples -> (R, H, Dh)."""
@@ -179,19 +180,21 @@ class LayerAttention:
             self.cache.store(self.layer, k, v)
         lengths = [len(s.rows) for s in self.samples]
         parts = list(zip(*(t.split(lengths) for t in (q, k, v)), self.seen, strict=True))
-        if self.remember:
-            for s, (q_, k_, *_), hidden in zip(self.samples, parts, self.hidden, strict=True):
-                s.last = LastAttention(q_, k_, hidden, s.rows)
+        if self.entered is not None:
+            each = zip(parts, self.entered.split(lengths), self.hidden, strict=True)
+            for s, ((q_, k_, *_), x, hidden) in zip(self.samples, each, strict=True):
+                s.last = LastAttention(q_, k_, x, hidden, s.rows)
         outputs = [causal_attention(*part) for part in parts]
         return outputs[0] if len(outputs) == 1 else torch.cat(outputs)
 
     def _tokens(self, q: Tensor, k: Tensor, v: Tensor, view: CacheView) -> Tensor:
         assert self.cache is not None
         keys, values = self.cache.append(self.layer, k, v, view.end, view.at)
-        if self.remember:
+        if self.entered is not None:
             for b, (s, hidden) in enumerate(zip(self.samples, self.hidden, strict=True)):
-                k = self.cache.keys_of(self.layer, b)
-                s.last = LastAttention(q[b : b + 1], k, pad_visible(hidden, len(k)), s.rows)
+                k, mine = self.cache.keys_of(self.layer, b), slice(b, b + 1)
+                hidden = pad_visible(hidden, len(k))
+                s.last = LastAttention(q[mine], k, self.entered[mine], hidden, s.rows)
         return token_attention(q, keys, values, view.visible)
 
 

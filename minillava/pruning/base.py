@@ -17,7 +17,8 @@ from typing import Any, ClassVar, Literal, cast
 import torch
 from torch import Tensor
 
-from ..attention import attention_received
+from ..attention import attention_received, attention_weights
+from ..config import Config
 from ..llama import rotate
 from ..llava import LLaVA
 from ..rows import Keep as Keep
@@ -195,6 +196,9 @@ class Method:
                         f"most that many, or a share such as {name}=0.5"
                     )
 
+    def check_model(self, config: Config) -> None:
+        """Raise ValueError, before any forward, for a model that it cannot serve."""
+
     def vision_layers(self, n_layers: int) -> tuple[int, ...]:
         """Numbers of the vision tower's hidden states that `choose` reads, besides LLaVA's own;
         state i is what enters block i, n_layers is the number of blocks (24)."""
@@ -292,6 +296,7 @@ class Context:
         self, model: LLaVA, sample: Sample, step: Step, images: list[int], candidates: Tensor
     ) -> None:
         self._sample, self._step, self._images = sample, step, images
+        self.rows = sample.rows  # the table of all rows, with their positions, on the CPU
         self.model = model  # for methods that run a part of it themselves
         self.candidates = candidates  # (n,) row numbers in the sequence
         self.stage_index = step.stage_index  # which of the method's own stages() this is
@@ -353,33 +358,44 @@ class Context:
         n = len(s.rows) if token is None else len(token.cached_keys) + 1
         return torch.tensor([n - 1])
 
-    def attention(self, rows: Tensor, layer: int = -1, strongest: bool = False) -> Tensor:
+    def attention(self, rows: Tensor, layer: int = -1) -> Tensor:
         """Attention weight that each candidate receives from `rows`, their mean: (H, n), float32.
 
         layer -1: in the decoder layer that ran last; 0: in the coming one, from the queries and
-        keys that it will compute. strongest=True: max over heads before the mean: (1, n).
-        Rows added after that layer do not count in the mean. While decoding with a cache only
-        `newest` has a query; other rows raise ValueError.
+        keys that it will compute. Rows added after that layer do not count in the mean. While
+        decoding with a cache only `newest` has a query; other rows raise ValueError.
         """
+        *heads, columns = self._queries(rows.cpu(), layer)
+        return attention_received(*heads)[:, columns] * (columns >= 0)
+
+    def attention_by_row(self, rows: Tensor, layer: int = -1) -> Iterator[Tensor]:
+        """The same before the mean, in blocks of b of the rows, in order: (H, b, n) each."""
+        *heads, columns = self._queries(rows.cpu(), layer)
+        for weights in attention_weights(*heads):  # (H, b, end)
+            seen = (columns >= 0) & (columns < weights.shape[2])
+            yield weights[:, :, columns * seen] * seen
+
+    def _queries(self, rows: Tensor, layer: int) -> tuple[Tensor, Tensor, Tensor, Any, Tensor]:
+        """What attention_weights() computes the weights of rows (r,) from, and its columns (n,)
+        that are the candidates, -1 for those that it does not have."""
         if layer not in (-1, 0):
             raise self._error(f"attention(layer={layer}): -1 is the layer before, 0 the coming one")
         if self._step.stage == "vision":
             raise self._error('attention() is for the stages ("embed", 0) and ("decoder", K)')
-        if self._sample.token is not None and not torch.equal(rows.cpu(), self.newest):
+        if self._sample.token is not None and not torch.equal(rows, self.newest):
             raise self._error(
                 f"attention of rows {rows.tolist()} was asked for, but while decoding only the "
                 f"newest row {self.newest.tolist()} has a query; ask for `newest`, or say "
                 "choice_stands = True: the choice made for the prompt then stands"
             )
         if layer == 0:
-            received = self._coming_attention(rows.cpu(), strongest)  # (H, S)
-            return received[:, on_device(self.candidates, received)]
+            q, k, hidden = self._coming_heads(rows)
+            return q, k, rows, hidden, on_device(self.candidates, k)
         last, there = self._last(), self._rows_in_last()
-        at, columns = there[rows.cpu()], on_device(there[self.candidates], last.k)
+        at = there[rows]
         at = at[at >= 0]  # rows added since then had no query there
         q = take_rows(last.q, at - (len(last.k) - len(last.q)))  # (r, H, Dh)
-        received = attention_received(q, last.k, at, last.hidden, strongest)  # (H, S)
-        return received[:, columns] * (columns >= 0)
+        return q, last.k, at, last.hidden, on_device(there[self.candidates], q)
 
     def keys(self) -> Tensor:
         """Rotated keys (S, Hkv, Dh) of all rows in the layer that ran last; zeros for new rows."""
@@ -405,8 +421,8 @@ class Context:
         x, image = self._sample.embedded
         return take_rows(x, torch.isin(image, torch.tensor(self._images)).nonzero()[:, 0])
 
-    def _coming_attention(self, rows: Tensor, strongest: bool) -> Tensor:
-        """(H, S) in the layer that runs next; rows (r,) are on the CPU."""
+    def _coming_heads(self, rows: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Queries (r, H, Dh) of rows (r,), keys (S, Hkv, Dh) and hidden rows of the next layer."""
         s, block = self._sample, self.model.block(self._step.layer)
         token = s.token
         position = s.rows.position if token is None else token.position
@@ -416,8 +432,14 @@ class Context:
         k = rotate(block.attn.key(h), (cos, sin))  # (S, Hkv, Dh)
         if token is not None:
             k = torch.cat((token.cached_keys, k))
-        hidden = pad_visible(s.hidden(self._step.layer, before=self._step.number), len(k))
-        return attention_received(q, k, rows, hidden, strongest)
+        return q, k, pad_visible(s.hidden(self._step.layer, before=self._step.number), len(k))
+
+    def before(self) -> Tensor:
+        """Hidden states (n, D) of the candidates as they entered the layer that ran last."""
+        at = self._rows_in_last()[self.candidates]
+        if self._sample.token is not None or (at < 0).any():
+            raise self._error("rows that were added since have no state before the last layer")
+        return take_rows(self._last().x, at)
 
     def _last(self) -> LastAttention:
         if self._sample.last is None or self._step.layer == 0:

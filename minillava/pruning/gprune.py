@@ -19,7 +19,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from .base import Context, Keep, option, top
-from .shared import BeforeDecoder, cosines, count_down
+from .shared import BeforeDecoder, count_down, unchecked_cosines
 
 
 @dataclass(frozen=True)
@@ -35,7 +35,7 @@ class GPrune(BeforeDecoder):
 
     def choose(self, c: Context) -> Keep:
         features = c.features().float()  # (n, D)
-        cosine = cosines(features, features, c.where)  # (n, n)
+        cosine = unchecked_cosines(features, features)  # (n, n)
         neighbours = cosine >= self.similarity
         shares = (cosine / self.temperature).masked_fill(~neighbours, -5000.0).softmax(1)
         score = features.norm(dim=1)  # (n,)

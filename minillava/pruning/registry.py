@@ -93,7 +93,7 @@ CATALOGUE: dict[str, Origin] = {
     "sparsevlm": Origin(
         "SparseVLM, ICML 2025, arXiv 2410.04417",
         "input of several decoder layers",
-        "outputs of the released code, two runs (tests/goldens/sparsevlm)",
+        "outputs of the released code, two runs of version 1 and six of version 2",
         "Gumpest/SparseVLMs 26a5f48, modelling_sparse_llama.py, score.py",
     ),
     "pyramiddrop": Origin(
@@ -254,6 +254,18 @@ PRESETS: dict[str, Preset] = {
             128: "303/110/36",
             96: "238/48/26",
             64: "66/30/17",
+        }.items()
+    },
+    **{
+        f"sparsevlm-plus-{budget}": Preset(
+            f"sparsevlm:version=2,layers=3/7/16,keep={keep}",
+            f"list of {budget} for version 2 in the released score.py",
+        )
+        for budget, keep in {
+            192: "300/200/118",
+            128: "238/108/60",
+            96: "246/54/28",
+            64: "66/34/20",
         }.items()
     },
     "visionzip-64": Preset(

@@ -31,7 +31,7 @@ def check_run(golden: Golden, plan: str = "", **batch: Any) -> Result:
 
 
 # Methods whose cases need nothing but their plan.
-PLAIN = [f"methods2026/{name}/tiny*" for name in ("scope", "gprune")]
+PLAIN = [f"methods2026/{name}/tiny*" for name in ("scope", "gprune", "sparsevlm2")]
 
 
 @pytest.mark.goldens(*PLAIN, complete=True)
