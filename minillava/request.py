@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -71,6 +72,7 @@ def prompts_of(model: LLaVA, batch: Batch) -> list[Prompt]:
     if batch.focus is not None and len(batch.focus) != len(ids):
         raise ValueError(f"focus has {len(batch.focus)} entries for {len(ids)} prompts")
     n_images = 0 if batch.pixels is None else check_pixels(config, batch.pixels)
+    check_sizes(batch.sizes, n_images)
     prompts: list[Prompt] = []
     used = 0
     for b in range(len(ids)):
@@ -82,8 +84,9 @@ def prompts_of(model: LLaVA, batch: Batch) -> list[Prompt]:
             focus = focus.cpu()
             check_ids(config, focus, f"the focus of prompt {b}")
         images = tuple(range(used, used + len(starts)))
-        prompts.append(Prompt(tokens, images, starts, focus, len(tokens)))
         used += len(starts)
+        sizes = tuple(batch.sizes or ())[images[0] : used] if images else ()
+        prompts.append(Prompt(tokens, images, starts, focus, len(tokens), sizes))
     if used != n_images:
         raise ValueError(
             f"the prompts have placeholders for {used} images, but pixels holds {n_images}; "
@@ -100,6 +103,16 @@ def check_pixels(config: Config, pixels: Tensor) -> int:
             f"pixels must be (images, 3, {S}, {S}) float, not {tuple(pixels.shape)} {pixels.dtype}"
         )
     return len(pixels)
+
+
+def check_sizes(sizes: Sequence[Any] | None, n_images: int) -> None:
+    for size in sizes or ():
+        match size:
+            case (int(width), int(height), "crop" | "pad") if min(width, height) > 0:
+                continue
+        raise ValueError(f"sizes has {size!r}; give (width, height, 'crop' or 'pad') in pixels")
+    if sizes is not None and len(sizes) != n_images:
+        raise ValueError(f"sizes has {len(sizes)} entries for {n_images} images; give one for each")
 
 
 def check_ids(config: Config, ids: Tensor, what: str) -> None:
@@ -151,7 +164,7 @@ def check_plan(model: LLaVA, prompts: Sequence[Prompt], plan: Plan, settings: Se
         raise ValueError("stop strings need a model with a tokenizer, as load() gives it")
     N, most = config.vision.num_patches, config.text.max_position_embeddings
     for method in plan.methods if any(prompt.starts for prompt in prompts) else ():
-        method.check_model(config)
+        method.check_model(model)
     for b, prompt in enumerate(prompts):
         plan.check(config.text.num_hidden_layers, N, prompt.starts)
         images = len(prompt.starts)

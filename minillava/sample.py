@@ -20,19 +20,24 @@ from .cache import KVCache
 from .rows import GENERATED, NO_PATCH, TEXT, Rows
 
 
+Size = tuple[int, int, str]  # of an image before it was made square: width, height, aspect
+
+
 @dataclass(frozen=True)
 class Batch:
     """Prompts and their images, made by the processor or by hand with from_padded().
 
     ids (B, T) int64, left-padded, each image as N placeholders (576). mask (B, T) bool: ids under
     False are padding. pixels (images, 3, S, S) float32 or None, in the order of the placeholders.
-    focus: None, or for each sample None or the ids (t,) that text-guided methods look at.
+    focus: None, or for each sample None or the ids (t,) that text-guided methods look at. sizes:
+    for each image its width, height and aspect ("pad", "crop"); None: no letterbox is known.
     """
 
     ids: Tensor
     mask: Tensor
     pixels: Tensor | None = None
     focus: Sequence[Tensor | None] | None = None
+    sizes: Sequence[Size] | None = None
 
     @classmethod
     def from_padded(
@@ -41,11 +46,12 @@ class Batch:
         mask: Tensor | None = None,
         pixels: Tensor | None = None,
         focus: Sequence[Tensor | None] | None = None,
+        sizes: Sequence[Size] | None = None,
     ) -> Batch:
         """A batch from what Hugging Face's LlavaProcessor returns: input_ids, attention_mask (0 and
         1, or bool; None: no padding) and pixel_values. It is checked when it is used."""
         mask = torch.ones_like(ids, dtype=torch.bool) if mask is None else mask.bool()
-        return cls(ids, mask, pixels, focus)
+        return cls(ids, mask, pixels, focus, sizes)
 
 
 @dataclass(frozen=True)
@@ -57,6 +63,7 @@ class Prompt:
     starts: tuple[int, ...]  # index of each image's first placeholder
     focus: Tensor | None  # ids (t,) that text-guided methods compare image tokens with
     length: int  # T without generated tokens
+    sizes: tuple[Size, ...] = ()  # of each of its images, if they are known
 
     def rows(self, per_image: int) -> Rows:
         """The table of all rows, before anything is pruned."""

@@ -18,7 +18,6 @@ import torch
 from torch import Tensor
 
 from ..attention import attention_received, attention_weights
-from ..config import Config
 from ..llama import rotate
 from ..llava import LLaVA
 from ..rows import Keep as Keep
@@ -196,7 +195,7 @@ class Method:
                         f"most that many, or a share such as {name}=0.5"
                     )
 
-    def check_model(self, config: Config) -> None:
+    def check_model(self, model: LLaVA) -> None:
         """Raise ValueError, before any forward, for a model that it cannot serve."""
 
     def vision_layers(self, n_layers: int) -> tuple[int, ...]:
@@ -297,6 +296,7 @@ class Context:
     ) -> None:
         self._sample, self._step, self._images = sample, step, images
         self.rows = sample.rows  # the table of all rows, with their positions, on the CPU
+        self.sizes = [sample.prompt.sizes[i] for i in images if sample.prompt.sizes]
         self.model = model  # for methods that run a part of it themselves
         self.candidates = candidates  # (n,) row numbers in the sequence
         self.stage_index = step.stage_index  # which of the method's own stages() this is

@@ -16,9 +16,11 @@ from .grid import Grid
 from .hiprune import HiPrune
 from .hired import HiRED
 from .holov import HoloV
+from .mmtok import MMTok
 from .pool import Pool
 from .prumerge import PruMerge
 from .prumerge_plus import PruMergePlus
+from .prunesid import PruneSID
 from .pyramiddrop import PyramidDrop
 from .random import Random
 from .scope import SCOPE
@@ -58,6 +60,8 @@ METHODS: dict[str, type[Method]] = {
         ToMe,
         SCOPE,
         GPrune,
+        PruneSID,
+        MMTok,
         Random,
         Uniform,
         Grid,
@@ -209,6 +213,18 @@ CATALOGUE: dict[str, Origin] = {
         "after the projector, before layer 0",
         "outputs of the released code, six runs (tests/goldens/methods2026)",
         "jytmelon/G-Prune 762c637, LLaVA-NeXT/llava/model/llava_arch.py",
+    ),
+    "prunesid": Origin(
+        "PruneSID, ICLR 2026, arXiv 2603.09480",
+        "after the vision tower, before the projector",
+        "outputs of the released code, six runs (tests/goldens/methods2026)",
+        "ZhengyaoFang/PruneSID 4ef17d9, prunesid/prunesid_llava/clip_encoder.py",
+    ),
+    "mmtok": Origin(
+        "MMTok, ICLR 2026, arXiv 2508.18264",
+        "after the projector, before layer 0",
+        "outputs of the released code, eight runs (tests/goldens/methods2026)",
+        "Ironieser/MMTok d1522cd, mmtok/core/semantic_selector.py, text_processor.py",
     ),
     "random": Origin("baseline", "after the projector, before layer 0", "properties", ""),
     "uniform": Origin("baseline", "after the projector, before layer 0", "properties", ""),

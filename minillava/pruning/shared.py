@@ -70,6 +70,33 @@ def check_whole_grid(c: Context, name: str) -> None:
         )
 
 
+# ---------------------------------------------------------------- the letterbox
+
+
+def border_lines(width: int, height: int, size: int, patch: int) -> tuple[int, int]:
+    """Rows (or columns) of patches wholly in the border before and after an image, of which `size`
+    pixels are left of the longer side: 3 and 3 for 400 x 300 pixels, 336 and 14."""
+    border = size - round(min(width, height) * (size / max(width, height)))
+    return border // 2 // patch, (border - border // 2) // patch
+
+
+def border_patches(c: Context) -> Tensor:
+    """Which candidates (n,) are patches wholly in the border that aspect "pad" puts around an
+    image, on the CPU. None is if the images' sizes are not known."""
+    config, g = c.model.config.vision, c.grid
+    masks = []
+    for width, height, aspect in c.sizes:
+        first, last = border_lines(width, height, config.image_size, config.patch_size)
+        outside = torch.ones(g, dtype=torch.bool)
+        outside[first : g - last] = False
+        outside &= torch.tensor(aspect == "pad" and width != height)
+        lines = outside[:, None] if width > height else outside[None]
+        masks.append(lines.expand(g, g).flatten())
+    patches = c.patches
+    table = torch.cat(masks) if masks else torch.zeros(c.n_tokens, dtype=torch.bool)
+    return table[patches] & (patches >= 0)
+
+
 # ---------------------------------------------------------------- greedy choice
 
 

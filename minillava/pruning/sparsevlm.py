@@ -31,7 +31,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..config import Config
+from ..llava import LLaVA
 from ..rows import on_device
 from .base import Context, Keep, Method, Stages, amount, count, option, top
 from .shared import check_lists, midpoints
@@ -110,9 +110,9 @@ class SparseVLM(Method):
     def stages(self) -> Stages:
         return tuple(("decoder", layer) for layer in self.layers)
 
-    def check_model(self, config: Config) -> None:
+    def check_model(self, model: LLaVA) -> None:
         if self.version == 2:
-            check_heads(self.heads, config.text.num_attention_heads)
+            check_heads(self.heads, model.config.text.num_attention_heads)
 
     def left(self, n_tokens: int) -> tuple[int, ...]:
         left, n = [], n_tokens

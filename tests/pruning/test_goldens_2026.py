@@ -8,9 +8,12 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
+import tiny
 from golden_cases import Golden
 
 from minillava.generate import Result
+from minillava.llava import LLaVA
+from minillava.pruning.prunesid import PruneSID
 
 
 def check_run(golden: Golden, plan: str = "", **batch: Any) -> Result:
@@ -37,3 +40,32 @@ PLAIN = [f"methods2026/{name}/tiny*" for name in ("scope", "gprune", "sparsevlm2
 @pytest.mark.goldens(*PLAIN, complete=True)
 def test_kept_sets_logits_and_tokens_are_the_released_ones(golden: Golden) -> None:
     check_run(golden)
+
+
+def check_features(golden: Golden, plan: str = "") -> Result:
+    """The same, and the rows that the projector gets are the released ones, in their order."""
+    with tiny.watching_inputs(golden.model.projector) as projected:
+        result = check_run(golden, plan)
+    golden.assert_close(projected[0], "features", 0)
+    return result
+
+
+@pytest.mark.goldens("methods2026/prunesid/tiny*", complete=True)
+def test_prunesid(golden: Golden, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen, p = tiny.choices(monkeypatch, PruneSID), golden.meta["parameters"]
+    result = check_features(golden, f"{p['plan']},seed={p['seed']}")
+    ((_, keep),) = seen
+    assert keep.index.tolist() == golden["kept_in_sequence_order"].tolist()
+    assert result.report.kept[0].extra == [1]
+
+
+@pytest.mark.goldens("methods2026/mmtok/tiny*", complete=True)
+def test_mmtok(golden: Golden, monkeypatch: pytest.MonkeyPatch) -> None:
+    p, seen = golden.meta["parameters"], []
+    embed = LLaVA.embed
+    monkeypatch.setattr(LLaVA, "embed", lambda m, ids: seen.append(ids.tolist()) or embed(m, ids))
+    size = p["original_size_width_height"]
+    sizes = [(*size, "pad")] if size else None
+    plan = p["plan"].partition(" ")[0]
+    check_run(golden, plan, focus=[golden["focus_ids"]], sizes=sizes)
+    assert golden["word_ids"].tolist() in seen

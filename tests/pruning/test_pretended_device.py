@@ -52,7 +52,7 @@ FORMS: dict[str, dict[str, Any]] = {
 # numbers that it chose by. More: rows are compared with each other and NaN refused there too
 # (visionzip, vispruner, prumerge, vscan); SparseVLM reads its raters, scores, peaks and index.
 WAITS = {"sparsevlm": 4, "visionzip": 3, "vispruner": 3, "prumerge": 3, "prumerge-plus": 3}
-WAITS |= {"vscan": 3}
+WAITS |= {"vscan": 3, "prunesid": 3}
 PROMPT = 5  # waits of a prompt: the clock three times, the pixels of up to 8 images, its token
 
 
