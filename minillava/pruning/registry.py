@@ -17,6 +17,7 @@ from .hiprune import HiPrune
 from .hired import HiRED
 from .holov import HoloV
 from .mmtok import MMTok
+from .nuwa import Nuwa
 from .pool import Pool
 from .prumerge import PruMerge
 from .prumerge_plus import PruMergePlus
@@ -30,6 +31,7 @@ from .text_only import TextOnly
 from .tome import ToMe
 from .trim import TRIM
 from .uniform import Uniform
+from .v2drop import V2Drop
 from .visionzip import VisionZip
 from .vispruner import VisPruner
 from .vscan import VScan
@@ -62,6 +64,8 @@ METHODS: dict[str, type[Method]] = {
         GPrune,
         PruneSID,
         MMTok,
+        V2Drop,
+        Nuwa,
         Random,
         Uniform,
         Grid,
@@ -226,6 +230,18 @@ CATALOGUE: dict[str, Origin] = {
         "outputs of the released code, eight runs (tests/goldens/methods2026)",
         "Ironieser/MMTok d1522cd, mmtok/core/semantic_selector.py, text_processor.py",
     ),
+    "v2drop": Origin(
+        "V2Drop, CVPR 2026, arXiv 2509.01552",
+        "input of several decoder layers",
+        "outputs of the released code, six runs (tests/goldens/methods2026)",
+        "xuyang-liu16/V2Drop 219e03e, llava/model/language_model/V2Drop.py",
+    ),
+    "nuwa": Origin(
+        "Nuwa, ICLR 2026",
+        "after the vision tower, and input of decoder layer 16",
+        "outputs of the released code, six runs (tests/goldens/methods2026)",
+        "Man-PaperRejected/Nuwa 175b7d5, nuwa/clip_encoder.py, modeling_llama.py",
+    ),
     "random": Origin("baseline", "after the projector, before layer 0", "properties", ""),
     "uniform": Origin("baseline", "after the projector, before layer 0", "properties", ""),
     "grid": Origin(
@@ -296,6 +312,13 @@ PRESETS: dict[str, Preset] = {
         "192 tokens, split as the README's 54 + 10; the split itself is not in the released code",
     ),
     "divprune-56": Preset("divprune:keep=0.098", "the paper's ratio: 56 of 576 tokens"),
+    **{
+        f"nuwa-{budget}": Preset(
+            f"nuwa:keep={112 * cell},cell={cell},final={16 * cell}",
+            f"released settings for {budget} tokens, which is the mean over 32 layers",
+        )
+        for budget, cell in {192: 3, 128: 2, 64: 1}.items()
+    },
     "vscan-64": Preset(
         "vscan:keep=96,layer=16,final=32", "released scripts: 64 tokens in the mean over 32 layers"
     ),

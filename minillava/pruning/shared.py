@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 from typing import ClassVar
 
@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .base import Context, Method, Stage, Stages, amount, count
+from .base import Context, Method, Stage, Stages, amount, count, option
 
 
 @dataclass(frozen=True)
@@ -29,6 +29,50 @@ class BeforeDecoder(Method):
 
     def left(self, n_tokens: int) -> tuple[int, ...]:
         return (count(self.keep, n_tokens),)
+
+
+@dataclass(frozen=True)
+class TwoStages(Method):
+    """A method that keeps `keep` tokens of every image before the decoder, and `final` of these
+    from decoder layer `layer` on. Without `final` it is a fixed share of `keep`; 0: no second stage
+    """
+
+    keep: float = amount(96, help="number or share kept before the decoder")
+    layer: int = option(16, help="decoder layer of the second stage")
+    final: float | None = amount(None, help="number or share of N left from there on; 0: no stage")
+
+    stage: ClassVar[Stage] = "vision"
+    share: ClassVar[float] = 1 / 3
+
+    def stages(self) -> Stages:
+        return ((self.stage, 0),) if self.final == 0 else ((self.stage, 0), ("decoder", self.layer))
+
+    def first(self, n_tokens: int) -> int:
+        """Rows left by the first stage."""
+        return count(self.keep, n_tokens)
+
+    def left(self, n_tokens: int) -> tuple[int, ...]:
+        keep = self.first(n_tokens)
+        part = min(keep, max(1, round(keep * self.share)))
+        final = part if self.final is None else count(self.final, n_tokens)
+        return (keep, final)[: len(self.stages())]
+
+    def check(self, n_layers: int, n_tokens: int, starts: tuple[int, ...]) -> None:
+        if self.final != 0 and not 0 <= self.layer < n_layers:
+            raise ValueError(
+                f"{self.name}: layer={self.layer}, but the decoder has layers 0 to {n_layers - 1}; "
+                f"use, for example, layer={n_layers // 2}, or final=0 for its first part alone"
+            )
+        super().check(n_layers, n_tokens, starts)
+        keep, final = self.left(n_tokens)[0], self.left(n_tokens)[-1]
+        if final > keep:
+            raise ValueError(
+                f"{self.name}: final={self.final} is more than the {keep} tokens of keep"
+            )
+
+    def variants(self, n_layers: int, n_tokens: int) -> Iterator[Method]:
+        least = count(self.final, n_tokens) if self.final else 1
+        return (replace(self, keep=k) for k in range(least, n_tokens + 1))
 
 
 def count_down(keep: float, n_tokens: int) -> int:

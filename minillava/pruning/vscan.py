@@ -20,15 +20,21 @@ windows stays, not their size. Written from a description of the released code, 
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from ..rows import take_rows
-from .base import Context, Keep, Method, Stages, amount, count, option, top
-from .shared import assignment, block_number, check_whole_grid, cosines, second_last_block
+from .base import Context, Keep, option, top
+from .shared import (
+    TwoStages,
+    assignment,
+    block_number,
+    check_whole_grid,
+    cosines,
+    second_last_block,
+)
 
 SIDE = 4  # windows along one side
 
@@ -63,44 +69,20 @@ def merge_dropped(features: Tensor, kept: Tensor, where: str) -> Tensor:
 
 
 @dataclass(frozen=True)
-class VScan(Method):
-    keep: float = amount(96, help="number or share kept before the decoder")
-    layer: int = option(16, help="decoder layer of the second drop")
-    final: float | None = amount(None, help="number or share of N left from there on; 0: no drop")
+class VScan(TwoStages):
     block: int | None = option(None, help="block of the local scan, from 0; 5 of 24")
 
     name, identity, newest_row = "vscan", "keep=1.0,final=0", True
-    drops_only, numbering = False, "compact"
-
-    def stages(self) -> Stages:
-        return (("embed", 0),) if self.final == 0 else (("embed", 0), ("decoder", self.layer))
-
-    def left(self, n_tokens: int) -> tuple[int, ...]:
-        keep = count(self.keep, n_tokens)
-        third = min(keep, max(1, round(keep / 3)))
-        final = third if self.final is None else count(self.final, n_tokens)
-        return (keep, final)[: len(self.stages())]
+    drops_only, numbering, stage = False, "compact", "embed"
 
     def check(self, n_layers: int, n_tokens: int, starts: tuple[int, ...]) -> None:
-        if self.final != 0 and not 0 <= self.layer < n_layers:
-            raise ValueError(
-                f"vscan: layer={self.layer}, but the decoder has layers 0 to {n_layers - 1}; use, "
-                f"for example, layer={n_layers // 2}, or final=0 for its first part alone"
-            )
         super().check(n_layers, n_tokens, starts)
-        keep, final = self.left(n_tokens)[0], self.left(n_tokens)[-1]
-        if final > keep:
-            raise ValueError(f"vscan: final={self.final} is more than the {keep} tokens of keep")
         grid = round(n_tokens**0.5)
         if grid % SIDE:
             raise ValueError(
                 f"vscan cuts the image into {SIDE} x {SIDE} windows; its {grid} x {grid} patches "
                 "cannot be"
             )
-
-    def variants(self, n_layers: int, n_tokens: int) -> Iterator[VScan]:
-        least = count(self.final, n_tokens) if self.final else 1
-        return (replace(self, keep=k) for k in range(least, n_tokens + 1))
 
     def local_block(self, n_blocks: int) -> int:
         return block_number(self.name, self.block, n_blocks, released=5)

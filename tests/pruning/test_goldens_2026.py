@@ -34,7 +34,7 @@ def check_run(golden: Golden, plan: str = "", **batch: Any) -> Result:
 
 
 # Methods whose cases need nothing but their plan.
-PLAIN = [f"methods2026/{name}/tiny*" for name in ("scope", "gprune", "sparsevlm2")]
+PLAIN = [f"methods2026/{name}/tiny*" for name in ("scope", "gprune", "sparsevlm2", "v2drop")]
 
 
 @pytest.mark.goldens(*PLAIN, complete=True)
@@ -69,3 +69,8 @@ def test_mmtok(golden: Golden, monkeypatch: pytest.MonkeyPatch) -> None:
     plan = p["plan"].partition(" ")[0]
     check_run(golden, plan, focus=[golden["focus_ids"]], sizes=sizes)
     assert golden["word_ids"].tolist() in seen
+
+
+@pytest.mark.goldens("methods2026/nuwa/tiny*", complete=True)
+def test_nuwa(golden: Golden) -> None:
+    check_features(golden)
