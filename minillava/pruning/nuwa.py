@@ -64,7 +64,7 @@ class Nuwa(TwoStages):
     name, drops_only, newest_row = "nuwa", False, True
     share: ClassVar[float] = 1 / 7
 
-    def first(self, n_tokens: int) -> int:
+    def first_left(self, n_tokens: int) -> int:
         cells = (round(n_tokens**0.5) // CELL) ** 2
         return min(count(self.keep, n_tokens), cells * self.cell)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from .apet import ApET
 from .base import Method
 from .cdpruner import CDPruner
 from .dart import DART
@@ -66,6 +67,7 @@ METHODS: dict[str, type[Method]] = {
         MMTok,
         V2Drop,
         Nuwa,
+        ApET,
         Random,
         Uniform,
         Grid,
@@ -242,6 +244,12 @@ CATALOGUE: dict[str, Origin] = {
         "outputs of the released code, six runs (tests/goldens/methods2026)",
         "Man-PaperRejected/Nuwa 175b7d5, nuwa/clip_encoder.py, modeling_llama.py",
     ),
+    "apet": Origin(
+        "ApET, CVPR 2026, arXiv 2602.19870",
+        "after the vision tower, and input of decoder layer 16",
+        "outputs of the released code, five runs (tests/goldens/methods2026)",
+        "MaQianKun0/ApET 70cc01b, llava/model/llava_arch.py, modeling_llama_x.py",
+    ),
     "random": Origin("baseline", "after the projector, before layer 0", "properties", ""),
     "uniform": Origin("baseline", "after the projector, before layer 0", "properties", ""),
     "grid": Origin(
@@ -319,6 +327,10 @@ PRESETS: dict[str, Preset] = {
         )
         for budget, cell in {192: 3, 128: 2, 64: 1}.items()
     },
+    "apet-64": Preset(
+        "apet:keep=96,layer=16,final=32",
+        "README of the released code: 64 tokens in the mean over 32 layers",
+    ),
     "vscan-64": Preset(
         "vscan:keep=96,layer=16,final=32", "released scripts: 64 tokens in the mean over 32 layers"
     ),

@@ -47,12 +47,12 @@ class TwoStages(Method):
     def stages(self) -> Stages:
         return ((self.stage, 0),) if self.final == 0 else ((self.stage, 0), ("decoder", self.layer))
 
-    def first(self, n_tokens: int) -> int:
+    def first_left(self, n_tokens: int) -> int:
         """Rows left by the first stage."""
         return count(self.keep, n_tokens)
 
     def left(self, n_tokens: int) -> tuple[int, ...]:
-        keep = self.first(n_tokens)
+        keep = self.first_left(n_tokens)
         part = min(keep, max(1, round(keep * self.share)))
         final = part if self.final is None else count(self.final, n_tokens)
         return (keep, final)[: len(self.stages())]
@@ -173,6 +173,15 @@ def assignment(into: Tensor, k: int, dtype: torch.dtype) -> Tensor:
     not deterministic).
     """
     return F.one_hot(into, k).T.to(dtype)
+
+
+def merge_nearest(rows: Tensor, others: Tensor) -> Tensor:
+    """rows (k, C), each averaged with those of others (m, C) that are most similar to it."""
+    if not len(rows) or not len(others):
+        return rows
+    nearest = unchecked_cosines(others, rows).argmax(1)  # (m,)
+    into = assignment(nearest, len(rows), rows.dtype)  # (k, m)
+    return (rows + into @ others) / (1 + into.sum(1, keepdim=True))
 
 
 def cosines(a: Tensor, b: Tensor, where: str) -> Tensor:

@@ -29,10 +29,10 @@ from ..rows import take_rows
 from .base import Context, Keep, option, top
 from .shared import (
     TwoStages,
-    assignment,
     block_number,
     check_whole_grid,
-    cosines,
+    merge_nearest,
+    refuse_nan,
     second_last_block,
 )
 
@@ -53,19 +53,6 @@ def scan_patches(local_score: Tensor, global_score: Tensor, k: int, where: str) 
     local = windows.gather(1, best).flatten()
     others = top(global_score.index_fill(0, local, -torch.inf), k - len(local), where)
     return torch.cat((local, others)).sort().values
-
-
-def merge_dropped(features: Tensor, kept: Tensor, where: str) -> Tensor:
-    """Rows `kept` of features (n, D), each averaged with the dropped rows nearest to it: (K, D)."""
-    is_dropped = torch.ones(len(features), dtype=torch.bool)
-    is_dropped[kept] = False
-    dropped = take_rows(features, is_dropped.nonzero()[:, 0])  # (n - K, D)
-    mine = take_rows(features, kept)  # (K, D)
-    if not len(kept) or not len(dropped):
-        return mine
-    nearest = cosines(dropped, mine, where).argmax(1)  # (n - K,)
-    into = assignment(nearest, len(kept), features.dtype)  # (K, n - K)
-    return (mine + into @ dropped) / (1 + into.sum(1, keepdim=True))
 
 
 @dataclass(frozen=True)
@@ -99,5 +86,9 @@ class VScan(TwoStages):
         block = self.local_block(len(c.model.vision.blocks))
         scores = torch.stack([c.vision_attention(b).mean(0) for b in (block, -2)])
         local, whole = scores.cpu()  # (N,) each
-        kept = scan_patches(local, whole, k, c.where)
-        return Keep(kept, merged=merge_dropped(c.features(), kept, c.where))
+        kept, features = scan_patches(local, whole, k, c.where), c.features()
+        dropped = torch.ones(len(features), dtype=torch.bool).index_fill(0, kept, False)
+        rows = take_rows(features, dropped.nonzero()[:, 0])  # (n - k, D)
+        merged = merge_nearest(take_rows(features, kept), rows)
+        refuse_nan(merged, c.where)
+        return Keep(kept, merged=merged)

@@ -74,3 +74,14 @@ def test_mmtok(golden: Golden, monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.goldens("methods2026/nuwa/tiny*", complete=True)
 def test_nuwa(golden: Golden) -> None:
     check_features(golden)
+
+
+@pytest.mark.goldens("methods2026/apet/tiny*", complete=True)
+def test_apet(golden: Golden) -> None:
+    p, model = golden.meta["parameters"], golden.model
+    block = model.block(p["layer_list"][0])
+    with tiny.watching(model.projector) as (projected,), tiny.watching_inputs(block) as entered:
+        check_run(golden, f"{p['plan']},first={'/'.join(map(str, p['first_basis']))}")
+    golden.assert_close(projected[0], "projected_features", 0)
+    rows = slice(golden.start, golden.start + p["image_token_list"][0])
+    golden.assert_close(entered[0][rows], "stage1_rows", 0)
