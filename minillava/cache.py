@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from .config import TextConfig
+from .rows import on_device
 
 
 class KVCache:
@@ -51,6 +52,16 @@ class KVCache:
                 held[b, :, : lengths[b]] = part.transpose(0, 1)
                 # attention multiplies masked rows by 0, and 0 x garbage may be NaN
                 held[b, :, lengths[b] : max(lengths)] = 0.0
+
+    def cut(self, layers: Sequence[int], rows: Sequence[Tensor]) -> None:
+        """Hold only the rows with these numbers (s,) of each sample in some layers."""
+        for layer in layers:
+            k, v = (
+                torch.cat([held[b][:, on_device(s, held)] for b, s in enumerate(rows)], dim=1)
+                for held in (self.keys[layer], self.values[layer])
+            )  # (Hkv, R, Dh)
+            self.reserve([layer], [len(s) for s in rows])
+            self.store(layer, k.transpose(0, 1), v.transpose(0, 1))
 
     def append(
         self, layer: int, k: Tensor, v: Tensor, end: int, at: Tensor | None

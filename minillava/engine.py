@@ -38,7 +38,8 @@ class State:
 
     plan: Plan
     samples: list[Sample]
-    segments: list[Segment]
+    segments: list[Segment]  # with the rows that entered
+    held: list[Segment]  # with the rows that the cache holds
     history: list[Pruned]
     cache: KVCache | None
     position: Tensor  # (segments, B) position of the next token in each segment's layers
@@ -156,10 +157,33 @@ def begin_decoding(
     for s in samples:
         s.vision, s.embedded = {}, None
         s.x = s.x.new_empty(0, s.x.shape[1])
-    next_positions = [[rows.next_position for rows in segment.rows] for segment in segments]
-    lengths = [[len(rows) for rows in segment.rows] for segment in segments]
+    held = [cut_segment(segment, segments[0], history, cache) for segment in segments]
+    next_positions = [[rows.next_position for rows in segment.rows] for segment in held]
+    lengths = [[len(rows) for rows in segment.rows] for segment in held]
     counts = on_device(torch.tensor([next_positions, lengths]), samples[0].x)
-    return State(plan, samples, segments, history, cache, counts[0], counts[1])
+    return State(plan, samples, segments, held, history, cache, counts[0], counts[1])
+
+
+def cut_segment(
+    segment: Segment, first: Segment, history: Sequence[Pruned], cache: KVCache | None
+) -> Segment:
+    """The segment without rows that later steps drop from earlier caches, too (cache=all), and its
+    layers' caches cut to these. first: the segment of layer 0."""
+    rows, layer = segment.rows, segment.layers.start
+    for number, pruned in enumerate(history):
+        method = pruned.step.method
+        if method.cut_from is None or not method.cut_from <= layer < pruned.step.layer:
+            continue
+        before = history[number - 1].rows if number else first.rows
+        gone = [b.id[~torch.isin(b.id, a.id)] for b, a in zip(before, pruned.rows, strict=True)]
+        rows = [r.without(ids, method.compact) for r, ids in zip(rows, gone, strict=True)]
+    if rows is segment.rows:
+        return segment
+    stay = [torch.isin(a.id, b.id) for a, b in zip(segment.rows, rows, strict=True)]
+    if cache is not None:
+        cache.cut(segment.layers, [s.nonzero()[:, 0] for s in stay])
+    hidden = [None if h is None else h[s] for h, s in zip(segment.hidden, stay, strict=True)]
+    return Segment(segment.layers, rows, hidden)
 
 
 def decode(model: LLaVA, tokens: Tensor, state: State) -> Tensor:
@@ -173,7 +197,7 @@ def decode(model: LLaVA, tokens: Tensor, state: State) -> Tensor:
     x = model.embed(tokens)  # (B, D)
     for s in samples:
         s.generated += 1
-    for number, segment in enumerate(state.segments):
+    for number, segment in enumerate(state.held):
         layers = segment.layers
         position = state.position[number]  # (B,)
         for b, s in enumerate(samples):
@@ -196,7 +220,7 @@ def view_cache(state: State, number: int, hidden: Sequence[Tensor | None]) -> Ca
     """What new tokens see in the layers of segment `number`, with rows hidden [b] (S,) masked."""
     assert state.cache is not None
     # the same numbers on the host and on the device
-    lengths, length = state.cache.lengths[state.segments[number].layers.start], state.length[number]
+    lengths, length = state.cache.lengths[state.held[number].layers.start], state.length[number]
     end, ragged = max(lengths) + 1, min(lengths) < max(lengths)
     if not ragged and all(h is None for h in hidden):
         return CacheView(end, None, None)

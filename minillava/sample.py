@@ -19,7 +19,6 @@ from .attention import causal_attention, token_attention
 from .cache import KVCache
 from .rows import GENERATED, NO_PATCH, TEXT, Rows
 
-
 Size = tuple[int, int, str]  # of an image before it was made square: width, height, aspect
 
 

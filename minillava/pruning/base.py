@@ -105,6 +105,9 @@ class Method:
     )
     scope: str = option("image", choices=("image", "all"), help="one budget per image or for all")
     until: int | None = option(None, help="mode=mask: the mask ends where this layer begins")
+    cache: str | None = option(
+        None, choices=("drop", "all"), help="all: rows leave the caches of earlier layers, too"
+    )
 
     file: ClassVar[str] = ""  # the user's file that the class was read from
     name: ClassVar[str]  # default: the class's name in lower case
@@ -138,6 +141,7 @@ class Method:
                 "mode=mask renumbers nothing; use positions=original",
             ),
             (ends and not masks, f"until={self.until} ends a mask; it needs mode=mask"),
+            (masks and self.cache == "all", "mode=mask drops nothing; use cache=drop"),
             (self.scope == "all" and not self.drops_only, f"scope=all {only_drops}"),
         ):
             if refused:
@@ -176,6 +180,8 @@ class Method:
         starts: index of each image's first token in the prompt, at least one.
         """
         layers = [layer for _, layer in self.stages()]
+        if self.cache == "all" and not any(layers):
+            raise ValueError(f"{self.name}: cache=all is for methods inside the decoder")
         for layer in layers:
             if not 0 <= layer < n_layers:
                 raise ValueError(
@@ -217,6 +223,11 @@ class Method:
     def shift(self) -> int:
         """Rows by which the window is moved towards the end (FastV as released: 1)."""
         return 0
+
+    @property
+    def cut_from(self) -> int | None:
+        """First layer whose cache loses what later layers drop; None: layers hold what entered."""
+        return 0 if self.cache == "all" else None
 
     @property
     def compact(self) -> bool:
@@ -307,6 +318,8 @@ class Context:
         self.where = f"layer {step.layer}" if step.stage == "decoder" else f"the {step.stage} stage"
         # kept from token to token, for this step and image of this sample
         self.memory: dict[str, Any] = sample.memory.setdefault((step.number, *images), {})
+        # for all steps of the method
+        self.shared: dict[str, Any] = sample.memory.setdefault((-1 - step.of, *images), {})
 
     def _error(self, text: str) -> ValueError:
         return ValueError(f"{self._step.method.name}: {text}")
@@ -512,6 +525,7 @@ class Step:
     stage_index: int  # index in the method's stages()
     stage: Stage
     layer: int
+    of: int = 0  # index of the method in the plan
 
 
 @dataclass(frozen=True)
@@ -537,14 +551,14 @@ class Plan:
     def steps(self) -> tuple[Step, ...]:
         """All stages of all methods in the order they run; at one place, in that of the methods."""
         found = [
-            (STAGES.index(stage), layer, method, index)
-            for method in self.methods
+            (STAGES.index(stage), layer, method, index, of)
+            for of, method in enumerate(self.methods)
             for index, (stage, layer) in enumerate(method.stages())
         ]
         found.sort(key=lambda entry: entry[:2])
         return tuple(
-            Step(number, method, index, STAGES[stage], layer)
-            for number, (stage, layer, method, index) in enumerate(found)
+            Step(number, method, index, STAGES[stage], layer, of)
+            for number, (stage, layer, method, index, of) in enumerate(found)
         )
 
     def at(self, stage: Stage, layer: int = 0) -> list[Step]:
@@ -557,7 +571,8 @@ class Plan:
         fastv:k=2 with 32 layers: [0, 1], [2, ..., 31].
         """
         starts = {s.layer for s in self.steps if s.stage == "decoder"}
-        starts |= {s.method.until for s in self.steps if s.method.until is not None}
+        ends = {s.method.until for s in self.steps} | {s.method.cut_from for s in self.steps}
+        starts |= {layer for layer in ends if layer is not None}
         inside = sorted(layer for layer in starts | {0} if layer < n_layers)
         return [range(a, b) for a, b in zip(inside, [*inside[1:], n_layers], strict=True)]
 

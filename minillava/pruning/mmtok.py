@@ -34,7 +34,6 @@ from .shared import (
     BeforeDecoder,
     border_patches,
     choose_covering,
-    cosines,
     refuse_nan,
     unchecked_cosines,
 )
@@ -44,9 +43,55 @@ INSTRUCTIONS = (
     "Answer with the option's letter from the given choices directly.",
 )
 STOP_WORDS = frozenset(
-    """a an the is are was were be been being have has had do does did it they he she we you i what
-    where when why how who which and or but so if then question answer to for with by from at into
-    onto upon""".split()
+    [
+        "a",
+        "an",
+        "the",
+        "is",
+        "are",
+        "was",
+        "were",
+        "be",
+        "been",
+        "being",
+        "have",
+        "has",
+        "had",
+        "do",
+        "does",
+        "did",
+        "it",
+        "they",
+        "he",
+        "she",
+        "we",
+        "you",
+        "i",
+        "what",
+        "where",
+        "when",
+        "why",
+        "how",
+        "who",
+        "which",
+        "and",
+        "or",
+        "but",
+        "so",
+        "if",
+        "then",
+        "question",
+        "answer",
+        "to",
+        "for",
+        "with",
+        "by",
+        "from",
+        "at",
+        "into",
+        "onto",
+        "upon",
+    ]
 )
 NO_QUESTION = "What do you see in this image?"
 

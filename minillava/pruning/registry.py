@@ -12,12 +12,14 @@ from .divprune import DivPrune
 from .fastervlm import FasterVLM
 from .fastv import FastV
 from .fitprune import FitPrune
+from .flowcut import FlowCut
 from .gprune import GPrune
 from .grid import Grid
 from .hiprune import HiPrune
 from .hired import HiRED
 from .holov import HoloV
 from .mmtok import MMTok
+from .mustdrop import MustDrop
 from .nuwa import Nuwa
 from .pool import Pool
 from .prumerge import PruMerge
@@ -68,6 +70,8 @@ METHODS: dict[str, type[Method]] = {
         V2Drop,
         Nuwa,
         ApET,
+        FlowCut,
+        MustDrop,
         Random,
         Uniform,
         Grid,
@@ -250,6 +254,18 @@ CATALOGUE: dict[str, Origin] = {
         "outputs of the released code, five runs (tests/goldens/methods2026)",
         "MaQianKun0/ApET 70cc01b, llava/model/llava_arch.py, modeling_llama_x.py",
     ),
+    "flowcut": Origin(
+        "FlowCut, NeurIPS 2025, arXiv 2505.19536",
+        "in every second block of the vision tower",
+        "outputs of the released code, seven files (tests/goldens/methods2026)",
+        "TungChintao/FlowCut a2ecd24, flowcut/modeling_clip_flowcut.py, utils_flowcut.py",
+    ),
+    "mustdrop": Origin(
+        "MustDrop, arXiv 2411.10803",
+        "in the vision tower, and input of several decoder layers",
+        "outputs of the released code, five runs (tests/goldens/methods2026)",
+        "liuting20/MustDrop 909afa5, clip_encoder.py, modelling_sparse_llama.py",
+    ),
     "random": Origin("baseline", "after the projector, before layer 0", "properties", ""),
     "uniform": Origin("baseline", "after the projector, before layer 0", "properties", ""),
     "grid": Origin(
@@ -331,6 +347,17 @@ PRESETS: dict[str, Preset] = {
         "apet:keep=96,layer=16,final=32",
         "README of the released code: 64 tokens in the mean over 32 layers",
     ),
+    **{
+        f"mustdrop-{budget}": Preset(
+            f"mustdrop:global={share},individual={individual}",
+            f"thresholds of the released scripts that are named {budget} tokens",
+        )
+        for budget, (share, individual) in {
+            192: ("0.001", "0.001"),
+            128: ("0.0012", "0.001"),
+            64: ("0.011", "0.01"),
+        }.items()
+    },
     "vscan-64": Preset(
         "vscan:keep=96,layer=16,final=32", "released scripts: 64 tokens in the mean over 32 layers"
     ),

@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ..clip import Block
 from .base import Context, Method, Stage, Stages, amount, count, option
 
 
@@ -105,6 +106,24 @@ def block_number(name: str, block: int | None, n_blocks: int, released: int) -> 
     return block
 
 
+def tower_heads(block: Block, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Queries, keys and values of a block for the rows x (T, C) of one image: (1, H, T, Dh) each."""
+    attn, h = block.attn, block.norm1(x)
+    q, k, v = (
+        proj(h).view(1, len(x), attn.n_heads, -1).transpose(1, 2)
+        for proj in (attn.q_proj, attn.k_proj, attn.v_proj)
+    )
+    return q, k, v
+
+
+def add_attention(
+    block: Block, x: Tensor, heads: tuple[Tensor, Tensor, Tensor], bias: Tensor | None = None
+) -> Tensor:
+    """Rows x (T, C) plus the attention of a block, from its heads: (T, C)."""
+    y = F.scaled_dot_product_attention(*heads, attn_mask=bias)
+    return x + block.attn.out_proj(y[0].transpose(0, 1).reshape(len(x), -1))
+
+
 def check_whole_grid(c: Context, name: str) -> None:
     """Raise ValueError if patches of the image are missing."""
     if len(c.candidates) != c.n_tokens:
@@ -144,7 +163,9 @@ def border_patches(c: Context) -> Tensor:
 # ---------------------------------------------------------------- greedy choice
 
 
-def choose_covering(covers: Tensor, keep: int, times: Tensor | float, plus: Tensor | float) -> Tensor:
+def choose_covering(
+    covers: Tensor, keep: int, times: Tensor | float, plus: Tensor | float
+) -> Tensor:
     """Greedy choice of the columns that cover the rows of covers (m, n) best: (keep,), in order.
 
     A row is covered as well as the largest of its entries in the chosen columns says, at least 0.

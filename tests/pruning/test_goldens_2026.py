@@ -9,10 +9,13 @@ from typing import Any
 
 import pytest
 import tiny
+import torch
 from golden_cases import Golden
 
 from minillava.generate import Result
 from minillava.llava import LLaVA
+from minillava.pruning import flowcut
+from minillava.pruning.mustdrop import MustDrop
 from minillava.pruning.prunesid import PruneSID
 
 
@@ -71,9 +74,17 @@ def test_mmtok(golden: Golden, monkeypatch: pytest.MonkeyPatch) -> None:
     assert golden["word_ids"].tolist() in seen
 
 
-@pytest.mark.goldens("methods2026/nuwa/tiny*", complete=True)
-def test_nuwa(golden: Golden) -> None:
+@pytest.mark.goldens(*[f"methods2026/{name}/tiny*" for name in ("nuwa", "flowcut")], complete=True)
+def test_rows_before_the_projector_are_the_released_ones(golden: Golden) -> None:
     check_features(golden)
+
+
+@pytest.mark.goldens("methods2026/flowcut/adaptive")
+def test_flowcuts_numbers_are_the_released_ones(golden: Golden) -> None:
+    for row, n in enumerate(golden["patches"].tolist()):
+        attention, keep = golden["class_attention"][row, :n], int(golden["target"][row])
+        pruned = flowcut.count_pruned(attention, keep, int(golden["remaining"][row]))
+        assert pruned == golden["pruned"][row]
 
 
 @pytest.mark.goldens("methods2026/apet/tiny*", complete=True)
@@ -85,3 +96,29 @@ def test_apet(golden: Golden) -> None:
     golden.assert_close(projected[0], "projected_features", 0)
     rows = slice(golden.start, golden.start + p["image_token_list"][0])
     golden.assert_close(entered[0][rows], "stage1_rows", 0)
+
+
+@pytest.mark.goldens("methods2026/mustdrop/tiny*", complete=True)
+def test_mustdrop(golden: Golden, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen, p = tiny.choices(monkeypatch, MustDrop), golden.meta["parameters"]
+    with tiny.watching_inputs(golden.model.projector) as projected:
+        result = golden.run(p["plan"], golden["generated"].shape[1])
+    (_, first), *stages = seen
+    # a window's number is there that of its last patch
+    places, merged = golden["stage_tower_place"], golden["stage_tower_patches_in_row"] == 9
+    grid = golden.model.config.vision.grid
+    assert first.index.tolist() == (places - merged * (2 * grid + 2)).tolist()
+    assert int(merged.sum()) == p["windows_merged"]
+    golden.assert_close(projected[0], "features", 0)
+    rows = torch.arange(p["rows_after_tower"])  # that the released code counts
+    for stage, (c, keep) in enumerate(stages):
+        rows = rows[keep.index]
+        assert rows.tolist() == golden[f"stage{stage}_kept_image_index"].tolist()
+    t, report = golden.meta["comparable_steps"], result.report
+    golden.assert_close(result.logits[:, :t], "step_logits", slice(None), slice(t))
+    assert result.tokens[0][:t] == golden["generated"][0, :t].tolist()
+    whole, final = report.tokens_entering[0][0], report.tokens_entering[-1][0]
+    first_cut = p["pruning_layers"][0]
+    assert [n for (n,) in report.cache_lengths] == [
+        whole if layer < first_cut else final for layer in range(len(report.cache_lengths))
+    ]
