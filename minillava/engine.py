@@ -8,7 +8,7 @@ KV cache, are really shorter; in mask mode they stay and are hidden from attenti
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -16,7 +16,7 @@ from torch import Tensor
 
 from .cache import KVCache
 from .llava import Encoded, LLaVA
-from .pruning.base import Context, Plan, Step, check_keep
+from .pruning.base import Context, Method, Plan, Step, check_keep
 from .rows import Choice, Keep, Rows, drop_image_rows, on_device, take_rows
 from .sample import CacheView, LayerAttention, Mask, NewToken, Prompt, Sample, Segment
 
@@ -38,8 +38,7 @@ class State:
 
     plan: Plan
     samples: list[Sample]
-    segments: list[Segment]  # with the rows that entered
-    held: list[Segment]  # with the rows that the cache holds
+    segments: list[Segment]
     history: list[Pruned]
     cache: KVCache | None
     position: Tensor  # (segments, B) position of the next token in each segment's layers
@@ -77,11 +76,12 @@ def prefill(
             images = s.rows.image_rows()  # (m,)
             s.embedded = take_rows(s.x, images), s.rows.image[images]
 
-    segments = []
+    segments: list[Segment] = []
     for layers in plan.segments(model.config.text.num_hidden_layers):
-        prune(model, samples, plan.at("decoder", layers.start), history)
+        prune(model, samples, plan.at("decoder", layers.start), history, segments, cache)
         hidden = [s.hidden(layers.start) for s in samples]
-        segments.append(Segment(layers, [s.rows for s in samples], hidden))
+        rows = [s.rows for s in samples]
+        segments.append(Segment(layers, rows, hidden, held=list(rows)))
         if cache is not None:
             cache.reserve(layers, [len(s.rows) for s in samples])
         rope = model.llama.rope(torch.cat([s.rows.position for s in samples]), model.dtype)
@@ -157,33 +157,10 @@ def begin_decoding(
     for s in samples:
         s.vision, s.embedded = {}, None
         s.x = s.x.new_empty(0, s.x.shape[1])
-    held = [cut_segment(segment, segments[0], history, cache) for segment in segments]
-    next_positions = [[rows.next_position for rows in segment.rows] for segment in held]
-    lengths = [[len(rows) for rows in segment.rows] for segment in held]
+    next_positions = [[rows.next_position for rows in segment.held] for segment in segments]
+    lengths = [[len(rows) for rows in segment.held] for segment in segments]
     counts = on_device(torch.tensor([next_positions, lengths]), samples[0].x)
-    return State(plan, samples, segments, held, history, cache, counts[0], counts[1])
-
-
-def cut_segment(
-    segment: Segment, first: Segment, history: Sequence[Pruned], cache: KVCache | None
-) -> Segment:
-    """The segment without rows that later steps drop from earlier caches, too (cache=all), and its
-    layers' caches cut to these. first: the segment of layer 0."""
-    rows, layer = segment.rows, segment.layers.start
-    for number, pruned in enumerate(history):
-        method = pruned.step.method
-        if method.cut_from is None or not method.cut_from <= layer < pruned.step.layer:
-            continue
-        before = history[number - 1].rows if number else first.rows
-        gone = [b.id[~torch.isin(b.id, a.id)] for b, a in zip(before, pruned.rows, strict=True)]
-        rows = [r.without(ids, method.compact) for r, ids in zip(rows, gone, strict=True)]
-    if rows is segment.rows:
-        return segment
-    stay = [torch.isin(a.id, b.id) for a, b in zip(segment.rows, rows, strict=True)]
-    if cache is not None:
-        cache.cut(segment.layers, [s.nonzero()[:, 0] for s in stay])
-    hidden = [None if h is None else h[s] for h, s in zip(segment.hidden, stay, strict=True)]
-    return Segment(segment.layers, rows, hidden)
+    return State(plan, samples, segments, history, cache, counts[0], counts[1])
 
 
 def decode(model: LLaVA, tokens: Tensor, state: State) -> Tensor:
@@ -197,11 +174,11 @@ def decode(model: LLaVA, tokens: Tensor, state: State) -> Tensor:
     x = model.embed(tokens)  # (B, D)
     for s in samples:
         s.generated += 1
-    for number, segment in enumerate(state.held):
+    for number, segment in enumerate(state.segments):
         layers = segment.layers
         position = state.position[number]  # (B,)
         for b, s in enumerate(samples):
-            s.rows, s.x = segment.rows[b], x[b : b + 1]
+            s.rows, s.x = segment.held[b], x[b : b + 1]
             s.token = NewToken(position[b : b + 1], cache.keys_of(layers.start, b))
         prune(model, samples, plan.chosen_again(layers.start), None)
         hidden = [s.hidden(layers.start) for s in samples]
@@ -220,7 +197,7 @@ def view_cache(state: State, number: int, hidden: Sequence[Tensor | None]) -> Ca
     """What new tokens see in the layers of segment `number`, with rows hidden [b] (S,) masked."""
     assert state.cache is not None
     # the same numbers on the host and on the device
-    lengths, length = state.cache.lengths[state.held[number].layers.start], state.length[number]
+    lengths, length = state.cache.lengths[state.segments[number].layers.start], state.length[number]
     end, ragged = max(lengths) + 1, min(lengths) < max(lengths)
     if not ragged and all(h is None for h in hidden):
         return CacheView(end, None, None)
@@ -238,22 +215,49 @@ def view_cache(state: State, number: int, hidden: Sequence[Tensor | None]) -> Ca
 
 
 def prune(
-    model: LLaVA, samples: Sequence[Sample], steps: Sequence[Step], history: list[Pruned] | None
+    model: LLaVA,
+    samples: Sequence[Sample],
+    steps: Sequence[Step],
+    history: list[Pruned] | None,
+    segments: Sequence[Segment] = (),
+    cache: KVCache | None = None,
 ) -> None:
     """Carry out steps of a plan on the rows that each sample has now, and note what is left in
-    `history` (None while decoding: nothing is noted)."""
+    `history` (None while decoding: nothing is noted). segments: those that ran before."""
     for step in steps:
+        before = [s.rows for s in samples]
         for s in samples:
             choices = ask_method(model, step, s)
             if step.method.mode == "mask":
                 s.masks[step.number] = hide_rows(step, s.rows, choices)
             else:
                 s.x, s.rows = drop_image_rows(s.x, s.rows, choices, step.method.compact)
+        forget_rows(step.method, segments, before, [s.rows for s in samples], cache)
         if history is not None:
             hidden = [s.hidden(step.layer) for s in samples]
             history.append(Pruned(step, [s.rows for s in samples], hidden))
     for s in samples:
         s.last = None  # the queries and keys that were kept for these steps
+
+
+def forget_rows(
+    method: Method,
+    segments: Sequence[Segment],
+    before: Sequence[Rows],
+    after: Sequence[Rows],
+    cache: KVCache | None,
+) -> None:
+    """Take the rows that a step dropped out of the caches of earlier layers, too (cache=all)."""
+    for segment in segments:
+        if method.cut_from is None or segment.layers.start < method.cut_from:
+            continue
+        both = zip(segment.held, before, after, strict=True)
+        gone = [torch.isin(h.id, b.id) & ~torch.isin(h.id, a.id) for h, b, a in both]
+        stay = [(~rows).nonzero()[:, 0] for rows in gone]
+        held = [rows.select(s) for rows, s in zip(segment.held, stay, strict=True)]
+        segment.held[:] = [replace(r, next_position=len(r)) if method.compact else r for r in held]
+        if cache is not None:
+            cache.cut(segment.layers, stay)
 
 
 def ask_method(model: LLaVA, step: Step, sample: Sample) -> list[Choice]:

@@ -106,12 +106,8 @@ def make_report(
         kept=[image_tokens_left(pruned) for pruned in state.history],
         tokens_entering=entering,
         image_tokens_entering=images,
-        cache_lengths=[
-            [len(rows) if state.cache else 0 for rows in segment.rows]
-            for segment in state.held
-            for _ in segment.layers
-        ],
-        next_position=[rows.next_position for rows in state.held[0].rows],
+        cache_lengths=[[len(r) if state.cache else 0 for r in layer.held] for layer in by_layer],
+        next_position=[rows.next_position for rows in state.segments[0].held],
         stopped=stopped,
         vision=clock.read["vision"],
         prefill=clock.read["prefill"] - clock.read["vision"],

@@ -106,13 +106,16 @@ def check_pixels(config: Config, pixels: Tensor) -> int:
 
 
 def check_sizes(sizes: Sequence[Any] | None, n_images: int) -> None:
-    for size in sizes or ():
+    if sizes is None:
+        return
+    for size in sizes if len(sizes) == n_images else (f"{len(sizes)} entries",):
         match size:
             case (int(width), int(height), "crop" | "pad") if min(width, height) > 0:
                 continue
-        raise ValueError(f"sizes has {size!r}; give (width, height, 'crop' or 'pad') in pixels")
-    if sizes is not None and len(sizes) != n_images:
-        raise ValueError(f"sizes has {len(sizes)} entries for {n_images} images; give one for each")
+        raise ValueError(
+            f"sizes has {size!r}; give (width, height, 'crop' or 'pad') for each of the "
+            f"{n_images} images"
+        )
 
 
 def check_ids(config: Config, ids: Tensor, what: str) -> None:

@@ -72,12 +72,6 @@ class Rows:
             n_ids=self.n_ids + n,
         )
 
-    def without(self, gone: Tensor, compact: bool) -> Rows:
-        """The table without rows of these ids, which leave the KV cache after the prompt has run.
-        compact: the next token's position is then the number of rows."""
-        left = self.select(~torch.isin(self.id, gone))
-        return replace(left, next_position=len(left)) if compact else left
-
     def renumber(self) -> Rows:
         """Positions 0..S-1 without gaps; the next token's position is then S."""
         numbers, images = torch.arange(len(self)), torch.arange(len(self.first_position))

@@ -19,8 +19,6 @@ from .attention import causal_attention, token_attention
 from .cache import KVCache
 from .rows import GENERATED, NO_PATCH, TEXT, Rows
 
-Size = tuple[int, int, str]  # of an image before it was made square: width, height, aspect
-
 
 @dataclass(frozen=True)
 class Batch:
@@ -36,7 +34,7 @@ class Batch:
     mask: Tensor
     pixels: Tensor | None = None
     focus: Sequence[Tensor | None] | None = None
-    sizes: Sequence[Size] | None = None
+    sizes: Sequence[tuple[int, int, str]] | None = None
 
     @classmethod
     def from_padded(
@@ -45,7 +43,7 @@ class Batch:
         mask: Tensor | None = None,
         pixels: Tensor | None = None,
         focus: Sequence[Tensor | None] | None = None,
-        sizes: Sequence[Size] | None = None,
+        sizes: Sequence[tuple[int, int, str]] | None = None,
     ) -> Batch:
         """A batch from what Hugging Face's LlavaProcessor returns: input_ids, attention_mask (0 and
         1, or bool; None: no padding) and pixel_values. It is checked when it is used."""
@@ -62,7 +60,7 @@ class Prompt:
     starts: tuple[int, ...]  # index of each image's first placeholder
     focus: Tensor | None  # ids (t,) that text-guided methods compare image tokens with
     length: int  # T without generated tokens
-    sizes: tuple[Size, ...] = ()  # of each of its images, if they are known
+    sizes: tuple[tuple[int, int, str], ...] = ()  # of its images (Batch), if they are known
 
     def rows(self, per_image: int) -> Rows:
         """The table of all rows, before anything is pruned."""
@@ -154,6 +152,7 @@ class Segment:
     layers: range
     rows: list[Rows]  # [b] of the prompt
     hidden: list[Tensor | None]  # [b] (S,) bool, as the prefill left it
+    held: list[Rows]  # [b] those in the KV cache: fewer if later steps cut it (cache=all)
 
 
 @dataclass(frozen=True)

@@ -9,8 +9,8 @@ projector `keep` tokens stay, and at the input of decoder layer 16 `final` of th
 3. Of these, the last `basis` by error are overwritten by the basis rows, so a basis row stands at
    another token's place: in the first stage in the order of the grid, in the second by falling
    error. A basis row has next to no error itself, so it is usually among the dropped, too.
-4. Each dropped row goes to the most similar of the others that stay (cosine), which becomes the mean
-   of itself and those.
+4. Each dropped row goes to the most similar of the others that stay (cosine), which becomes the
+   mean of itself and those.
 Tokens stay in reading order and are renumbered. 96 and 32 are 64 tokens in the mean over 32 layers;
 without `final` a third of `keep` stays. `first` gives the first basis row of each stage, the second
 counted among the rows that are left: first=11/9.

@@ -318,8 +318,7 @@ class Context:
         self.where = f"layer {step.layer}" if step.stage == "decoder" else f"the {step.stage} stage"
         # kept from token to token, for this step and image of this sample
         self.memory: dict[str, Any] = sample.memory.setdefault((step.number, *images), {})
-        # for all steps of the method
-        self.shared: dict[str, Any] = sample.memory.setdefault((-1 - step.of, *images), {})
+        self.shared: dict[str, Any] = sample.memory.setdefault((-1, *images), {})  # for all steps
 
     def _error(self, text: str) -> ValueError:
         return ValueError(f"{self._step.method.name}: {text}")
@@ -525,7 +524,6 @@ class Step:
     stage_index: int  # index in the method's stages()
     stage: Stage
     layer: int
-    of: int = 0  # index of the method in the plan
 
 
 @dataclass(frozen=True)
@@ -551,14 +549,14 @@ class Plan:
     def steps(self) -> tuple[Step, ...]:
         """All stages of all methods in the order they run; at one place, in that of the methods."""
         found = [
-            (STAGES.index(stage), layer, method, index, of)
-            for of, method in enumerate(self.methods)
+            (STAGES.index(stage), layer, method, index)
+            for method in self.methods
             for index, (stage, layer) in enumerate(method.stages())
         ]
         found.sort(key=lambda entry: entry[:2])
         return tuple(
-            Step(number, method, index, STAGES[stage], layer, of)
-            for number, (stage, layer, method, index, of) in enumerate(found)
+            Step(number, method, index, STAGES[stage], layer)
+            for number, (stage, layer, method, index) in enumerate(found)
         )
 
     def at(self, stage: Stage, layer: int = 0) -> list[Step]:

@@ -5,10 +5,10 @@ semantic_selector.py, text_processor.py, mmtok/llava/patch_llava.py. After the p
 layer 0:
 1. The words of the question, without LLaVA's instructions to answer shortly and without a list of
    stop words (if nothing else is left, with them), are tokenised one by one, without BOS.
-2. Coverage of each of these m embeddings is softmax(cosine with the projected tokens / text) / m,
-   that of each of the n patches alpha * softmax(cosine of features before the projector / image) / n.
-3. `keep` times the token is taken that adds most to the coverage of all rows, where a row is covered
-   as well as its largest entry among those taken says.
+2. A token covers these m embeddings by softmax(cosine with the projected tokens / text) / m, and
+   the n patches by alpha * softmax(cosine of the features before the projector / image) / n.
+3. `keep` times the token is taken that adds most to the coverage of all m + n, each of which is
+   covered as well as the best of those taken covers it.
 Patches wholly in the border of a padded image are rows to be covered, but are taken last, if at
 all. The tokens stay in reading order, and are renumbered.
 
@@ -43,55 +43,12 @@ INSTRUCTIONS = (
     "Answer with the option's letter from the given choices directly.",
 )
 STOP_WORDS = frozenset(
-    [
-        "a",
-        "an",
-        "the",
-        "is",
-        "are",
-        "was",
-        "were",
-        "be",
-        "been",
-        "being",
-        "have",
-        "has",
-        "had",
-        "do",
-        "does",
-        "did",
-        "it",
-        "they",
-        "he",
-        "she",
-        "we",
-        "you",
-        "i",
-        "what",
-        "where",
-        "when",
-        "why",
-        "how",
-        "who",
-        "which",
-        "and",
-        "or",
-        "but",
-        "so",
-        "if",
-        "then",
-        "question",
-        "answer",
-        "to",
-        "for",
-        "with",
-        "by",
-        "from",
-        "at",
-        "into",
-        "onto",
-        "upon",
-    ]
+    re.findall(
+        r"\w+",
+        """a an the is are was were be been being have has had do does did it they he she we you i
+        what where when why how who which and or but so if then question answer to for with by from
+        at into onto upon""",
+    )
 )
 NO_QUESTION = "What do you see in this image?"
 

@@ -91,7 +91,7 @@ class MustDrop(Method):
         super().check(n_layers, n_tokens, starts)
         if (grid := round(n_tokens**0.5)) % SIDE:
             raise ValueError(
-                f"mustdrop cuts the image into windows of {SIDE} x {SIDE} patches, but this one has "
+                f"mustdrop cuts the image into windows of {SIDE} x {SIDE} patches, but there are "
                 f"{grid} x {grid}; use another method"
             )
 

@@ -8,7 +8,7 @@ Man-PaperRejected/Nuwa 175b7d5, nuwa/clip_encoder.py, CLIPVisionTower_Nuwa, and 
 2. A kept patch becomes w @ features. w(i, j) is the cosine of the mean of the last third of hidden
    states (16 to 24 of 24, also the last, which LLaVA does not read), at least 0, times
    1 - dist(i, j) / sqrt(distance) on the grid, at least 0. The rows of w are divided by their sum;
-   after that the own weight is set to 1, so rows sum to more than 1. Those of the kept patches whose
+   after that the own weight is set to 1, so rows sum to more than 1. Those kept patches whose
    attention is at the 0.55 quantile or above gather nothing: their features stay.
 3. At the input of layer 16 the `final` tokens stay to which the last row attends most in the layer
    before, mean over heads. Without `final` a seventh of `keep` stays, as in the published settings.

@@ -107,7 +107,7 @@ def block_number(name: str, block: int | None, n_blocks: int, released: int) -> 
 
 
 def tower_heads(block: Block, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Queries, keys and values of a block for the rows x (T, C) of one image: (1, H, T, Dh) each."""
+    """Queries, keys and values of a block for rows x (T, C) of one image: (1, H, T, Dh) each."""
     attn, h = block.attn, block.norm1(x)
     q, k, v = (
         proj(h).view(1, len(x), attn.n_heads, -1).transpose(1, 2)

@@ -111,7 +111,7 @@ def test_mustdrop(golden: Golden, monkeypatch: pytest.MonkeyPatch) -> None:
     assert int(merged.sum()) == p["windows_merged"]
     golden.assert_close(projected[0], "features", 0)
     rows = torch.arange(p["rows_after_tower"])  # that the released code counts
-    for stage, (c, keep) in enumerate(stages):
+    for stage, (_, keep) in enumerate(stages):
         rows = rows[keep.index]
         assert rows.tolist() == golden[f"stage{stage}_kept_image_index"].tolist()
     t, report = golden.meta["comparable_steps"], result.report
