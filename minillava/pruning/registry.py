@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 from .apet import ApET
 from .base import Method
+from .border import Border
 from .cdpruner import CDPruner
 from .dart import DART
 from .divprune import DivPrune
@@ -76,6 +77,7 @@ METHODS: dict[str, type[Method]] = {
         Uniform,
         Grid,
         Pool,
+        Border,
         TextOnly,
     )
 }
@@ -153,7 +155,7 @@ CATALOGUE: dict[str, Origin] = {
         "42Shawn/LLaVA-PruMerge 097c041, clip_encoder.py",
     ),
     "fastervlm": Origin(
-        "FasterVLM, arXiv 2412.01818 v1",
+        "FasterVLM, arXiv 2412.01818 v1; VTC-CLS (blocks=), arXiv 2412.05819",
         "after the vision tower, before the projector",
         "the released function, transcribed, on random draws; a reference in the tests",
         "Theia-4869/FasterVLM f5d5f12, llava_arch.py",
@@ -272,6 +274,9 @@ CATALOGUE: dict[str, Origin] = {
         "baseline", "after the projector, before layer 0", "an independent reference", ""
     ),
     "pool": Origin(
+        "baseline", "after the projector, before layer 0", "an independent reference", ""
+    ),
+    "border": Origin(
         "baseline", "after the projector, before layer 0", "an independent reference", ""
     ),
     "text-only": Origin("baseline", "after the projector, before layer 0", "properties", ""),
