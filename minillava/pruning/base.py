@@ -106,7 +106,7 @@ class Method:
     scope: str = option("image", choices=("image", "all"), help="one budget per image or for all")
     until: int | None = option(None, help="mode=mask: the mask ends where this layer begins")
     cache: str | None = option(
-        None, choices=("drop", "all"), help="all: rows leave the caches of earlier layers, too"
+        "drop", choices=("drop", "all"), help="all: rows leave the caches of earlier layers, too"
     )
 
     file: ClassVar[str] = ""  # the user's file that the class was read from

@@ -73,6 +73,9 @@ class MustDrop(Method):
     layers: tuple[int, ...] = option((3, 7, 11, 15), low=1, help="layers whose input is pruned")
     total: float = option(0.001, low=0, alias="global", help="share of all attention")
     individual: float = option(0.001, low=0, help="attention from a single text token")
+    cache: str | None = option(
+        None, choices=("drop", "all"), help="unset: the released cut, from the first stage on"
+    )
 
     name, drops_only, numbering = "mustdrop", False, "compact"
 
