@@ -57,11 +57,11 @@ class KVCache:
         """Hold only the rows with these numbers (s,) of each sample in some layers."""
         for layer in layers:
             k, v = (
-                torch.cat([held[b][:, on_device(s, held)] for b, s in enumerate(rows)], dim=1)
-                for held in (self.keys[layer], self.values[layer])
-            )  # (Hkv, R, Dh)
+                torch.cat([x[b][:, on_device(s, x)] for b, s in enumerate(rows)], 1).transpose(0, 1)
+                for x in (self.keys[layer], self.values[layer])
+            )  # (R, Hkv, Dh)
             self.reserve([layer], [len(s) for s in rows])
-            self.store(layer, k.transpose(0, 1), v.transpose(0, 1))
+            self.store(layer, k, v)
 
     def append(
         self, layer: int, k: Tensor, v: Tensor, end: int, at: Tensor | None
