@@ -72,8 +72,7 @@ def attention_received(
 def attention_weights(
     q: Tensor, k: Tensor, at: Tensor | None = None, hidden: Tensor | None = None
 ) -> Iterator[Tensor]:
-    """Attention weights of r rows, in blocks of b rows: (H, b, end), float32; none sees a row from
-    `end` <= S on.
+    """Attention weights of r rows, b at a time: (H, b, end), float32; none sees further than `end`.
 
     q (r, H, Dh) and k (S, Hkv, Dh), both already rotated. at (r,): query row i sees the rows up to
     at[i]; None: all rows. hidden (S,) bool: rows that nobody sees. Both are on the CPU.
@@ -82,18 +81,16 @@ def attention_weights(
     columns = torch.arange(S, device=k.device)
     k = k.permute(1, 2, 0)  # (Hkv, Dh, S)
     block = max(1, WEIGHT_ROWS // H)
-    ends = [S] * r  # of each block: the number of columns that its rows see between them
-    if at is not None:
-        ends = [int(rows.max()) + 1 for rows in at.split(block)] if r else []
-        at = on_device(at, k)
     hidden = None if hidden is None else on_device(hidden, k)
-    for start, end in zip(range(0, r, block), ends, strict=False):
+    for start in range(0, r, block):
+        sees = None if at is None else at[start : start + block]  # (b,)
+        end = S if sees is None else int(sees.max()) + 1
         rows = q[start : start + block]  # (b, H, Dh)
         b = len(rows)
         rows = rows.view(b, Hkv, H // Hkv, Dh).permute(1, 2, 0, 3).reshape(Hkv, -1, Dh)
         weights = (rows @ k[:, :, :end]).float().view(H, b, end) * Dh**-0.5
-        if at is not None:
-            later = columns[:end] > at[start : start + block, None]  # (b, end)
+        if sees is not None:
+            later = columns[:end] > on_device(sees, k)[:, None]  # (b, end)
             weights = weights.masked_fill(later, -torch.inf)
         if hidden is None:
             yield weights.softmax(-1)

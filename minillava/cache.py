@@ -35,8 +35,7 @@ class KVCache:
     def reserve(self, layers: Sequence[int], lengths: Sequence[int]) -> None:
         """Allocate layers whose prompts have these numbers of rows, all in one go.
 
-        Allocated one by one between the layers' forwards, they would fragment the memory that
-        activations use.
+        Allocated one by one between the layers' forwards, they would fragment the free memory.
         """
         shape = (len(lengths), self.heads, max(lengths) + self.room, self.head_dim)
         for layer in layers:

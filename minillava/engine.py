@@ -18,7 +18,7 @@ from .cache import KVCache
 from .llava import Encoded, LLaVA
 from .pruning.base import Context, Method, Plan, Step, check_keep
 from .rows import Choice, Keep, Rows, drop_image_rows, on_device, take_rows
-from .sample import CacheView, LayerAttention, Mask, NewToken, Prompt, Sample, Segment
+from .sample import CacheView, LayerAttention, Mask, Prompt, Sample, Segment
 
 Memory = dict[tuple[int, ...], dict[str, Any]]  # Context.memory of one sample, by step and images
 
@@ -160,8 +160,7 @@ def begin_decoding(state: State) -> None:
 def decode(model: LLaVA, tokens: Tensor, state: State) -> Tensor:
     """Feed one token per sample (B,): logits (B, V) of the next. Advances the state's KV cache.
 
-    Dropped rows are gone. Masks of methods that read the newest row are chosen again, unless their
-    choice stands.
+    Dropped rows are gone; masks of methods that read the newest row are chosen again, if they may.
     """
     cache, samples, plan = state.cache, state.samples, state.plan
     assert cache is not None, "decoding needs a cache; without one, the prompt is prefilled again"
@@ -173,7 +172,7 @@ def decode(model: LLaVA, tokens: Tensor, state: State) -> Tensor:
         position = state.position[number]  # (B,)
         for b, s in enumerate(samples):
             s.rows, s.x = segment.held[b], x[b : b + 1]
-            s.token = NewToken(position[b : b + 1], cache.keys_of(layers.start, b))
+            s.cached_keys, s.position = cache.keys_of(layers.start, b), position[b : b + 1]
         prune(model, state, plan.chosen_again(layers.start))
         hidden = [s.hidden(layers.start) for s in samples]
         view = view_cache(state, number, hidden)
@@ -213,33 +212,29 @@ def prune(model: LLaVA, state: State, steps: Sequence[Step]) -> None:
     left, but not while decoding, where masks alone are chosen."""
     samples = state.samples
     for step in steps:
-        before = [s.rows for s in samples]
         for s in samples:
             choices = ask_method(model, step, s)
             if step.method.mode == "mask":
                 s.masks[step.number] = hide_rows(step, s.rows, choices)
             else:
                 s.x, s.rows = drop_image_rows(s.x, s.rows, choices, step.method.compact)
-        if samples[0].token is None:
-            forget_rows(state, step.method, before)
+        if samples[0].cached_keys is None:
+            forget_rows(state, step.method)
             hidden = [s.hidden(step.layer) for s in samples]
             state.history.append(Pruned(step, [s.rows for s in samples], hidden))
     for s in samples:
         s.last = None  # the queries and keys that were kept for these steps
 
 
-def forget_rows(state: State, method: Method, before: Sequence[Rows]) -> None:
-    """Take the rows that a step dropped out of the caches of earlier layers, too (cache=all).
-    before [b]: the rows until then."""
+def forget_rows(state: State, method: Method) -> None:
+    """Take rows that have left the sequence out of the caches of earlier layers (cache=all)."""
     for segment in state.segments:
         if method.cut_from is None or segment.layers.start < method.cut_from:
             continue
-        stay = [
-            (torch.isin(h.id, s.rows.id) | ~torch.isin(h.id, b.id)).nonzero()[:, 0]
-            for h, b, s in zip(segment.held, before, state.samples, strict=True)
-        ]
-        held = [h.select(rows) for h, rows in zip(segment.held, stay, strict=True)]
-        segment.held[:] = [replace(h, next_position=len(h)) if method.compact else h for h in held]
+        pairs = list(zip(segment.held, state.samples, strict=True))
+        stay = [torch.isin(rows.id, s.rows.id).nonzero()[:, 0] for rows, s in pairs]
+        held = [rows.select(i) for rows, i in zip(segment.held, stay, strict=True)]
+        segment.held[:] = [replace(r, next_position=len(r)) if method.compact else r for r in held]
         if state.cache is not None:
             state.cache.cut(segment.layers, stay)
 

@@ -29,9 +29,7 @@ class Settings:
     stop: str | Sequence[str] = ()  # strings that end the answer
     temperature: float = 0.0  # 0: the likeliest token (greedy)
     top_p: float = 1.0  # draw from the likeliest tokens that together have this probability
-    seed: int | None = (
-        None  # sample b draws with seed + b; None: a new one for sampling, 0 in plans
-    )
+    seed: int | None = None  # sample b draws with seed + b; None: any for sampling, 0 in plans
     use_cache: bool = True  # False: the whole sequence is run again for every token
     output_logits: bool = False
 
@@ -72,7 +70,9 @@ def prompts_of(model: LLaVA, batch: Batch) -> list[Prompt]:
     if batch.focus is not None and len(batch.focus) != len(ids):
         raise ValueError(f"focus has {len(batch.focus)} entries for {len(ids)} prompts")
     n_images = 0 if batch.pixels is None else check_pixels(config, batch.pixels)
-    check_sizes(batch.sizes, n_images)
+    sizes = batch.sizes or ()
+    if batch.sizes is not None:
+        check_sizes(sizes, n_images)
     prompts: list[Prompt] = []
     used = 0
     for b in range(len(ids)):
@@ -85,8 +85,8 @@ def prompts_of(model: LLaVA, batch: Batch) -> list[Prompt]:
             check_ids(config, focus, f"the focus of prompt {b}")
         images = tuple(range(used, used + len(starts)))
         used += len(starts)
-        sizes = tuple(batch.sizes or ())[images[0] : used] if images else ()
-        prompts.append(Prompt(tokens, images, starts, focus, len(tokens), sizes))
+        mine = tuple(sizes[i] for i in images if sizes)
+        prompts.append(Prompt(tokens, images, starts, focus, len(tokens), mine))
     if used != n_images:
         raise ValueError(
             f"the prompts have placeholders for {used} images, but pixels holds {n_images}; "
@@ -105,17 +105,13 @@ def check_pixels(config: Config, pixels: Tensor) -> int:
     return len(pixels)
 
 
-def check_sizes(sizes: Sequence[Any] | None, n_images: int) -> None:
-    if sizes is None:
-        return
-    for size in sizes if len(sizes) == n_images else (f"{len(sizes)} entries",):
+def check_sizes(sizes: Sequence[Any], n_images: int) -> None:
+    for size in sizes if len(sizes) == n_images else [f"{len(sizes)} entries"]:
         match size:
             case (int(width), int(height), "crop" | "pad") if min(width, height) > 0:
                 continue
-        raise ValueError(
-            f"sizes has {size!r}; give (width, height, 'crop' or 'pad') for each of the "
-            f"{n_images} images"
-        )
+        form = "(width, height, 'crop' or 'pad')"
+        raise ValueError(f"sizes has {size!r}; give {form} for each of {n_images} images")
 
 
 def check_ids(config: Config, ids: Tensor, what: str) -> None:

@@ -97,14 +97,6 @@ class LastAttention:
     rows: Rows  # the prompt's rows in that layer; generated rows follow them
 
 
-@dataclass(frozen=True)
-class NewToken:
-    """One sample's new token before a decoder layer, while decoding with a cache."""
-
-    position: Tensor  # (1,)
-    cached_keys: Tensor  # (S, Hkv, Dh): keys that the layer holds of the earlier rows
-
-
 @dataclass
 class Sample:
     """One prompt on its way through the model."""
@@ -119,7 +111,9 @@ class Sample:
     masks: dict[int, Mask] = field(default_factory=dict)  # by number of the step
     embedded: tuple[Tensor, Tensor] | None = None  # image rows of layer 0 (m, D), Rows.image (m,)
     last: LastAttention | None = None
-    token: NewToken | None = None  # while decoding
+    # while decoding: the keys (S, Hkv, Dh) that the next layer holds, and the new token's position
+    cached_keys: Tensor | None = None
+    position: Tensor = field(init=False)  # (1,)
 
     def hidden(self, layer: int, before: int | None = None) -> Tensor | None:
         """Which rows (S,) a layer hides, by steps before number `before`, on the CPU; None: none"""

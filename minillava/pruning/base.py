@@ -100,14 +100,10 @@ class Method:
     """Base class of all methods. The fields here are options that every method takes."""
 
     mode: str = option("drop", choices=("drop", "mask"), help="drop rows or hide them")
-    positions: str | None = option(
-        None, choices=("original", "compact"), help="whether rows keep their positions after a drop"
-    )
+    positions: str | None = option(None, choices=("original", "compact"), help="after a drop")
     scope: str = option("image", choices=("image", "all"), help="one budget per image or for all")
     until: int | None = option(None, help="mode=mask: the mask ends where this layer begins")
-    cache: str | None = option(
-        "drop", choices=("drop", "all"), help="all: rows leave the caches of earlier layers, too"
-    )
+    cache: str | None = option("drop", choices=("drop", "all"), help="all: in earlier layers, too")
 
     file: ClassVar[str] = ""  # the user's file that the class was read from
     name: ClassVar[str]  # default: the class's name in lower case
@@ -132,14 +128,11 @@ class Method:
     def __post_init__(self) -> None:
         for name, value, rule in self.options():
             check_option(f"{self.name}: {name}", value, rule)
-        masks, ends = self.mode == "mask", self.until is not None
-        only_drops = "needs a method that only drops"
+        masks, compact = self.mode == "mask", self.positions == "compact"
+        ends, only_drops = self.until is not None, "needs a method that only drops"
         for refused, why in (
             (masks and not self.drops_only, f"mode=mask {only_drops}; use mode=drop"),
-            (
-                masks and self.positions == "compact",
-                "mode=mask renumbers nothing; use positions=original",
-            ),
+            (masks and compact, "mode=mask renumbers nothing; use positions=original"),
             (ends and not masks, f"until={self.until} ends a mask; it needs mode=mask"),
             (masks and self.cache == "all", "mode=mask drops nothing; use cache=drop"),
             (self.scope == "all" and not self.drops_only, f"scope=all {only_drops}"),
@@ -326,7 +319,7 @@ class Context:
     @property
     def patches(self) -> Tensor:
         """Patch of each candidate (n,), 0..n_tokens-1: image * N + patch in it. -1: no patch."""
-        rows, N = self._sample.rows.select(self.candidates), self.grid**2
+        rows, N = self.rows.select(self.candidates), self.grid**2
         return torch.where(rows.patch < 0, -1, rows.patch + (rows.image - self._images[0]) * N)
 
     def features(self) -> Tensor:
@@ -366,9 +359,8 @@ class Context:
     @property
     def newest(self) -> Tensor:
         """Row number (1,) of the last row: the one whose logits give the next token."""
-        token, s = self._sample.token, self._sample
-        n = len(s.rows) if token is None else len(token.cached_keys) + 1
-        return torch.tensor([n - 1])
+        held = self._sample.cached_keys  # while decoding
+        return torch.tensor([len(self.rows) - 1 if held is None else len(held)])
 
     def attention(self, rows: Tensor, layer: int = -1) -> Tensor:
         """Attention weight that each candidate receives from `rows`, their mean: (H, n), float32.
@@ -388,13 +380,13 @@ class Context:
             yield weights[:, :, columns * seen] * seen
 
     def _queries(self, rows: Tensor, layer: int) -> tuple[Tensor, Tensor, Tensor, Any, Tensor]:
-        """What attention_weights() computes the weights of rows (r,) from, and its columns (n,)
-        that are the candidates, -1 for those that it does not have."""
+        """The arguments of attention_weights() for rows (r,), and the candidates' columns (n,) in
+        its result, -1 for those that it does not have."""
         if layer not in (-1, 0):
             raise self._error(f"attention(layer={layer}): -1 is the layer before, 0 the coming one")
         if self._step.stage == "vision":
             raise self._error('attention() is for the stages ("embed", 0) and ("decoder", K)')
-        if self._sample.token is not None and not torch.equal(rows, self.newest):
+        if self._sample.cached_keys is not None and not torch.equal(rows, self.newest):
             raise self._error(
                 f"attention of rows {rows.tolist()} was asked for, but while decoding only the "
                 f"newest row {self.newest.tolist()} has a query; ask for `newest`, or say "
@@ -417,7 +409,7 @@ class Context:
 
     def sequence(self) -> Tensor:
         """Hidden states (S, C | D) of all rows of the sample."""
-        if self._sample.token is not None:
+        if self._sample.cached_keys is not None:
             raise self._error(
                 "while decoding, the prompt's hidden states are gone; read nothing but the "
                 "attention of `newest`, or say choice_stands = True, so that the choice made for "
@@ -436,20 +428,18 @@ class Context:
     def _coming_heads(self, rows: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
         """Queries (r, H, Dh) of rows (r,), keys (S, Hkv, Dh) and hidden rows of the next layer."""
         s, block = self._sample, self.model.block(self._step.layer)
-        token = s.token
-        position = s.rows.position if token is None else token.position
-        h, (cos, sin) = block.norm1(s.x), self.model.llama.rope(position, s.x.dtype)
-        own = on_device(rows if token is None else rows - len(token.cached_keys), h)
+        held, h = s.cached_keys, block.norm1(s.x)
+        cos, sin = self.model.llama.rope(s.rows.position if held is None else s.position, h.dtype)
+        own = on_device(rows if held is None else rows - len(held), h)
         q = rotate(block.attn.query(h[own]), (cos[own], sin[own]))  # (r, H, Dh)
         k = rotate(block.attn.key(h), (cos, sin))  # (S, Hkv, Dh)
-        if token is not None:
-            k = torch.cat((token.cached_keys, k))
+        k = k if held is None else torch.cat((held, k))
         return q, k, pad_visible(s.hidden(self._step.layer, before=self._step.number), len(k))
 
     def before(self) -> Tensor:
         """Hidden states (n, D) of the candidates as they entered the layer that ran last."""
         at = self._rows_in_last()[self.candidates]
-        if self._sample.token is not None or (at < 0).any():
+        if self._sample.cached_keys is not None or (at < 0).any():
             raise self._error("rows that were added since have no state before the last layer")
         return take_rows(self._last().x, at)
 
@@ -530,8 +520,7 @@ class Step:
 class Plan:
     """Methods to run together: Plan((FastV(layer=2, r=0.5),)). parse_plan makes one from text.
 
-    tokens, focus: how the processor has to build the prompt (presets say so). text: the plan as it
-    was written.
+    tokens, focus: how the processor has to build the prompt (presets say so). text: as written.
     """
 
     methods: tuple[Method, ...] = ()
@@ -600,11 +589,8 @@ class Plan:
         left = per_image * n_images
         for step in self.steps:
             if step.stage != "decoder" and step.method.mode == "drop":
-                joint = step.method.scope == "all"
-                most = step.method.left(per_image * n_images if joint else per_image)[
-                    step.stage_index
-                ]
-                most = most if joint else most * n_images
+                joint = n_images if step.method.scope == "all" else 1
+                most = step.method.left(per_image * joint)[step.stage_index] * n_images // joint
                 # a method that adds rows can leave more than there were
                 left = min(left, most) if step.method.drops_only else most
         return left

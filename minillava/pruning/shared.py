@@ -108,12 +108,7 @@ def block_number(name: str, block: int | None, n_blocks: int, released: int) -> 
 
 def tower_heads(block: Block, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Queries, keys and values of a block for rows x (T, C) of one image: (1, H, T, Dh) each."""
-    attn, h = block.attn, block.norm1(x)
-    q, k, v = (
-        proj(h).view(1, len(x), attn.n_heads, -1).transpose(1, 2)
-        for proj in (attn.q_proj, attn.k_proj, attn.v_proj)
-    )
-    return q, k, v
+    return block.attn.heads(block.norm1(x)[None])
 
 
 def add_attention(
