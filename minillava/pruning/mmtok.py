@@ -26,6 +26,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from ..config import VisionConfig
 from ..llava import LLaVA
 from ..rows import on_device, take_rows
 from .base import Context, Keep, option
@@ -61,6 +62,13 @@ def words_of(text: str) -> list[str]:
     return words or text.split() or words_of(NO_QUESTION)
 
 
+def released_lines(width: int, height: int, config: VisionConfig) -> tuple[int, int]:
+    """As border_lines, by the released code, which rounds the image's shorter side to pixels."""
+    size, patch = config.image_size, config.patch_size
+    border = size - round(min(width, height) * (size / max(width, height)))
+    return border // 2 // patch, (border - border // 2) // patch
+
+
 @dataclass(frozen=True)
 class MMTok(BeforeDecoder):
     alpha: float = option(0.5, low=0, help="weight of covering patches against words")
@@ -90,5 +98,7 @@ class MMTok(BeforeDecoder):
         by_patch = (unchecked_cosines(patches, patches) / self.image).softmax(1) / n
         covers = torch.cat((by_word, self.alpha * by_patch))  # (m + n, n)
         refuse_nan(covers, c.where)
-        last = -1e6 * on_device(border_patches(c), covers)  # (n,) no gain is that large
+        last = -1e6 * on_device(
+            border_patches(c, released_lines), covers
+        )  # (n,) no gain is that large
         return Keep(choose_covering(covers, keep, 1.0, last))

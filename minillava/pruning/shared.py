@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
 from typing import ClassVar
@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..clip import Block
+from ..config import VisionConfig
 from .base import Context, Method, Stage, Stages, amount, count, option
 
 
@@ -131,28 +132,30 @@ def check_whole_grid(c: Context, name: str) -> None:
 # ---------------------------------------------------------------- the letterbox
 
 
-def border_lines(width: int, height: int, size: int, patch: int) -> tuple[int, int]:
-    """Rows (or columns) of patches wholly in the border before and after an image, of which `size`
-    pixels are left of the longer side: 3 and 3 for 400 x 300 pixels, 336 and 14."""
-    border = size - round(min(width, height) * (size / max(width, height)))
-    return border // 2 // patch, (border - border // 2) // patch
+def border_lines(width: int, height: int, config: VisionConfig) -> tuple[int, int]:
+    """Rows (or columns) of patches wholly in the border before and after an image that is centred
+    on a square: 3 and 3 of 24 for 400 x 300 pixels."""
+    longer, shorter = max(width, height), min(width, height)
+    before = (longer - shorter) // 2
+    after = longer - shorter - before
+    return before * config.grid // longer, after * config.grid // longer
 
 
-def border_patches(c: Context) -> Tensor:
+def border_patches(
+    c: Context, lines: Callable[[int, int, VisionConfig], tuple[int, int]] = border_lines
+) -> Tensor:
     """Which candidates (n,) are patches wholly in the border that aspect "pad" puts around an
-    image, on the CPU. None is if the images' sizes are not known."""
-    config, g = c.model.config.vision, c.grid
-    masks = []
+    image, on the CPU. None is if the images' sizes are not known. lines: how they are counted."""
+    g, masks = c.grid, []
     for width, height, aspect in c.sizes:
-        first, last = border_lines(width, height, config.image_size, config.patch_size)
+        first, last = lines(width, height, c.model.config.vision)
         outside = torch.ones(g, dtype=torch.bool)
         outside[first : g - last] = False
         outside &= torch.tensor(aspect == "pad" and width != height)
-        lines = outside[:, None] if width > height else outside[None]
-        masks.append(lines.expand(g, g).flatten())
-    patches = c.patches
+        rows = outside[:, None] if width > height else outside[None]
+        masks.append(rows.expand(g, g).flatten())
     table = torch.cat(masks) if masks else torch.zeros(c.n_tokens, dtype=torch.bool)
-    return table[patches] & (patches >= 0)
+    return table[c.patches] & (c.patches >= 0)
 
 
 # ---------------------------------------------------------------- greedy choice
