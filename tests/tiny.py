@@ -218,6 +218,12 @@ GRIDS = {"mustdrop": 6}  # patches along a side of an image that a method needs;
 SEVERAL = {"keep": "8/5/3", "delete": "4/0/5/0"}
 
 
+def grid_for(request: pytest.FixtureRequest) -> int:
+    """Patches along a side of an image in a test about the method `name`, if it is about one."""
+    callspec = getattr(request.node, "callspec", None)
+    return GRIDS.get(callspec.params.get("name", ""), 4) if callspec else 4
+
+
 def example(name: str, *more: str) -> Plan:
     """A plan of this method that prunes the small model; `more` are further options."""
     options = {}

@@ -369,12 +369,12 @@ class Context:
         keys that it will compute. Rows added after that layer do not count in the mean. While
         decoding with a cache only `newest` has a query; other rows raise ValueError.
         """
-        *heads, columns = self._queries(rows.cpu(), layer)
+        *heads, columns = self._queries(rows, layer)
         return attention_received(*heads)[:, columns] * (columns >= 0)
 
     def attention_by_row(self, rows: Tensor, layer: int = -1) -> Iterator[Tensor]:
         """The same before the mean, in blocks of b of the rows, in order: (H, b, n) each."""
-        *heads, columns = self._queries(rows.cpu(), layer)
+        *heads, columns = self._queries(rows, layer)
         for weights in attention_weights(*heads):  # (H, b, end)
             seen = (columns >= 0) & (columns < weights.shape[2])
             yield weights[:, :, columns * seen] * seen
@@ -386,17 +386,17 @@ class Context:
             raise self._error(f"attention(layer={layer}): -1 is the layer before, 0 the coming one")
         if self._step.stage == "vision":
             raise self._error('attention() is for the stages ("embed", 0) and ("decoder", K)')
-        if self._sample.cached_keys is not None and not torch.equal(rows, self.newest):
+        if self._sample.cached_keys is not None and not torch.equal(rows.cpu(), self.newest):
             raise self._error(
                 f"attention of rows {rows.tolist()} was asked for, but while decoding only the "
                 f"newest row {self.newest.tolist()} has a query; ask for `newest`, or say "
                 "choice_stands = True: the choice made for the prompt then stands"
             )
         if layer == 0:
-            q, k, hidden = self._coming_heads(rows)
-            return q, k, rows, hidden, on_device(self.candidates, k)
+            q, k, hidden = self._coming_heads(rows.cpu())
+            return q, k, rows.cpu(), hidden, on_device(self.candidates, k)
         last, there = self._last(), self._rows_in_last()
-        at = there[rows]
+        at = there[rows.cpu()]
         at = at[at >= 0]  # rows added since then had no query there
         q = take_rows(last.q, at - (len(last.k) - len(last.q)))  # (r, H, Dh)
         return q, last.k, at, last.hidden, on_device(there[self.candidates], q)

@@ -100,9 +100,7 @@ class MustDrop(Method):
 
     def check_model(self, model: LLaVA) -> None:
         if min(model.feature_layer, len(model.vision.blocks) - 1) < 1:
-            raise ValueError(
-                "mustdrop merges behind block 0 of the vision tower, which has no more"
-            )
+            raise ValueError("mustdrop needs a vision tower that goes on behind its block 0")
 
     def vision_layers(self, n_layers: int) -> tuple[int, ...]:
         return (0,)

@@ -28,6 +28,7 @@ import torch
 from torch import Tensor
 
 from ..llava import LLaVA
+from ..rows import on_device
 from .base import Context, Keep, count, option, top
 from .shared import BeforeDecoder, cosines, second_last_block
 
@@ -36,7 +37,7 @@ def principal_directions(x: Tensor, q: int, generator: torch.Generator) -> Tenso
     """The q first principal directions (n, q) of x (C, n), by two rounds of subspace iteration."""
     x = x - x.mean(0)
     tall = x if len(x) >= x.shape[1] else x.T
-    start = torch.randn(tall.shape[1], q, generator=generator).to(x.device)
+    start = on_device(torch.randn(tall.shape[1], q, generator=generator), x)
     basis = torch.linalg.qr(tall @ start).Q
     for _ in range(2):
         basis = torch.linalg.qr(tall @ torch.linalg.qr(tall.T @ basis).Q).Q

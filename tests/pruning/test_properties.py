@@ -9,7 +9,6 @@ from collections.abc import Sequence
 from typing import Any
 
 import pytest
-import tiny
 import torch
 from reference import Reference, layers_of, picture_rows, replay
 from tiny import IMAGE, alone, assert_close, example, make_batch, watching
@@ -31,18 +30,9 @@ def run(model: Any, batch: Batch, plan: Plan | None = None, n: int = 3, **option
     return generate(model, batch, plan, n, output_logits=True, **options)
 
 
-@pytest.fixture(scope="module")
-def other_model(tmp_path_factory: pytest.TempPathFactory) -> Any:
-    """As `model`, with 36 tokens per image."""
-    return tiny.write_model(tmp_path_factory, image_size=84)
-
-
 @pytest.fixture
-def model(model: Any, other_model: Any, request: pytest.FixtureRequest) -> Any:
-    """The model that suits the method that a test is about."""
-    callspec = getattr(request.node, "callspec", None)
-    name = callspec.params.get("name") if callspec else None
-    return other_model if name in tiny.GRIDS else model
+def model(fitting_model: Any) -> Any:
+    return fitting_model
 
 
 @pytest.fixture
