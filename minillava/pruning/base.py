@@ -589,8 +589,8 @@ class Plan:
         left = per_image * n_images
         for step in self.steps:
             if step.stage != "decoder" and step.method.mode == "drop":
-                joint = n_images if step.method.scope == "all" else 1
-                most = step.method.left(per_image * joint)[step.stage_index] * n_images // joint
+                groups, images = (1, n_images) if step.method.scope == "all" else (n_images, 1)
+                most = groups * step.method.left(per_image * images)[step.stage_index]
                 # a method that adds rows can leave more than there were
                 left = min(left, most) if step.method.drops_only else most
         return left
