@@ -52,6 +52,7 @@ from minillava.generate import generate
 from minillava.llava import LLaVA
 from minillava.pruning import Context, Keep, Method, Plan
 from minillava.pruning.base import Stage
+from minillava.pruning.fitprune import strongest
 from minillava.request import prompts_of
 
 from .tasks.files import read_text
@@ -170,7 +171,7 @@ class Fitting(Method):
         if sample == 0:
             record.start_layer(layer)
         asked = (c.candidates, c.text_rows)
-        by_image, by_text = (c.attention(rows, strongest=True)[0] for rows in asked)
+        by_image, by_text = (strongest(c, rows) / len(rows) for rows in asked)
         gone = record.delete(layer, sample, by_image, by_text)
         return Keep((~gone).nonzero()[:, 0].to(c.candidates.device))
 

@@ -8,6 +8,8 @@ keys and values; LLaVA-1.5 has H = Hkv = 32 (7B) or 40 (13B) with Dh = 128.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -55,44 +57,44 @@ def token_attention(q: Tensor, k: Tensor, v: Tensor, visible: Tensor | None) -> 
 
 
 def attention_received(
-    q: Tensor,
-    k: Tensor,
-    at: Tensor | None,
-    hidden: Tensor | None = None,
-    strongest: bool = False,
+    q: Tensor, k: Tensor, at: Tensor | None = None, hidden: Tensor | None = None
 ) -> Tensor:
     """Attention weight that each of S rows receives from r rows, their mean: (H, S), float32.
 
+    The arguments are those of attention_weights. r = 0 gives zeros.
+    """
+    total = q.new_zeros((q.shape[1], len(k)), dtype=torch.float32)
+    for weights in attention_weights(q, k, at, hidden):
+        total[:, : weights.shape[2]] += weights.sum(1)
+    return total / max(1, len(q))
+
+
+def attention_weights(
+    q: Tensor, k: Tensor, at: Tensor | None = None, hidden: Tensor | None = None
+) -> Iterator[Tensor]:
+    """Attention weights of r rows, b at a time: (H, b, end), float32; none sees further than `end`.
+
     q (r, H, Dh) and k (S, Hkv, Dh), both already rotated. at (r,): query row i sees the rows up to
-    at[i]; None: all rows. hidden (S,) bool: rows that nobody sees. Both are on the CPU. strongest:
-    take the largest weight over the heads before the mean over the r rows: (1, S). The softmax is
-    float32, and the weights are computed in blocks of rows. r = 0 gives zeros.
+    at[i]; None: all rows. hidden (S,) bool: rows that nobody sees. Both are on the CPU.
     """
     (r, H, Dh), (S, Hkv, _) = q.shape, k.shape
-    total = q.new_zeros((1 if strongest else H, S), dtype=torch.float32)
-    if not r:
-        return total
     columns = torch.arange(S, device=k.device)
     k = k.permute(1, 2, 0)  # (Hkv, Dh, S)
     block = max(1, WEIGHT_ROWS // H)
-    ends = [S] * r  # of each block: the number of columns that its rows see between them
-    if at is not None:
-        ends = [int(rows.max()) + 1 for rows in at.split(block)]
-        at = on_device(at, k)
     hidden = None if hidden is None else on_device(hidden, k)
-    for start, end in zip(range(0, r, block), ends, strict=False):
+    for start in range(0, r, block):
+        sees = None if at is None else at[start : start + block]  # (b,)
+        end = S if sees is None else int(sees.max()) + 1
         rows = q[start : start + block]  # (b, H, Dh)
         b = len(rows)
         rows = rows.view(b, Hkv, H // Hkv, Dh).permute(1, 2, 0, 3).reshape(Hkv, -1, Dh)
         weights = (rows @ k[:, :, :end]).float().view(H, b, end) * Dh**-0.5
-        if at is not None:
-            later = columns[:end] > at[start : start + block, None]  # (b, end)
+        if sees is not None:
+            later = columns[:end] > on_device(sees, k)[:, None]  # (b, end)
             weights = weights.masked_fill(later, -torch.inf)
         if hidden is None:
-            weights = weights.softmax(-1)
+            yield weights.softmax(-1)
         else:  # a row that sees nothing gives nothing, where softmax would give NaN
             weights = weights.masked_fill(hidden[:end], -torch.inf)
             blind = (weights == -torch.inf).all(-1, keepdim=True)
-            weights = weights.masked_fill(blind, 0.0).softmax(-1).masked_fill(blind, 0.0)
-        total[:, :end] += (weights.amax(0, keepdim=True) if strongest else weights).sum(1)
-    return total / r
+            yield weights.masked_fill(blind, 0.0).softmax(-1).masked_fill(blind, 0.0)

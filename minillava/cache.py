@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from .config import TextConfig
+from .rows import on_device
 
 Held = tuple[Tensor, Tensor]  # keys and values of a layer, each (B, Hkv, S, Dh)
 
@@ -36,8 +37,7 @@ class KVCache:
     def reserve(self, layers: Sequence[int], lengths: Sequence[int]) -> None:
         """Allocate layers whose prompts have these numbers of rows, all in one go.
 
-        Allocated one by one between the layers' forwards, they would fragment the memory that
-        activations use.
+        Allocated one by one between the layers' forwards, they would fragment the free memory.
         """
         shape = (len(lengths), self.heads, max(lengths) + self.room, self.head_dim)
         for layer in layers:
@@ -53,6 +53,16 @@ class KVCache:
                 held[b, :, : lengths[b]] = part.transpose(0, 1)
                 # attention multiplies masked rows by 0, and 0 x garbage may be NaN
                 held[b, :, lengths[b] : max(lengths)] = 0.0
+
+    def cut(self, layers: Sequence[int], rows: Sequence[Tensor]) -> None:
+        """Hold only the rows with these numbers (s,) of each sample in some layers."""
+        for layer in layers:
+            k, v = (
+                torch.cat([x[b][:, on_device(s, x)] for b, s in enumerate(rows)], 1).transpose(0, 1)
+                for x in (self.keys[layer], self.values[layer])
+            )  # (R, Hkv, Dh)
+            self.reserve([layer], [len(s) for s in rows])
+            self.store(layer, k, v)
 
     def append(self, layer: int, k: Tensor, v: Tensor, end: int, at: Tensor | None) -> Held:
         """Write one row per sample, k and v (B, Hkv, Dh), as write_rows does; return the first

@@ -4,9 +4,8 @@ An image of 336 x 336 pixels is cut into 24 x 24 patches of 14 x 14 pixels. Each
 width C, and a class token is put before them: a sequence of 1 + 576 = 577 rows, which all attend
 to each other. Hidden state 0 enters block 0, hidden state i leaves block i - 1.
 
-LLaVA-1.5 reads the 576 patch rows of hidden state -2, that is 23 of 24, so the last block need not
-run. Same as openai/CLIP and Hugging Face's CLIPVisionModel: patch convolution without bias, pre-LN
-blocks, quick-GELU.
+LLaVA-1.5 reads the 576 patch rows of hidden state -2 (23 of 24), so the last block need not run.
+Same as Hugging Face's CLIPVisionModel: patch convolution without bias, pre-LN blocks, quick-GELU.
 """
 
 from __future__ import annotations
@@ -33,13 +32,14 @@ class Attention(nn.Module):
         self.out_proj = nn.Linear(config.hidden_size, config.hidden_size)
 
     def forward(self, x: Tensor) -> Tensor:
-        B, T, C = x.shape
-        q, k, v = (
-            proj(x).view(B, T, self.n_heads, -1).transpose(1, 2)  # (B, H, T, Dh)
-            for proj in (self.q_proj, self.k_proj, self.v_proj)
-        )
-        y = F.scaled_dot_product_attention(q, k, v)  # (B, H, T, Dh)
-        return self.out_proj(y.transpose(1, 2).reshape(B, T, C))  # (B, T, C)
+        y = F.scaled_dot_product_attention(*self.heads(x))  # (B, H, T, Dh)
+        return self.out_proj(y.transpose(1, 2).flatten(2))  # (B, T, C)
+
+    def heads(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Queries, keys and values of rows (B, T, C): (B, H, T, Dh) each."""
+        q, k, v = (proj(x) for proj in (self.q_proj, self.k_proj, self.v_proj))
+        q, k, v = (y.unflatten(-1, (self.n_heads, -1)).transpose(1, 2) for y in (q, k, v))
+        return q, k, v
 
 
 class MLP(nn.Module):
@@ -108,8 +108,6 @@ class CLIPVision(nn.Module):
         Each (B, T, H, Dh). Pruning methods compute attention weights and similarities from them.
         """
         layer = cast(Block, self.blocks[block])
-        B, T, _ = hidden.shape
-        x = layer.norm1(hidden)
-        q = layer.attn.q_proj(x).view(B, T, layer.attn.n_heads, -1)
-        k = layer.attn.k_proj(x).view(B, T, layer.attn.n_heads, -1)
+        x, attn = layer.norm1(hidden), layer.attn
+        q, k = (proj(x).unflatten(-1, (attn.n_heads, -1)) for proj in (attn.q_proj, attn.k_proj))
         return q, k

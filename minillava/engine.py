@@ -8,7 +8,7 @@ KV cache, are really shorter; in mask mode they stay and are hidden from attenti
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -16,9 +16,9 @@ from torch import Tensor
 
 from .cache import KVCache
 from .llava import Encoded, LLaVA
-from .pruning.base import Context, Plan, Step, check_keep
+from .pruning.base import Context, Method, Plan, Step, check_keep
 from .rows import Choice, Keep, Rows, drop_image_rows, on_device, take_rows
-from .sample import CacheView, LayerAttention, Mask, NewToken, Prompt, Sample, Segment
+from .sample import CacheView, LayerAttention, Mask, Prompt, Sample, Segment
 
 Memory = dict[tuple[int, ...], dict[str, Any]]  # Context.memory of one sample, by step and images
 
@@ -34,15 +34,17 @@ class Pruned:
 
 @dataclass
 class State:
-    """What decode() needs between tokens, and what the prefill did."""
+    """The samples on their way, what the prefill did, and what decode() needs between tokens."""
 
     plan: Plan
     samples: list[Sample]
-    segments: list[Segment]
-    history: list[Pruned]
     cache: KVCache | None
-    position: Tensor  # (segments, B) position of the next token in each segment's layers
-    length: Tensor  # (segments, B) rows that each segment's layers hold of each sample
+    segments: list[Segment] = field(default_factory=list)  # that ran
+    history: list[Pruned] = field(default_factory=list)
+    # (segments, B), after the prefill: position of the next token in each segment's layers, and
+    # rows that they hold of each sample
+    position: Tensor = field(init=False)
+    length: Tensor = field(init=False)
     graph: Any = None  # a CUDA graph of one token, if the model was loaded with compile=True
 
 
@@ -68,32 +70,32 @@ def prefill(
         begin_sample(model, prompt, encoded, seed + b, memory)
         for b, (prompt, memory) in enumerate(zip(prompts, memories, strict=True))
     ]
-    history: list[Pruned] = []
-    prune(model, samples, plan.at("vision"), history)  # s.x is (S, C), text rows still zero
+    state = State(plan, samples, cache)
+    prune(model, state, plan.at("vision"))  # s.x is (S, C), text rows still zero
     embed_rows(model, samples)  # s.x is (S, D)
-    prune(model, samples, plan.at("embed"), history)
+    prune(model, state, plan.at("embed"))
     if any(step.stage == "decoder" for step in plan.steps):
         for s in samples:
             images = s.rows.image_rows()  # (m,)
             s.embedded = take_rows(s.x, images), s.rows.image[images]
 
-    segments = []
     for layers in plan.segments(model.config.text.num_hidden_layers):
-        prune(model, samples, plan.at("decoder", layers.start), history)
-        hidden = [s.hidden(layers.start) for s in samples]
-        segments.append(Segment(layers, [s.rows for s in samples], hidden))
+        prune(model, state, plan.at("decoder", layers.start))
+        hidden, rows = [s.hidden(layers.start) for s in samples], [s.rows for s in samples]
+        state.segments.append(Segment(layers, rows, hidden, held=list(rows)))
         if cache is not None:
             cache.reserve(layers, [len(s.rows) for s in samples])
         rope = model.llama.rope(torch.cat([s.rows.position for s in samples]), model.dtype)
         x = pack_rows(samples)  # (R, D): R rows of all samples
         seen = [None if h is None else on_device((~h).nonzero()[:, 0], x) for h in hidden]
         for layer in layers:
-            remember = bool(plan.at("decoder", layer + 1))
-            attend = LayerAttention(layer, samples, cache, hidden, seen, None, remember)
+            entered = x if plan.at("decoder", layer + 1) else None
+            attend = LayerAttention(layer, samples, cache, hidden, seen, None, entered)
             x = model.block(layer)(x, rope, attend)  # (R, D)
         unpack_rows(samples, x)
     logits = model.llama.logits(torch.cat([s.x[-1:] for s in samples]))  # (B, V)
-    return logits, begin_decoding(plan, samples, segments, history, cache)
+    begin_decoding(state)
+    return logits, state
 
 
 def begin_sample(
@@ -145,28 +147,20 @@ def unpack_rows(samples: Sequence[Sample], x: Tensor) -> None:
 # ---------------------------------------------------------------- one token
 
 
-def begin_decoding(
-    plan: Plan,
-    samples: list[Sample],
-    segments: list[Segment],
-    history: list[Pruned],
-    cache: KVCache | None,
-) -> State:
-    """The state after a prefill, without what only methods of the prefill could read."""
-    for s in samples:
+def begin_decoding(state: State) -> None:
+    """Forget what only methods of the prefill could read, and count what the caches hold."""
+    for s in state.samples:
         s.vision, s.embedded = {}, None
         s.x = s.x.new_empty(0, s.x.shape[1])
-    next_positions = [[rows.next_position for rows in segment.rows] for segment in segments]
-    lengths = [[len(rows) for rows in segment.rows] for segment in segments]
-    counts = on_device(torch.tensor([next_positions, lengths]), samples[0].x)
-    return State(plan, samples, segments, history, cache, counts[0], counts[1])
+    held = [segment.held for segment in state.segments]
+    counts = [[[r.next_position for r in rows] for rows in held], [[*map(len, r)] for r in held]]
+    state.position, state.length = on_device(torch.tensor(counts), state.samples[0].x)
 
 
 def decode(model: LLaVA, tokens: Tensor, state: State) -> Tensor:
     """Feed one token per sample (B,): logits (B, V) of the next. Advances the state's KV cache.
 
-    Dropped rows are gone. Masks of methods that read the newest row are chosen again, unless their
-    choice stands.
+    Dropped rows are gone; masks of methods that read the newest row are chosen again, if they may.
     """
     cache, samples, plan = state.cache, state.samples, state.plan
     assert cache is not None, "decoding needs a cache; without one, the prompt is prefilled again"
@@ -177,15 +171,15 @@ def decode(model: LLaVA, tokens: Tensor, state: State) -> Tensor:
         layers = segment.layers
         position = state.position[number]  # (B,)
         for b, s in enumerate(samples):
-            s.rows, s.x = segment.rows[b], x[b : b + 1]
-            s.token = NewToken(position[b : b + 1], cache.keys_of(layers.start, b))
-        prune(model, samples, plan.chosen_again(layers.start), None)
+            s.rows, s.x = segment.held[b], x[b : b + 1]
+            s.cached_keys, s.position = cache.keys_of(layers.start, b), position[b : b + 1]
+        prune(model, state, plan.chosen_again(layers.start))
         hidden = [s.hidden(layers.start) for s in samples]
         view = view_cache(state, number, hidden)
         rope = model.llama.rope(position, model.dtype)
         for layer in layers:
-            remember = bool(plan.chosen_again(layer + 1))
-            attend = LayerAttention(layer, samples, cache, hidden, [], view, remember)
+            entered = x if plan.chosen_again(layer + 1) else None
+            attend = LayerAttention(layer, samples, cache, hidden, [], view, entered)
             x = model.block(layer)(x, rope, attend)  # (B, D)
     state.position += 1
     state.length += 1
@@ -213,11 +207,10 @@ def view_cache(state: State, number: int, hidden: Sequence[Tensor | None]) -> Ca
 # ---------------------------------------------------------------- pruning
 
 
-def prune(
-    model: LLaVA, samples: Sequence[Sample], steps: Sequence[Step], history: list[Pruned] | None
-) -> None:
-    """Carry out steps of a plan on the rows that each sample has now, and note what is left in
-    `history` (None while decoding: nothing is noted)."""
+def prune(model: LLaVA, state: State, steps: Sequence[Step]) -> None:
+    """Carry out steps of the plan on the rows that each sample has now. The state notes what is
+    left, but not while decoding, where masks alone are chosen."""
+    samples = state.samples
     for step in steps:
         for s in samples:
             choices = ask_method(model, step, s)
@@ -225,11 +218,25 @@ def prune(
                 s.masks[step.number] = hide_rows(step, s.rows, choices)
             else:
                 s.x, s.rows = drop_image_rows(s.x, s.rows, choices, step.method.compact)
-        if history is not None:
+        if samples[0].cached_keys is None:
+            forget_rows(state, step.method)
             hidden = [s.hidden(step.layer) for s in samples]
-            history.append(Pruned(step, [s.rows for s in samples], hidden))
+            state.history.append(Pruned(step, [s.rows for s in samples], hidden))
     for s in samples:
         s.last = None  # the queries and keys that were kept for these steps
+
+
+def forget_rows(state: State, method: Method) -> None:
+    """Take rows that have left the sequence out of the caches of earlier layers (cache=all)."""
+    for segment in state.segments:
+        if method.cut_from is None or segment.layers.start < method.cut_from:
+            continue
+        pairs = list(zip(segment.held, state.samples, strict=True))
+        stay = [torch.isin(rows.id, s.rows.id).nonzero()[:, 0] for rows, s in pairs]
+        held = [rows.select(i) for rows, i in zip(segment.held, stay, strict=True)]
+        segment.held[:] = [replace(r, next_position=len(r)) if method.compact else r for r in held]
+        if state.cache is not None:
+            state.cache.cut(segment.layers, stay)
 
 
 def ask_method(model: LLaVA, step: Step, sample: Sample) -> list[Choice]:

@@ -5,8 +5,7 @@
     prompt ids (T,)     -> embeddings (T, 4096), the image tokens in place of the 576 placeholders
                         -> 32 decoder layers -> logits (V,) of the next token
 
-This file holds the weights and the parts that work alone. engine.py runs them over a batch and
-prunes image tokens on the way.
+This file holds the weights and the parts that work alone; engine.py runs and prunes a batch.
 """
 
 from __future__ import annotations

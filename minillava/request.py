@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -28,8 +29,7 @@ class Settings:
     stop: str | Sequence[str] = ()  # strings that end the answer
     temperature: float = 0.0  # 0: the likeliest token (greedy)
     top_p: float = 1.0  # draw from the likeliest tokens that together have this probability
-    # sample b draws with seed + b; None: a new one for sampling, 0 in plans
-    seed: int | None = None
+    seed: int | None = None  # sample b draws with seed + b; None: any for sampling, 0 in plans
     use_cache: bool = True  # False: the whole sequence is run again for every token
     output_logits: bool = False
 
@@ -70,6 +70,9 @@ def prompts_of(model: LLaVA, batch: Batch) -> list[Prompt]:
     if batch.focus is not None and len(batch.focus) != len(ids):
         raise ValueError(f"focus has {len(batch.focus)} entries for {len(ids)} prompts")
     n_images = 0 if batch.pixels is None else check_pixels(config, batch.pixels)
+    sizes = batch.sizes or ()
+    if batch.sizes is not None:
+        check_sizes(sizes, n_images)
     prompts: list[Prompt] = []
     used = 0
     for b in range(len(ids)):
@@ -81,8 +84,9 @@ def prompts_of(model: LLaVA, batch: Batch) -> list[Prompt]:
             focus = focus.cpu()
             check_ids(config, focus, f"the focus of prompt {b}")
         images = tuple(range(used, used + len(starts)))
-        prompts.append(Prompt(tokens, images, starts, focus, len(tokens)))
         used += len(starts)
+        mine = tuple(sizes[i] for i in images if sizes)
+        prompts.append(Prompt(tokens, images, starts, focus, len(tokens), mine))
     if used != n_images:
         raise ValueError(
             f"the prompts have placeholders for {used} images, but pixels holds {n_images}; "
@@ -99,6 +103,15 @@ def check_pixels(config: Config, pixels: Tensor) -> int:
             f"pixels must be (images, 3, {S}, {S}) float, not {tuple(pixels.shape)} {pixels.dtype}"
         )
     return len(pixels)
+
+
+def check_sizes(sizes: Sequence[Any], n_images: int) -> None:
+    for size in sizes if len(sizes) == n_images else [f"{len(sizes)} entries"]:
+        match size:
+            case (int(width), int(height), "crop" | "pad") if min(width, height) > 0:
+                continue
+        form = "(width, height, 'crop' or 'pad')"
+        raise ValueError(f"sizes has {size!r}; give {form} for each of {n_images} images")
 
 
 def check_ids(config: Config, ids: Tensor, what: str) -> None:
@@ -149,6 +162,8 @@ def check_plan(model: LLaVA, prompts: Sequence[Prompt], plan: Plan, settings: Se
     if settings.stop_strings and model.tokenizer is None:
         raise ValueError("stop strings need a model with a tokenizer, as load() gives it")
     N, most = config.vision.num_patches, config.text.max_position_embeddings
+    for method in plan.methods if any(prompt.starts for prompt in prompts) else ():
+        method.check_model(model)
     for b, prompt in enumerate(prompts):
         plan.check(config.text.num_hidden_layers, N, prompt.starts)
         images = len(prompt.starts)

@@ -26,13 +26,15 @@ class Batch:
 
     ids (B, T) int64, left-padded, each image as N placeholders (576). mask (B, T) bool: ids under
     False are padding. pixels (images, 3, S, S) float32 or None, in the order of the placeholders.
-    focus: None, or for each sample None or the ids (t,) that text-guided methods look at.
+    focus: None, or for each sample None or the ids (t,) that text-guided methods look at. sizes:
+    for each image its width, height and aspect ("pad", "crop"); None: no letterbox is known.
     """
 
     ids: Tensor
     mask: Tensor
     pixels: Tensor | None = None
     focus: Sequence[Tensor | None] | None = None
+    sizes: Sequence[tuple[int, int, str]] | None = None
 
     @classmethod
     def from_padded(
@@ -41,11 +43,12 @@ class Batch:
         mask: Tensor | None = None,
         pixels: Tensor | None = None,
         focus: Sequence[Tensor | None] | None = None,
+        sizes: Sequence[tuple[int, int, str]] | None = None,
     ) -> Batch:
         """A batch from what Hugging Face's LlavaProcessor returns: input_ids, attention_mask (0 and
         1, or bool; None: no padding) and pixel_values. It is checked when it is used."""
         mask = torch.ones_like(ids, dtype=torch.bool) if mask is None else mask.bool()
-        return cls(ids, mask, pixels, focus)
+        return cls(ids, mask, pixels, focus, sizes)
 
 
 @dataclass(frozen=True)
@@ -57,6 +60,7 @@ class Prompt:
     starts: tuple[int, ...]  # index of each image's first placeholder
     focus: Tensor | None  # ids (t,) that text-guided methods compare image tokens with
     length: int  # T without generated tokens
+    sizes: tuple[tuple[int, int, str], ...] = ()  # of its images (Batch), if they are known
 
     def rows(self, per_image: int) -> Rows:
         """The table of all rows, before anything is pruned."""
@@ -88,16 +92,9 @@ class LastAttention:
 
     q: Tensor  # (T, H, Dh): T = S in the prefill, T = 1 while decoding
     k: Tensor  # (S, Hkv, Dh)
+    x: Tensor  # (T, D) rows as they entered the layer
     hidden: Tensor | None  # (S,) bool, on the CPU
     rows: Rows  # the prompt's rows in that layer; generated rows follow them
-
-
-@dataclass(frozen=True)
-class NewToken:
-    """One sample's new token before a decoder layer, while decoding with a cache."""
-
-    position: Tensor  # (1,)
-    cached_keys: Tensor  # (S, Hkv, Dh): keys that the layer holds of the earlier rows
 
 
 @dataclass
@@ -114,7 +111,9 @@ class Sample:
     masks: dict[int, Mask] = field(default_factory=dict)  # by number of the step
     embedded: tuple[Tensor, Tensor] | None = None  # image rows of layer 0 (m, D), Rows.image (m,)
     last: LastAttention | None = None
-    token: NewToken | None = None  # while decoding
+    # while decoding: the keys (S, Hkv, Dh) that the next layer holds, and the new token's position
+    cached_keys: Tensor | None = None
+    position: Tensor = field(init=False)  # (1,)
 
     def hidden(self, layer: int, before: int | None = None) -> Tensor | None:
         """Which rows (S,) a layer hides, by steps before number `before`, on the CPU; None: none"""
@@ -147,6 +146,7 @@ class Segment:
     layers: range
     rows: list[Rows]  # [b] of the prompt
     hidden: list[Tensor | None]  # [b] (S,) bool, as the prefill left it
+    held: list[Rows]  # [b] those in the KV cache: fewer if later steps cut it (cache=all)
 
 
 @dataclass(frozen=True)
@@ -168,7 +168,7 @@ class LayerAttention:
     hidden: list[Tensor | None]  # [b] (S,) bool, on the CPU
     seen: list[Tensor | None]  # [b] prompts: numbers (s,) of rows that are not hidden; None: all
     view: CacheView | None  # of new tokens; None: these are the rows of the prompts
-    remember: bool  # whether a method reads this layer's queries and keys afterwards
+    entered: Tensor | None  # (R, D) rows as they enter it, if a method looks back at this layer
 
     def __call__(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """q (R, H, Dh), k, v (R, Hkv, Dh) of all samples -> (R, H, Dh)."""
@@ -179,19 +179,21 @@ class LayerAttention:
             self.cache.store(self.layer, k, v)
         lengths = [len(s.rows) for s in self.samples]
         parts = list(zip(*(t.split(lengths) for t in (q, k, v)), self.seen, strict=True))
-        if self.remember:
-            for s, (q_, k_, *_), hidden in zip(self.samples, parts, self.hidden, strict=True):
-                s.last = LastAttention(q_, k_, hidden, s.rows)
+        if self.entered is not None:
+            each = zip(parts, self.entered.split(lengths), self.hidden, strict=True)
+            for s, ((q_, k_, *_), x, hidden) in zip(self.samples, each, strict=True):
+                s.last = LastAttention(q_, k_, x, hidden, s.rows)
         outputs = [causal_attention(*part) for part in parts]
         return outputs[0] if len(outputs) == 1 else torch.cat(outputs)
 
     def _tokens(self, q: Tensor, k: Tensor, v: Tensor, view: CacheView) -> Tensor:
         assert self.cache is not None
         keys, values = self.cache.append(self.layer, k, v, view.end, view.at)
-        if self.remember:
+        if self.entered is not None:
             for b, (s, hidden) in enumerate(zip(self.samples, self.hidden, strict=True)):
-                k = self.cache.keys_of(self.layer, b)
-                s.last = LastAttention(q[b : b + 1], k, pad_visible(hidden, len(k)), s.rows)
+                k, mine = self.cache.keys_of(self.layer, b), slice(b, b + 1)
+                hidden = pad_visible(hidden, len(k))
+                s.last = LastAttention(q[mine], k, self.entered[mine], hidden, s.rows)
         return token_attention(q, keys, values, view.visible)
 
 

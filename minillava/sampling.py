@@ -12,8 +12,7 @@ def sample(
     """Logits (V,) -> one token id (): the most likely at temperature 0, otherwise a random draw.
 
     top_p: draw only among the most likely tokens, as few as have a total probability of at least
-    top_p (nucleus sampling, Holtzman et al. 2020, arXiv 1904.09751). The most likely one always
-    takes part.
+    top_p (nucleus sampling, Holtzman et al. 2020, arXiv 1904.09751), at least the most likely one.
     """
     if temperature == 0:
         return logits.argmax()

@@ -40,7 +40,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 def pytest_configure(config: pytest.Config) -> None:
     reset_signals()
     config.addinivalue_line(
-        "markers", "goldens(pattern, complete=False): run once for each case of golden_cases.py"
+        "markers", "goldens(*patterns, complete=False): run once for each case of golden_cases.py"
     )
     for spec in config.getoption("--method"):
         from minillava.pruning import METHODS, load_file_method
@@ -77,10 +77,23 @@ def goldens(request: pytest.FixtureRequest) -> Path:
 
 
 @pytest.fixture(scope="session")
-def model(tmp_path_factory: pytest.TempPathFactory) -> Any:
+def small_model(tmp_path_factory: pytest.TempPathFactory) -> Any:
     """A random model with four decoder layers, grouped-query attention and 16 tokens per image."""
-    import minillava
+    return tiny.write_model(tmp_path_factory)
 
-    folder = tmp_path_factory.mktemp("tiny")
-    tiny.write_hf(folder)
-    return minillava.load(folder)[0]
+
+@pytest.fixture(scope="session")
+def wide_model(tmp_path_factory: pytest.TempPathFactory) -> Any:
+    """The same with 36 tokens per image."""
+    return tiny.write_model(tmp_path_factory, image_size=84)
+
+
+@pytest.fixture(scope="session")
+def model(small_model: Any) -> Any:
+    return small_model
+
+
+@pytest.fixture
+def fitting_model(small_model: Any, wide_model: Any, request: pytest.FixtureRequest) -> Any:
+    """The one of the two that suits the method `name` that a test is about."""
+    return {4: small_model, 6: wide_model}[tiny.grid_for(request)]

@@ -73,9 +73,12 @@ class Golden:
 
     @property
     def image_case(self) -> Golden:
-        """The case that holds the image: this one, or an input of FastV that meta.json names."""
+        """The case that holds the image: this one, or an input that meta.json names."""
         if "pixel_u8" in self.meta["tensors"]:
             return self
+        if "input" in self.meta["parameters"]:
+            name = f"{self.meta['parameters']['input']}.safetensors"
+            return Golden(self.path.parent.parent / name, self.root)
         named = re.search(r"fastv/\S+/input\d+", self.meta["parameters"]["pixels"])
         assert named, f"{self} names no image"
         return Golden(self.root / f"{named[0]}.safetensors", self.root)
@@ -88,7 +91,7 @@ class Golden:
     @property
     def complete(self) -> bool:
         """Whether the checkpoint and the image are in the folder, if the case has any."""
-        if self.meta["model"].startswith("none"):
+        if self.meta["model"] is None or self.meta["model"].startswith("none"):
             return True
         return self.checkpoint.is_dir() and self.image_case.path.is_file()
 
@@ -99,19 +102,24 @@ class Golden:
 
     @property
     def prompt(self) -> list[int]:
-        return self.widened(self["input_ids"].flatten().tolist())
+        if "input_ids" in self:
+            return self.widened(self["input_ids"].flatten().tolist())
+        sides = ("ids_before_image", "ids_after_image")
+        before, after = (self[side].tolist() for side in sides)
+        return self.widened([*before, LLAVA_IMAGE_ID, *after])
 
     @property
     def start(self) -> int:
         """Index of the first image token in the prompt."""
         return self.prompt.index(self.model.config.image_token_id)
 
-    def run(self, plan: str, max_new_tokens: int) -> Result:
-        """Generate from its prompt and image. EOS does not end the answer, as in the files."""
+    def run(self, plan: str, max_new_tokens: int, **batch: Any) -> Result:
+        """Generate from its prompt and image. EOS does not end the answer, as in the files.
+        batch: further fields of the Batch."""
         model = copy.copy(self.model)  # shares the weights
         model.config = replace(model.config, eos_token_ids=())
-        batch = pad_left([self.prompt], self.pixels)
-        return generate(model, batch, parse_plan(plan), max_new_tokens, output_logits=True)
+        prompt = replace(pad_left([self.prompt], self.pixels), **batch)
+        return generate(model, prompt, parse_plan(plan), max_new_tokens, output_logits=True)
 
     def assert_close(self, ours: Tensor, name: str, *index: Any) -> None:
         """Within the tolerance that meta.json states, and within 1e-4 x rms."""
@@ -128,8 +136,9 @@ def golden_model(checkpoint: Path) -> Any:
     return load(checkpoint)[0]
 
 
-def cases(root: Path, pattern: str, complete: bool = False) -> list[Golden]:
-    """Cases below `root` whose path without the suffix matches, sorted by path."""
+def cases(root: Path, *patterns: str, complete: bool = False) -> list[Golden]:
+    """Cases below `root` whose path without the suffix matches a pattern, sorted by path."""
     root = root.resolve()
-    found = [Golden(path, root) for path in sorted(root.glob(f"{pattern}.safetensors"))]
+    paths = [path for pattern in patterns for path in root.glob(f"{pattern}.safetensors")]
+    found = [Golden(path, root) for path in sorted(paths)]
     return [case for case in found if case.complete] if complete else found

@@ -23,13 +23,18 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from minillava import Batch, parse_plan
+from minillava import Batch, load, parse_plan
 from minillava.pruning import METHODS
 from minillava.pruning.base import Context, Keep, Plan
 
 SMALL_FILES = Path(__file__).parent / "goldens" / "checkpoints" / "tiny-a" / "hub-sharded"
 IMAGE, PAD, VOCABULARY = 318, 319, 320
 NEVER = (2, IMAGE, PAD)  # their logits are 0, so greedy decoding never ends by chance
+
+
+def write_model(factory: pytest.TempPathFactory, **shape: Any) -> Any:
+    """A random model of another shape than the fixture `model`."""
+    return load(write_folder(factory, **shape))[0]
 
 
 def write_folder(factory: pytest.TempPathFactory, **shape: Any) -> Path:
@@ -166,7 +171,9 @@ def make_batch(model: Any, *prompts: str, seed: int = 0, focus: Any = None) -> B
         rows.append(row if prompt[0] == "t" else row[1:])
         pictures += prompt.count("I")
     pixels = torch.randn(pictures, 3, S, S, generator=generator) if pictures else None
-    return pad_left(rows, pixels, focus)
+    sizes = [((100, 400), (400, 100), (400, 300))[i % 3] for i in range(pictures)]
+    batch = pad_left(rows, pixels, focus)
+    return dataclasses.replace(batch, sizes=[(*size, "pad") for size in sizes] or None)
 
 
 def pad_left(
@@ -187,7 +194,8 @@ def alone(model: Any, batch: Batch, b: int) -> Batch:
     pixels = batch.pixels[first : first + pictures[b]] if pictures[b] else None
     ids = samples[b][None]
     focus = None if batch.focus is None else [batch.focus[b]]
-    return Batch(ids, torch.ones_like(ids, dtype=torch.bool), pixels, focus)
+    sizes = batch.sizes[first : first + pictures[b]] if batch.sizes and pictures[b] else None
+    return Batch(ids, torch.ones_like(ids, dtype=torch.bool), pixels, focus, sizes)
 
 
 # ---------------------------------------------------------------- plans
@@ -201,8 +209,19 @@ VALUES = {
     "layer": "2",
     "layers": "1/2/3",
     "final": "3",
+    "basis": "2",
+    "merge": "0.0",
+    "total": "0.04",
+    "individual": "1.0",
 }
+GRIDS = {"mustdrop": 6}  # patches along a side of an image that a method needs; others take 4
 SEVERAL = {"keep": "8/5/3", "delete": "4/0/5/0"}
+
+
+def grid_for(request: pytest.FixtureRequest) -> int:
+    """Patches along a side of an image in a test about the method `name`, if it is about one."""
+    callspec = getattr(request.node, "callspec", None)
+    return GRIDS.get(callspec.params.get("name", ""), 4) if callspec else 4
 
 
 def example(name: str, *more: str) -> Plan:

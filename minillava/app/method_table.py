@@ -32,7 +32,7 @@ def markdown_table() -> str:
         "| method | paper | acts | options | presets | checked against | released file |",
         "|---" * 7 + "|",
     ]
-    shared = {"positions", "mode", "scope", "until"}
+    shared = {"positions", "mode", "scope", "until", "cache"}
     for method in METHODS.values():
         options = [text for name, text in _list_options(method) if name not in shared]
         cells = [

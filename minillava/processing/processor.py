@@ -83,6 +83,7 @@ class Processor:
             mask,
             torch.stack(pixels) if pixels else None,  # (images, 3, S, S)
             focuses if any(f is not None for f in focuses) else None,
+            [(*image.size, aspect) for images in lists for image in images] or None,
         )
 
     def prompt(self, text: str, n_images: int = 0, turns: Sequence[tuple[str, str]] = ()) -> str:

@@ -17,7 +17,7 @@ from typing import Any, ClassVar, Literal, cast
 import torch
 from torch import Tensor
 
-from ..attention import attention_received
+from ..attention import attention_received, attention_weights
 from ..llama import rotate
 from ..llava import LLaVA
 from ..rows import Keep as Keep
@@ -100,11 +100,10 @@ class Method:
     """Base class of all methods. The fields here are options that every method takes."""
 
     mode: str = option("drop", choices=("drop", "mask"), help="drop rows or hide them")
-    positions: str | None = option(
-        None, choices=("original", "compact"), help="whether rows keep their positions after a drop"
-    )
+    positions: str | None = option(None, choices=("original", "compact"), help="after a drop")
     scope: str = option("image", choices=("image", "all"), help="one budget per image or for all")
     until: int | None = option(None, help="mode=mask: the mask ends where this layer begins")
+    cache: str | None = option("drop", choices=("drop", "all"), help="all: in earlier layers, too")
 
     file: ClassVar[str] = ""  # the user's file that the class was read from
     name: ClassVar[str]  # default: the class's name in lower case
@@ -129,15 +128,13 @@ class Method:
     def __post_init__(self) -> None:
         for name, value, rule in self.options():
             check_option(f"{self.name}: {name}", value, rule)
-        masks, ends = self.mode == "mask", self.until is not None
-        only_drops = "needs a method that only drops"
+        masks, compact = self.mode == "mask", self.positions == "compact"
+        ends, only_drops = self.until is not None, "needs a method that only drops"
         for refused, why in (
             (masks and not self.drops_only, f"mode=mask {only_drops}; use mode=drop"),
-            (
-                masks and self.positions == "compact",
-                "mode=mask renumbers nothing; use positions=original",
-            ),
+            (masks and compact, "mode=mask renumbers nothing; use positions=original"),
             (ends and not masks, f"until={self.until} ends a mask; it needs mode=mask"),
+            (masks and self.cache == "all", "mode=mask drops nothing; use cache=drop"),
             (self.scope == "all" and not self.drops_only, f"scope=all {only_drops}"),
         ):
             if refused:
@@ -176,6 +173,8 @@ class Method:
         starts: index of each image's first token in the prompt, at least one.
         """
         layers = [layer for _, layer in self.stages()]
+        if self.cache == "all" and not any(layers):
+            raise ValueError(f"{self.name}: cache=all is for methods inside the decoder")
         for layer in layers:
             if not 0 <= layer < n_layers:
                 raise ValueError(
@@ -194,6 +193,9 @@ class Method:
                         f"{self.name}: {name}={v}, but there are {n_tokens} image tokens; give at "
                         f"most that many, or a share such as {name}=0.5"
                     )
+
+    def check_model(self, model: LLaVA) -> None:
+        """Raise ValueError, before any forward, for a model that it cannot serve."""
 
     def vision_layers(self, n_layers: int) -> tuple[int, ...]:
         """Numbers of the vision tower's hidden states that `choose` reads, besides LLaVA's own;
@@ -214,6 +216,11 @@ class Method:
     def shift(self) -> int:
         """Rows by which the window is moved towards the end (FastV as released: 1)."""
         return 0
+
+    @property
+    def cut_from(self) -> int | None:
+        """First layer whose cache loses what later layers drop; None: layers hold what entered."""
+        return 0 if self.cache == "all" else None
 
     @property
     def compact(self) -> bool:
@@ -292,6 +299,8 @@ class Context:
         self, model: LLaVA, sample: Sample, step: Step, images: list[int], candidates: Tensor
     ) -> None:
         self._sample, self._step, self._images = sample, step, images
+        self.rows = sample.rows  # the table of all rows, with their positions, on the CPU
+        self.sizes = [sample.prompt.sizes[i] for i in images if sample.prompt.sizes]
         self.model = model  # for methods that run a part of it themselves
         self.candidates = candidates  # (n,) row numbers in the sequence
         self.stage_index = step.stage_index  # which of the method's own stages() this is
@@ -302,6 +311,7 @@ class Context:
         self.where = f"layer {step.layer}" if step.stage == "decoder" else f"the {step.stage} stage"
         # kept from token to token, for this step and image of this sample
         self.memory: dict[str, Any] = sample.memory.setdefault((step.number, *images), {})
+        self.shared: dict[str, Any] = sample.memory.setdefault((-1, *images), {})  # for all steps
 
     def _error(self, text: str) -> ValueError:
         return ValueError(f"{self._step.method.name}: {text}")
@@ -309,7 +319,7 @@ class Context:
     @property
     def patches(self) -> Tensor:
         """Patch of each candidate (n,), 0..n_tokens-1: image * N + patch in it. -1: no patch."""
-        rows, N = self._sample.rows.select(self.candidates), self.grid**2
+        rows, N = self.rows.select(self.candidates), self.grid**2
         return torch.where(rows.patch < 0, -1, rows.patch + (rows.image - self._images[0]) * N)
 
     def features(self) -> Tensor:
@@ -349,37 +359,48 @@ class Context:
     @property
     def newest(self) -> Tensor:
         """Row number (1,) of the last row: the one whose logits give the next token."""
-        token, rows = self._sample.token, self._sample.rows
-        return torch.tensor([len(rows) - 1 if token is None else len(token.cached_keys)])
+        held = self._sample.cached_keys  # while decoding
+        return torch.tensor([len(self.rows) - 1 if held is None else len(held)])
 
-    def attention(self, rows: Tensor, layer: int = -1, strongest: bool = False) -> Tensor:
+    def attention(self, rows: Tensor, layer: int = -1) -> Tensor:
         """Attention weight that each candidate receives from `rows`, their mean: (H, n), float32.
 
         layer -1: in the decoder layer that ran last; 0: in the coming one, from the queries and
-        keys that it will compute. strongest=True: max over heads before the mean: (1, n).
-        Rows added after that layer do not count in the mean. While decoding with a cache only
-        `newest` has a query; other rows raise ValueError.
+        keys that it will compute. Rows added after that layer do not count in the mean. While
+        decoding with a cache only `newest` has a query; other rows raise ValueError.
         """
+        *heads, columns = self._queries(rows, layer)
+        return attention_received(*heads)[:, columns] * (columns >= 0)
+
+    def attention_by_row(self, rows: Tensor, layer: int = -1) -> Iterator[Tensor]:
+        """The same before the mean, in blocks of b of the rows, in order: (H, b, n) each."""
+        *heads, columns = self._queries(rows, layer)
+        for weights in attention_weights(*heads):  # (H, b, end)
+            seen = (columns >= 0) & (columns < weights.shape[2])
+            yield weights[:, :, columns * seen] * seen
+
+    def _queries(self, rows: Tensor, layer: int) -> tuple[Tensor, Tensor, Tensor, Any, Tensor]:
+        """The arguments of attention_weights() for rows (r,), and the candidates' columns (n,) in
+        its result, -1 for those that it does not have."""
         if layer not in (-1, 0):
             raise self._error(f"attention(layer={layer}): -1 is the layer before, 0 the coming one")
         if self._step.stage == "vision":
             raise self._error('attention() is for the stages ("embed", 0) and ("decoder", K)')
-        if self._sample.token is not None and not torch.equal(rows.cpu(), self.newest):
+        if self._sample.cached_keys is not None and not torch.equal(rows.cpu(), self.newest):
             raise self._error(
                 f"attention of rows {rows.tolist()} was asked for, but while decoding only the "
                 f"newest row {self.newest.tolist()} has a query; ask for `newest`, or say "
                 "choice_stands = True: the choice made for the prompt then stands"
             )
         if layer == 0:
-            received = self._coming_attention(rows.cpu(), strongest)  # (H, S)
-            return received[:, on_device(self.candidates, received)]
+            q, k, hidden = self._coming_heads(rows.cpu())
+            return q, k, rows.cpu(), hidden, on_device(self.candidates, k)
         last = self._last()
         there = self._rows_in(last)
-        at, columns = there[rows.cpu()], on_device(there[self.candidates], last.k)
+        at = there[rows.cpu()]
         at = at[at >= 0]  # rows added since then had no query there
         q = take_rows(last.q, at - (len(last.k) - len(last.q)))  # (r, H, Dh)
-        received = attention_received(q, last.k, at, last.hidden, strongest)  # (H, S)
-        return received[:, columns] * (columns >= 0)
+        return q, last.k, at, last.hidden, on_device(there[self.candidates], q)
 
     def keys(self) -> Tensor:
         """Rotated keys (S, Hkv, Dh) of all rows in the layer that ran last; zeros for new rows."""
@@ -389,7 +410,7 @@ class Context:
 
     def sequence(self) -> Tensor:
         """Hidden states (S, C | D) of all rows of the sample."""
-        if self._sample.token is not None:
+        if self._sample.cached_keys is not None:
             raise self._error(
                 "while decoding, the prompt's hidden states are gone; read nothing but the "
                 "attention of `newest`, or say choice_stands = True, so that the choice made for "
@@ -405,19 +426,26 @@ class Context:
         x, image = self._sample.embedded
         return take_rows(x, torch.isin(image, torch.tensor(self._images)).nonzero()[:, 0])
 
-    def _coming_attention(self, rows: Tensor, strongest: bool) -> Tensor:
-        """(H, S) in the layer that runs next; rows (r,) are on the CPU."""
+    def _coming_heads(self, rows: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Queries (r, H, Dh) of rows (r,), keys (S, Hkv, Dh) and hidden rows of the next layer."""
         s, block = self._sample, self.model.block(self._step.layer)
-        token, whole = s.token, self.model.llama.whole_heads
-        position = s.rows.position if token is None else token.position
-        h, (cos, sin) = block.norm1(s.x), self.model.llama.rope(position, s.x.dtype)
-        own = on_device(rows if token is None else rows - len(token.cached_keys), h)
+        held, h, whole = s.cached_keys, block.norm1(s.x), self.model.llama.whole_heads
+        cos, sin = self.model.llama.rope(s.rows.position if held is None else s.position, h.dtype)
+        own = on_device(rows if held is None else rows - len(held), h)
         q = rotate(block.attn.query(h[own]), (cos[own], sin[own]))  # (r, H, Dh)
         k = rotate(block.attn.key(h), (cos, sin))  # (S, Hkv, Dh)
-        if token is not None:
-            k = torch.cat((token.cached_keys, k))
+        k = k if held is None else torch.cat((held, k))
         hidden = pad_visible(s.hidden(self._step.layer, before=self._step.number), len(k))
-        return attention_received(whole(q), whole(k), rows, hidden, strongest)
+        return whole(q), whole(k), hidden
+
+    def before(self) -> Tensor:
+        """Hidden states (n, D) of the candidates as they entered the layer that ran last."""
+        last = self._last()
+        at = self._rows_in(last)[self.candidates]
+        if self._sample.cached_keys is not None or (at < 0).any():
+            raise self._error("rows that were added since have no state before the last layer")
+        return take_rows(last.x, at)
+
 
     def _last(self) -> LastAttention:
         last, whole = self._sample.last, self.model.llama.whole_heads
@@ -496,8 +524,7 @@ class Step:
 class Plan:
     """Methods to run together: Plan((FastV(layer=2, r=0.5),)). parse_plan makes one from text.
 
-    tokens, focus: how the processor has to build the prompt (presets say so). text: the plan as it
-    was written.
+    tokens, focus: how the processor has to build the prompt (presets say so). text: as written.
     """
 
     methods: tuple[Method, ...] = ()
@@ -535,7 +562,8 @@ class Plan:
         fastv:k=2 with 32 layers: [0, 1], [2, ..., 31].
         """
         starts = {s.layer for s in self.steps if s.stage == "decoder"}
-        starts |= {s.method.until for s in self.steps if s.method.until is not None}
+        ends = {s.method.until for s in self.steps} | {s.method.cut_from for s in self.steps}
+        starts |= {layer for layer in ends if layer is not None}
         inside = sorted(layer for layer in starts | {0} if layer < n_layers)
         return [range(a, b) for a, b in zip(inside, [*inside[1:], n_layers], strict=True)]
 

@@ -4,8 +4,7 @@ Chen et al., "An Image is Worth 1/2 Tokens After Layer 2", ECCV 2024, arXiv 2403
 code (pkunlp-icler/FastV): modeling_llama.py (mask and in-place form) and fastv_forward of the
 llava-hf form. Layers 0..K-1 see everything. The rows that enter layer K are ranked by the attention
 that layer K-1 computed: from the newest row to each image token, mean over heads. The paper
-describes the mean over all rows, but the code reads the last row only, and this method follows the
-code. K = 0 keeps a random choice.
+describes the mean over all rows; the code, as here, reads the last one. K = 0: a random choice.
 
 Deviations: every sample and image is ranked by its own attention (the released code ranks a whole
 batch by its first sample), and padding stays masked. `released=1` moves the window by one row, as

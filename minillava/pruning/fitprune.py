@@ -22,8 +22,19 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from itertools import accumulate
 
+import torch
+from torch import Tensor
+
 from .base import Context, Keep, Method, Stages, option, top
 from .fitprune_tables import N_TOKENS, TABLES
+
+
+def strongest(c: Context, rows: Tensor) -> Tensor:
+    """Attention of the strongest head that each candidate receives from `rows`, their sum: (n,)."""
+    total = torch.zeros(len(c.candidates), device=c.model.device)
+    for weights in c.attention_by_row(rows):  # (H, b, n)
+        total += weights.amax(0).sum(0)
+    return total
 
 
 @dataclass(frozen=True)
@@ -77,8 +88,7 @@ class FitPrune(Method):
             yield replace(self, budget=budget)
 
     def choose(self, c: Context) -> Keep:
-        by_image = c.attention(c.candidates, strongest=True)[0]  # (n,)
-        by_text = c.attention(c.text_rows, strongest=True)[0]
+        by_image, by_text = strongest(c, c.candidates), strongest(c, c.text_rows)  # (n,) each
         images = c.n_tokens // c.grid**2
         n_dropped = list(self.drops.values())[c.stage_index] * images
         return Keep(top(by_image * by_text, max(0, len(by_image) - n_dropped), c.where))

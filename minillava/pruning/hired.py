@@ -13,13 +13,20 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from .fastervlm import FasterVLM
+from .base import Context, Keep, top
+from .shared import BeforeDecoder, count_down, second_last_block
 
 
 @dataclass(frozen=True)
-class HiRED(FasterVLM):
+class HiRED(BeforeDecoder):
     name = "hired"
 
     def left(self, n_tokens: int) -> tuple[int, ...]:
-        k = self.keep if isinstance(self.keep, int) else int(n_tokens * self.keep)
-        return (k if self.keep == 0 else max(1, k),)
+        return (count_down(self.keep, n_tokens),)
+
+    def vision_layers(self, n_layers: int) -> tuple[int, ...]:
+        return (second_last_block(self.name, n_layers),)
+
+    def choose(self, c: Context) -> Keep:
+        score = c.vision_attention(-2).sum(0)  # (H, n) -> (n,)
+        return Keep(top(score, self.left(c.n_tokens)[0], c.where))

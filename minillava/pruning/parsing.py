@@ -155,8 +155,8 @@ def make_method(cls: type[Method], options: Mapping[str, str]) -> tuple[Method, 
     ]
     if "average" in values and cls.strength in fields:
         default = fields[cls.strength].default
-        if isinstance(default, tuple):  # something valid: average= sets it for a given model
-            values[cls.strength] = (1.0,) * len(values.get("layers", default))
+        if Ellipsis in plain_types(hints[cls.strength]):  # something valid: average= sets it
+            values[cls.strength] = (1.0,) * len(values.get("layers", fields["layers"].default))
         elif default in (None, dataclasses.MISSING):
             values[cls.strength] = 1.0
         missing = [key for key in missing if key != cls.strength]

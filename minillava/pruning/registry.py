@@ -4,28 +4,38 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from .apet import ApET
 from .base import Method
+from .border import Border
 from .cdpruner import CDPruner
 from .dart import DART
 from .divprune import DivPrune
 from .fastervlm import FasterVLM
 from .fastv import FastV
 from .fitprune import FitPrune
+from .flowcut import FlowCut
+from .gprune import GPrune
 from .grid import Grid
 from .hiprune import HiPrune
 from .hired import HiRED
 from .holov import HoloV
+from .mmtok import MMTok
+from .mustdrop import MustDrop
+from .nuwa import Nuwa
 from .pool import Pool
 from .prumerge import PruMerge
 from .prumerge_plus import PruMergePlus
+from .prunesid import PruneSID
 from .pyramiddrop import PyramidDrop
 from .random import Random
+from .scope import SCOPE
 from .simignore import Simignore
 from .sparsevlm import SparseVLM
 from .text_only import TextOnly
 from .tome import ToMe
 from .trim import TRIM
 from .uniform import Uniform
+from .v2drop import V2Drop
 from .visionzip import VisionZip
 from .vispruner import VisPruner
 from .vscan import VScan
@@ -54,10 +64,20 @@ METHODS: dict[str, type[Method]] = {
         HiPrune,
         VScan,
         ToMe,
+        SCOPE,
+        GPrune,
+        PruneSID,
+        MMTok,
+        V2Drop,
+        Nuwa,
+        ApET,
+        FlowCut,
+        MustDrop,
         Random,
         Uniform,
         Grid,
         Pool,
+        Border,
         TextOnly,
     )
 }
@@ -89,7 +109,7 @@ CATALOGUE: dict[str, Origin] = {
     "sparsevlm": Origin(
         "SparseVLM, ICML 2025, arXiv 2410.04417",
         "input of several decoder layers",
-        "outputs of the released code, two runs (tests/goldens/sparsevlm)",
+        "outputs of the released code, two runs of version 1 and six of version 2",
         "Gumpest/SparseVLMs 26a5f48, modelling_sparse_llama.py, score.py",
     ),
     "pyramiddrop": Origin(
@@ -135,7 +155,7 @@ CATALOGUE: dict[str, Origin] = {
         "42Shawn/LLaVA-PruMerge 097c041, clip_encoder.py",
     ),
     "fastervlm": Origin(
-        "FasterVLM, arXiv 2412.01818 v1",
+        "FasterVLM, arXiv 2412.01818 v1; VTC-CLS (blocks=), arXiv 2412.05819",
         "after the vision tower, before the projector",
         "the released function, transcribed, on random draws; a reference in the tests",
         "Theia-4869/FasterVLM f5d5f12, llava_arch.py",
@@ -194,12 +214,69 @@ CATALOGUE: dict[str, Origin] = {
         "the released function, transcribed, on random draws; a reference in the tests",
         "facebookresearch/ToMe, tome/merge.py and tome/patch/clip.py",
     ),
+    "scope": Origin(
+        "SCOPE, NeurIPS 2025, arXiv 2510.24214",
+        "after the vision tower, before the projector",
+        "outputs of the released code, eight runs (tests/goldens/methods2026)",
+        "kinredon/SCOPE 6bf7306, scope/clip_encoder.py",
+    ),
+    "gprune": Origin(
+        "G-Prune, AAAI 2025, arXiv 2501.02268",
+        "after the projector, before layer 0",
+        "outputs of the released code, six runs (tests/goldens/methods2026)",
+        "jytmelon/G-Prune 762c637, LLaVA-NeXT/llava/model/llava_arch.py",
+    ),
+    "prunesid": Origin(
+        "PruneSID, ICLR 2026, arXiv 2603.09480",
+        "after the vision tower, before the projector",
+        "outputs of the released code, six runs (tests/goldens/methods2026)",
+        "ZhengyaoFang/PruneSID 4ef17d9, prunesid/prunesid_llava/clip_encoder.py",
+    ),
+    "mmtok": Origin(
+        "MMTok, ICLR 2026, arXiv 2508.18264",
+        "after the projector, before layer 0",
+        "outputs of the released code, eight runs (tests/goldens/methods2026)",
+        "Ironieser/MMTok d1522cd, mmtok/core/semantic_selector.py, text_processor.py",
+    ),
+    "v2drop": Origin(
+        "V2Drop, CVPR 2026, arXiv 2509.01552",
+        "input of several decoder layers",
+        "outputs of the released code, six runs (tests/goldens/methods2026)",
+        "xuyang-liu16/V2Drop 219e03e, llava/model/language_model/V2Drop.py",
+    ),
+    "nuwa": Origin(
+        "Nuwa, ICLR 2026",
+        "after the vision tower, and input of decoder layer 16",
+        "outputs of the released code, six runs (tests/goldens/methods2026)",
+        "Man-PaperRejected/Nuwa 175b7d5, nuwa/clip_encoder.py, modeling_llama.py",
+    ),
+    "apet": Origin(
+        "ApET, CVPR 2026, arXiv 2602.19870",
+        "after the vision tower, and input of decoder layer 16",
+        "outputs of the released code, five runs (tests/goldens/methods2026)",
+        "MaQianKun0/ApET 70cc01b, llava/model/llava_arch.py, modeling_llama_x.py",
+    ),
+    "flowcut": Origin(
+        "FlowCut, NeurIPS 2025, arXiv 2505.19536",
+        "in every second block of the vision tower",
+        "outputs of the released code, seven files (tests/goldens/methods2026)",
+        "TungChintao/FlowCut a2ecd24, flowcut/modeling_clip_flowcut.py, utils_flowcut.py",
+    ),
+    "mustdrop": Origin(
+        "MustDrop, arXiv 2411.10803",
+        "in the vision tower, and input of several decoder layers",
+        "outputs of the released code, five runs (tests/goldens/methods2026)",
+        "liuting20/MustDrop 909afa5, clip_encoder.py, modelling_sparse_llama.py",
+    ),
     "random": Origin("baseline", "after the projector, before layer 0", "properties", ""),
     "uniform": Origin("baseline", "after the projector, before layer 0", "properties", ""),
     "grid": Origin(
         "baseline", "after the projector, before layer 0", "an independent reference", ""
     ),
     "pool": Origin(
+        "baseline", "after the projector, before layer 0", "an independent reference", ""
+    ),
+    "border": Origin(
         "baseline", "after the projector, before layer 0", "an independent reference", ""
     ),
     "text-only": Origin("baseline", "after the projector, before layer 0", "properties", ""),
@@ -240,6 +317,18 @@ PRESETS: dict[str, Preset] = {
             64: "66/30/17",
         }.items()
     },
+    **{
+        f"sparsevlm-plus-{budget}": Preset(
+            f"sparsevlm:version=2,layers=3/7/16,keep={keep}",
+            f"list of {budget} for version 2 in the released score.py",
+        )
+        for budget, keep in {
+            192: "300/200/118",
+            128: "238/108/60",
+            96: "246/54/28",
+            64: "66/34/20",
+        }.items()
+    },
     "visionzip-64": Preset(
         "visionzip:dominant=54,contextual=10", "README of the released code, for 64 tokens"
     ),
@@ -252,6 +341,28 @@ PRESETS: dict[str, Preset] = {
         "192 tokens, split as the README's 54 + 10; the split itself is not in the released code",
     ),
     "divprune-56": Preset("divprune:keep=0.098", "the paper's ratio: 56 of 576 tokens"),
+    **{
+        f"nuwa-{budget}": Preset(
+            f"nuwa:keep={112 * cell},cell={cell},final={16 * cell}",
+            f"released settings for {budget} tokens, which is the mean over 32 layers",
+        )
+        for budget, cell in {192: 3, 128: 2, 64: 1}.items()
+    },
+    "apet-64": Preset(
+        "apet:keep=96,layer=16,final=32",
+        "README of the released code: 64 tokens in the mean over 32 layers",
+    ),
+    **{
+        f"mustdrop-{budget}": Preset(
+            f"mustdrop:global={share},individual={individual}",
+            f"thresholds of the released scripts that are named {budget} tokens",
+        )
+        for budget, (share, individual) in {
+            192: ("0.001", "0.001"),
+            128: ("0.0012", "0.001"),
+            64: ("0.011", "0.01"),
+        }.items()
+    },
     "vscan-64": Preset(
         "vscan:keep=96,layer=16,final=32", "released scripts: 64 tokens in the mean over 32 layers"
     ),

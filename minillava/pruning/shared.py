@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from itertools import pairwise
 from typing import ClassVar
 
@@ -11,7 +11,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .base import Context, Method, Stage, Stages, amount, count
+from ..clip import Block
+from ..config import VisionConfig
+from .base import Context, Method, Stage, Stages, amount, count, option
 
 
 @dataclass(frozen=True)
@@ -29,6 +31,57 @@ class BeforeDecoder(Method):
 
     def left(self, n_tokens: int) -> tuple[int, ...]:
         return (count(self.keep, n_tokens),)
+
+
+@dataclass(frozen=True)
+class TwoStages(Method):
+    """A method that keeps `keep` tokens of every image before the decoder, and `final` of these
+    from decoder layer `layer` on. Without `final` it is a fixed share of `keep`; 0: no second stage
+    """
+
+    keep: float = amount(96, help="number or share kept before the decoder")
+    layer: int = option(16, help="decoder layer of the second stage")
+    final: float | None = amount(None, help="number or share of N left from there on; 0: no stage")
+
+    stage: ClassVar[Stage] = "vision"
+    share: ClassVar[float] = 1 / 3
+
+    def stages(self) -> Stages:
+        return ((self.stage, 0),) if self.final == 0 else ((self.stage, 0), ("decoder", self.layer))
+
+    def first_left(self, n_tokens: int) -> int:
+        """Rows left by the first stage."""
+        return count(self.keep, n_tokens)
+
+    def left(self, n_tokens: int) -> tuple[int, ...]:
+        keep = self.first_left(n_tokens)
+        part = min(keep, max(1, round(keep * self.share)))
+        final = part if self.final is None else count(self.final, n_tokens)
+        return (keep, final)[: len(self.stages())]
+
+    def check(self, n_layers: int, n_tokens: int, starts: tuple[int, ...]) -> None:
+        if self.final != 0 and not 0 <= self.layer < n_layers:
+            raise ValueError(
+                f"{self.name}: layer={self.layer}, but the decoder has layers 0 to {n_layers - 1}; "
+                f"use, for example, layer={n_layers // 2}, or final=0 for its first part alone"
+            )
+        super().check(n_layers, n_tokens, starts)
+        keep, final = self.left(n_tokens)[0], self.left(n_tokens)[-1]
+        if final > keep:
+            raise ValueError(
+                f"{self.name}: final={self.final} is more than the {keep} tokens of keep"
+            )
+
+    def variants(self, n_layers: int, n_tokens: int) -> Iterator[Method]:
+        least = count(self.final, n_tokens) if self.final else 1
+        return (replace(self, keep=k) for k in range(least, n_tokens + 1))
+
+
+def count_down(keep: float, n_tokens: int) -> int:
+    """An amount as count() reads it, but a share is cut to a whole number, as some released code
+    does: 3 of 16 tokens for 0.23."""
+    k = keep if isinstance(keep, int) else int(n_tokens * keep)
+    return k if keep == 0 else max(1, k)
 
 
 # ---------------------------------------------------------------- the vision tower
@@ -54,6 +107,19 @@ def block_number(name: str, block: int | None, n_blocks: int, released: int) -> 
     return block
 
 
+def tower_heads(block: Block, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Queries, keys and values of a block for rows x (T, C) of one image: (1, H, T, Dh) each."""
+    return block.attn.heads(block.norm1(x)[None])
+
+
+def add_attention(
+    block: Block, x: Tensor, heads: tuple[Tensor, Tensor, Tensor], bias: Tensor | None = None
+) -> Tensor:
+    """Rows x (T, C) plus the attention of a block, from its heads: (T, C)."""
+    y = F.scaled_dot_product_attention(*heads, attn_mask=bias)
+    return x + block.attn.out_proj(y[0].transpose(0, 1).reshape(len(x), -1))
+
+
 def check_whole_grid(c: Context, name: str) -> None:
     """Raise ValueError if patches of the image are missing."""
     if len(c.candidates) != c.n_tokens:
@@ -61,6 +127,59 @@ def check_whole_grid(c: Context, name: str) -> None:
             f"{name} needs every patch of the image, {len(c.candidates)} of {c.n_tokens} are left; "
             f"put {name} first in the plan"
         )
+
+
+# ---------------------------------------------------------------- the letterbox
+
+
+def border_lines(width: int, height: int, config: VisionConfig) -> tuple[int, int]:
+    """Rows (or columns) of patches wholly in the border before and after an image that is centred
+    on a square: 3 and 3 of 24 for 400 x 300 pixels."""
+    longer, shorter = max(width, height), min(width, height)
+    before = (longer - shorter) // 2
+    after = longer - shorter - before
+    return before * config.grid // longer, after * config.grid // longer
+
+
+def border_patches(
+    c: Context, lines: Callable[[int, int, VisionConfig], tuple[int, int]] = border_lines
+) -> Tensor:
+    """Which candidates (n,) are patches wholly in the border that aspect "pad" puts around an
+    image, on the CPU. None is if the images' sizes are not known. lines: how they are counted."""
+    g, masks = c.grid, []
+    for width, height, aspect in c.sizes:
+        first, last = lines(width, height, c.model.config.vision)
+        outside = torch.ones(g, dtype=torch.bool)
+        outside[first : g - last] = False
+        outside &= torch.tensor(aspect == "pad" and width != height)
+        rows = outside[:, None] if width > height else outside[None]
+        masks.append(rows.expand(g, g).flatten())
+    table = torch.cat(masks) if masks else torch.zeros(c.n_tokens, dtype=torch.bool)
+    return table[c.patches] & (c.patches >= 0)
+
+
+# ---------------------------------------------------------------- greedy choice
+
+
+def choose_covering(
+    covers: Tensor, keep: int, times: Tensor | float, plus: Tensor | float
+) -> Tensor:
+    """Greedy choice of the columns that cover the rows of covers (m, n) best: (keep,), in order.
+
+    A row is covered as well as the largest of its entries in the chosen columns says, at least 0.
+    A column's score is what it adds, summed over the rows, times `times` (n,) plus `plus` (n,).
+    The host waits for nothing.
+    """
+    covered = covers.new_zeros(len(covers), 1)  # (m, 1)
+    chosen = torch.empty(keep, dtype=torch.int64, device=covers.device)
+    taken = covers.new_zeros(covers.shape[1])  # (n,)
+    for i in range(keep):
+        gain = (covers - covered).clamp_(min=0).sum(0)  # (n,)
+        best = (gain * times + plus + taken).argmax(keepdim=True)  # (1,): an index without a
+        chosen[i] = best[0]  # dimension would be read by the host
+        covered = torch.maximum(covered, covers[:, best])
+        taken = taken.index_fill(0, best, -torch.inf)
+    return chosen
 
 
 # ---------------------------------------------------------------- merging
@@ -73,6 +192,15 @@ def assignment(into: Tensor, k: int, dtype: torch.dtype) -> Tensor:
     not deterministic).
     """
     return F.one_hot(into, k).T.to(dtype)
+
+
+def merge_nearest(rows: Tensor, others: Tensor) -> Tensor:
+    """rows (k, C), each averaged with those of others (m, C) that are most similar to it."""
+    if not len(rows) or not len(others):
+        return rows
+    nearest = unchecked_cosines(others, rows).argmax(1)  # (m,)
+    into = assignment(nearest, len(rows), rows.dtype)  # (k, m)
+    return (rows + into @ others) / (1 + into.sum(1, keepdim=True))
 
 
 def cosines(a: Tensor, b: Tensor, where: str) -> Tensor:

@@ -13,11 +13,13 @@ Positions are renumbered after every stage, and the position of a new token in a
 of rows that this layer's cache holds. The published stages 2, 6 and 15 name the layers whose OUTPUT
 is pruned; here 3, 7 and 16 are the layers whose input is.
 
+version=2 (USE_VERSION=2_0, SparseVLM+, recommended by its authors) has the same raters and stages,
+another score (sparsevlm_plus.py) and other published lists. It merges nothing, and positions stay.
+
 Deviations: the released code adds noise of up to 1e-6 to the densities; here it is zero. Where no
 text token is above the mean (a single one, say) all of them rate; the released code would divide by
-zero. v2 (no merging, fixed numbers of heads) is left out. A published budget of 192 counts the
-layer that prunes as if its input had been pruned; `average=192` counts what enters, the means
-among it, and scales the published list of 192.
+zero. A published budget of 192 counts the layer that prunes as if its input had been pruned;
+`average=192` counts what enters, the means among it, and scales the published list of 192.
 """
 
 from __future__ import annotations
@@ -29,11 +31,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ..llava import LLaVA
 from ..rows import on_device
-from .base import Context, Keep, Method, Stages, amount, count, option
+from .base import Context, Keep, Method, Stages, amount, count, option, top
 from .shared import check_lists, midpoints, refuse_nan
+from .sparsevlm_plus import HEADS, check_heads, score_by_strong_heads
 
-PUBLISHED = (300, 200, 110)  # tokens kept at each stage, for a budget of 192
+PUBLISHED = {1: (300, 200, 110), 2: (300, 200, 118)}  # kept at each stage, for a budget of 192
 
 
 def select_raters(image: Tensor, text: Tensor) -> Tensor:
@@ -83,44 +87,67 @@ class SparseVLM(Method):
     layers: tuple[int, ...] = option(
         (3, 7, 16), low=1, help="layers whose input is pruned; each needs one before it"
     )
-    keep: tuple[float, ...] = amount(PUBLISHED, help="numbers or shares kept, without merged rows")
+    keep: tuple[float, ...] | None = amount(
+        None, help="numbers or shares kept, without merged rows; unset: the list for 192"
+    )
+    version: int = option(1, low=1, high=2, help="1: the paper's, which merges; 2: SparseVLM+")
+    heads: int | None = option(None, low=1, help="version=2: heads that rank; 14")
 
     name, drops_only, numbering = "sparsevlm", False, "compact"
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check_lists(self.name, self.layers, self.keep, "keep")
+        check_lists(self.name, self.layers, self.kept, "keep")
+        if self.version == 1 and self.heads is not None:
+            raise ValueError(f"sparsevlm: heads={self.heads} is an option of version=2")
+
+    @property
+    def kept(self) -> tuple[float, ...]:
+        """Tokens kept at each stage."""
+        return PUBLISHED[self.version] if self.keep is None else self.keep
+
+    @property
+    def compact(self) -> bool:
+        return super().compact and (self.version == 1 or self.positions is not None)
 
     def stages(self) -> Stages:
         return tuple(("decoder", layer) for layer in self.layers)
 
+    def check_model(self, model: LLaVA) -> None:
+        if self.version == 2:
+            check_heads(self.heads, model.config.text.num_attention_heads)
+
     def left(self, n_tokens: int) -> tuple[int, ...]:
         left, n = [], n_tokens
-        for k in self.keep:
+        for k in self.kept:
             kept = min(count(k, n_tokens), n - 1)
-            n = kept + count_clusters(count_merged(n - kept))
+            n = kept + (count_clusters(count_merged(n - kept)) if self.version == 1 else 0)
             left.append(n)
         return tuple(left)
 
     def variants(self, n_layers: int, n_tokens: int) -> Iterator[SparseVLM]:
-        if len(self.layers) != len(PUBLISHED):
+        published = PUBLISHED[self.version]
+        if len(self.layers) != len(published):
             raise ValueError(
-                f"sparsevlm: average= scales the published list for {len(PUBLISHED)} layers, "
+                f"sparsevlm: average= scales the published list for {len(published)} layers, "
                 f"layers={'/'.join(map(str, self.layers))} are {len(self.layers)}; give keep="
             )
         # round(scale * k) changes at halves; the first stage drops one token at least
-        halves = ((m + 0.5) / k for k in PUBLISHED for m in range(n_tokens))
-        most = (n_tokens - 0.5) / PUBLISHED[0]
+        halves = ((m + 0.5) / k for k in published for m in range(n_tokens))
+        most = (n_tokens - 0.5) / published[0]
         for scale in midpoints(half for half in halves if half <= most):
-            keep = tuple(max(1, round(scale * k)) for k in PUBLISHED)
+            keep = tuple(max(1, round(scale * k)) for k in published)
             yield replace(self, keep=keep)
 
     def choose(self, c: Context) -> Keep:
         raters = c.text_rows[select_raters(c.entered(), c.text())]
+        n = len(c.candidates)
+        k = min(count(self.kept[c.stage_index], c.n_tokens), n - 1)
+        if self.version == 2:
+            return Keep(top(score_by_strong_heads(c, raters, self.heads or HEADS), k, c.where))
         score = c.attention(raters).mean(0)  # (n,)
         # not top(), for which a GPU would wait: NaN is refused with that of the merged rows
         order = score.sort(descending=True, stable=True).indices  # (n,)
-        k = min(count(self.keep[c.stage_index], c.n_tokens), len(order) - 1)
-        merged = order[k : k + count_merged(len(order) - k)]  # (q,) the best of the dropped
+        merged = order[k : k + count_merged(n - k)]  # (q,) the best of the dropped
         rows = c.features()[merged].masked_fill(score.isnan().any(), torch.nan)  # (q, D)
         return Keep(order[:k], extra=cluster_means(rows, count_clusters(len(merged)), c.where))

@@ -24,12 +24,18 @@ from dataclasses import dataclass, replace
 from typing import cast
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from ..clip import Block
 from .base import Context, Keep, Method, Stages, amount, count, option
-from .shared import assignment, check_whole_grid, refuse_nan, unchecked_cosines
+from .shared import (
+    add_attention,
+    assignment,
+    check_whole_grid,
+    refuse_nan,
+    tower_heads,
+    unchecked_cosines,
+)
 
 
 @dataclass(frozen=True)
@@ -68,17 +74,11 @@ def merge(tokens: Tokens, merged: Tensor, into: Tensor, left: Tensor) -> Tokens:
 
 def run_block(block: Block, tokens: Tokens, r: int) -> Tokens:
     """One block of the tower, with r merges after its attention."""
-    x, attn = tokens.x, block.attn
-    h = block.norm1(x)
-    q, k, v = (
-        proj(h).view(1, len(x), attn.n_heads, -1).transpose(1, 2)  # (1, H, T, Dh)
-        for proj in (attn.q_proj, attn.k_proj, attn.v_proj)
-    )
+    x, heads = tokens.x, tower_heads(block, tokens.x)
     bias = tokens.size.log().to(x.dtype)[None, None, None] if tokens.merged else None
-    y = F.scaled_dot_product_attention(q, k, v, attn_mask=bias)
-    tokens = replace(tokens, x=x + attn.out_proj(y[0].transpose(0, 1).reshape(len(x), -1)))
+    tokens = replace(tokens, x=add_attention(block, x, heads, bias))
     if r := min(r, (len(x) - 1) // 2):
-        tokens = merge(tokens, *match(k[0].mean(0), r))
+        tokens = merge(tokens, *match(heads[1][0].mean(0), r))
     return replace(tokens, x=tokens.x + block.mlp(block.norm2(tokens.x)))
 
 

@@ -20,21 +20,20 @@ windows stays, not their size. Written from a description of the released code, 
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from ..rows import take_rows
-from .base import Context, Keep, Method, Stages, amount, count, option, top
+from .base import Context, Keep, option, top
 from .shared import (
-    assignment,
+    TwoStages,
     block_number,
     check_whole_grid,
     mark_nan,
+    merge_nearest,
     second_last_block,
-    unchecked_cosines,
 )
 
 SIDE = 4  # windows along one side
@@ -56,58 +55,21 @@ def scan_patches(local_score: Tensor, global_score: Tensor, k: int, where: str) 
     return torch.cat((local, others)).sort().values
 
 
-def merge_dropped(features: Tensor, kept: Tensor) -> Tensor:
-    """Rows `kept` of features (n, D), each averaged with the dropped rows nearest to it: (K, D)."""
-    is_dropped = torch.ones(len(features), dtype=torch.bool)
-    is_dropped[kept] = False
-    dropped = take_rows(features, is_dropped.nonzero()[:, 0])  # (n - K, D)
-    mine = take_rows(features, kept)  # (K, D)
-    if not len(kept) or not len(dropped):
-        return mine
-    nearest = unchecked_cosines(dropped, mine).argmax(1)  # (n - K,)
-    into = assignment(nearest, len(kept), features.dtype)  # (K, n - K)
-    return (mine + into @ dropped) / (1 + into.sum(1, keepdim=True))
-
-
 @dataclass(frozen=True)
-class VScan(Method):
-    keep: float = amount(96, help="number or share kept before the decoder")
-    layer: int = option(16, help="decoder layer of the second drop")
-    final: float | None = amount(None, help="number or share of N left from there on; 0: no drop")
+class VScan(TwoStages):
     block: int | None = option(None, help="block of the local scan, from 0; 5 of 24")
 
     name, identity, newest_row = "vscan", "keep=1.0,final=0", True
-    drops_only, numbering = False, "compact"
-
-    def stages(self) -> Stages:
-        return (("embed", 0),) if self.final == 0 else (("embed", 0), ("decoder", self.layer))
-
-    def left(self, n_tokens: int) -> tuple[int, ...]:
-        keep = count(self.keep, n_tokens)
-        third = min(keep, max(1, round(keep / 3)))
-        final = third if self.final is None else count(self.final, n_tokens)
-        return (keep, final)[: len(self.stages())]
+    drops_only, numbering, stage = False, "compact", "embed"
 
     def check(self, n_layers: int, n_tokens: int, starts: tuple[int, ...]) -> None:
-        if self.final != 0 and not 0 <= self.layer < n_layers:
-            raise ValueError(
-                f"vscan: layer={self.layer}, but the decoder has layers 0 to {n_layers - 1}; use, "
-                f"for example, layer={n_layers // 2}, or final=0 for its first part alone"
-            )
         super().check(n_layers, n_tokens, starts)
-        keep, final = self.left(n_tokens)[0], self.left(n_tokens)[-1]
-        if final > keep:
-            raise ValueError(f"vscan: final={self.final} is more than the {keep} tokens of keep")
         grid = round(n_tokens**0.5)
         if grid % SIDE:
             raise ValueError(
                 f"vscan cuts the image into {SIDE} x {SIDE} windows; its {grid} x {grid} patches "
                 "cannot be"
             )
-
-    def variants(self, n_layers: int, n_tokens: int) -> Iterator[VScan]:
-        least = count(self.final, n_tokens) if self.final else 1
-        return (replace(self, keep=k) for k in range(least, n_tokens + 1))
 
     def local_block(self, n_blocks: int) -> int:
         return block_number(self.name, self.block, n_blocks, released=5)
@@ -126,4 +88,6 @@ class VScan(Method):
         features = c.features()
         local, whole = mark_nan(scores, features).cpu()  # (N,) each
         kept = scan_patches(local, whole, k, c.where)
-        return Keep(kept, merged=merge_dropped(features, kept))
+        dropped = torch.ones(len(features), dtype=torch.bool).index_fill(0, kept, False)
+        rows = take_rows(features, dropped.nonzero()[:, 0])  # (n - k, D)
+        return Keep(kept, merged=merge_nearest(take_rows(features, kept), rows))

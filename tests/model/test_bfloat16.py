@@ -20,8 +20,14 @@ from minillava.quant.linear import WidenedLinear, multiplies_bfloat16
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tiny.write_folder(tmp_path_factory)
+def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[int, Path]:
+    """Models by the patches along a side of an image."""
+    return {g: tiny.write_folder(tmp_path_factory, image_size=14 * g) for g in (4, 6)}
+
+
+@pytest.fixture
+def folder(folders: dict[int, Path], request: pytest.FixtureRequest) -> Path:
+    return folders[tiny.grid_for(request)]
 
 
 def load_on(native: bool, folder: Path, monkeypatch: pytest.MonkeyPatch, **options: Any) -> Any:
@@ -109,7 +115,7 @@ def test_every_method_chooses_in_bfloat16(
     ]
 
 
-ADAPTIVE = ("prumerge", "prumerge-plus")  # the number of tokens follows from the scores
+ADAPTIVE = ("prumerge", "prumerge-plus", "mustdrop")  # the number of tokens follows from the scores
 
 
 @pytest.mark.slow

@@ -18,7 +18,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from minillava import load, parse_plan
+from minillava import parse_plan
 from minillava.generate import generate
 from minillava.pruning import METHODS
 from minillava.pruning.base import Plan
@@ -51,10 +51,15 @@ class Largest(TorchDispatchMode):
 
 
 @pytest.fixture(scope="module")
-def long_model(tmp_path_factory: pytest.TempPathFactory) -> Any:
-    folder = tmp_path_factory.mktemp("long")
-    tiny.write_hf(folder, heads=1, kv_heads=1, layers=4, width=16, positions=2 * T)
-    return load(folder)[0]
+def long_models(tmp_path_factory: pytest.TempPathFactory) -> dict[int, Any]:
+    """By the patches along a side of an image."""
+    shape = {"heads": 1, "kv_heads": 1, "layers": 4, "width": 16, "positions": 2 * T}
+    return {g: tiny.write_model(tmp_path_factory, image_size=14 * g, **shape) for g in (4, 6)}
+
+
+@pytest.fixture
+def long_model(long_models: dict[int, Any], request: pytest.FixtureRequest) -> Any:
+    return long_models[tiny.grid_for(request)]
 
 
 def run(model: Any, plan: Plan, prompts: Sequence[str], **options: Any) -> Largest:

@@ -315,3 +315,23 @@ def cdpruner(rows: Tensor, patches: Tensor, text: Tensor, keep: int) -> list[int
                 volume[i] = float(torch.linalg.det(K[s][:, s]))
         chosen += best(volume, 1)
     return sorted(chosen)
+
+
+def mustdrop(layers: list[int], key: set[int], share: float, individual: float) -> Act:
+    """key: rows of the sequence, by their number in it before anything is dropped."""
+
+    def act(s: Sequence) -> Choice | None:
+        if s.layer not in layers:
+            return None
+        assert s.attention is not None
+        mean, image = s.attention.mean(0), s.visual()
+        weights = {j: [float(mean[i, j]) for i in s.text_behind()] for j in image}
+        total = sum(sum(w) for w in weights.values())
+        kept = [
+            j
+            for j, w in weights.items()
+            if s.origin[j] in key or sum(w) >= share * total or max(w) >= individual
+        ]
+        return Choice(kept, [], True)
+
+    return act

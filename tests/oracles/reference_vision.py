@@ -339,3 +339,63 @@ def tome(tower: Tower, hidden: Array, merges: list[int]) -> tuple[list[int], Arr
         x, size, name = np.array(rows), sizes, [name[t] for t in stay]
         x = tower.mlp(block, x)
     return name[1:], x[1:]
+
+
+# ---------------------------------------------------------------- FlowCut
+
+
+def flowcut(plain: Tower, first: Array, blocks: int, keep: int) -> tuple[list[int], Array]:
+    """hidden state 0 (1 + N, C), number of blocks that are run -> kept patches, their rows."""
+    x, kept, running = first, list(range(len(first) - 1)), {}
+    for i in range(blocks):
+        _, _, v = plain.qkv(i, x)
+        weights = plain.attention(i, x)
+        y = plain.mlp(i, plain.attend(i, x, weights))
+        n, rest = len(kept), blocks - 2 - i
+        if n > keep:
+            c = np.array(from_class_token(weights))
+            m = np.zeros(n)
+            for h in range(v.shape[1]):
+                e = np.exp(v[:, h] @ v[0, h])
+                m += (e / e.sum())[1:] / v.shape[1]
+            norms = [sum(abs(value) for value in v[1 + j].mean(axis=0)) for j in range(n)]
+            scores = (c / c.sum() + m / m.sum()) * norms
+            for j, patch in enumerate(kept):
+                running[patch] = (running[patch] + scores[j]) / 2 if patch in running else scores[j]
+            if rest % 2 == 0:
+                left = keep
+                if rest:
+                    p = c / c.sum()
+                    share = -sum(a * math.log(a) for a in p) / math.log(n)
+                    left = max(n - round((n - keep) / math.sqrt(rest) * (1 - share**2)), keep)
+                stay = sorted(best([running[patch] for patch in kept], left))
+                kept = [kept[j] for j in stay]
+                y = y[[0, *(1 + j for j in stay)]]
+        x = y
+    return kept, x[1:]
+
+
+# ---------------------------------------------------------------- MustDrop
+
+
+def mustdrop(
+    plain: Tower, first: Array, blocks: int, limit: float, key: float
+) -> tuple[list[int], Array, list[int]]:
+    """hidden state 0 (1 + N, C), number of blocks -> numbers of the rows, the rows, the key set."""
+    x = plain.mlp(0, plain.attend(0, first, plain.attention(0, first)))
+    side = math.isqrt(len(x) - 1)
+    windows = []
+    for top in range(0, side, 3):
+        for left in range(0, side, 3):
+            inside = [(top + a) * side + left + b for a in range(3) for b in range(3)]
+            pairs = [cosine(x[1 + i], x[1 + j]) for i in inside for j in inside if i != j]
+            windows.append((sum(pairs) / len(pairs), inside))
+    merged = [inside for likeness, inside in sorted(windows, reverse=True) if likeness >= limit]
+    gone = {i for inside in merged for i in inside}
+    apart = [i for i in range(side * side) if i not in gone]
+    rows = [sum(x[1 + i] for i in inside) / 9 for inside in merged] + [x[1 + i] for i in apart]
+    x, names = np.array([x[0], *rows]), [inside[0] for inside in merged] + apart
+    for i in range(1, blocks - 1):
+        x = plain.mlp(i, plain.attend(i, x, plain.attention(i, x)))
+    score = from_class_token(plain.attention(blocks - 1, x))
+    return names, x[1:], [names[i] for i in best(score, math.ceil(key * len(names)))]

@@ -10,12 +10,13 @@ import pytest
 import reference_decoder as reference
 import tiny
 import torch
+import torch.nn.functional as F
 from golden_cases import Golden
 from torch import Tensor
 
 import minillava
 from minillava import Batch, parse_plan
-from minillava.attention import attention_received
+from minillava.attention import attention_received, attention_weights
 from minillava.generate import Result, generate
 from minillava.pruning import (
     METHODS,
@@ -233,17 +234,18 @@ def test_dart_walks_its_pivots_as_the_released_code(seed: int) -> None:
     assert image[index].tolist() == sorted(kept)
 
 
-def test_the_strongest_head_of_each_row() -> None:
+def test_weights_row_by_row_and_their_mean() -> None:
     generator = torch.Generator().manual_seed(0)
     q, k = (torch.randn(50, heads, 8, generator=generator) for heads in (6, 2))
     at, hidden = torch.arange(50), torch.arange(50) % 7 == 3
-    ours = attention_received(q, k, at, hidden, strongest=True)
-    expected = torch.zeros(50)
+    blocks = [F.pad(w, (0, 50 - w.shape[2])) for w in attention_weights(q, k, at, hidden)]
+    ours = torch.cat(blocks, dim=1)  # (H, r, S)
+    assert len(blocks) > 1
+    tiny.assert_close(attention_received(q, k, at, hidden), ours.mean(1))
     for row in range(50):
         scores = torch.stack([k[:, head // 3] @ q[row, head] / 8**0.5 for head in range(6)])
         scores[:, (at > row) | hidden] = -torch.inf
-        expected += scores.softmax(-1).nan_to_num(0.0).amax(0) / 50
-    tiny.assert_close(ours[0], expected)
+        tiny.assert_close(ours[:, row], scores.softmax(-1).nan_to_num(0.0))
 
 
 # ---------------------------------------------------------------- counts and refusals

@@ -16,27 +16,37 @@ from minillava.pruning import METHODS, Plan
 # What each method's released code does: it keeps the position numbers of the unpruned prompt
 # ("original"), or numbers the rows that are left 0, 1, 2, ... ("compact").
 NUMBERING = {
+    "apet": "compact",
+    "border": "original",
     "cdpruner": "compact",
     "dart": "original",
     "divprune": "compact",
     "fastervlm": "compact",
     "fastv": "original",
     "fitprune": "original",
+    "flowcut": "compact",
+    "gprune": "original",
     "grid": "compact",
     "hiprune": "compact",
     "hired": "compact",
     "holov": "compact",
+    "mmtok": "compact",
+    "mustdrop": "compact",
+    "nuwa": "original",
     "pool": "compact",
     "prumerge": "compact",
     "prumerge-plus": "compact",
+    "prunesid": "compact",
     "pyramiddrop": "compact",
     "random": "original",
+    "scope": "compact",
     "simignore": "original",
     "sparsevlm": "compact",
     "text-only": "compact",
     "tome": "compact",
     "trim": "compact",
     "uniform": "original",
+    "v2drop": "original",
     "vispruner": "compact",
     "visionzip": "compact",
     "vscan": "compact",
@@ -44,7 +54,12 @@ NUMBERING = {
 }
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture
+def model(fitting_model: Any) -> Any:
+    return fitting_model
+
+
+@pytest.fixture
 def batch(model: Any) -> Batch:
     return tiny.make_batch(model, "ttItttttt", seed=3)
 

@@ -51,26 +51,45 @@ FORMS: dict[str, dict[str, Any]] = {
 }
 
 # Waits for one image at one step of a plan: one for the index that the method chose, one for the
-# numbers that it chose by. SparseVLM reads its raters, the peaks of its clusters and the index.
-WAITS = {"sparsevlm": 3}
+# numbers that it chose by. SparseVLM reads its raters, the peaks of its clusters and the index,
+# PruneSID cosines, groups and index, MustDrop likeness, the key set and its index, FlowCut how many
+# tokens a block drops.
+WAITS = {"sparsevlm": 3, "prunesid": 3, "mustdrop": 3, "flowcut": 3}
 PROMPT = 5  # waits of a prompt: the clock three times, the pixels of up to 8 images, its token
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tiny.write_folder(tmp_path_factory, vision_layers=4, width=64)
+def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[int, Path]:
+    """Models by the patches along a side of an image."""
+    shapes = {grid: {"image_size": 14 * grid} for grid in (4, 6)}
+    return {
+        grid: tiny.write_folder(tmp_path_factory, vision_layers=4, width=64, **shape)
+        for grid, shape in shapes.items()
+    }
 
 
 @pytest.fixture(scope="module")
-def here(folder: Path) -> Any:
-    return load(folder)[0]
-
-
-@pytest.fixture(scope="module")
-def there(folder: Path) -> Any:
-    """The same model on the pretended device."""
+def pairs(folders: dict[int, Path]) -> dict[int, tuple[Any, Any]]:
+    """Each of them on the CPU and on the pretended device."""
+    here = {grid: load(folder)[0] for grid, folder in folders.items()}
     with pretended_cuda():
-        return load(folder, device="cuda")[0]
+        return {grid: (here[grid], load(f, device="cuda")[0]) for grid, f in folders.items()}
+
+
+@pytest.fixture
+def folder(folders: dict[int, Path], request: pytest.FixtureRequest) -> Path:
+    return folders[tiny.grid_for(request)]
+
+
+@pytest.fixture
+def here(pairs: dict[int, tuple[Any, Any]], request: pytest.FixtureRequest) -> Any:
+    return pairs[tiny.grid_for(request)][0]
+
+
+@pytest.fixture
+def there(pairs: dict[int, tuple[Any, Any]], request: pytest.FixtureRequest) -> Any:
+    """The same model on the pretended device."""
+    return pairs[tiny.grid_for(request)][1]
 
 
 def runs(here: Any, there: Any, batch: Batch, plan: Plan, n: int = 2, **options: Any) -> Result:

@@ -18,12 +18,11 @@ from minillava.generate import Result, generate
 from minillava.pruning import METHODS
 from minillava.pruning.base import Context, Method, Plan
 
-N = 16
 PROMPTS = ("tttItttttt", "tttt", "tItIttt", "Itttt", "tIItt", "tI")
 IN_TEXT = PROMPTS[:-1]  # what a picture ends may lose the very row that it is answered from
 DROPPING = [name for name, method in METHODS.items() if method.drops_only]
 RANKING = [name for name, method in METHODS.items() if not method.newest_row]
-ADAPTIVE = ("prumerge", "prumerge-plus")  # how many tokens stay depends on the image
+ADAPTIVE = ("prumerge", "prumerge-plus", "mustdrop")  # how many stay depends on the image
 IDENTITIES = [name for name, method in METHODS.items() if method.identity is not None]
 
 
@@ -31,24 +30,29 @@ def run(model: Any, batch: Batch, plan: Plan | None = None, n: int = 3, **option
     return generate(model, batch, plan, n, output_logits=True, **options)
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture
+def model(fitting_model: Any) -> Any:
+    return fitting_model
+
+
+@pytest.fixture
 def batch(model: Any) -> Batch:
     """Every shape of prompt at once; the first and the fourth come with a focus."""
     focus = [torch.tensor([5, 9, 11]), None, None, torch.tensor([1, 200]), None, None]
     return make_batch(model, *PROMPTS, focus=focus)
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture
 def one(model: Any) -> Batch:
     return make_batch(model, "ttItttt", seed=3)
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture
 def reference(model: Any) -> Reference:
     return Reference(model)
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture
 def plain(model: Any, batch: Batch) -> Result:
     return run(model, batch)
 
@@ -179,7 +183,8 @@ def test_without_the_newest_row_the_cache_changes_nothing(
 ) -> None:
     modes = ("drop", "mask") if METHODS[name].drops_only else ("drop",)
     for mode in modes:
-        plan = example(name, f"mode={mode}", *(["positions=original"] if mode == "mask" else []))
+        more = ["positions=original"] if mode == "mask" else ["cache=drop"]
+        plan = example(name, f"mode={mode}", *more)
         assert_same(run(model, batch, plan, n=4, use_cache=False), run(model, batch, plan, n=4))
 
 
@@ -241,7 +246,7 @@ def test_a_long_answer_in_a_batch_is_the_one_given_alone(
 
 @pytest.mark.parametrize("name", METHODS)
 def test_the_report_adds_up(model: Any, batch: Batch, name: str) -> None:
-    plan = example(name)
+    plan, N = example(name), model.config.vision.num_patches
     report = run(model, batch, plan, n=2).report
     assert [k.rule for k in report.kept] == [step.method.name for step in plan.steps]
     assert [k.layer for k in report.kept] == [step.layer for step in plan.steps]
@@ -260,7 +265,8 @@ def test_the_report_adds_up(model: Any, batch: Batch, name: str) -> None:
             left = len(done[-1].positions[b]) + done[-1].extra[b] if done else before
             assert report.image_tokens_entering[i][b] == left
             assert entering[b] == left + text
-            assert report.cache_lengths[i][b] == entering[b]
+            held = report.tokens_entering[-1] if name == "mustdrop" else entering  # it cuts caches
+            assert report.cache_lengths[i][b] == held[b]
     if pictures_left := [k for k in report.kept if k.positions[0]]:
         assert len(pictures_left[-1].positions[0]) < N
 
@@ -268,7 +274,7 @@ def test_the_report_adds_up(model: Any, batch: Batch, name: str) -> None:
 @pytest.mark.parametrize("name", METHODS)
 def test_left_says_how_many_image_tokens_stay(model: Any, one: Batch, name: str) -> None:
     """As many as were left or, of a method whose number depends on the image, at least as many."""
-    (method,) = example(name).methods
+    (method,), N = example(name).methods, model.config.vision.num_patches
     if type(method).left is Method.left:
         pytest.skip("it does not say; average= refuses it")
     report = run(model, one, Plan((method,)), n=1).report
@@ -319,7 +325,7 @@ def test_of_equal_scores_the_lower_index_is_kept(model: Any, batch: Batch, mode:
     report = run(flat, batch, parse_plan(f"fastv:layer=2,keep=5,mode={mode}"), n=2).report
     for b, prompt in enumerate(PROMPTS):
         ids = batch.ids[b][batch.mask[b]]
-        places = (ids == IMAGE).nonzero()[:, 0].split(N)
+        places = (ids == IMAGE).nonzero()[:, 0].split(16)
         assert report.kept[0].positions[b] == [
             i for image in places[: prompt.count("I")] for i in image[:5].tolist()
         ]
