@@ -71,12 +71,10 @@ class CLIPVision(nn.Module):
 
     def __init__(self, config: VisionConfig) -> None:
         super().__init__()
-        C = config.hidden_size
+        C, P = config.hidden_size, config.patch_size
         self.config = config
         self.class_embedding = nn.Parameter(torch.zeros(C))
-        self.patch_embedding = nn.Conv2d(
-            3, C, config.patch_size, stride=config.patch_size, bias=False
-        )
+        self.patch_embedding = nn.Conv2d(3, C, P, stride=P, bias=False)
         # One learned vector per place: the class token, then the grid row by row. Unlike RoPE in
         # the decoder, it fixes the grid, so every image must have the size CLIP was trained on.
         self.position_embedding = nn.Embedding(1 + config.num_patches, C)

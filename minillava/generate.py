@@ -67,9 +67,8 @@ def stream(
     options of `generate` and raises its errors."""
     if len(batch.ids) != 1:
         raise ValueError(f"stream answers one prompt, the batch has {len(batch.ids)}; use generate")
-    settings = Settings(max_new_tokens, **options)
-    answer = Answer(model, batch, plan or Plan(), settings, encoded)
-    return processor.stream_text(answer, settings.stop_strings)
+    answer = Answer(model, batch, plan or Plan(), Settings(max_new_tokens, **options), encoded)
+    return processor.stream_text(answer, answer.settings.stop_strings)
 
 
 def encode_images(model: LLaVA, batch: Batch, plan: Plan | None = None) -> Encoded | None:

@@ -69,10 +69,15 @@ def prompts_of(model: LLaVA, batch: Batch) -> list[Prompt]:
         )
     if batch.focus is not None and len(batch.focus) != len(ids):
         raise ValueError(f"focus has {len(batch.focus)} entries for {len(ids)} prompts")
-    n_images = 0 if batch.pixels is None else check_pixels(config, batch.pixels)
+    S = config.vision.image_size
+    pixels = torch.zeros(0, 3, S, S) if batch.pixels is None else batch.pixels
+    if pixels.ndim != 4 or pixels.shape[1:] != (3, S, S) or not pixels.is_floating_point():
+        raise ValueError(
+            f"pixels must be (images, 3, {S}, {S}) float, not {tuple(pixels.shape)} {pixels.dtype}"
+        )
     sizes = batch.sizes or ()
     if batch.sizes is not None:
-        check_sizes(sizes, n_images)
+        check_sizes(sizes, len(pixels))
     prompts: list[Prompt] = []
     used = 0
     for b in range(len(ids)):
@@ -87,22 +92,12 @@ def prompts_of(model: LLaVA, batch: Batch) -> list[Prompt]:
         used += len(starts)
         mine = tuple(sizes[i] for i in images if sizes)
         prompts.append(Prompt(tokens, images, starts, focus, len(tokens), mine))
-    if used != n_images:
+    if used != len(pixels):
         raise ValueError(
-            f"the prompts have placeholders for {used} images, but pixels holds {n_images}; "
+            f"the prompts have placeholders for {used} images, but pixels holds {len(pixels)}; "
             f"each image takes {config.vision.num_patches} placeholders"
         )
     return prompts
-
-
-def check_pixels(config: Config, pixels: Tensor) -> int:
-    """The number of images in pixels."""
-    S = config.vision.image_size
-    if pixels.ndim != 4 or pixels.shape[1:] != (3, S, S) or not pixels.is_floating_point():
-        raise ValueError(
-            f"pixels must be (images, 3, {S}, {S}) float, not {tuple(pixels.shape)} {pixels.dtype}"
-        )
-    return len(pixels)
 
 
 def check_sizes(sizes: Sequence[Any], n_images: int) -> None:

@@ -337,24 +337,20 @@ class Context:
 
     def text(self) -> Tensor:
         """Input embeddings (t, D) of text_rows."""
-        return self.model.embed(self._text_ids())
+        return self.model.embed(self._ids(None))
 
     def focus(self) -> Tensor:
         """Input embeddings (t, D) of the text to compare with: the focus, else the question."""
-        return self.model.embed(self._focus_ids())
+        return self.model.embed(self._ids(self._sample.prompt.focus))
 
     def focus_text(self) -> str:
         """The same text as a string, for methods with a text encoder of their own."""
         if self.model.tokenizer is None:
             raise ValueError("this method reads text: it needs a model with a tokenizer (load)")
-        return self.model.tokenizer.decode(self._focus_ids().tolist())
+        return self.model.tokenizer.decode(self._ids(self._sample.prompt.focus).tolist())
 
-    def _text_ids(self) -> Tensor:
-        return self._sample.prompt.ids[self._sample.rows.id[self.text_rows]]
-
-    def _focus_ids(self) -> Tensor:
-        focus = self._sample.prompt.focus
-        return self._text_ids() if focus is None else focus
+    def _ids(self, focus: Tensor | None) -> Tensor:
+        return self._sample.prompt.ids[self.rows.id[self.text_rows]] if focus is None else focus
 
     @property
     def newest(self) -> Tensor:
@@ -429,14 +425,14 @@ class Context:
     def _coming_heads(self, rows: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
         """Queries (r, H, Dh) of rows (r,), keys (S, Hkv, Dh) and hidden rows of the next layer."""
         s, block = self._sample, self.model.block(self._step.layer)
-        held, h, whole = s.cached_keys, block.norm1(s.x), self.model.llama.whole_heads
+        attn, h, held = block.attn, block.norm1(s.x), s.cached_keys
         cos, sin = self.model.llama.rope(s.rows.position if held is None else s.position, h.dtype)
         own = on_device(rows if held is None else rows - len(held), h)
-        q = rotate(block.attn.query(h[own]), (cos[own], sin[own]))  # (r, H, Dh)
-        k = rotate(block.attn.key(h), (cos, sin))  # (S, Hkv, Dh)
+        q = rotate(attn.heads(attn.q_proj, h[own]), (cos[own], sin[own]))  # (r, H, Dh)
+        k = rotate(attn.heads(attn.k_proj, h), (cos, sin))  # (S, Hkv, Dh)
         k = k if held is None else torch.cat((held, k))
         hidden = pad_visible(s.hidden(self._step.layer, before=self._step.number), len(k))
-        return whole(q), whole(k), hidden
+        return self.model.llama.whole_heads(q), self.model.llama.whole_heads(k), hidden
 
     def before(self) -> Tensor:
         """Hidden states (n, D) of the candidates as they entered the layer that ran last."""
@@ -445,7 +441,6 @@ class Context:
         if self._sample.cached_keys is not None or (at < 0).any():
             raise self._error("rows that were added since have no state before the last layer")
         return take_rows(last.x, at)
-
 
     def _last(self) -> LastAttention:
         last, whole = self._sample.last, self.model.llama.whole_heads
@@ -541,15 +536,14 @@ class Plan:
     @cached_property
     def steps(self) -> tuple[Step, ...]:
         """All stages of all methods in the order they run; at one place, in that of the methods."""
-        found = [
-            (STAGES.index(stage), layer, method, index)
-            for method in self.methods
+        found = sorted(
+            (STAGES.index(stage), layer, m, index)
+            for m, method in enumerate(self.methods)
             for index, (stage, layer) in enumerate(method.stages())
-        ]
-        found.sort(key=lambda entry: entry[:2])
+        )
         return tuple(
-            Step(number, method, index, STAGES[stage], layer)
-            for number, (stage, layer, method, index) in enumerate(found)
+            Step(number, self.methods[m], index, STAGES[stage], layer)
+            for number, (stage, layer, m, index) in enumerate(found)
         )
 
     def at(self, stage: Stage, layer: int = 0) -> list[Step]:
@@ -561,10 +555,9 @@ class Plan:
 
         fastv:k=2 with 32 layers: [0, 1], [2, ..., 31].
         """
-        starts = {s.layer for s in self.steps if s.stage == "decoder"}
+        starts = {0, *(s.layer for s in self.steps if s.stage == "decoder")}
         ends = {s.method.until for s in self.steps} | {s.method.cut_from for s in self.steps}
-        starts |= {layer for layer in ends if layer is not None}
-        inside = sorted(layer for layer in starts | {0} if layer < n_layers)
+        inside = sorted(i for i in starts | ends if i is not None and i < n_layers)
         return [range(a, b) for a, b in zip(inside, [*inside[1:], n_layers], strict=True)]
 
     def chosen_again(self, layer: int) -> list[Step]:
