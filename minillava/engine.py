@@ -150,8 +150,7 @@ def unpack_rows(samples: Sequence[Sample], x: Tensor) -> None:
 def begin_decoding(state: State) -> None:
     """Forget what only methods of the prefill could read, and count what the caches hold."""
     for s in state.samples:
-        s.vision, s.embedded = {}, None
-        s.x = s.x.new_empty(0, s.x.shape[1])
+        s.vision, s.embedded, s.x = {}, None, s.x.new_empty(0, s.x.shape[1])
     held = [segment.held for segment in state.segments]
     counts = [[[r.next_position for r in rows] for rows in held], [[*map(len, r)] for r in held]]
     state.position, state.length = on_device(torch.tensor(counts), state.samples[0].x)

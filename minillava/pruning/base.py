@@ -391,8 +391,7 @@ class Context:
         if layer == 0:
             q, k, hidden = self._coming_heads(rows.cpu())
             return q, k, rows.cpu(), hidden, on_device(self.candidates, k)
-        last = self._last()
-        there = self._rows_in(last)
+        last, there = self._last()
         at = there[rows.cpu()]
         at = at[at >= 0]  # rows added since then had no query there
         q = take_rows(last.q, at - (len(last.k) - len(last.q)))  # (r, H, Dh)
@@ -400,8 +399,8 @@ class Context:
 
     def keys(self) -> Tensor:
         """Rotated keys (S, Hkv, Dh) of all rows in the layer that ran last; zeros for new rows."""
-        last = self._last()
-        there = on_device(self._rows_in(last), last.k)
+        last, there = self._last()
+        there = on_device(there, last.k)
         return last.k[there] * (there >= 0)[:, None, None]
 
     def sequence(self) -> Tensor:
@@ -436,27 +435,25 @@ class Context:
 
     def before(self) -> Tensor:
         """Hidden states (n, D) of the candidates as they entered the layer that ran last."""
-        last = self._last()
-        at = self._rows_in(last)[self.candidates]
+        last, there = self._last()
+        at = there[self.candidates]
         if self._sample.cached_keys is not None or (at < 0).any():
             raise self._error("rows that were added since have no state before the last layer")
         return take_rows(last.x, at)
 
-    def _last(self) -> LastAttention:
+    def _last(self) -> tuple[LastAttention, Tensor]:
+        """The layer that ran last, and the row number (S,) that each row of now has there, on the
+        CPU; -1: new."""
         last, whole = self._sample.last, self.model.llama.whole_heads
         if last is None or self._step.layer == 0:
             raise self._error(
                 f"layer {self._step.layer} has no layer before it whose attention could be read; "
                 "ask for that of the coming layer, attention(rows, layer=0)"
             )
-        return replace(last, q=whole(last.q), k=whole(last.k))
-
-    def _rows_in(self, last: LastAttention) -> Tensor:
-        """Row number (S,) of each row of now in the layer that ran last, on the CPU; -1: new."""
-        now, numbers = self._sample.rows, torch.arange(len(last.k))
-        there = torch.full((now.n_ids,), -1)
+        numbers, there = torch.arange(len(last.k)), torch.full((self.rows.n_ids,), -1)
         there[last.rows.id] = numbers[: len(last.rows)]
-        return torch.cat((there[now.id], numbers[len(last.rows) :]))  # generated rows follow
+        there = torch.cat((there[self.rows.id], numbers[len(last.rows) :]))  # generated rows follow
+        return replace(last, q=whole(last.q), k=whole(last.k)), there
 
     def vision_state(self, layer: int | None = None) -> Tensor:
         """A hidden state of the vision tower for the images in scope, (images, 1 + N, C), class
