@@ -72,11 +72,3 @@ class KVCache:
     def keys_of(self, layer: int, b: int) -> Tensor:
         """Rotated keys of one sample (S, Hkv, Dh)."""
         return self.keys[layer][b, :, : self.lengths[layer][b]].transpose(0, 1)
-
-    def used_bytes(self) -> int:
-        """Bytes of the rows that are held; room for tokens to come does not count."""
-        return sum(
-            2 * sum(lengths) * keys.shape[1] * keys.shape[3] * keys.element_size()
-            for keys, lengths in zip(self.keys, self.lengths, strict=True)
-            if lengths
-        )

@@ -17,7 +17,7 @@ from torch import Tensor
 from .cache import KVCache
 from .llava import Encoded, LLaVA
 from .pruning.base import Context, Plan, Step, check_keep
-from .rows import Choice, Keep, Rows, drop_image_rows, on_device, take_rows
+from .rows import Choice, Keep, Rows, drop_rows, on_device, take_rows
 from .sample import CacheView, LayerAttention, Mask, NewToken, Prompt, Sample, Segment
 
 Memory = dict[tuple[int, ...], dict[str, Any]]  # Context.memory of one sample, by step and images
@@ -25,11 +25,13 @@ Memory = dict[tuple[int, ...], dict[str, Any]]  # Context.memory of one sample, 
 
 @dataclass(frozen=True)
 class Pruned:
-    """The rows of each sample after one step of the plan."""
+    """What one step of the plan did to each sample [b]."""
 
     step: Step
-    rows: list[Rows]  # [b]
-    hidden: list[Tensor | None]  # [b] (S,) bool
+    before: list[Rows]
+    choices: list[list[Choice]]  # without the hidden states of new rows
+    rows: list[Rows]  # after it
+    hidden: list[Tensor | None]  # (S,) bool, after it
 
 
 @dataclass
@@ -39,7 +41,7 @@ class State:
     plan: Plan
     samples: list[Sample]
     segments: list[Segment]
-    history: list[Pruned]
+    history: list[list[Pruned]]  # the steps that ran for each new token
     cache: KVCache | None
     position: Tensor  # (segments, B) position of the next token in each segment's layers
     length: Tensor  # (segments, B) rows that each segment's layers hold of each sample
@@ -159,7 +161,7 @@ def begin_decoding(
     next_positions = [[rows.next_position for rows in segment.rows] for segment in segments]
     lengths = [[len(rows) for rows in segment.rows] for segment in segments]
     counts = on_device(torch.tensor([next_positions, lengths]), samples[0].x)
-    return State(plan, samples, segments, history, cache, counts[0], counts[1])
+    return State(plan, samples, segments, [history], cache, counts[0], counts[1])
 
 
 def decode(model: LLaVA, tokens: Tensor, state: State) -> Tensor:
@@ -171,6 +173,7 @@ def decode(model: LLaVA, tokens: Tensor, state: State) -> Tensor:
     cache, samples, plan = state.cache, state.samples, state.plan
     assert cache is not None, "decoding needs a cache; without one, the prompt is prefilled again"
     x = model.embed(tokens)  # (B, D)
+    state.history.append([])
     for s in samples:
         s.generated += 1
     for number, segment in enumerate(state.segments):
@@ -179,7 +182,7 @@ def decode(model: LLaVA, tokens: Tensor, state: State) -> Tensor:
         for b, s in enumerate(samples):
             s.rows, s.x = segment.rows[b], x[b : b + 1]
             s.token = NewToken(position[b : b + 1], cache.keys_of(layers.start, b))
-        prune(model, samples, plan.chosen_again(layers.start), None)
+        prune(model, samples, plan.chosen_again(layers.start), state.history[-1])
         hidden = [s.hidden(layers.start) for s in samples]
         view = view_cache(state, number, hidden)
         rope = model.llama.rope(position, model.dtype)
@@ -214,20 +217,22 @@ def view_cache(state: State, number: int, hidden: Sequence[Tensor | None]) -> Ca
 
 
 def prune(
-    model: LLaVA, samples: Sequence[Sample], steps: Sequence[Step], history: list[Pruned] | None
+    model: LLaVA, samples: Sequence[Sample], steps: Sequence[Step], history: list[Pruned]
 ) -> None:
-    """Carry out steps of a plan on the rows that each sample has now, and note what is left in
-    `history` (None while decoding: nothing is noted)."""
+    """Carry out steps of a plan on the rows that each sample has now, and note it in `history`."""
     for step in steps:
+        before, noted = [s.rows for s in samples], []
         for s in samples:
             choices = ask_method(model, step, s)
+            noted.append([choice.without_states() for choice in choices])
             if step.method.mode == "mask":
                 s.masks[step.number] = hide_rows(step, s.rows, choices)
-            else:
-                s.x, s.rows = drop_image_rows(s.x, s.rows, choices, step.method.compact)
-        if history is not None:
-            hidden = [s.hidden(step.layer) for s in samples]
-            history.append(Pruned(step, [s.rows for s in samples], hidden))
+                continue
+            for choice in reversed(choices):  # so that the row numbers of the others stay valid
+                s.x, s.rows = drop_rows(s.x, s.rows, choice)
+            s.rows = s.rows.renumber() if step.method.compact else s.rows
+        hidden = [s.hidden(step.layer) for s in samples]
+        history.append(Pruned(step, before, noted, [s.rows for s in samples], hidden))
     for s in samples:
         s.last = None  # the queries and keys that were kept for these steps
 

@@ -110,14 +110,14 @@ class Answer:
         # 1. images
         if encoded is None and self.batch.pixels is not None:
             encoded = model.encode(self.batch.pixels, self.states_read)
-        clock.note("vision")
+        clock.note()
 
         # 2. prompt
         memories: list[Memory] = [{} for _ in self.prompts]
         seed, cache = settings.seed or 0, self._new_cache()
         logits, state = prefill(model, self.prompts, encoded, self.plan, cache, seed, memories)
-        prompt_state, cache_bytes = state, cache.used_bytes() if cache else 0
-        clock.note("prefill")
+        prompt_state = state
+        clock.note()
 
         # 3. one token after the other
         tokens = Tokens(model, settings, [len(rows) for rows in state.segments[0].rows])
@@ -129,7 +129,7 @@ class Answer:
                 chosen_from.append(logits)
             new = tokens.draw(logits, broken)  # (B,)
             taken = tokens.take(new.tolist())
-            clock.note_token()
+            clock.note(wait=False)
             yield taken
             if all(tokens.stopped):
                 break
@@ -138,9 +138,10 @@ class Answer:
             else:
                 longer = [p.extended(f) for p, f in zip(self.prompts, tokens.fed, strict=True)]
                 logits, state = prefill(model, longer, encoded, self.plan, None, seed, memories)
+                prompt_state.history += state.history
 
         # 4. what happened
-        report = make_report(model, prompt_state, tokens.stopped, clock, cache_bytes)
+        report = make_report(model, prompt_state, tokens.stopped, clock)
         texts = [model.tokenizer.decode(t) for t in tokens.tokens] if model.tokenizer else None
         starts = [prompt.starts for prompt in self.prompts]
         kept = tokens.stack(chosen_from, logits) if settings.output_logits else None

@@ -25,6 +25,7 @@ from torch import Tensor
 
 TEXT, GENERATED = -1, -2  # values of Rows.image for rows that belong to no image
 NO_PATCH = -1  # value of Rows.patch for text and for added rows
+COLUMNS = ("id", "position", "image", "patch")  # of Rows, one entry per row each
 
 
 @dataclass(frozen=True)
@@ -44,13 +45,7 @@ class Rows:
 
     def select(self, index: Tensor) -> Rows:
         """The table of the rows at index (s,), in that order."""
-        return replace(
-            self,
-            id=self.id[index],
-            position=self.position[index],
-            image=self.image[index],
-            patch=self.patch[index],
-        )
+        return replace(self, **{name: getattr(self, name)[index] for name in COLUMNS})
 
     def image_rows(self) -> Tensor:
         """Row numbers (n,) of all images, ascending."""
@@ -62,15 +57,10 @@ class Rows:
 
     def insert(self, at: int, n: int, image: int) -> Rows:
         """The table with n added rows of an image before row `at`."""
-        new = torch.arange(n)
-        return replace(
-            self,
-            id=_insert(self.id, at, new + self.n_ids),
-            position=_insert(self.position, at, torch.full_like(new, self.first_position[image])),
-            image=_insert(self.image, at, torch.full_like(new, image)),
-            patch=_insert(self.patch, at, torch.full_like(new, NO_PATCH)),
-            n_ids=self.n_ids + n,
-        )
+        new, same = torch.arange(n), (self.first_position[image], image, NO_PATCH)
+        columns = (new + self.n_ids, *(torch.full_like(new, value) for value in same))
+        parts = [_insert(getattr(self, c), at, x) for c, x in zip(COLUMNS, columns, strict=True)]
+        return replace(self, **dict(zip(COLUMNS, parts, strict=True)), n_ids=self.n_ids + n)
 
     def renumber(self) -> Rows:
         """Positions 0..S-1 without gaps; the next token's position is then S."""
@@ -89,6 +79,7 @@ class Keep:
     extra (M, C | D): hidden states of M added rows that belong to no patch (a class token, the mean
     of what was dropped). They follow the image's rows, or precede them if `extra_first` is set.
     C is the width before the projector (1024), D the width after it (4096).
+    The last four explain the choice in reports and pictures, and change nothing.
     """
 
     index: Tensor
@@ -96,6 +87,10 @@ class Keep:
     extra: Tensor | None = None
     extra_first: bool = False
     ordered: bool = False
+    scores: Tensor | None = None  # (n,) what the candidates were ranked by, higher is better
+    order: Tensor | None = None  # (k,) candidates that were picked one after the other
+    merged_into: Tensor | None = None  # (n,) number in `index`, K + m: row m of `extra`, -1: none
+    closest: Tensor | None = None  # () smallest lead() of its decisions, if scores do not tell
 
 
 @dataclass(frozen=True)
@@ -105,6 +100,9 @@ class Choice:
     window: Tensor  # (w,) rows the choice is about: those of them that are not kept are dropped
     candidates: Tensor  # (n,) rows of the window that are visible; Keep.index counts these
     keep: Keep  # with its index on the CPU
+
+    def without_states(self) -> Choice:
+        return replace(self, keep=replace(self.keep, merged=None, extra=None))
 
 
 def drop_rows(x: Tensor, rows: Rows, choice: Choice) -> tuple[Tensor, Rows]:
@@ -128,18 +126,6 @@ def drop_rows(x: Tensor, rows: Rows, choice: Choice) -> tuple[Tensor, Rows]:
         left = left.insert(at, len(keep.extra), image)
         x_left = _insert(x_left, at, keep.extra.to(x.dtype))
     return x_left, left
-
-
-def drop_image_rows(
-    x: Tensor, rows: Rows, choices: list[Choice], compact: bool
-) -> tuple[Tensor, Rows]:
-    """Carry out one step's choices for the images of a sample; compact: renumber what is left.
-
-    The last image comes first, so that the row numbers of the others stay valid.
-    """
-    for choice in reversed(choices):
-        x, rows = drop_rows(x, rows, choice)
-    return x, rows.renumber() if compact else rows
 
 
 def take_rows(x: Tensor, numbers: Tensor) -> Tensor:

@@ -26,4 +26,4 @@ class FasterVLM(BeforeDecoder):
     def choose(self, c: Context) -> Keep:
         (keep,) = self.left(c.n_tokens)
         score = c.vision_attention(-2).mean(0)  # (H, n) -> (n,)
-        return Keep(top(score, keep, c.where))
+        return Keep(top(score, keep, c.where), scores=score)

@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 from .base import Context, Keep, option, top
-from .shared import BeforeDecoder, block_number, second_last_block
+from .shared import BeforeDecoder, block_number, lead, least, root_mean_square, second_last_block
 
 
 def with_neighbours(anchors: Tensor, grid: int) -> Tensor:
@@ -64,5 +64,7 @@ class HiPrune(BeforeDecoder):
         anchors = patches[top(score, self.n_anchors(keep), c.where)]
         near = torch.isin(patches, with_neighbours(anchors, c.grid)).nonzero()[:, 0]
         n_registers = max(0, min(keep, len(patches)) - len(near))
-        registers = top(late_score.index_fill(0, near, -torch.inf), n_registers, c.where)
-        return Keep(torch.cat((near, registers)))
+        others = late_score.index_fill(0, near, -torch.inf)
+        registers = top(others, n_registers, c.where)
+        leads = lead(score, len(anchors)), lead(others, n_registers, root_mean_square(late_score))
+        return Keep(torch.cat((near, registers)), scores=late_score, closest=least(*leads))

@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from .base import Context, Keep, top
-from .shared import BeforeDecoder, second_last_block
+from .shared import BeforeDecoder, lead, least, root_mean_square, second_last_block
 
 RUNS = 16
 ALPHA, SCALE, TINY = 0.09, 1e3, 1e-6
@@ -47,12 +47,16 @@ def run_score(features: Tensor, attention: Tensor) -> Tensor:
     return (scaled + ALPHA * variance).mean()
 
 
-def run_budgets(scores: Tensor, keep: int) -> list[int]:
-    """Number of tokens for each run, `keep` in all, by its share of the scores (r,)."""
+def run_budgets(scores: Tensor, keep: int) -> tuple[list[int], Tensor]:
+    """Number of tokens for each run, `keep` in all, by its share of the scores (r,); and how near
+    this division is to another, see lead()."""
     shares = scores / (scores.sum() + TINY)
-    budgets = (shares * keep).floor().long()
-    budgets[top(shares, keep - int(budgets.sum()), "HoloV's runs")] += 1
-    return budgets.tolist()
+    tokens = shares * keep  # (r,)
+    budgets = tokens.floor().long()
+    over = keep - int(budgets.sum())
+    budgets[top(shares, over, "HoloV's runs")] += 1
+    from_whole = (tokens - tokens.round()).abs().amin() / root_mean_square(tokens)
+    return budgets.tolist(), least(from_whole, lead(shares, over))
 
 
 @dataclass(frozen=True)
@@ -69,10 +73,17 @@ class HoloV(BeforeDecoder):
         runs = list(zip(features.float().split(sizes), attention.split(sizes), strict=True))
         scores = torch.stack([run_score(*run) for run in runs])
         attention, scores = torch.cat((attention, scores)).cpu().split((len(attention), len(runs)))
-        budgets, kept, start = run_budgets(scores, keep), [], 0
+        (budgets, closest), kept, leads, start = run_budgets(scores, keep), [], [], 0
         for score, m, budget in zip(attention.split(sizes), sizes, budgets, strict=True):
+            leads.append(lead(score, min(budget, m)))
             kept.append(start + (top(score, budget, c.where) if budget < m else torch.arange(m)))
             start += m
         index = torch.cat(kept)
         zeros = features.new_zeros(keep - len(index), features.shape[1])
-        return Keep(index, extra=zeros if len(zeros) else None, ordered=True)
+        return Keep(
+            index,
+            extra=zeros if len(zeros) else None,
+            ordered=True,
+            scores=attention,
+            closest=least(closest, *leads),
+        )

@@ -31,17 +31,18 @@ from torch import Tensor
 
 from ..rows import on_device
 from .base import Context, Keep, Method, Stages, amount, count, option, top
-from .shared import check_lists, midpoints
+from .shared import check_lists, lead, least, midpoints, root_mean_square
 
 PUBLISHED = (300, 200, 110)  # tokens kept at each stage, for a budget of 192
 
 
-def select_raters(image: Tensor, text: Tensor) -> Tensor:
-    """Which text tokens rate (r,), on the CPU: image (m, D) and text (t, D) as they entered the
-    decoder."""
+def select_raters(image: Tensor, text: Tensor) -> tuple[Tensor, Tensor]:
+    """Which text tokens rate (r,), on the CPU, and how near any is to the limit, see lead(): image
+    (m, D) and text (t, D) as they entered the decoder."""
     share = (image.float() @ text.float().T).softmax(1).mean(0).cpu()  # (t,)
     above = (share > share.mean()).nonzero()[:, 0]
-    return above if len(above) else torch.arange(len(text))
+    from_limit = (share - share.mean()).abs().amin() / root_mean_square(share)
+    return above if len(above) else torch.arange(len(text)), from_limit
 
 
 def count_merged(dropped: int) -> int:
@@ -54,8 +55,9 @@ def count_clusters(merged: int) -> int:
     return int(merged / 10) + 1
 
 
-def cluster_means(x: Tensor, n: int) -> Tensor:
-    """Means (n, D) of the clusters of rows x (q, D) around n density peaks, densest first.
+def cluster_rows(x: Tensor, n: int) -> tuple[Tensor, Tensor]:
+    """The cluster 0..n-1 of each of rows x (q, D) around n density peaks, densest first: (q,); and
+    how near this is to another result, see lead().
 
     The density of a row is exp(-mean squared distance to its n nearest rows, itself among them). A
     peak is dense and far from every denser row. Distances are divided by sqrt(D). With n = 2 two
@@ -68,9 +70,18 @@ def cluster_means(x: Tensor, n: int) -> Tensor:
     density = (-nearest.square().mean(1)).exp()  # (q,)
     denser = density > density[:, None]  # (q, q): column j is denser than row i
     apart = distance.where(denser, distance.max()).amin(1)
-    peaks = on_device((apart * density).cpu().topk(n).indices, x)  # (n,)
-    cluster = distance[peaks].argmin(0)  # (q,)
+    worth = (apart * density).cpu()
+    peaks = on_device(worth.topk(n).indices, x)  # (n,)
+    near = distance[peaks]  # (n, q)
+    cluster = near.argmin(0)  # (q,)
     cluster[peaks] = torch.arange(n, device=x.device)
+    second = near.scatter(0, cluster[None], torch.inf).amin(0) - near.amin(0)  # (q,)
+    return cluster, least(lead(worth, n), second.amin() / root_mean_square(near))
+
+
+def cluster_means(x: Tensor, cluster: Tensor, n: int) -> Tensor:
+    """Means (n, D) of the rows x (q, D) of each cluster, from cluster (q,)."""
+    x = x.float()
     member = F.one_hot(cluster, n).T.to(x.dtype)  # (n, q)
     return member @ x / member.sum(1, keepdim=True)
 
@@ -113,10 +124,17 @@ class SparseVLM(Method):
             yield replace(self, keep=keep)
 
     def choose(self, c: Context) -> Keep:
-        raters = c.text_rows[select_raters(c.entered(), c.text())]
-        order = top(c.attention(raters).mean(0), len(c.candidates), c.where)  # (n,)
+        raters, from_limit = select_raters(c.entered(), c.text())
+        score = c.attention(c.text_rows[raters]).mean(0)  # (H, n) -> (n,)
+        order = top(score, len(score), c.where)
         k = min(count(self.keep[c.stage_index], c.n_tokens), len(order) - 1)
         merged = order[k : k + count_merged(len(order) - k)]  # (q,) the best of the dropped
+        x, n = c.features()[merged], count_clusters(len(merged))
+        cluster, between = cluster_rows(x, n)
         return Keep(
-            order[:k], extra=cluster_means(c.features()[merged], count_clusters(len(merged)))
+            order[:k],
+            extra=cluster_means(x, cluster, n),
+            scores=score,
+            merged_into=torch.full_like(order, -1).index_copy(0, merged, k + cluster),
+            closest=least(from_limit, lead(score, k), lead(score, k + len(merged)), between),
         )

@@ -26,9 +26,18 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from ..rows import take_rows
+from ..rows import on_device, take_rows
 from .base import Context, Keep, Method, Stages, amount, count, option, top
-from .shared import assignment, block_number, check_whole_grid, cosines, second_last_block
+from .shared import (
+    assignment,
+    block_number,
+    check_whole_grid,
+    cosines,
+    lead,
+    least,
+    root_mean_square,
+    second_last_block,
+)
 
 SIDE = 4  # windows along one side
 
@@ -39,27 +48,37 @@ def window_patches(grid: int) -> Tensor:
     return patches.transpose(1, 2).reshape(SIDE * SIDE, -1)
 
 
-def scan_patches(local_score: Tensor, global_score: Tensor, k: int, where: str) -> Tensor:
-    """The k patches that the two scores (N,), on the CPU, choose, ascending: (k,)."""
+def scan_patches(
+    local_score: Tensor, global_score: Tensor, k: int, where: str
+) -> tuple[Tensor, Tensor]:
+    """The k patches that the two scores (N,), on the CPU, choose, ascending: (k,); and the least
+    lead() of these choices."""
     windows = window_patches(round(len(local_score) ** 0.5))  # (16, w)
     each = k // 2 // len(windows)
     best = local_score[windows].sort(dim=1, descending=True, stable=True).indices[:, :each]
     local = windows.gather(1, best).flatten()
-    others = top(global_score.index_fill(0, local, -torch.inf), k - len(local), where)
-    return torch.cat((local, others)).sort().values
+    rest = global_score.index_fill(0, local, -torch.inf)
+    others = top(rest, k - len(local), where)
+    leads = [lead(score, each) for score in local_score[windows]]
+    leads.append(lead(rest, len(others), root_mean_square(global_score)))
+    return torch.cat((local, others)).sort().values, least(*leads)
 
 
-def merge_dropped(features: Tensor, kept: Tensor, where: str) -> Tensor:
-    """Rows `kept` of features (n, D), each averaged with the dropped rows nearest to it: (K, D)."""
+def merge_dropped(features: Tensor, kept: Tensor, where: str) -> tuple[Tensor, Tensor | None]:
+    """Rows `kept` of features (n, D), each averaged with the dropped rows nearest to it: (K, D);
+    and which of them each row went into, as Keep.merged_into."""
     is_dropped = torch.ones(len(features), dtype=torch.bool)
     is_dropped[kept] = False
-    dropped = take_rows(features, is_dropped.nonzero()[:, 0])  # (n - K, D)
+    numbers = is_dropped.nonzero()[:, 0]
+    dropped = take_rows(features, numbers)  # (n - K, D)
     mine = take_rows(features, kept)  # (K, D)
     if not len(kept) or not len(dropped):
-        return mine
+        return mine, None
     nearest = cosines(dropped, mine, where).argmax(1)  # (n - K,)
     into = assignment(nearest, len(kept), features.dtype)  # (K, n - K)
-    return (mine + into @ dropped) / (1 + into.sum(1, keepdim=True))
+    merged = (mine + into @ dropped) / (1 + into.sum(1, keepdim=True))
+    numbers = on_device(numbers, nearest)
+    return merged, nearest.new_full((len(features),), -1).index_copy(0, numbers, nearest)
 
 
 @dataclass(frozen=True)
@@ -112,10 +131,12 @@ class VScan(Method):
     def choose(self, c: Context) -> Keep:
         k = self.left(c.n_tokens)[c.stage_index]
         if c.stage_index == 1:
-            return Keep(top(c.attention(c.newest, layer=0).mean(0), k, c.where))
+            score = c.attention(c.newest, layer=0).mean(0)  # (H, n) -> (n,)
+            return Keep(top(score, k, c.where), scores=score)
         check_whole_grid(c, self.name)
         block = self.local_block(len(c.model.vision.blocks))
         scores = torch.stack([c.vision_attention(b).mean(0) for b in (block, -2)])
         local, whole = scores.cpu()  # (N,) each
-        kept = scan_patches(local, whole, k, c.where)
-        return Keep(kept, merged=merge_dropped(c.features(), kept, c.where))
+        kept, closest = scan_patches(local, whole, k, c.where)
+        merged, into = merge_dropped(c.features(), kept, c.where)
+        return Keep(kept, merged, scores=whole, merged_into=into, closest=closest)
