@@ -187,9 +187,11 @@ def measure_margin(keep: Keep, scores: Tensor) -> tuple[float | None, float | No
     is_kept = torch.zeros(len(scores), dtype=torch.bool).index_fill(0, keep.index, True)
     kept, edge = scores[is_kept], scores.new_tensor([torch.inf])
     best = torch.cat((scores[~is_kept], -edge)).max()
-    margin = float(torch.cat((kept[kept >= best], edge)).min() - best)
-    rms = float(scores[scores.isfinite()].square().mean().sqrt())
-    closest = margin / max(rms, 1e-30) if (kept >= best).all() else math.nan
+    last = torch.cat((kept[kept >= best], edge)).min()  # inf or NaN: there is no cut
+    margin = float(last - best)
+    # rounding moves weights by a share of themselves, other scores by one of their typical size
+    size = scores[scores.isfinite()].square().mean().sqrt() if (scores < 0).any() else last
+    closest = margin / max(float(size), 1e-30) if (kept >= best).all() else math.nan
     closest = closest if keep.closest is None else float(keep.closest)
     return margin if math.isfinite(margin) else None, closest if math.isfinite(closest) else None
 

@@ -26,7 +26,8 @@ from torch import Tensor
 from ..rows import take_rows
 from .base import Context, Keep, option
 from .clip_text import OPENAI, load_clip, question
-from .shared import BeforeDecoder, Picks, root_mean_square
+from .margins import Picks
+from .shared import BeforeDecoder
 
 BRIEF = "Answer the question using a single word or phrase."
 
@@ -78,4 +79,4 @@ class CDPruner(BeforeDecoder):
         kernel = r[:, None] * (x @ x.T) * r
         if kernel.isnan().any():
             raise ValueError(f"NaN in the kernel of {c.where}: the weights or the input are broken")
-        return choose_greedily(kernel, keep).keep(root_mean_square(kernel.diagonal()))
+        return choose_greedily(kernel, keep).keep(scale=kernel.diagonal().amax())

@@ -18,7 +18,8 @@ import torch
 from torch import Tensor
 
 from .base import Context, Keep
-from .shared import BeforeDecoder, Picks, cosines
+from .margins import Picks
+from .shared import BeforeDecoder, cosines
 
 
 def choose_farthest(distance: Tensor, keep: int) -> Picks:
@@ -42,4 +43,4 @@ class DivPrune(BeforeDecoder):
     def choose(self, c: Context) -> Keep:
         (keep,) = self.left(c.n_tokens)
         features = c.features()
-        return choose_farthest(1 - cosines(features, features, c.where), keep).keep()
+        return choose_farthest(1 - cosines(features, features, c.where), keep).keep(scale=1.0)

@@ -23,7 +23,8 @@ import torch
 from torch import Tensor
 
 from .base import Context, Keep, option, top
-from .shared import BeforeDecoder, block_number, lead, least, root_mean_square, second_last_block
+from .margins import lead, least
+from .shared import BeforeDecoder, block_number, second_last_block
 
 
 def with_neighbours(anchors: Tensor, grid: int) -> Tensor:
@@ -66,5 +67,5 @@ class HiPrune(BeforeDecoder):
         n_registers = max(0, min(keep, len(patches)) - len(near))
         others = late_score.index_fill(0, near, -torch.inf)
         registers = top(others, n_registers, c.where)
-        leads = lead(score, len(anchors)), lead(others, n_registers, root_mean_square(late_score))
+        leads = lead(score, len(anchors)), lead(others, n_registers)
         return Keep(torch.cat((near, registers)), scores=late_score, closest=least(*leads))

@@ -237,6 +237,42 @@ def expand_preset(
     return [make_method(method, given) for method, given in parts]
 
 
+# ---------------------------------------------------------------- methods -> text
+
+
+def write_plan(plan: Plan) -> str:
+    """A plan in full: its methods with every option that is not the default; "none" without any.
+
+    For a plan of parse_plan this is the text of an equal plan, with presets and average= solved.
+    """
+    return "+".join(map(write_method, plan.methods)) or "none"
+
+
+def write_method(method: Method) -> str:
+    cls = METHODS.get(method.name, type(method))
+    name = f"{method.file}:{type(method).__name__}" if method.file else method.name
+    options = [
+        f"{key}={write_value(getattr(method, key))}"
+        for key, f in option_fields(cls).items()
+        if f.default is dataclasses.MISSING or getattr(method, key) != f.default
+    ]
+    return f"{name}:{','.join(options)}" if options else name
+
+
+def write_value(value: Any) -> str:
+    items = value if isinstance(value, tuple) else (value,)
+    return "/".join(str(int(item) if isinstance(item, bool) else item) for item in items)
+
+
+def name_plan(plan: Plan) -> str:
+    """A plan as it was written, with what an average= or a preset in it stands for; an object that
+    was made in Python in full."""
+    names = {part.partition(":")[0].strip() for part in plan.text.split("+")}
+    if not plan.text or "average=" in plan.text or names & PRESETS.keys():
+        return f"{plan.text} = {write_plan(plan)}".removeprefix(" = ")
+    return plan.text
+
+
 # ---------------------------------------------------------------- FastV's own dict
 
 

@@ -27,19 +27,20 @@ from torch import Tensor
 from ..attention import attention_received
 from ..rows import on_device, take_rows
 from .base import Context, Keep, Method, Stages, top
-from .shared import cosines, root_mean_square
+from .margins import distance_to
+from .shared import cosines
 
 NEAREST = 32
 
 
 def outlier_share(score: Tensor) -> float:
     """Share of score (n,) that is above upper_fence()."""
-    return int((score > upper_fence(score)).sum()) / len(score)
+    return int((score > float(upper_fence(score))).sum()) / len(score)
 
 
-def upper_fence(score: Tensor) -> float:
-    """The third quartile of score (n,) and 1.5 quartile distances."""
-    q1, q3 = torch.quantile(score, score.new_tensor([0.25, 0.75])).tolist()
+def upper_fence(score: Tensor) -> Tensor:
+    """The third quartile of score (n,) plus 1.5 quartile distances: (), float64."""
+    q1, q3 = torch.quantile(score, score.new_tensor([0.25, 0.75])).double()
     return q3 + 1.5 * (q3 - q1)
 
 
@@ -88,7 +89,6 @@ class PruMerge(Method):
         keys, there = take_rows(k[1:], patches), on_device(kept, features)  # (n, C), (K,)
         merged = add_neighbours(features, score, cosines(keys[there], keys, c.where), there)
         dropped = score.index_fill(0, there, 0.0).to(features.dtype)  # (n,) 0 where kept
-        from_fence = (ranked - upper_fence(ranked)).abs().amin() / root_mean_square(ranked)
         return Keep(
             kept,
             merged=merged,
@@ -97,5 +97,5 @@ class PruMerge(Method):
             scores=ranked,
             # each kept patch also adds its neighbours to itself, which no single target tells
             merged_into=kept.new_full((n,), len(kept)).index_fill(0, kept, -1),
-            closest=from_fence,
+            closest=distance_to(upper_fence(ranked), ranked),
         )

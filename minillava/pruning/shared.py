@@ -11,10 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..rows import on_device
-from .base import Context, Keep, Method, Stage, Stages, amount, count
-
-TINY = 1e-30  # keeps quotients of zeros finite
+from .base import Context, Method, Stage, Stages, amount, count
 
 
 @dataclass(frozen=True)
@@ -93,70 +90,6 @@ def unchecked_cosines(a: Tensor, b: Tensor) -> Tensor:
 def refuse_nan(x: Tensor, where: str) -> None:
     if x.isnan().any():
         raise ValueError(f"NaN among the rows of {where}: the weights or the input are broken")
-
-
-# ---------------------------------------------------------------- how near a choice is to another
-#
-# Rounding depends on the machine, the batch size and the stored form of the weights, and two
-# scores that are nearly equal may then change places. Keep.closest says how nearly: the smallest
-# difference that any decision turned on, as a share of the numbers that were compared. The host
-# waits for none of this.
-
-
-def lead(scores: Tensor, k: int, scale: Tensor | None = None) -> Tensor:
-    """For a choice of the k highest of scores (n,): the k-th highest less the next, as a share of
-    `scale` (), by default the scores' root mean square. Infinite if all or none are chosen."""
-    scores = scores.float()
-    if not 0 < k < len(scores):
-        return scores.new_full((), torch.inf)
-    best = scores.topk(k + 1).values
-    return (best[-2] - best[-1]) / (root_mean_square(scores) if scale is None else scale)
-
-
-def least_gap(scores: Tensor) -> Tensor:
-    """The same for a choice that depends on the whole order of scores (n,)."""
-    ordered = scores.float().sort().values
-    if len(ordered) < 2:
-        return ordered.new_full((), torch.inf)
-    return (ordered[1:] - ordered[:-1]).amin() / root_mean_square(scores)
-
-
-class Picks:
-    """A greedy choice of k of n candidates: the order, and how near each pick was to another."""
-
-    def __init__(self, n: int, k: int, device: torch.device) -> None:
-        self.order = torch.empty(k, dtype=torch.long, device=device)
-        self.scores = torch.zeros(
-            n, device=device
-        )  # what each was worth when it was picked, or last
-        self.lead = self.scores.new_full((), torch.inf)
-
-    def take(self, number: int, worth: Tensor) -> Tensor:
-        """The next pick (1,): the highest of worth (n,), which is -inf for earlier picks."""
-        pick = worth.argmax(keepdim=True)  # the host would read an index without a dimension
-        best = worth[pick]  # (1,)
-        self.order[number] = pick[0]
-        self.scores = torch.where(worth == -torch.inf, self.scores, worth)
-        second = worth.index_fill(0, pick, -torch.inf).amax()
-        self.lead = torch.minimum(self.lead, best[0] - second)
-        return pick
-
-    def keep(self, scale: float | Tensor = 1.0) -> Keep:
-        """scale: of the numbers whose differences were compared, see lead()."""
-        index = self.order
-        return Keep(index, scores=self.scores, order=index, closest=self.lead / scale)
-
-
-def root_mean_square(scores: Tensor) -> Tensor:
-    """() of those of scores that are finite; not 0."""
-    finite = scores.float().nan_to_num(0.0, 0.0, 0.0)
-    return finite.square().mean().sqrt().clamp_min(TINY)
-
-
-def least(*leads: Tensor) -> Tensor:
-    """The smallest of several (), which may be on the CPU or on one other device."""
-    there = next((x for x in leads if x.device.type != "cpu"), leads[0])
-    return torch.stack([on_device(x, there) for x in leads]).amin()
 
 
 # ---------------------------------------------------------------- several decoder layers

@@ -31,7 +31,8 @@ from torch import Tensor
 
 from ..rows import on_device
 from .base import Context, Keep, Method, Stages, amount, count, option, top
-from .shared import check_lists, lead, least, midpoints, root_mean_square
+from .margins import TINY, distance_to, lead, least
+from .shared import check_lists, midpoints
 
 PUBLISHED = (300, 200, 110)  # tokens kept at each stage, for a budget of 192
 
@@ -41,8 +42,7 @@ def select_raters(image: Tensor, text: Tensor) -> tuple[Tensor, Tensor]:
     (m, D) and text (t, D) as they entered the decoder."""
     share = (image.float() @ text.float().T).softmax(1).mean(0).cpu()  # (t,)
     above = (share > share.mean()).nonzero()[:, 0]
-    from_limit = (share - share.mean()).abs().amin() / root_mean_square(share)
-    return above if len(above) else torch.arange(len(text)), from_limit
+    return above if len(above) else torch.arange(len(text)), distance_to(share.mean(), share)
 
 
 def count_merged(dropped: int) -> int:
@@ -75,8 +75,10 @@ def cluster_rows(x: Tensor, n: int) -> tuple[Tensor, Tensor]:
     near = distance[peaks]  # (n, q)
     cluster = near.argmin(0)  # (q,)
     cluster[peaks] = torch.arange(n, device=x.device)
-    second = near.scatter(0, cluster[None], torch.inf).amin(0) - near.amin(0)  # (q,)
-    return cluster, least(lead(worth, n), second.amin() / root_mean_square(near))
+    if n == 1:  # whichever the peak is
+        return cluster, x.new_full((), torch.inf)
+    first, second = near.topk(2, dim=0, largest=False).values  # (q,) each
+    return cluster, least(lead(worth, n), (1 - first / second.clamp(min=TINY)).amin())
 
 
 def cluster_means(x: Tensor, cluster: Tensor, n: int) -> Tensor:

@@ -29,7 +29,8 @@ from torch import Tensor
 
 from ..clip import Block
 from .base import Context, Keep, Method, Stages, amount, count, option
-from .shared import assignment, check_whole_grid, lead, refuse_nan, unchecked_cosines
+from .margins import lead
+from .shared import assignment, check_whole_grid, refuse_nan, unchecked_cosines
 
 
 @dataclass(frozen=True)
@@ -55,8 +56,8 @@ def match(metric: Tensor, r: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     merged, left = order[:r], order[r:].sort().values
     into = best.indices[merged]
     other = cosine[merged].scatter(1, into[:, None], -torch.inf).amax(1)  # (r,) the second best
-    one = cosine.new_ones(())
-    closest = torch.minimum(lead(best.values, r, one), (best.values[merged] - other).amin())
+    margin = (best.values[merged] - other).amin()
+    closest = torch.minimum(lead(best.values, r, scale=1.0), margin)
     return merged, into, left, closest
 
 

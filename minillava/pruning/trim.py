@@ -25,7 +25,7 @@ from torch import Tensor
 from ..rows import take_rows
 from .base import Context, Keep, Method, Stages, amount, option, top
 from .clip_text import OPENAI, load_clip, question
-from .shared import root_mean_square
+from .margins import distance_to
 
 
 def count_outliers(similarity: Tensor) -> tuple[int, Tensor]:
@@ -33,9 +33,9 @@ def count_outliers(similarity: Tensor) -> tuple[int, Tensor]:
     any share is to it, see lead()."""
     share = (-similarity).softmax(0)
     low, high = share.quantile(0.25), share.quantile(0.75)
-    n, above = len(share), share - (high + 1.5 * (high - low))
-    found = int(n * (int((above > 0).sum()) / n))  # rounded as released
-    return found, above.abs().amin() / root_mean_square(share)
+    n, fence = len(share), high + 1.5 * (high - low)
+    found = int(n * (int((share > fence).sum()) / n))  # rounded as released
+    return found, distance_to(fence, share)
 
 
 @dataclass(frozen=True)

@@ -22,7 +22,8 @@ from torch import Tensor
 
 from ..rows import on_device
 from .base import Context, Keep, Method, Stages, option, top
-from .shared import assignment, cosines, lead, second_last_block
+from .margins import lead
+from .shared import assignment, cosines, second_last_block
 
 
 def target_indices(n: int, contextual: int) -> Tensor:

@@ -28,14 +28,12 @@ from torch import Tensor
 
 from ..rows import on_device, take_rows
 from .base import Context, Keep, Method, Stages, amount, count, option, top
+from .margins import lead, least
 from .shared import (
     assignment,
     block_number,
     check_whole_grid,
     cosines,
-    lead,
-    least,
-    root_mean_square,
     second_last_block,
 )
 
@@ -60,7 +58,7 @@ def scan_patches(
     rest = global_score.index_fill(0, local, -torch.inf)
     others = top(rest, k - len(local), where)
     leads = [lead(score, each) for score in local_score[windows]]
-    leads.append(lead(rest, len(others), root_mean_square(global_score)))
+    leads.append(lead(rest, len(others)))
     return torch.cat((local, others)).sort().values, least(*leads)
 
 
