@@ -96,7 +96,7 @@ def compare(expected: Tensor, found: Tensor) -> tuple[Tensor, Tensor]:
 def measure(model: LLaVA, form: str, answers: Sequence[Answered]) -> Row:
     pairs = [compare(a.logits, follow(model, a)) for a in answers]
     kl, same = (torch.cat(column).double().mean().item() for column in zip(*pairs, strict=True))
-    return Row(form, kl, same, weight_bytes(model), describe_arithmetic(model))
+    return Row(form, kl, same, weight_bytes(model), describe_arithmetic(model)[0])
 
 
 def run(args: argparse.Namespace) -> list[Row]:

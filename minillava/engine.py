@@ -8,7 +8,7 @@ KV cache, are really shorter; in mask mode they stay and are hidden from attenti
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -30,8 +30,7 @@ class Pruned:
     step: Step
     before: list[Rows]
     choices: list[list[Choice]]  # without the hidden states of new rows
-    rows: list[Rows]  # after it
-    hidden: list[Tensor | None]  # (S,) bool, after it
+    left: list[Rows]  # the image rows that are present and visible after it
 
 
 @dataclass
@@ -75,14 +74,14 @@ def prefill(
     prune(model, samples, plan.at("embed"), history)
     if any(step.stage == "decoder" for step in plan.steps):
         for s in samples:
-            images = s.rows.image_rows()  # (m,)
-            s.embedded = take_rows(s.x, images), s.rows.image[images]
+            s.embedded = s.x, s.rows
 
     segments = []
     for layers in plan.segments(model.config.text.num_hidden_layers):
         prune(model, samples, plan.at("decoder", layers.start), history)
         hidden = [s.hidden(layers.start) for s in samples]
-        segments.append(Segment(layers, [s.rows for s in samples], hidden))
+        n_images = [len(s.visible_images(layers.start)) for s in samples]
+        segments.append(Segment(layers, [s.rows for s in samples], n_images))
         if cache is not None:
             cache.reserve(layers, [len(s.rows) for s in samples])
         rope = model.llama.rope(torch.cat([s.rows.position for s in samples]), model.dtype)
@@ -107,7 +106,7 @@ def begin_sample(
     if prompt.images:
         assert encoded is not None
         mine = slice(prompt.images[0], prompt.images[-1] + 1)  # views: nothing is copied
-        vision = {i: state[mine] for i, state in encoded.states.items()}
+        vision = {i: state[mine] for i, state in encoded.items()}
         # (images, 1 + N, C); any state serves if a method computes all image features itself
         features = vision.get(model.feature_layer, next(iter(vision.values())))
         x[on_device(rows.image_rows(), x)] = features[:, 1:].flatten(0, 1)
@@ -224,15 +223,17 @@ def prune(
         before, noted = [s.rows for s in samples], []
         for s in samples:
             choices = ask_method(model, step, s)
-            noted.append([choice.without_states() for choice in choices])
+            noted.append(
+                [replace(c, keep=replace(c.keep, merged=None, extra=None)) for c in choices]
+            )
             if step.method.mode == "mask":
                 s.masks[step.number] = hide_rows(step, s.rows, choices)
                 continue
             for choice in reversed(choices):  # so that the row numbers of the others stay valid
                 s.x, s.rows = drop_rows(s.x, s.rows, choice)
             s.rows = s.rows.renumber() if step.method.compact else s.rows
-        hidden = [s.hidden(step.layer) for s in samples]
-        history.append(Pruned(step, before, noted, [s.rows for s in samples], hidden))
+        left = [s.visible_images(step.layer) for s in samples]
+        history.append(Pruned(step, before, noted, left))
     for s in samples:
         s.last = None  # the queries and keys that were kept for these steps
 
@@ -245,13 +246,11 @@ def ask_method(model: LLaVA, step: Step, sample: Sample) -> list[Choice]:
     choices = []
     for group in groups:
         window = torch.cat([sample.rows.of_image(i) for i in group]) + step.method.shift
-        if step.method.shift:
-            window = window[window < len(sample.rows)]
+        window = window[window < len(sample.rows)]
         candidates = window if hidden is None else window[~hidden[window]]
         keep = Keep(candidates)  # empty if there is nothing to choose from: no method is asked
         if len(candidates):
-            context = Context(model, sample, step, group, candidates)
-            keep = step.method.choose(context)
+            keep = step.method.choose(Context(model, sample, step, group, candidates))
             keep = check_keep(step.method, keep, len(candidates), sample.x.shape[1])
         choices.append(Choice(window, candidates, keep))
     return choices
@@ -269,16 +268,14 @@ def hide_rows(step: Step, rows: Rows, choices: Sequence[Choice]) -> Mask:
 
 def hidden_states_read(model: LLaVA, plan: Plan) -> set[int]:
     """Numbers of the vision tower's hidden states that LLaVA and the plan's methods read."""
-    vision, read = model.config.vision, set[int]()
-    states = {*range(vision.num_hidden_layers + 1)}
+    n, read = model.config.vision.num_hidden_layers, set[int]()
     for method in plan.methods:
-        layers: Any = method.vision_layers(vision.num_hidden_layers)
-        if not isinstance(layers, tuple) or not set(layers) <= states:
+        layers: Any = method.vision_layers(n)
+        if not isinstance(layers, tuple) or not set(layers) <= {*range(n + 1)}:
             raise ValueError(
                 f"{method.label}: vision_layers() gave {layers!r}; it must be a tuple of numbers "
-                f"from 0 to {vision.num_hidden_layers}"
+                f"from 0 to {n}"
             )
         read |= set(layers)
-    if len(plan.methods) == 1 and plan.methods[0].own_features(vision.num_patches):
-        return read
-    return read | {model.feature_layer}
+    own = [method.own_features(model.config.vision.num_patches) for method in plan.methods]
+    return read if own == [True] else read | {model.feature_layer}

@@ -19,6 +19,7 @@ so rows that keep their numbers (`positions=original`) stay as far apart as they
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -57,10 +58,11 @@ class Rows:
 
     def insert(self, at: int, n: int, image: int) -> Rows:
         """The table with n added rows of an image before row `at`."""
-        new, same = torch.arange(n), (self.first_position[image], image, NO_PATCH)
-        columns = (new + self.n_ids, *(torch.full_like(new, value) for value in same))
-        parts = [_insert(getattr(self, c), at, x) for c, x in zip(COLUMNS, columns, strict=True)]
-        return replace(self, **dict(zip(COLUMNS, parts, strict=True)), n_ids=self.n_ids + n)
+        numbers = torch.arange(n) + self.n_ids
+        same = (torch.full_like(numbers, x) for x in (self.first_position[image], image, NO_PATCH))
+        columns = zip(COLUMNS, (getattr(self, c) for c in COLUMNS), (numbers, *same), strict=True)
+        longer: dict[str, Any] = {c: torch.cat((x[:at], new, x[at:])) for c, x, new in columns}
+        return replace(self, **longer, n_ids=self.n_ids + n)
 
     def renumber(self) -> Rows:
         """Positions 0..S-1 without gaps; the next token's position is then S."""
@@ -101,9 +103,6 @@ class Choice:
     candidates: Tensor  # (n,) rows of the window that are visible; Keep.index counts these
     keep: Keep  # with its index on the CPU
 
-    def without_states(self) -> Choice:
-        return replace(self, keep=replace(self.keep, merged=None, extra=None))
-
 
 def drop_rows(x: Tensor, rows: Rows, choice: Choice) -> tuple[Tensor, Rows]:
     """Drop from x (S, C | D) and from its table the rows of the window that were not kept."""
@@ -124,7 +123,7 @@ def drop_rows(x: Tensor, rows: Rows, choice: Choice) -> tuple[Tensor, Rows]:
         # rows before the window all stay
         at = int(choice.window[0]) + (0 if keep.extra_first else len(kept))
         left = left.insert(at, len(keep.extra), image)
-        x_left = _insert(x_left, at, keep.extra.to(x.dtype))
+        x_left = torch.cat((x_left[:at], keep.extra.to(x.dtype), x_left[at:]))
     return x_left, left
 
 
@@ -136,7 +135,3 @@ def take_rows(x: Tensor, numbers: Tensor) -> Tensor:
 def on_device(numbers: Tensor, x: Tensor) -> Tensor:
     """Row numbers, or another small tensor, on the device of x. The host does not wait for it."""
     return numbers.to(x.device, non_blocking=True)
-
-
-def _insert(x: Tensor, at: int, new: Tensor) -> Tensor:
-    return torch.cat((x[:at], new, x[at:]))

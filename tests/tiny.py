@@ -201,6 +201,7 @@ VALUES = {
     "layer": "2",
     "layers": "1/2/3",
     "final": "3",
+    "patches": "1/4-6/9",
 }
 SEVERAL = {"keep": "8/5/3", "delete": "4/0/5/0"}
 

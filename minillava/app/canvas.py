@@ -12,8 +12,9 @@ import io
 import json
 import unicodedata
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cache
+from hashlib import sha256
 from html import escape
 from pathlib import Path
 from typing import Any, Literal
@@ -23,12 +24,15 @@ from PIL import Image, ImageDraw, ImageFont, PngImagePlugin
 Color = tuple[int, int, int]
 Font = ImageFont.FreeTypeFont | ImageFont.ImageFont
 PAPER: Color = (255, 255, 255)
+FAMILY = "Helvetica, Arial, sans-serif"  # near to Pillow's own font
 COMPRESSION = 3  # of PNG: at 6, the default, a page takes three times as long and is little smaller
 QUALITY = 92  # of pictures in SVG, as JPEG
 
 
 @dataclass(frozen=True)
 class Box:
+    """A rectangle with its upper left corner at x, y."""
+
     x: float
     y: float
     w: float
@@ -73,6 +77,13 @@ class Picture:
 Shape = Box | Line | Text | Picture
 
 
+def move(shape: Shape, dx: float, dy: float) -> Shape:
+    if isinstance(shape, Line):
+        x1, x2 = shape.x1 + dx, shape.x2 + dx
+        return replace(shape, x1=x1, x2=x2, y1=shape.y1 + dy, y2=shape.y2 + dy)
+    return replace(shape, x=shape.x + dx, y=shape.y + dy)
+
+
 @dataclass(frozen=True)
 class Drawing:
     """Shapes on paper, with what a reader who does not see it has to know."""
@@ -90,7 +101,7 @@ class Drawing:
         pen = ImageDraw.Draw(page, "RGBA")
         for shape in self.shapes:
             _paint(page, pen, shape)
-        page.info |= self.texts()
+        page.info.update(self.texts())
         return page
 
     def texts(self) -> dict[str, str]:
@@ -98,26 +109,24 @@ class Drawing:
 
     def svg(self) -> str:
         """The drawing as a complete SVG file, with title, desc and metadata."""
-        size = (
-            f'width="{self.width}" height="{self.height}" viewBox="0 0 {self.width} {self.height}"'
-        )
+        unique = sha256(repr(self.texts()).encode("utf-8", "backslashreplace")).hexdigest()[:8]
+        size: dict[str, object] = {"width": self.width, "height": self.height}
+        view = {"viewBox": f"0 0 {self.width} {self.height}", "role": "img"}
+        names = {"aria-labelledby": f"t{unique} d{unique}", "font-family": FAMILY}
+        # each picture once, however often it is drawn
+        pictures = {id(s.image): s.image for s in self.shapes if isinstance(s, Picture)}
+        ids = {key: f"p{unique}{n}" for n, key in enumerate(pictures)}
         lines = [
-            f'<svg xmlns="http://www.w3.org/2000/svg" {size} role="img" aria-labelledby="t d" '
-            f'font-family="Helvetica, Arial, sans-serif">',
-            f'<title id="t">{_xml(self.title)}</title>',
-            f'<desc id="d">{_xml(self.description)}</desc>',
+            f'<svg xmlns="http://www.w3.org/2000/svg" {_attributes(size | view | names)}>',
+            f'<title id="t{unique}">{_xml(self.title)}</title>',
+            f'<desc id="d{unique}">{_xml(self.description)}</desc>',
             f"<metadata>{_xml(json.dumps(dict(self.about), ensure_ascii=False))}</metadata>",
             f'<rect width="100%" height="100%" fill="{_hex(PAPER)}"/>',
-            *self._define_pictures(),
-            *map(_write, self.shapes),
+            *("<defs>", *(_embed(ids[key], image) for key, image in pictures.items()), "</defs>"),
+            *(_write(shape, ids) for shape in self.shapes),
             "</svg>\n",
         ]
         return "\n".join(lines)
-
-    def _define_pictures(self) -> list[str]:
-        """Each picture once, however often it is drawn."""
-        pictures = {id(s.image): s.image for s in self.shapes if isinstance(s, Picture)}
-        return ["<defs>", *(_embed(n, image) for n, image in pictures.items()), "</defs>"]
 
     def save(self, path: Path, kind: str) -> None:
         """Write a file of kind "png" or "svg"."""
@@ -208,9 +217,11 @@ def _paint_text(pen: ImageDraw.ImageDraw, shape: Text) -> None:
 # ---------------------------------------------------------------- SVG
 
 
-def _write(shape: Shape) -> str:
+def _write(shape: Shape, pictures: Mapping[int, str]) -> str:
+    """One shape; pictures: the names of the pictures that were defined, by their id()."""
     if isinstance(shape, Picture):
-        return f'<use href="#p{id(shape.image)}" {_attributes({"x": shape.x, "y": shape.y})}/>'
+        place = {"href": f"#{pictures[id(shape.image)]}", "x": shape.x, "y": shape.y}
+        return f"<use {_attributes(place)}/>"
     if isinstance(shape, Line):
         ends = {"x1": shape.x1, "y1": shape.y1, "x2": shape.x2, "y2": shape.y2}
         pen = {"stroke": _hex(shape.color), "stroke-width": shape.width}
@@ -227,12 +238,12 @@ def _write(shape: Shape) -> str:
     return f"{start}><title>{_xml(shape.hint)}</title></rect>" if shape.hint else f"{start}/>"
 
 
-def _embed(number: int, image: Image.Image) -> str:
+def _embed(name: str, image: Image.Image) -> str:
     data = io.BytesIO()
     image.save(data, "JPEG", quality=QUALITY)
     source = base64.b64encode(data.getvalue()).decode()
     size = _attributes({"width": image.width, "height": image.height})
-    return f'<image id="p{number}" {size} href="data:image/jpeg;base64,{source}"/>'
+    return f'<image id="{name}" {size} href="data:image/jpeg;base64,{source}"/>'
 
 
 def _write_text(shape: Text) -> str:
@@ -243,7 +254,7 @@ def _write_text(shape: Text) -> str:
     if shape.halo:
         halo = {"stroke": _hex(shape.halo), "stroke-width": 3, "paint-order": "stroke"}
     room: dict[str, object] = {}
-    if len(shape.text) > 3 and shape.text.isascii():
+    if len(shape.text) > 1 and shape.text.isascii():
         room = {
             "textLength": text_width(shape.text, shape.size),
             "lengthAdjust": "spacingAndGlyphs",

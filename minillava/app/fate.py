@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from ..generate import Result
-from ..report import Kept, Left
+from ..report import Kept
 
 
 @dataclass(frozen=True)
@@ -61,7 +61,7 @@ def _read_step(result: Result, step: Kept, number: int, sample: int, image: int)
     )
 
 
-def patches_of(step: Left, sample: int, own: range) -> set[int]:
+def patches_of(step: Kept, sample: int, own: range) -> set[int]:
     """The patches that a step left of an image whose tokens have these indices."""
     return {p - own.start for p in step.positions[sample] if p in own}
 
@@ -83,10 +83,15 @@ def count_layers(result: Result, sample: int, image: int) -> list[int]:
     return lives
 
 
-def count_tokens(result: Result, sample: int, image: int) -> list[tuple[Left, list[set[int]]]]:
+def count_tokens(result: Result, sample: int, image: int) -> list[tuple[Kept, list[set[int]]]]:
     """For each step that chooses again: what it left of an image for each new token."""
     N, start = result.config.vision.num_patches, result.starts[sample][image]
     own = range(start, start + N)
     tokens = result.report.chosen_again[: len(result.tokens[sample])]
-    by_step: Sequence[Sequence[Left]] = list(zip(*tokens, strict=True))
+    if len(tokens) < 2:
+        return []
+    # the first token's are those of the prompt, of which some stand
+    names = [(step.rule, step.stage, step.layer) for step in tokens[1]]
+    first = [step for step in tokens[0] if (step.rule, step.stage, step.layer) in names]
+    by_step: Sequence[Sequence[Kept]] = list(zip(first, *tokens[1:], strict=True))
     return [(step[0], [patches_of(left, sample, own) for left in step]) for step in by_step]

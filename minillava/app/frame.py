@@ -31,7 +31,7 @@ class Frame:
     cell: int  # side of a patch
     grid: int  # patches in a row
     shapes: list[Shape]  # the picture, with the letterbox hatched or the crop outlined
-    grey: list[Shape]  # the same without colours, to lie under others
+    grey: list[Shape]  # the same without colours and strokes, to lie under others
 
     def place(self, patch: int) -> tuple[int, int]:
         """The upper left corner of a patch."""
@@ -58,11 +58,12 @@ def make_frame(image: Image.Image, vision: VisionConfig, config: ImageConfig, as
     spans = [_Span.around(square, n * scale) for n in image.size]
     across, down = spans
     x, y = across.square, down.square
-    under = [Box(x, y, square, square, config.fill), *hatch(x, y, square, square)]
+    letterbox = Box(x, y, square, square, config.fill)
     picture = _resize(image, scale, across, down, over_white=aspect == "crop")
     grey = replace(picture, image=picture.image.convert("L"))
     over = _outline(across, down, square) if max(x, y) else []
-    shapes, greys = ([*under, shown, *over] for shown in (picture, grey))
+    shapes = [letterbox, *hatch(x, y, square, square), picture, *over]
+    greys = [letterbox, grey, *over]
     return Frame(across.length, down.length, x, y, cell, vision.grid, shapes, greys)
 
 

@@ -17,7 +17,7 @@ from PIL import Image
 from ..generate import Result
 from ..processing.image import ImageConfig
 from ..pruning.parsing import name_plan
-from .canvas import Drawing, Shape, Text, wrap_text
+from .canvas import Drawing, Shape, Text, move, wrap_text
 from .fate import Fate, count_layers, count_tokens, list_fates
 from .frame import INK, PANEL, Frame, make_frame
 from .panels import (
@@ -28,7 +28,6 @@ from .panels import (
     draw_lives,
     draw_scores,
     draw_tokens,
-    move,
 )
 
 PAGE = 1900  # pixels that a page may be wide, unless one panel is wider
@@ -186,8 +185,9 @@ def _make_caption(
     times.append(f"first token after {report.first_token:.3g} s")
     if report.per_token:
         times.append(f"{1000 * report.per_token:.3g} ms for each later one")
-    steps = [f"{k.rule} {k.digest[sample][:DIGITS]}" for k in report.kept]
-    undrawn = len(report.kept) - MOST_STEPS
+    steps = [f"{k.rule} {k.digest[sample][:DIGITS]}" for k in report.kept[:MOST_STEPS]]
+    more = len(report.kept) - MOST_STEPS
+    steps += [f"and {more} more steps, in the file's metadata"] if more > 0 else []
     return [
         *([f"question: {question}"] if question else []),
         f"answer: {f'tokens {result.tokens[sample]}' if answer is None else answer}",
@@ -195,7 +195,6 @@ def _make_caption(
         f"tokens: {report.prompt_tokens[sample]} in the prompt; {', '.join(layers)}",
         f"times: {', '.join(times)}",
         *([f"kept sets (SHA-256): {', '.join(steps)}"] if steps else []),
-        *([f"{undrawn} later steps are not drawn by themselves"] if undrawn > 0 else []),
     ]
 
 
@@ -205,9 +204,12 @@ def _describe(result: Result, sample: int, caption: Sequence[str]) -> str:
     words = []
     for image in range(len(result.starts[sample])):
         counts = Counter(count_layers(result, sample, image))
-        parts = (f"{counts[n]} live {n} of {n_layers} layers" for n in sorted(counts, reverse=True))
-        words.append(f"Image {image + 1}: of {N} patches {', '.join(parts)}.")
+        parts = (
+            f"{counts[n]} live {'all' if n == n_layers else n or 'none'} of {n_layers} layers"
+            for n in sorted(counts, reverse=True)
+        )
+        words.append(f"Image {image + 1}: of {N} patches, {', '.join(parts)}.")
     for number, kept in enumerate(result.report.kept, 1):
         left = len(kept.positions[sample])
         words.append(f"Step {number}, {kept.rule} at layer {kept.layer}, leaves {left} patches.")
-    return " ".join([*words, *(f"{line}." for line in caption)])
+    return " ".join(words) + "\n" + "\n".join(caption)

@@ -9,10 +9,10 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
-from ..report import Left
-from .canvas import Box, Color, Line, Shape, Text, text_width, wrap_text
+from ..report import Kept
+from .canvas import Box, Color, Line, Shape, Text, move, text_width, wrap_text
 from .fate import Fate
 from .frame import INK, PALE, Frame, hatch
 
@@ -69,13 +69,6 @@ def make_panel(
     return Panel(frame.width, frame.height + 8 + height, lines, [*marks, *under])
 
 
-def move(shape: Shape, dx: float, dy: float) -> Shape:
-    if isinstance(shape, Line):
-        ends = {"x1": shape.x1 + dx, "x2": shape.x2 + dx, "y1": shape.y1 + dy, "y2": shape.y2 + dy}
-        return replace(shape, **ends)
-    return replace(shape, x=shape.x + dx, y=shape.y + dy)
-
-
 # ---------------------------------------------------------------- marks on patches
 
 
@@ -106,7 +99,7 @@ def outline(frame: Frame, patches: set[int]) -> list[Shape]:
             edges.append((x + c, y, x + c, y + c))
         if inside and p >= g * (g - 1):
             edges.append((x, y + c, x + c, y + c))
-    return [Line(*e, INK, 4, 0.75) for e in edges] + [Line(*e, EDGE, 2) for e in edges]
+    return [*(Line(*e, INK, 4, 0.75) for e in edges), *(Line(*e, EDGE, 2) for e in edges)]
 
 
 def lines_of_grid(frame: Frame) -> list[Shape]:
@@ -149,7 +142,7 @@ def draw_lives(frame: Frame, title: str, lives: Sequence[int], n_layers: int) ->
     return _draw_levels(frame, title, lives, n_layers, "layers")
 
 
-def draw_tokens(frame: Frame, step: Left, tokens: Sequence[set[int]]) -> Panel:
+def draw_tokens(frame: Frame, step: Kept, tokens: Sequence[set[int]]) -> Panel:
     """For how many new tokens a step that chooses again for each of them left each patch."""
     times = [sum(p in left for left in tokens) for p in range(frame.grid**2)]
     title = f"{step.rule}, layer {step.layer}, chooses again: for how many tokens a patch is left"
@@ -199,7 +192,7 @@ def _draw_ramp(width: int, most: int, unit: str) -> tuple[list[Shape], int]:
         fill = PALE if not n else shade(LIVES, n / most) if n < most else WHITE
         shapes.append(Box(round(n * step), 0, round((n + 1) * step) - round(n * step), 12, fill))
     shapes.append(Box(0, 0, width, 12, edge=INK))
-    shapes.append(Text(0, 15, "0 layers", SMALL, FAINT))
+    shapes.append(Text(0, 15, f"0 {unit}", SMALL, FAINT))
     shapes.append(Text(width / 2, 15, f"{most // 2}", SMALL, FAINT, "middle"))
     shapes.append(Text(width, 15, f"{most} {unit} (the picture itself)", SMALL, FAINT, "end"))
     return shapes, 32
@@ -238,7 +231,7 @@ def draw_scores(frame: Frame, fate: Fate, notes: Sequence[str]) -> Panel:
     for note in (line for text in notes for line in wrap_text(text, frame.width, SMALL, 3)):
         shapes.append(Text(0, height, note, SMALL, FAINT))
         height += LINE
-    words = "number of the pick, over its score" if fate.picks else "by score"
+    words = "order of the picks, over scores" if fate.picks else "by score"
     title = f"{fate.title}: {len(fate.kept)} of {fate.patches} left, {words}"
     return make_panel(title, frame, [*frame.grey, *marks], (shapes, height))
 
@@ -247,7 +240,7 @@ def _draw_histogram(width: int, fate: Fate, rank: dict[int, float]) -> tuple[lis
     """How many candidates have which score, those that were kept solid, and a line at the cut."""
     values = list(fate.scores.values())
     low, high = min(values), max(values)
-    in_logs = low > 0 and high > 30 * sorted(values)[len(values) // 2]
+    in_logs = low > 0 and high > 10 * sorted(values)[len(values) // 2]
     place = _Axis(low, high, in_logs, width)
     bins: list[list[int]] = [[] for _ in range(BINS)]
     for p, value in fate.scores.items():
@@ -265,8 +258,8 @@ def _draw_histogram(width: int, fate: Fate, rank: dict[int, float]) -> tuple[lis
             shapes.append(Box(x, BARS + 3, w, 8, shade_of))
     shapes.append(Line(0, BARS, width, BARS, INK, 1))
     if (cut := find_cut(fate)) is not None:
-        x = place(cut)
-        shapes += [Line(x, -2, x, BARS + 11, WHITE, 4), Line(x, -2, x, BARS + 11, EDGE, 2)]
+        at = place(cut)
+        shapes += [Line(at, -2, at, BARS + 11, WHITE, 4), Line(at, -2, at, BARS + 11, EDGE, 2)]
     y = BARS + 14
     shapes.append(Text(0, y, f"{low:.3g}", SMALL, FAINT))
     shapes.append(Text(width, y, f"{high:.3g}", SMALL, FAINT, "end"))

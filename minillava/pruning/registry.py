@@ -12,6 +12,7 @@ from .fastervlm import FasterVLM
 from .fastv import FastV
 from .fitprune import FitPrune
 from .grid import Grid
+from .hand import Hand
 from .hiprune import HiPrune
 from .hired import HiRED
 from .holov import HoloV
@@ -59,6 +60,7 @@ METHODS: dict[str, type[Method]] = {
         Grid,
         Pool,
         TextOnly,
+        Hand,
     )
 }
 
@@ -203,6 +205,9 @@ CATALOGUE: dict[str, Origin] = {
         "baseline", "after the projector, before layer 0", "an independent reference", ""
     ),
     "text-only": Origin("baseline", "after the projector, before layer 0", "properties", ""),
+    "hand": Origin(
+        "a person's choice", "after the projector, or input of decoder layer K", "properties", ""
+    ),
 }
 
 

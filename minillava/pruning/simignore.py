@@ -58,6 +58,4 @@ class Simignore(Method):
         if pairs.isnan().any():
             raise ValueError(f"NaN among the similarities of {c.where}: the weights are broken")
         index = walk(pairs, self.left(c.n_tokens)[0], self.step, self.i_index)
-        # a walk that passes pairs over depends on the order of all of them
-        closest = torch.zeros(()) if self.step > 1 or self.i_index else None
-        return Keep(index, scores=pairs.amax(1), closest=closest)
+        return Keep(index, scores=pairs.amax(1))

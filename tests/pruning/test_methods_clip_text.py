@@ -67,7 +67,7 @@ def pictures(model: Any, batch: Batch) -> tuple[Tensor, Tensor]:
     """Patch features before the projector (images, N, C) and after it (images, N, D)."""
     assert batch.pixels is not None
     layer = model.feature_layer
-    seen = model.encode(batch.pixels, {layer}).states[layer][:, 1:]
+    seen = model.encode(batch.pixels, {layer})[layer][:, 1:]
     return seen, model.projector(seen)
 
 

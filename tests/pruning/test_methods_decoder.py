@@ -159,7 +159,7 @@ def test_choices_are_those_of_the_written_out_method(model: Any, batch: Batch, n
     image = range(int((ids == tiny.IMAGE).nonzero()[0]), int((ids == tiny.IMAGE).nonzero()[-1]) + 1)
     encoded = model.encode(batch.pixels, {model.feature_layer})
     x = model.embed(ids)
-    x[image.start : image.stop] = model.projector(encoded.states[model.feature_layer][0, 1:])
+    x[image.start : image.stop] = model.projector(encoded[model.feature_layer][0, 1:])
     plan, act = list(acts(model, x, image).items())[number]
 
     with torch.inference_mode():
