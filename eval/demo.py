@@ -47,6 +47,7 @@ BATCH = 32
 LENGTH = 48  # new tokens; the longest answer is a caption
 SHARES = (0.5, 0.25, 0.11)
 ADAPTIVE = ("prumerge", "prumerge-plus", "text-only")  # these have no option for a budget
+BY_HAND = ("hand",)  # a person's choice of patches is no method
 NEED_CLIP_TEXT = ("trim", "cdpruner")
 
 Group = tuple[Batch, list[scenes.Example]]
@@ -81,7 +82,7 @@ def default_plans(model: LLaVA, processor: Processor) -> list[str]:
         for name in METHODS:
             if name in ADAPTIVE:
                 found.append(name)
-            elif name not in NEED_CLIP_TEXT:
+            elif name not in NEED_CLIP_TEXT + BY_HAND:
                 found.append(special.get(name, f"{name}:keep={k}"))
     return list(dict.fromkeys(found))
 

@@ -8,11 +8,12 @@ all methods, in engine.py.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import MISSING, dataclass, field, fields, replace
 from functools import cached_property
 from inspect import get_annotations
-from typing import Any, ClassVar, Literal, cast
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor
@@ -161,10 +162,8 @@ class Method:
         return tuple(n_tokens for _ in self.stages())
 
     def variants(self, n_layers: int, n_tokens: int) -> Iterator[Method]:
-        """What average= chooses among: the method with every value of keep, unless overridden."""
-        if any(f.name == "keep" for f in fields(self)):
-            for k in range(1, n_tokens + 1):
-                yield replace(cast(Any, self), keep=k)
+        """What average= chooses among, if not the method with every value of keep (average.py)."""
+        return iter(())
 
     def check(self, n_layers: int, n_tokens: int, starts: tuple[int, ...]) -> None:
         """Raise ValueError, before any forward, for what cannot run on this model and sample.
@@ -273,10 +272,8 @@ def check_keep(method: Method, keep: Any, n: int, width: int) -> Keep:
     index, good = torch.cat((index, *flags)).cpu().split([len(index), len(finite)])
     for what in (what for what, ok in zip(finite, good.tolist(), strict=True) if not ok):
         raise ValueError(f"{who}: Keep.{what} has NaN or infinite numbers")
-    numbers = index.sort().values.tolist()
-    if numbers and (numbers[0] < 0 or numbers[-1] >= n or len(set(numbers)) < len(numbers)):
-        pairs = zip(numbers, [*numbers[1:], n], strict=True)
-        wrong = next(a for a, b in pairs if a == b or not 0 <= a < n)
+    times = Counter(index.tolist())
+    for wrong in sorted(i for i in times if times[i] > 1 or not 0 <= i < n):
         raise ValueError(
             f"{who}: Keep.index has {wrong}; name each of the {n} candidates, 0 to {n - 1}, at "
             "most once"
@@ -423,8 +420,8 @@ class Context:
         self.sequence()  # refuses while decoding
         if self._sample.embedded is None:
             raise self._error('entered() is for the stages ("decoder", K)')
-        x, image = self._sample.embedded
-        return take_rows(x, torch.isin(image, torch.tensor(self._images)).nonzero()[:, 0])
+        x, rows = self._sample.embedded
+        return take_rows(x, torch.isin(rows.image, torch.tensor(self._images)).nonzero()[:, 0])
 
     def _coming_heads(self, rows: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
         """Queries (r, H, Dh) of rows (r,), keys (S, Hkv, Dh) and hidden rows of the next layer."""
@@ -445,7 +442,6 @@ class Context:
         if self._sample.cached_keys is not None or (at < 0).any():
             raise self._error("rows that were added since have no state before the last layer")
         return take_rows(last.x, at)
-
 
     def _last(self) -> LastAttention:
         last, whole = self._sample.last, self.model.llama.whole_heads
@@ -581,12 +577,6 @@ class Plan:
     def resolve(self, n_layers: int, n_tokens: int) -> Plan:
         """The plan with its options settled for a model (average.py settles average=)."""
         return self
-
-    def check(self, n_layers: int, per_image: int, starts: tuple[int, ...]) -> None:
-        """Raise ValueError for what cannot run on such a model and a sample with images there."""
-        for method in self.methods if starts else ():
-            joint = len(starts) if method.scope == "all" else 1
-            method.check(n_layers, per_image * joint, starts)
 
     def left(self, per_image: int, n_images: int) -> int:
         """Image rows that can reach the decoder, at most, of a sample with n_images images."""
