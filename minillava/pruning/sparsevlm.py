@@ -84,7 +84,7 @@ def cluster_rows(x: Tensor, n: int, where: str) -> tuple[Tensor, Tensor]:
     if n == 1:  # whichever the peak is
         return cluster, x.new_full((), torch.inf)
     first, second = near.topk(2, dim=0, largest=False).values  # (q,) each
-    return cluster, least(lead(worth, n), (1 - first / second.clamp(min=TINY)).amin())
+    return cluster, least(lead(height, n), (1 - first / second.clamp(min=TINY)).amin())
 
 
 def cluster_means(x: Tensor, cluster: Tensor, n: int) -> Tensor:
