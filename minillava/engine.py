@@ -213,22 +213,20 @@ def prune(model: LLaVA, state: State, steps: Sequence[Step]) -> None:
     """Carry out steps of the plan on the rows that each sample has now, and note what they did."""
     samples = state.samples
     for step in steps:
-        before, noted = [s.rows for s in samples], []
+        before, done = [s.rows for s in samples], []
         for s in samples:
-            choices = ask_method(model, step, s)
-            noted.append(
-                [replace(c, keep=replace(c.keep, merged=None, extra=None)) for c in choices]
-            )
+            chosen = ask_method(model, step, s)
+            done.append([replace(c, keep=replace(c.keep, merged=None, extra=None)) for c in chosen])
             if step.method.mode == "mask":
-                s.masks[step.number] = hide_rows(step, s.rows, choices)
+                s.masks[step.number] = hide_rows(step, s.rows, chosen)
                 continue
-            for choice in reversed(choices):  # so that the row numbers of the others stay valid
+            for choice in reversed(chosen):  # so that the row numbers of the others stay valid
                 s.x, s.rows = drop_rows(s.x, s.rows, choice)
             s.rows = s.rows.renumber() if step.method.compact else s.rows
         if samples[0].cached_keys is None:
             forget_rows(state, step.method)
         left = [s.visible_images(step.layer) for s in samples]
-        state.history[-1].append(Pruned(step, before, noted, left))
+        state.history[-1].append(Pruned(step, before, done, left))
     for s in samples:
         s.last = None  # the queries and keys that were kept for these steps
 

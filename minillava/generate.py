@@ -67,9 +67,8 @@ def stream(
     options of `generate` and raises its errors."""
     if len(batch.ids) != 1:
         raise ValueError(f"stream answers one prompt, the batch has {len(batch.ids)}; use generate")
-    settings = Settings(max_new_tokens, **options)
-    answer = Answer(model, batch, plan or Plan(), settings, encoded)
-    return processor.stream_text(answer, settings.stop_strings)
+    answer = Answer(model, batch, plan or Plan(), Settings(max_new_tokens, **options), encoded)
+    return processor.stream_text(answer, answer.settings.stop_strings)
 
 
 def encode_images(model: LLaVA, batch: Batch, plan: Plan | None = None) -> Encoded | None:
@@ -118,7 +117,6 @@ class Answer:
         memories: list[Memory] = [{} for _ in self.prompts]
         seed, cache = settings.seed or 0, self._new_cache()
         logits, state = prefill(model, self.prompts, encoded, self.plan, cache, seed, memories)
-        prompt_state = state
         times.append(read_clock(model.device))
 
         # 3. one token after the other
@@ -139,11 +137,11 @@ class Answer:
                 logits = (model.compiled or decode)(model, new, state)
             else:
                 longer = [p.extended(f) for p, f in zip(self.prompts, tokens.fed, strict=True)]
-                logits, state = prefill(model, longer, encoded, self.plan, None, seed, memories)
-                prompt_state.history += state.history
+                logits, later = prefill(model, longer, encoded, self.plan, None, seed, memories)
+                state.history += later.history
 
         # 4. what happened
-        report = make_report(model, prompt_state, tokens.stopped, times)
+        report = make_report(model, state, tokens.stopped, times)
         texts = [model.tokenizer.decode(t) for t in tokens.tokens] if model.tokenizer else None
         starts = [prompt.starts for prompt in self.prompts]
         kept = tokens.stack(chosen_from, logits) if settings.output_logits else None

@@ -91,10 +91,8 @@ class LLaVA(nn.Module):
 
     def encode(self, pixels: Tensor, layers: Collection[int]) -> Encoded:
         """Run the vision tower on pixels (images, 3, S, S) and keep these hidden states."""
-        parts = [
-            self.vision(part.to(self.device, self.dtype), layers)
-            for part in pixels.split(IMAGES_AT_ONCE)
-        ]
+        pixels = pixels.to(self.device, self.dtype)
+        parts = [self.vision(part, layers) for part in pixels.split(IMAGES_AT_ONCE)]
         return {i: torch.cat([part[i] for part in parts]) for i in sorted(layers)}
 
     def block(self, layer: int) -> Block:

@@ -24,9 +24,8 @@ from .rows import Keep
 
 @dataclass(frozen=True)
 class Kept:
-    """Which image tokens of each sample [b] were left after one pruning step, and why. Rows are
-    named by their index in the unpruned prompt (Rows.id), added ones by numbers from its length on.
-    pruning/README.md says more about the fields."""
+    """Which image tokens of each sample [b] one pruning step left, and why, see pruning/README.md.
+    Rows are named by their index in the unpruned prompt (Rows.id), added ones from its end on."""
 
     rule: str  # name of the method
     stage: str  # vision, embed or decoder
@@ -136,18 +135,20 @@ def explain_sample(pruned: Pruned, b: int, rounding: float) -> dict[str, Any]:
     positions = sorted(left.id[left.patch >= 0].tolist())  # methods may reorder
     why: dict[str, list[Any]] = {"candidates": [], "scores": [], "order": [], "merged_into": []}
     for choice in (choice for choice in pruned.choices[b] if len(choice.candidates)):
-        keep, ids = choice.keep, before.id[choice.candidates]  # (n,)
-        is_new = (left.id >= before.n_ids) & (left.image == before.image[choice.window[0]])
-        rows = torch.cat((ids[keep.index], left.id[is_new], torch.tensor([-1])))  # (K + M + 1,)
-        into = torch.full_like(ids, -1) if keep.merged_into is None else keep.merged_into.cpu()
-        scores = torch.tensor([]) if keep.scores is None else keep.scores.cpu()
-        ranked = scores.tolist() if scores.isfinite().all() else []
-        why["candidates"] += ids.tolist()
-        why["scores"] += ranked or [None] * len(ids)
-        why["order"] += [] if keep.order is None else ids[keep.order.cpu()].tolist()
-        why["merged_into"] += rows[into].tolist()
-        found = measure_margin(keep, ranked)
-        margin, closest = min(found[0], margin), min(found[1], closest)
+        keep, ids = choice.keep, before.id[choice.candidates].tolist()  # [n]
+        added = left.id[(left.id >= before.n_ids) & (left.image == before.image[choice.window[0]])]
+        rows = [*(ids[i] for i in keep.index.tolist()), *added.tolist(), -1]  # [K + M + 1]
+        scores = [] if keep.scores is None or keep.scores.isinf().any() else keep.scores.tolist()
+        order = [] if keep.order is None else keep.order.tolist()
+        into = [-1] * len(ids) if keep.merged_into is None else keep.merged_into.tolist()
+        if {*order} - {*range(len(ids))} or {*into} - {*range(-1, len(rows) - 1)}:
+            who = pruned.step.method.label
+            raise ValueError(f"{who}: Keep.order or Keep.merged_into names rows that are not there")
+        why["candidates"] += ids
+        why["scores"] += scores or [None] * len(ids)
+        why["order"] += [ids[i] for i in order]
+        why["merged_into"] += [rows[i] for i in into]
+        margin, closest = map(min, measure_margin(keep, scores), (margin, closest))
     return {
         "positions": positions,
         "extra": len(left) - len(positions),
@@ -165,10 +166,8 @@ def measure_margin(keep: Keep, scores: list[float]) -> tuple[float, float]:
     closest = math.inf if keep.closest is None else float(keep.closest)
     first_dropped = max((s for i, s in enumerate(scores) if i not in kept), default=-math.inf)
     above = [s for i, s in enumerate(scores) if i in kept and s >= first_dropped]
-    if not above:
-        return math.inf, closest
-    margin = min(above) - first_dropped
-    if keep.closest is None and len(above) == len(kept):
+    margin = min(above, default=math.inf) - first_dropped
+    if keep.closest is None and 0 < len(above) == len(kept):
         # rounding moves weights by a share of themselves, other scores by one of the largest
         size = max(map(abs, scores)) if min(scores) < 0 else min(above)
         closest = margin / max(size, 1e-30)

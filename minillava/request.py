@@ -49,7 +49,7 @@ class Settings:
         for good, rule in (
             (least <= most, f"min_new_tokens={least} is more than max_new_tokens={most}"),
             (isinstance(t, real) and 0 <= t < inf, f"temperature={t!r} must be 0 or more, finite"),
-            (isinstance(p, real) and 0 < p <= 1, f"top_p={p!r} must be a number in 0 < p <= 1"),
+            (isinstance(p, real) and 0 < p <= 1, f"top_p={p!r} must be above 0, at most 1"),
             (texts, f"stop={self.stop!r}: stop strings must be text, not empty"),
             (0 <= (self.seed or 0) < 2**62, f"seed={self.seed} must be from 0 to 2^62 - 1"),
         ):
@@ -72,8 +72,7 @@ def prompts_of(model: LLaVA, batch: Batch) -> list[Prompt]:
     sizes = batch.sizes or ()
     if batch.sizes is not None:
         check_sizes(sizes, n_images)
-    prompts: list[Prompt] = []
-    used = 0
+    prompts, used = list[Prompt](), 0
     for b in range(len(ids)):
         tokens = ids[b][mask[b]]  # (T,)
         focus = batch.focus[b] if batch.focus is not None else None
@@ -129,8 +128,8 @@ def find_images(config: Config, ids: list[int], b: int) -> tuple[int, ...]:
         n = len(list(run))
         if is_image and n % N:
             raise ValueError(
-                f"prompt {b} has {n} placeholders from index {at} on, not whole images; each image "
-                f"takes {N} in a row"
+                f"prompt {b} has {n % N} placeholders from index {at + n - n % N} on, not a whole "
+                f"image; each image takes {N} in a row"
             )
         starts += range(at, at + n, N) if is_image else ()
         at += n
@@ -161,10 +160,8 @@ def check_plan(model: LLaVA, prompts: Sequence[Prompt], plan: Plan, settings: Se
     for method in plan.methods if any(prompt.starts for prompt in prompts) else ():
         method.check_model(model)
     for b, prompt in enumerate(prompts):
+        plan.check(config.text.num_hidden_layers, N, prompt.starts)
         images = len(prompt.starts)
-        for method in plan.methods if images else ():
-            tokens = N * images if method.scope == "all" else N
-            method.check(config.text.num_hidden_layers, tokens, prompt.starts)
         left = plan.left(N, images)
         text = len(prompt.ids) - images * N
         if not text and plan.methods:

@@ -6,8 +6,7 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from ..generate import Result
-from ..report import Kept
+from ..report import Kept, Result
 
 
 @dataclass(frozen=True)

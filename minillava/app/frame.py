@@ -14,7 +14,7 @@ from .canvas import Box, Color, Line, Picture, Shape
 
 PANEL = 336  # pixels of the square's side, at least
 CELL = 24  # pixels of a patch's side, at least: it has to hold a number
-OUTSIDE = 0.5  # how much of a cropped picture is shown on either side, in sides of the square
+OUTSIDE = 0.5  # see make_frame
 HATCH = 8  # pixels between two strokes
 INK: Color = (20, 20, 20)
 PALE: Color = (226, 229, 233)
@@ -42,9 +42,16 @@ class Frame:
         return Box(x, y, self.cell, self.cell, **look)  # type: ignore[arg-type]
 
 
-def make_frame(image: Image.Image, vision: VisionConfig, config: ImageConfig, aspect: str) -> Frame:
+def make_frame(
+    image: Image.Image,
+    vision: VisionConfig,
+    config: ImageConfig,
+    aspect: str,
+    outside: float = OUTSIDE,
+) -> Frame:
     """Lay out a picture as the processor makes it square, with aspect "crop" or "pad".
 
+    outside: how much of what a crop leaves out is shown on either side, in sides of the square.
     Raises ValueError for another aspect and for a picture without pixels.
     """
     check_aspect(aspect)
@@ -55,7 +62,7 @@ def make_frame(image: Image.Image, vision: VisionConfig, config: ImageConfig, as
     square = round(config.crop * zoom)
     scale = config.size / (min if aspect == "crop" else max)(image.size) * zoom
     # on each axis: the square is at 0, the picture around its middle, and the panel shows both
-    spans = [_Span.around(square, n * scale) for n in image.size]
+    spans = [_Span.around(square, n * scale, outside) for n in image.size]
     across, down = spans
     x, y = across.square, down.square
     letterbox = Box(x, y, square, square, config.fill)
@@ -78,10 +85,10 @@ class _Span:
     first: float  # pixels of the picture, in the panel's size, before that part
 
     @classmethod
-    def around(cls, square: int, picture: float) -> _Span:
+    def around(cls, square: int, picture: float, outside: float) -> _Span:
         """For a picture of this length in the panel's pixels, centred on the square."""
         over = (picture - square) / 2  # beyond the square on either side; negative: a letterbox
-        shown = round(min(max(over, 0.0), OUTSIDE * square))
+        shown = round(min(max(over, 0.0), outside * square))
         start = max(0, round(-over))
         return cls(
             square + 2 * shown, shown, start, square + 2 * shown - start, max(over, 0.0) - shown
@@ -102,7 +109,7 @@ def _resize(
     inside = (left - whole[0], top - whole[1], right - whole[0], bottom - whole[1])
     size = (max(1, across.stop - across.start), max(1, down.stop - down.start))
     method = Image.Resampling.LANCZOS if scale < 1 else Image.Resampling.BICUBIC
-    return Picture(across.start, down.start, part.resize(size, method, inside, reducing_gap=3.0))
+    return Picture(across.start, down.start, part.resize(size, method, inside))
 
 
 def _outline(across: _Span, down: _Span, square: int) -> list[Shape]:

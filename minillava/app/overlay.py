@@ -14,9 +14,9 @@ from itertools import groupby
 
 from PIL import Image
 
-from ..generate import Result
 from ..processing.image import ImageConfig
 from ..pruning.parsing import name_plan
+from ..report import Result
 from .canvas import Drawing, Shape, Text, move, wrap_text
 from .fate import Fate, count_layers, count_tokens, list_fates
 from .frame import INK, PANEL, Frame, make_frame
@@ -84,10 +84,11 @@ def draw_overlay(
         )
     config = config or ImageConfig(vision.image_size, vision.image_size)
     aspect = aspect or result.config.image_aspect
-    pages = [
-        _draw_image(result, sample, i, make_frame(image, vision, config, aspect), every_step)
-        for i, image in enumerate(given)
-    ]
+    pages = []
+    for i, image in enumerate(given):
+        frame = make_frame(image, vision, config, aspect)
+        square = make_frame(image, vision, config, aspect, outside=0.0)
+        pages.append(_draw_image(result, sample, i, (frame, square), every_step))
     answer = result.texts[sample] if text is None and result.texts else text
     caption = _make_caption(result, sample, question, answer)
     facts = dict(about or {}) | {
@@ -106,15 +107,16 @@ def draw_overlay(
 
 
 def _draw_image(
-    result: Result, sample: int, image: int, frame: Frame, every_step: bool
+    result: Result, sample: int, image: int, frames: tuple[Frame, Frame], every_step: bool
 ) -> list[Panel]:
-    """The panels of one image."""
+    """The panels of one image: the map on the whole picture, the others on its square."""
+    whole, frame = frames
     which = f"image {image + 1}: " if len(result.starts[sample]) > 1 else ""
     last = image == len(result.starts[sample]) - 1
     n_layers = result.config.text.num_hidden_layers
     lives = count_layers(result, sample, image)
-    title = f"{which}how many of the {n_layers} decoder layers each patch lives"
-    panels = [draw_lives(frame, title, lives, n_layers)]
+    title = f"{which}decoder layers that each patch lives in, of {n_layers}"
+    panels = [draw_lives(whole, title, lives, n_layers)]
     fates = list_fates(result, sample, image)
     for fate in fates if every_step else fates[:MOST_STEPS]:
         unmerged = fate.step.extra[sample] - len(fate.added)
@@ -133,11 +135,11 @@ def _note_margin(fate: Fate, sample: int) -> list[str]:
     margin, closest = fate.step.margin[sample], fate.step.closest[sample]
     notes = []
     if margin is not None:
-        notes.append(f"margin between the last kept and the first dropped: {margin:.3g}")
+        notes.append(f"margin, last kept to first dropped: {margin:.3g}")
+    if closest is not None:
+        notes.append(f"closest decision: between numbers that are {100 * closest:.2g} % apart")
     if fate.step.within_rounding[sample]:
         notes.append("within rounding: another machine or batch size may choose otherwise")
-    elif closest is not None:
-        notes.append(f"closest decision: {closest:.1g} of the scores' size")
     return notes
 
 
@@ -148,9 +150,8 @@ def _lay_out(
     shapes: list[Shape] = []
     y, widest = MARGIN, PANEL
     for panels in pages:
-        columns = max(1, (PAGE - 2 * MARGIN + GAP) // (max(p.width for p in panels) + GAP))
-        for at in range(0, len(panels), columns):
-            x, row = MARGIN, panels[at : at + columns]
+        for row in _fill_rows(panels):
+            x = MARGIN
             head = max(len(panel.title) for panel in row) * LINE
             for panel in row:
                 for n, line in enumerate(reversed(panel.title), 1):  # directly above the picture
@@ -164,6 +165,17 @@ def _lay_out(
         shapes.append(Text(MARGIN, y, line, NORMAL, INK))
         y += LINE + 3
     return widest + 2 * MARGIN, y + MARGIN, shapes
+
+
+def _fill_rows(panels: Sequence[Panel]) -> list[list[Panel]]:
+    """As many panels next to each other as a page is wide, at least one."""
+    rows: list[list[Panel]] = [[]]
+    for panel in panels:
+        width = sum(p.width + GAP for p in rows[-1]) + panel.width
+        if rows[-1] and width > PAGE - 2 * MARGIN:
+            rows.append([])
+        rows[-1].append(panel)
+    return rows
 
 
 # ---------------------------------------------------------------- words

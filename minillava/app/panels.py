@@ -16,7 +16,7 @@ from .canvas import Box, Color, Line, Shape, Text, move, text_width, wrap_text
 from .fate import Fate
 from .frame import INK, PALE, Frame, hatch
 
-EDGE: Color = (255, 140, 0)
+EDGE: Color = (255, 165, 0)
 WHITE: Color = (255, 255, 255)
 FAINT: Color = (90, 90, 90)
 SMALL, NORMAL, LINE = 12, 15, 18  # sizes of letters, and of a line of small ones
@@ -99,7 +99,7 @@ def outline(frame: Frame, patches: set[int]) -> list[Shape]:
             edges.append((x + c, y, x + c, y + c))
         if inside and p >= g * (g - 1):
             edges.append((x, y + c, x + c, y + c))
-    return [*(Line(*e, INK, 4, 0.75) for e in edges), *(Line(*e, EDGE, 2) for e in edges)]
+    return [*(Line(*e, INK, 5, 0.85) for e in edges), *(Line(*e, EDGE, 2) for e in edges)]
 
 
 def lines_of_grid(frame: Frame) -> list[Shape]:

@@ -13,7 +13,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import MISSING, dataclass, field, fields, replace
 from functools import cached_property
 from inspect import get_annotations
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal, cast
 
 import torch
 from torch import Tensor
@@ -162,8 +162,10 @@ class Method:
         return tuple(n_tokens for _ in self.stages())
 
     def variants(self, n_layers: int, n_tokens: int) -> Iterator[Method]:
-        """What average= chooses among, if not the method with every value of keep (average.py)."""
-        return iter(())
+        """What average= chooses among: the method with every value of keep, unless overridden."""
+        if any(f.name == "keep" for f in fields(self)):
+            for k in range(1, n_tokens + 1):
+                yield replace(cast(Any, self), keep=k)
 
     def check(self, n_layers: int, n_tokens: int, starts: tuple[int, ...]) -> None:
         """Raise ValueError, before any forward, for what cannot run on this model and sample.
@@ -259,15 +261,17 @@ def check_keep(method: Method, keep: Any, n: int, width: int) -> Keep:
         )
     if method.drops_only and (keep.merged is not None or keep.extra is not None or keep.ordered):
         raise ValueError(f"{who}: Keep has new rows or another order; say drops_only = False")
-    finite: dict[str, Tensor] = {}
-    for what, rows, K in (("merged", keep.merged, len(index)), ("extra", keep.extra, "M")):
-        if rows is None:
-            continue
-        good = isinstance(rows, Tensor) and rows.is_floating_point() and rows.ndim == 2
-        if not good or rows.shape[1] != width or K not in ("M", len(rows)):
-            said = tuple(rows.shape) if isinstance(rows, Tensor) else type(rows).__name__
-            raise ValueError(f"{who}: Keep.{what} must be ({K}, {width}) floats, not {said}")
-        finite[what] = rows.isfinite().all()
+    names, finite = ("merged", "extra", "scores", "order", "merged_into"), dict[str, Tensor]()
+    shapes: list[list[Any]] = [[len(index), width], ["M", width], [n], ["k"], [n]]
+    for what, (first, *rest) in zip(names, shapes, strict=True):
+        x, real = getattr(keep, what), what not in ("order", "merged_into")
+        good = isinstance(x, Tensor) and x.ndim > 0 and x.is_floating_point() == real
+        if x is not None and not (good and [*x.shape[1:]] == rest and first in ("M", "k", len(x))):
+            said = tuple(x.shape) if isinstance(x, Tensor) else type(x).__name__
+            form = f"({', '.join(map(str, (first, *rest)))}) {'floats' if real else 'integers'}"
+            raise ValueError(f"{who}: Keep.{what} must be {form}, not {said}")
+        if x is not None and x.ndim == 2:
+            finite[what] = x.isfinite().all()
     flags = [torch.stack([*finite.values()]).to(index.device)] if finite else []
     index, good = torch.cat((index, *flags)).cpu().split([len(index), len(finite)])
     for what in (what for what, ok in zip(finite, good.tolist(), strict=True) if not ok):
@@ -577,6 +581,12 @@ class Plan:
     def resolve(self, n_layers: int, n_tokens: int) -> Plan:
         """The plan with its options settled for a model (average.py settles average=)."""
         return self
+
+    def check(self, n_layers: int, per_image: int, starts: tuple[int, ...]) -> None:
+        """Raise ValueError for what cannot run on such a model and a sample with images there."""
+        for method in self.methods if starts else ():
+            joint = len(starts) if method.scope == "all" else 1
+            method.check(n_layers, per_image * joint, starts)
 
     def left(self, per_image: int, n_images: int) -> int:
         """Image rows that can reach the decoder, at most, of a sample with n_images images."""
