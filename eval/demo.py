@@ -46,15 +46,10 @@ from .plans import read_plan, read_plans
 BATCH = 32
 LENGTH = 48  # new tokens; the longest answer is a caption
 SHARES = (0.5, 0.25, 0.11)
-<<<<<<< HEAD
-ADAPTIVE = ("prumerge", "prumerge-plus", "text-only")  # these have no option for a budget
-BY_HAND = ("hand",)  # a person's choice of patches is no method
-NEED_CLIP_TEXT = ("trim", "cdpruner")
-=======
 # these have no option for a budget
 ADAPTIVE = ("prumerge", "prumerge-plus", "border", "text-only")
+BY_HAND = ("hand",)  # a person's choice of patches is no method
 NEED_MORE = ("trim", "cdpruner", "mustdrop")  # than the demo's vision tower has
->>>>>>> int
 
 Group = tuple[Batch, list[scenes.Example]]
 
@@ -94,11 +89,7 @@ def default_plans(model: LLaVA, processor: Processor) -> list[str]:
         for name in METHODS:
             if name in ADAPTIVE:
                 found.append(name)
-<<<<<<< HEAD
-            elif name not in NEED_CLIP_TEXT + BY_HAND:
-=======
-            elif name not in NEED_MORE:
->>>>>>> int
+            elif name not in NEED_MORE + BY_HAND:
                 found.append(special.get(name, f"{name}:keep={k}"))
     return list(dict.fromkeys(found))
 
