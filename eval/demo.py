@@ -46,8 +46,10 @@ from .plans import read_plan, read_plans
 BATCH = 32
 LENGTH = 48  # new tokens; the longest answer is a caption
 SHARES = (0.5, 0.25, 0.11)
-ADAPTIVE = ("prumerge", "prumerge-plus", "text-only")  # these have no option for a budget
-NEED_CLIP_TEXT = ("trim", "cdpruner")
+# these have no option for a budget
+ADAPTIVE = ("prumerge", "prumerge-plus", "border", "text-only")
+BY_HAND = ("hand",)  # a person's choice of patches is no method
+NEED_MORE = ("trim", "cdpruner", "mustdrop")  # than the demo's vision tower has
 
 Group = tuple[Batch, list[scenes.Example]]
 
@@ -57,14 +59,17 @@ def default_plans(model: LLaVA, processor: Processor) -> list[str]:
 
     Methods in the decoder prune the input of layer 2. Methods with several layers reduce the tokens
     by equal ratios. FitPrune's table is fitted on scenes of another seed. TRIM and CDPruner are
-    left out: they read a CLIP text tower, and the demo's vision tower has none.
+    left out: they read a CLIP text tower, and the demo's vision tower has none. So is MustDrop,
+    which needs a grid of patches that is divisible by 3.
     """
     n_tokens, n_layers = model.config.vision.num_patches, model.config.text.num_hidden_layers
+    side_of_cells = model.config.vision.grid // 2  # Nuwa's
     found = [""]
     for share in SHARES:
         k = round(n_tokens * share)
         steps = [round(n_tokens * share ** (i / 3)) for i in (1, 2, 3)]
         side = max(1, round(k**0.5))
+        halves = f"layer={n_layers // 2},keep={k + k // 2},final={k - k // 2}"
         special = {
             "fastv": f"fastv:k=2,keep={k}",
             "dart": f"dart:layer=2,keep={k}",
@@ -74,14 +79,17 @@ def default_plans(model: LLaVA, processor: Processor) -> list[str]:
             + "/".join(f"{s / n_tokens:.3f}" for s in steps),
             "sparsevlm": f"sparsevlm:layers=2/4/6,keep={'/'.join(map(str, steps))}",
             "visionzip": f"visionzip:dominant={k - k // 6},contextual={k // 6}",
-            "vscan": f"vscan:layer={n_layers // 2},keep={k + k // 2},final={k - k // 2}",
+            "v2drop": "v2drop:layers=2/4/6,ratios=" + "/".join([f"{share ** (1 / 3):.3f}"] * 3),
+            "vscan": f"vscan:{halves}",
+            "nuwa": f"nuwa:{halves},cell={-(-(k + k // 2) // (side_of_cells**2))}",
+            "apet": f"apet:{halves},basis={min(10, k - k // 2 - 1)}",
             "grid": f"grid:h={side},w={side}",
             "pool": f"pool:h={side},w={side}",
         }
         for name in METHODS:
             if name in ADAPTIVE:
                 found.append(name)
-            elif name not in NEED_CLIP_TEXT:
+            elif name not in NEED_MORE + BY_HAND:
                 found.append(special.get(name, f"{name}:keep={k}"))
     return list(dict.fromkeys(found))
 

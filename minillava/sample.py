@@ -109,7 +109,7 @@ class Sample:
     memory: dict[tuple[int, ...], dict[str, Any]]  # what methods keep between tokens, by step
     generated: int = 0  # tokens generated so far
     masks: dict[int, Mask] = field(default_factory=dict)  # by number of the step
-    embedded: tuple[Tensor, Tensor] | None = None  # image rows of layer 0 (m, D), Rows.image (m,)
+    embedded: tuple[Tensor, Rows] | None = None  # x (S, D) and rows as they entered layer 0
     last: LastAttention | None = None
     # while decoding: the keys (S, Hkv, Dh) that the next layer holds, and the new token's position
     cached_keys: Tensor | None = None
@@ -126,17 +126,22 @@ class Sample:
                 result = rows if result is None else result | rows
         return result
 
+    def visible_images(self, layer: int) -> Rows:
+        """The image rows that are present and not hidden in a layer."""
+        hidden, is_image = self.hidden(layer), self.rows.image >= 0
+        return self.rows.select(is_image if hidden is None else is_image & ~hidden)
+
     def text_rows(self) -> Tensor:
         """The question: rows (t,) of the prompt's text after its last image.
 
         Without any: all text rows except the first (BOS); if BOS is all there is, BOS.
         """
         rows = self.rows.of_image(TEXT)
-        if self.prompt.starts:
-            question = rows[self.rows.id[rows] > self.prompt.starts[-1]]
+        for last in (*self.prompt.starts[-1:], 0):
+            question = rows[self.rows.id[rows] > last]
             if len(question):
                 return question
-        return rows[1:] if len(rows) > 1 and rows[0] == 0 else rows
+        return rows
 
 
 @dataclass(frozen=True)
@@ -146,6 +151,7 @@ class Segment:
     layers: range
     rows: list[Rows]  # [b] of the prompt
     hidden: list[Tensor | None]  # [b] (S,) bool, as the prefill left it
+    n_images: list[int]  # [b] image rows that the prefill left visible
     held: list[Rows]  # [b] those in the KV cache: fewer if later steps cut it (cache=all)
 
 

@@ -197,7 +197,9 @@ class _Graph:
         return op.convert(weight, np.float32)
 
     def _nibbles(self, packed: Any, shape: tuple[int, ...]) -> _Node:
-        return self.ov.op.Constant(self.ov.Tensor(packed, [*shape], self.ov.Type.u4))
+        # by default the constant would read this array after it is gone
+        tensor = self.ov.Tensor(packed, [*shape], self.ov.Type.u4)
+        return self.ov.op.Constant(tensor, shared_memory=False)
 
     def _random(self, N: int, K: int) -> Any:
         return np.resize((self.pool * K**-0.5).astype(np.float16), (N, K))

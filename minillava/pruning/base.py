@@ -8,6 +8,7 @@ all methods, in engine.py.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import MISSING, dataclass, field, fields, replace
 from functools import cached_property
@@ -260,23 +261,23 @@ def check_keep(method: Method, keep: Any, n: int, width: int) -> Keep:
         )
     if method.drops_only and (keep.merged is not None or keep.extra is not None or keep.ordered):
         raise ValueError(f"{who}: Keep has new rows or another order; say drops_only = False")
-    finite: dict[str, Tensor] = {}
-    for what, rows, K in (("merged", keep.merged, len(index)), ("extra", keep.extra, "M")):
-        if rows is None:
-            continue
-        good = isinstance(rows, Tensor) and rows.is_floating_point() and rows.ndim == 2
-        if not good or rows.shape[1] != width or K not in ("M", len(rows)):
-            said = tuple(rows.shape) if isinstance(rows, Tensor) else type(rows).__name__
-            raise ValueError(f"{who}: Keep.{what} must be ({K}, {width}) floats, not {said}")
-        finite[what] = rows.isfinite().all()
+    names, finite = ("merged", "extra", "scores", "order", "merged_into"), dict[str, Tensor]()
+    shapes: list[list[Any]] = [[len(index), width], ["M", width], [n], ["k"], [n]]
+    for what, (first, *rest) in zip(names, shapes, strict=True):
+        x, real = getattr(keep, what), what not in ("order", "merged_into")
+        good = isinstance(x, Tensor) and x.ndim > 0 and x.is_floating_point() == real
+        if x is not None and not (good and [*x.shape[1:]] == rest and first in ("M", "k", len(x))):
+            said = tuple(x.shape) if isinstance(x, Tensor) else type(x).__name__
+            form = f"({', '.join(map(str, (first, *rest)))}) {'floats' if real else 'integers'}"
+            raise ValueError(f"{who}: Keep.{what} must be {form}, not {said}")
+        if x is not None and x.ndim == 2:
+            finite[what] = x.isfinite().all()
     flags = [torch.stack([*finite.values()]).to(index.device)] if finite else []
     index, good = torch.cat((index, *flags)).cpu().split([len(index), len(finite)])
     for what in (what for what, ok in zip(finite, good.tolist(), strict=True) if not ok):
         raise ValueError(f"{who}: Keep.{what} has NaN or infinite numbers")
-    numbers = index.sort().values.tolist()
-    if numbers and (numbers[0] < 0 or numbers[-1] >= n or len(set(numbers)) < len(numbers)):
-        pairs = zip(numbers, [*numbers[1:], n], strict=True)
-        wrong = next(a for a, b in pairs if a == b or not 0 <= a < n)
+    times = Counter(index.tolist())
+    for wrong in sorted(i for i in times if times[i] > 1 or not 0 <= i < n):
         raise ValueError(
             f"{who}: Keep.index has {wrong}; name each of the {n} candidates, 0 to {n - 1}, at "
             "most once"
@@ -418,8 +419,8 @@ class Context:
         self.sequence()  # refuses while decoding
         if self._sample.embedded is None:
             raise self._error('entered() is for the stages ("decoder", K)')
-        x, image = self._sample.embedded
-        return take_rows(x, torch.isin(image, torch.tensor(self._images)).nonzero()[:, 0])
+        x, rows = self._sample.embedded
+        return take_rows(x, torch.isin(rows.image, torch.tensor(self._images)).nonzero()[:, 0])
 
     def _coming_heads(self, rows: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
         """Queries (r, H, Dh) of rows (r,), keys (S, Hkv, Dh) and hidden rows of the next layer."""

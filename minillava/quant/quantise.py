@@ -30,8 +30,8 @@ ROTATED_COLUMNS = 128  # columns rotated together, at most
 CHUNK_ROWS = 512  # rows quantised at a time; rows are independent, so this only limits memory
 FEW_ROWS = 16  # BLAS sums in another order below this many rows; pad to it for identical bits
 GROUP_COLUMNS = 32  # columns of an int4 weight that share a step and a low, at most
-CLIPPED = 1 / 32  # share of a group's range that an int4 weight may clip at either end: half a step
-REFITS = 2  # times that step and low of an int4 group are fitted to their codes
+SHIFTS = (0.0, -0.3, 0.3)  # of the levels of an int4 group from the middle of its range, in steps
+REFITS = 2  # times that low of an int4 group is fitted to its codes
 
 
 def block_size(K: int, limit: int) -> int:
@@ -95,10 +95,10 @@ def to_int4(weight: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Weight (N, K) -> codes (N, K / 2), step and low (N, K / G), scale (N,), after rotation.
 
     A weight is about (code * step + low) * scale, rotated back. A byte of codes, uint8, holds two
-    columns, the left one in its low four bits. step is uint8, low int8, scale float32. The 16
-    levels span the range of a group's values, or that range without CLIPPED of it at one end or
-    both, whichever has the smallest squared error. Then step and low are fitted to the codes by
-    least squares, REFITS times, as long as this makes the error smaller.
+    columns, the left one in its low four bits. step is uint8, low int8, scale float32. The step is
+    a 15th of the range of a group's values, rounded, or one less, with low at one of SHIFTS,
+    whichever has the smallest squared error. Then low is fitted to the codes by least squares,
+    REFITS times, as long as this makes the error smaller.
     """
     parts = zip(*map(_to_int4, weight.split(CHUNK_ROWS // 8)), strict=True)
     codes, step, low, scale = map(torch.cat, parts)
@@ -115,7 +115,7 @@ class _Levels:
 
     @classmethod
     def of(cls, groups: Tensor, step: Tensor, low: Tensor) -> _Levels:
-        step, low = step.round().clamp_min_(1), low.round().clamp_(-127, 127)
+        step, low = step.clamp_min(1), low.round().clamp_(-127, 127)
         values = _round_to_codes(groups, step, low).mul_(step).add_(low)
         return cls(step, low, values.sub_(groups).square_().sum(-1, keepdim=True))
 
@@ -133,26 +133,20 @@ def _to_int4(weight: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     rotated.div_(scale.clamp_min(torch.finfo(torch.float32).tiny)[:, None])
     groups = rotated.view(N, -1, block_size(K, GROUP_COLUMNS))  # (N, K / G, G) in -127..127
     lowest, highest = groups.amin(-1, keepdim=True), groups.amax(-1, keepdim=True)  # (N, K / G, 1)
-    span = highest - lowest
-    levels = _Levels.of(groups, span / 15, lowest)
-    for left, right in ((CLIPPED, 0.0), (0.0, CLIPPED), (CLIPPED, CLIPPED)):
-        step, low = span * ((1 - left - right) / 15), lowest + span * left
-        levels = levels.or_better(_Levels.of(groups, step, low))
+    middle, step = (lowest + highest) / 2, ((highest - lowest) / 15).round_()
+    choices = [
+        _Levels.of(groups, steps, middle + (shift - 7.5) * steps)
+        for steps in (step, step - 1)
+        for shift in SHIFTS
+    ]
+    levels = functools.reduce(_Levels.or_better, choices)
     for _ in range(REFITS):
-        levels = levels.or_better(_fit_levels(groups, levels))
+        codes = _round_to_codes(groups, levels.step, levels.low)  # (N, K / G, G)
+        low = (groups - codes.mul_(levels.step)).mean(-1, keepdim=True)
+        levels = levels.or_better(_Levels.of(groups, levels.step, low))
     codes = _round_to_codes(groups, levels.step, levels.low).to(torch.uint8).view(N, K)
     packed = codes[:, 0::2] | codes[:, 1::2] << 4
     return packed, levels.step[..., 0].to(torch.uint8), levels.low[..., 0].to(torch.int8), scale
-
-
-def _fit_levels(groups: Tensor, levels: _Levels) -> _Levels:
-    """The step and low with the least squared error for the codes of these levels."""
-    codes = _round_to_codes(groups, levels.step, levels.low)  # (N, K / G, G)
-    mean_code, mean = codes.mean(-1, keepdim=True), groups.mean(-1, keepdim=True)
-    codes.sub_(mean_code)
-    variance = codes.square().sum(-1, keepdim=True)  # 0 if a group's codes are all equal
-    step = (codes * groups).sum(-1, keepdim=True) / variance.clamp_min(0.5)
-    return _Levels.of(groups, step, mean - step.round().clamp_min_(1) * mean_code)
 
 
 def _round_to_codes(groups: Tensor, step: Tensor, low: Tensor) -> Tensor:

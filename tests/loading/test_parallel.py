@@ -19,6 +19,9 @@ from safetensors.torch import load_file, save_file
 from tiny import VOCABULARY, assert_close, example, make_batch, rewrite_config, write_folder
 from two_processes import ROOT, Done, Job, Wavering, do, run_two
 
+from minillava.app.ask import _load_chat
+from minillava.app.cli import _make_parser
+from minillava.app.ranks import Ranks
 from minillava.loading.checkpoint import load
 from minillava.pruning import METHODS
 from minillava.pruning.base import Plan
@@ -222,6 +225,19 @@ def test_a_chat_reads_prints_and_draws_once(tmp_path: Path) -> None:
     answers = [json.loads(line) for line in ended.stdout.splitlines()]
     assert [(answer["text"][:1], answer["processes"]) for answer in answers] == [("8", 2)] * 2
     assert [path.name for path in tmp_path.iterdir()] == [drawing.name]
+    for report in (answer["report"] for answer in answers):
+        rows = sum(lengths[0] for lengths in report["cache_lengths"])
+        assert report["cache_bytes"] == 4 * 2 * rows * 32 * 4 / 2  # half of the demo's four heads
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_the_first_process_draws(rank: int, tmp_path: Path) -> None:
+    drawing, image = tmp_path / "kept.png", str(DEMO / "example.png")
+    args = _make_parser().parse_args(["--image", image, "--prompt", "?", "--overlay", str(drawing)])
+    args.max_new_tokens = 1
+    chat = _load_chat(args, [image], Ranks(rank))
+    chat.answer_prompt(chat.processor.prompt("?", 1))
+    assert drawing.exists() == (rank == 0)
 
 
 FAILING = """

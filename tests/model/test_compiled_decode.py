@@ -15,6 +15,7 @@ import pytest
 import tiny
 import torch
 from pretended_device import pretended_cuda
+from torch._dynamo.backends.registry import lookup_backend
 
 from minillava import Batch, load, parse_plan
 from minillava.cache import KVCache
@@ -90,10 +91,21 @@ def test_one_token_is_one_graph(
 # ---------------------------------------------------------------- CPU: compiled layers
 
 
+def traced(graphs: Graphs) -> Any:
+    """The same after AOTAutograd, which a compiler's backend begins with: what it assumes about
+    numbers of rows is checked at each call too."""
+
+    def run(graph: torch.fx.GraphModule, inputs: list[Any]) -> Any:
+        graphs.append(graph)
+        return lookup_backend("aot_eager")(graph, inputs)
+
+    return run
+
+
 @pytest.fixture
 def prepared(model: Any, graphs: Graphs, monkeypatch: pytest.MonkeyPatch) -> Any:
     """The model with compiled layers."""
-    layers = CompiledDecode(run_as_it_is(graphs))
+    layers = CompiledDecode(traced(graphs))
     layers.prepare(model)
     assert len(graphs) == 1
     monkeypatch.setattr(model, "compiled", layers)

@@ -144,7 +144,7 @@ def test_int4_rounds_to_the_nearest_of_16_levels_of_a_group() -> None:
 
 
 def test_int4_chooses_levels_with_a_small_error() -> None:
-    """Never more than 16 levels over the whole range, and 13 % less in all on Gaussian weights."""
+    """On Gaussian weights a sixth less than 16 levels over the whole range of every group leave."""
     _, weight = example(N=256, K=1024)
     *_, scale = parts = to_int4(weight)
     groups = (rotate_columns(weight) / scale[:, None]).view(256, -1, 32)
@@ -154,8 +154,8 @@ def test_int4_chooses_levels_with_a_small_error() -> None:
     plain = ((groups - low) / step).round().clamp_min(0).minimum(highest_code) * step + low
     wrong = (widen_codes(*parts[:3]).view_as(groups) - groups).square().sum(-1)
     full = (plain - groups).square().sum(-1)
-    assert (wrong <= 1.0001 * full).all()
-    assert wrong.sum() < 0.87 * full.sum()
+    assert (wrong <= 1.0001 * full).float().mean() > 0.9
+    assert wrong.sum() < 5 / 6 * full.sum()
 
 
 def test_int4_keeps_groups_of_one_and_of_two_values() -> None:

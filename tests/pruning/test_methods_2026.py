@@ -48,12 +48,15 @@ def test_mustdrops_tower(merge: float) -> None:
     assert sorted(c.shared["key"].tolist()) == sorted(key)
 
 
-def test_mustdrops_decoder(tmp_path: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(("share", "individual"), [(0.028, 1.0), (0.05, 0.06)])
+def test_mustdrops_decoder(
+    tmp_path: Any, monkeypatch: pytest.MonkeyPatch, share: float, individual: float
+) -> None:
     tiny.write_hf(tmp_path, layers=6, image_size=84, vision_layers=3, seed=1)
     model = load(tmp_path)[0]
     batch = tiny.make_batch(model, "tttItttt", seed=2)
     seen = tiny.choices(monkeypatch, METHODS["mustdrop"])
-    plan = "mustdrop:merge=1.0,key=0.1,layers=1/3/4,global=0.028,individual=0.08"
+    plan = f"mustdrop:merge=1.0,key=0.1,layers=1/3/4,global={share},individual={individual}"
     with tiny.watching(model.projector) as (projected,):
         result = generate(model, batch, parse_plan(plan), 1, output_logits=True)
     (c, _), *_ = seen
@@ -64,13 +67,30 @@ def test_mustdrops_decoder(tmp_path: Any, monkeypatch: pytest.MonkeyPatch) -> No
     x = torch.cat((x[:start], rows, x[start:]))
     numbers = c.patches.tolist()
     key = {start + numbers.index(patch) for patch in c.shared["key"].tolist()}
-    act = reference_decoder.mustdrop([1, 3, 4], key, 0.028, 0.08)
+    act = reference_decoder.mustdrop([1, 3, 4], key, share, individual)
     with torch.inference_mode():
         logits, entered = reference_decoder.decode(model, x, range(start, start + n), act)
     left = [len(s.visual()) for s in entered]
     assert result.report.image_tokens_entering == [[k] for k in left]
-    assert len(set(left)) > 2, "nothing was dropped, so nothing was compared"
+    assert len(set(left)) > 2, f"{left}: hardly anything was dropped, so nothing was compared"
     tiny.assert_close(result.logits[0, 0], logits)
+
+
+@pytest.mark.parametrize("steps", [0, 1, 4])
+def test_gprune_passes_information_along_the_graph(steps: int) -> None:
+    p = Picture(5)
+    x, n = double(p.projected), p.N
+    shares = np.zeros((n, n))
+    for i in range(n):
+        near = [j for j in range(n) if reference.cosine(x[i], x[j]) >= 0.2]
+        weights = [np.exp(reference.cosine(x[i], x[j]) / 0.1) for j in near]
+        shares[i, near] = np.array(weights) / sum(weights)
+    held = [float(np.sqrt(row @ row)) for row in x]
+    for _ in range(steps):
+        held = [sum(held[i] * shares[i, j] for i in range(n)) for j in range(n)]
+    scores = [held[j] / int((shares[j] > 0).sum()) for j in range(n)]
+    options = {"similarity": 0.2, "temperature": 0.1, "steps": steps}
+    assert p.choose("gprune", keep=n, **options)[0] == reference.best(scores, n)
 
 
 def test_greedy_coverage_is_the_written_out_one() -> None:
@@ -88,7 +108,7 @@ def test_greedy_coverage_is_the_written_out_one() -> None:
         ]
         chosen.append(int(np.argmax(gain)))
         best = np.maximum(best, covers[:, chosen[-1]].numpy())
-    assert choose_covering(covers, 12, times, plus).tolist() == chosen
+    assert choose_covering(covers, 12, times, plus).index.tolist() == chosen
 
 
 @pytest.mark.parametrize("grid", [4, 5])
