@@ -42,10 +42,8 @@ class State:
     cache: KVCache | None
     segments: list[Segment] = field(default_factory=list)  # that ran
     history: list[list[Pruned]] = field(default_factory=lambda: [[]])  # of each new token
-    # (segments, B), after the prefill: position of the next token in each segment's layers, and
-    # rows that they hold of each sample
-    position: Tensor = field(init=False)
-    length: Tensor = field(init=False)
+    position: Tensor = field(init=False)  # (segments, B) of the next token in their layers
+    length: Tensor = field(init=False)  # (segments, B) rows that these hold of each sample
     graph: Any = None  # a CUDA graph of one token, if the model was loaded with compile=True
 
 

@@ -92,13 +92,14 @@ class Answer:
         """Checks everything that can be refused."""
         if not isinstance(plan, Plan):
             raise ValueError(f"plan={plan!r} must be a Plan: parse_plan(text), or Plan((method,))")
-        self.model, self.batch, self.settings = model, batch, settings
+        self.model, self.batch, self.settings, self.encoded = model, batch, settings, encoded
         self.prompts = prompts_of(model, batch)
         text, vision = model.config.text, model.config.vision
         self.plan = plan.resolve(text.num_hidden_layers, vision.num_patches)
         check_plan(model, self.prompts, self.plan, settings)
         self.states_read = hidden_states_read(model, self.plan)
-        self.encoded = check_encoded(batch, encoded, self.states_read)
+        if encoded is not None:
+            check_encoded(batch, encoded, self.states_read)
 
     @torch.inference_mode()
     def __iter__(self) -> Iterator[list[int | None]]:

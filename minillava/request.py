@@ -111,9 +111,8 @@ def check_ids(config: Config, ids: Tensor, what: str) -> None:
     V = config.text.vocab_size
     if ids.ndim != 1 or ids.dtype != torch.int64 or not len(ids):
         raise ValueError(f"{what} must be one row of int64 ids, at least one; got {ids!r}")
-    if int(ids.min()) < 0 or int(ids.max()) >= V:
-        wrong = ids[(ids < 0) | (ids >= V)][0].item()
-        raise ValueError(f"{what} has id {wrong}; the vocabulary has ids 0 to {V - 1}")
+    if wrong := [id for id in ids.tolist() if not 0 <= id < V]:
+        raise ValueError(f"{what} has id {wrong[0]}; the vocabulary has ids 0 to {V - 1}")
 
 
 def find_images(config: Config, ids: list[int], b: int) -> tuple[int, ...]:
@@ -131,10 +130,8 @@ def find_images(config: Config, ids: list[int], b: int) -> tuple[int, ...]:
     return tuple(starts)
 
 
-def check_encoded(batch: Batch, encoded: Encoded | None, read: set[int]) -> Encoded | None:
+def check_encoded(batch: Batch, encoded: Encoded, read: set[int]) -> None:
     """Images encoded before have to be the batch's, with the hidden states that are read."""
-    if encoded is None:
-        return None
     n_images = 0 if batch.pixels is None else len(batch.pixels)
     if any(len(state) != n_images for state in encoded.values()):
         raise ValueError(f"encoded holds other images than the {n_images} of this batch")
@@ -143,7 +140,6 @@ def check_encoded(batch: Batch, encoded: Encoded | None, read: set[int]) -> Enco
             f"encoded lacks hidden states {sorted(missing)} that the plan reads; "
             "call encode_images with this plan"
         )
-    return encoded
 
 
 def check_plan(model: LLaVA, prompts: Sequence[Prompt], plan: Plan, settings: Settings) -> None:

@@ -93,7 +93,7 @@ class LastAttention:
     q: Tensor  # (T, H, Dh): T = S in the prefill, T = 1 while decoding
     k: Tensor  # (S, Hkv, Dh)
     x: Tensor  # (T, D) rows as they entered the layer
-    hidden: Tensor | None  # (S,) bool, on the CPU
+    hidden: Tensor | None  # (rows,) bool, on the CPU
     rows: Rows  # the prompt's rows in that layer; generated rows follow them
 
 
@@ -111,9 +111,8 @@ class Sample:
     masks: dict[int, Mask] = field(default_factory=dict)  # by number of the step
     embedded: tuple[Tensor, Rows] | None = None  # x (S, D) and rows as they entered layer 0
     last: LastAttention | None = None
-    # while decoding: the keys (S, Hkv, Dh) that the next layer holds, and the new token's position
-    cached_keys: Tensor | None = None
-    position: Tensor = field(init=False)  # (1,)
+    cached_keys: Tensor | None = None  # while decoding: (S, Hkv, Dh) that the next layer holds
+    position: Tensor = field(init=False)  # (1,) while decoding: that of the new token
 
     def hidden(self, layer: int, before: int | None = None) -> Tensor | None:
         """Which rows (S,) a layer hides, by steps before number `before`, on the CPU; None: none"""
@@ -121,8 +120,7 @@ class Sample:
         for number, mask in self.masks.items():
             ended = mask.until is not None and layer >= mask.until
             if mask.layer <= layer and not ended and (before is None or number < before):
-                table = F.pad(mask.hidden, (0, self.rows.n_ids - len(mask.hidden)))
-                rows = table[self.rows.id]
+                rows = F.pad(mask.hidden, (0, self.rows.n_ids - len(mask.hidden)))[self.rows.id]
                 result = rows if result is None else result | rows
         return result
 
@@ -196,13 +194,7 @@ class LayerAttention:
         assert self.cache is not None
         keys, values = self.cache.append(self.layer, k, v, view.end, view.at)
         if self.entered is not None:
-            for b, (s, hidden) in enumerate(zip(self.samples, self.hidden, strict=True)):
+            for b, s in enumerate(self.samples):
                 k, mine = self.cache.keys_of(self.layer, b), slice(b, b + 1)
-                hidden = pad_visible(hidden, len(k))
-                s.last = LastAttention(q[mine], k, self.entered[mine], hidden, s.rows)
+                s.last = LastAttention(q[mine], k, self.entered[mine], self.hidden[b], s.rows)
         return token_attention(q, keys, values, view.visible)
-
-
-def pad_visible(hidden: Tensor | None, n: int) -> Tensor | None:
-    """Extend hidden (S,) of the prompt's rows to n rows: the generated ones are visible."""
-    return None if hidden is None else F.pad(hidden, (0, n - len(hidden)))

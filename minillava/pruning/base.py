@@ -23,7 +23,7 @@ from ..llama import rotate
 from ..llava import LLaVA
 from ..rows import Keep as Keep
 from ..rows import on_device, take_rows
-from ..sample import LastAttention, Sample, pad_visible
+from ..sample import LastAttention, Sample
 
 Stage = Literal["vision", "embed", "decoder"]
 Stages = tuple[tuple[Stage, int], ...]
@@ -117,8 +117,7 @@ class Method:
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
-        if "name" not in vars(cls):
-            cls.name = cls.__name__.lower()
+        cls.name = vars(cls).get("name", cls.__name__.lower())
 
     def __new__(cls, *args: Any, **kwargs: Any) -> Method:
         """Refuse a class whose options are not dataclass fields, before Python's own error does."""
@@ -390,7 +389,8 @@ class Context:
                 "choice_stands = True: the choice made for the prompt then stands"
             )
         if layer == 0:
-            q, k, hidden = self._coming_heads(rows.cpu())
+            q, k = self._coming_heads(rows.cpu())
+            hidden = self._sample.hidden(self._step.layer, before=self._step.number)
             return q, k, rows.cpu(), hidden, on_device(self.candidates, k)
         last, there = self._last()
         at = there[rows.cpu()]
@@ -422,17 +422,16 @@ class Context:
         x, rows = self._sample.embedded
         return take_rows(x, torch.isin(rows.image, torch.tensor(self._images)).nonzero()[:, 0])
 
-    def _coming_heads(self, rows: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
-        """Queries (r, H, Dh) of rows (r,), keys (S, Hkv, Dh) and hidden rows of the next layer."""
+    def _coming_heads(self, rows: Tensor) -> tuple[Tensor, Tensor]:
+        """Queries (r, H, Dh) of rows (r,) and keys (S, Hkv, Dh) of the next layer."""
         s, block = self._sample, self.model.block(self._step.layer)
         attn, h, held = block.attn, block.norm1(s.x), s.cached_keys
         cos, sin = self.model.llama.rope(s.rows.position if held is None else s.position, h.dtype)
         own = on_device(rows if held is None else rows - len(held), h)
         q = rotate(attn.heads(attn.q_proj, h[own]), (cos[own], sin[own]))  # (r, H, Dh)
         k = rotate(attn.heads(attn.k_proj, h), (cos, sin))  # (S, Hkv, Dh)
-        k = k if held is None else torch.cat((held, k))
-        hidden = pad_visible(s.hidden(self._step.layer, before=self._step.number), len(k))
-        return self.model.llama.whole_heads(q), self.model.llama.whole_heads(k), hidden
+        whole, k = self.model.llama.whole_heads, k if held is None else torch.cat((held, k))
+        return whole(q), whole(k)
 
     def before(self) -> Tensor:
         """Hidden states (n, D) of the candidates as they entered the layer that ran last."""
@@ -534,15 +533,13 @@ class Plan:
     @cached_property
     def steps(self) -> tuple[Step, ...]:
         """All stages of all methods in the order they run; at one place, in that of the methods."""
-        found = sorted(
-            (STAGES.index(stage), layer, m, index)
-            for m, method in enumerate(self.methods)
+        found = [
+            Step(0, method, index, stage, layer)
+            for method in self.methods
             for index, (stage, layer) in enumerate(method.stages())
-        )
-        return tuple(
-            Step(number, self.methods[m], index, STAGES[stage], layer)
-            for number, (stage, layer, m, index) in enumerate(found)
-        )
+        ]
+        found.sort(key=lambda step: (STAGES.index(step.stage), step.layer))
+        return tuple(replace(step, number=number) for number, step in enumerate(found))
 
     def at(self, stage: Stage, layer: int = 0) -> list[Step]:
         """Steps of a stage (before a decoder layer), in order."""
