@@ -48,6 +48,7 @@ LENGTH = 48  # new tokens; the longest answer is a caption
 SHARES = (0.5, 0.25, 0.11)
 # these have no option for a budget
 ADAPTIVE = ("prumerge", "prumerge-plus", "border", "text-only")
+BY_HAND = ("hand",)  # a person's choice of patches is no method
 NEED_MORE = ("trim", "cdpruner", "mustdrop")  # than the demo's vision tower has
 
 Group = tuple[Batch, list[scenes.Example]]
@@ -88,7 +89,7 @@ def default_plans(model: LLaVA, processor: Processor) -> list[str]:
         for name in METHODS:
             if name in ADAPTIVE:
                 found.append(name)
-            elif name not in NEED_MORE:
+            elif name not in NEED_MORE + BY_HAND:
                 found.append(special.get(name, f"{name}:keep={k}"))
     return list(dict.fromkeys(found))
 

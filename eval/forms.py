@@ -158,7 +158,7 @@ class Text:
 def measure(model: LLaVA, form: str, asked: Questions | Text) -> Row:
     pairs = [compare(expected, found) for expected, found in asked.logits(model)]
     kl, same = (torch.cat(column).double().mean().item() for column in zip(*pairs, strict=True))
-    return Row(form, kl, same, weight_bytes(model), describe_arithmetic(model))
+    return Row(form, kl, same, weight_bytes(model), describe_arithmetic(model)[0])
 
 
 def ask(model: LLaVA, processor: Processor, args: argparse.Namespace) -> Questions | Text:

@@ -75,26 +75,21 @@ def attention_weights(
     """Attention weights of r rows, b at a time: (H, b, end), float32; none sees further than `end`.
 
     q (r, H, Dh) and k (S, Hkv, Dh), both already rotated. at (r,): query row i sees the rows up to
-    at[i]; None: all rows. hidden (S,) bool: rows that nobody sees. Both are on the CPU.
+    at[i]; None: all rows. hidden (s,) bool: which of the first s rows nobody sees. Both are on the
+    CPU.
     """
     (r, H, Dh), (S, Hkv, _) = q.shape, k.shape
-    columns = torch.arange(S, device=k.device)
+    columns, block = torch.arange(S, device=k.device), max(1, WEIGHT_ROWS // H)
     k = k.permute(1, 2, 0)  # (Hkv, Dh, S)
-    block = max(1, WEIGHT_ROWS // H)
-    hidden = None if hidden is None else on_device(hidden, k)
+    at = torch.full((r,), S - 1) if at is None else at
+    hidden = torch.zeros(0, dtype=torch.bool) if hidden is None else hidden
+    hidden = on_device(F.pad(hidden, (0, S - len(hidden))), k)
     for start in range(0, r, block):
-        sees = None if at is None else at[start : start + block]  # (b,)
-        end = S if sees is None else int(sees.max()) + 1
-        rows = q[start : start + block]  # (b, H, Dh)
-        b = len(rows)
+        rows, sees = q[start : start + block], at[start : start + block]  # (b, H, Dh), (b,)
+        b, end = len(rows), int(sees.max()) + 1
         rows = rows.view(b, Hkv, H // Hkv, Dh).permute(1, 2, 0, 3).reshape(Hkv, -1, Dh)
         weights = (rows @ k[:, :, :end]).float().view(H, b, end) * Dh**-0.5
-        if sees is not None:
-            later = columns[:end] > on_device(sees, k)[:, None]  # (b, end)
-            weights = weights.masked_fill(later, -torch.inf)
-        if hidden is None:
-            yield weights.softmax(-1)
-        else:  # a row that sees nothing gives nothing, where softmax would give NaN
-            weights = weights.masked_fill(hidden[:end], -torch.inf)
-            blind = (weights == -torch.inf).all(-1, keepdim=True)
-            yield weights.masked_fill(blind, 0.0).softmax(-1).masked_fill(blind, 0.0)
+        unseen = hidden[:end] | (columns[:end] > on_device(sees, k)[:, None])  # (b, end)
+        weights = weights.masked_fill(unseen, -torch.inf).softmax(-1)
+        # a row that sees nothing gives nothing, where softmax gives NaN
+        yield weights.masked_fill(unseen.all(-1, keepdim=True), 0.0)

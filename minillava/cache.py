@@ -77,11 +77,6 @@ class KVCache:
         """Rotated keys of one sample (S, Hkv, Dh)."""
         return self.keys[layer][b, :, : self.lengths[layer][b]].transpose(0, 1)
 
-    def used_bytes(self) -> int:
-        """Bytes of the rows that are held; room for tokens to come does not count."""
-        row = 2 * self.heads * self.head_dim * self.keys[0].element_size()  # of one layer
-        return row * sum(sum(lengths) for lengths in self.lengths)
-
 
 def write_rows(held: Tensor, rows: Tensor, at: Tensor | None) -> None:
     """Write a row per sample (B, Hkv, Dh) into held (B, Hkv, S, Dh) at (B,); None: as the last."""

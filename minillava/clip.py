@@ -71,12 +71,10 @@ class CLIPVision(nn.Module):
 
     def __init__(self, config: VisionConfig) -> None:
         super().__init__()
-        C = config.hidden_size
+        C, P = config.hidden_size, config.patch_size
         self.config = config
         self.class_embedding = nn.Parameter(torch.zeros(C))
-        self.patch_embedding = nn.Conv2d(
-            3, C, config.patch_size, stride=config.patch_size, bias=False
-        )
+        self.patch_embedding = nn.Conv2d(3, C, P, stride=P, bias=False)
         # One learned vector per place: the class token, then the grid row by row. Unlike RoPE in
         # the decoder, it fixes the grid, so every image must have the size CLIP was trained on.
         self.position_embedding = nn.Embedding(1 + config.num_patches, C)
@@ -103,11 +101,8 @@ class CLIPVision(nn.Module):
         return states
 
     def heads(self, block: int, hidden: Tensor) -> tuple[Tensor, Tensor]:
-        """Queries and keys of one block, from the hidden state (B, T, C) that enters it.
-
-        Each (B, T, H, Dh). Pruning methods compute attention weights and similarities from them.
-        """
+        """Queries and keys (B, T, H, Dh) of one block, from the hidden state (B, T, C) that enters
+        it. Pruning methods compute attention weights and similarities from them."""
         layer = cast(Block, self.blocks[block])
-        x, attn = layer.norm1(hidden), layer.attn
-        q, k = (proj(x).unflatten(-1, (attn.n_heads, -1)) for proj in (attn.q_proj, attn.k_proj))
-        return q, k
+        q, k, _ = layer.attn.heads(layer.norm1(hidden))  # (B, H, T, Dh)
+        return q.transpose(1, 2), k.transpose(1, 2)

@@ -17,7 +17,7 @@ from torch import Tensor
 from .cache import KVCache
 from .llava import Encoded, LLaVA
 from .pruning.base import Context, Method, Plan, Step, check_keep
-from .rows import Choice, Keep, Rows, drop_image_rows, on_device, take_rows
+from .rows import Choice, Keep, Rows, drop_rows, on_device, take_rows
 from .sample import CacheView, LayerAttention, Mask, Prompt, Sample, Segment
 
 Memory = dict[tuple[int, ...], dict[str, Any]]  # Context.memory of one sample, by step and images
@@ -25,11 +25,12 @@ Memory = dict[tuple[int, ...], dict[str, Any]]  # Context.memory of one sample, 
 
 @dataclass(frozen=True)
 class Pruned:
-    """The rows of each sample after one step of the plan."""
+    """What one step of the plan did to each sample [b]."""
 
     step: Step
-    rows: list[Rows]  # [b]
-    hidden: list[Tensor | None]  # [b] (S,) bool
+    before: list[Rows]
+    choices: list[list[Choice]]  # without the hidden states of new rows
+    left: list[Rows]  # the image rows that are present and visible after it
 
 
 @dataclass
@@ -40,11 +41,9 @@ class State:
     samples: list[Sample]
     cache: KVCache | None
     segments: list[Segment] = field(default_factory=list)  # that ran
-    history: list[Pruned] = field(default_factory=list)
-    # (segments, B), after the prefill: position of the next token in each segment's layers, and
-    # rows that they hold of each sample
-    position: Tensor = field(init=False)
-    length: Tensor = field(init=False)
+    history: list[list[Pruned]] = field(default_factory=lambda: [[]])  # of each new token
+    position: Tensor = field(init=False)  # (segments, B) of the next token in their layers
+    length: Tensor = field(init=False)  # (segments, B) rows that these hold of each sample
     graph: Any = None  # a CUDA graph of one token, if the model was loaded with compile=True
 
 
@@ -76,13 +75,13 @@ def prefill(
     prune(model, state, plan.at("embed"))
     if any(step.stage == "decoder" for step in plan.steps):
         for s in samples:
-            images = s.rows.image_rows()  # (m,)
-            s.embedded = take_rows(s.x, images), s.rows.image[images]
+            s.embedded = s.x, s.rows
 
     for layers in plan.segments(model.config.text.num_hidden_layers):
         prune(model, state, plan.at("decoder", layers.start))
         hidden, rows = [s.hidden(layers.start) for s in samples], [s.rows for s in samples]
-        state.segments.append(Segment(layers, rows, hidden, held=list(rows)))
+        n_images = [len(s.visible_images(layers.start)) for s in samples]
+        state.segments.append(Segment(layers, rows, hidden, n_images, held=list(rows)))
         if cache is not None:
             cache.reserve(layers, [len(s.rows) for s in samples])
         rope = model.llama.rope(torch.cat([s.rows.position for s in samples]), model.dtype)
@@ -108,7 +107,7 @@ def begin_sample(
     if prompt.images:
         assert encoded is not None
         mine = slice(prompt.images[0], prompt.images[-1] + 1)  # views: nothing is copied
-        vision = {i: state[mine] for i, state in encoded.states.items()}
+        vision = {i: state[mine] for i, state in encoded.items()}
         # (images, 1 + N, C); any state serves if a method computes all image features itself
         features = vision.get(model.feature_layer, next(iter(vision.values())))
         x[on_device(rows.image_rows(), x)] = features[:, 1:].flatten(0, 1)
@@ -150,8 +149,7 @@ def unpack_rows(samples: Sequence[Sample], x: Tensor) -> None:
 def begin_decoding(state: State) -> None:
     """Forget what only methods of the prefill could read, and count what the caches hold."""
     for s in state.samples:
-        s.vision, s.embedded = {}, None
-        s.x = s.x.new_empty(0, s.x.shape[1])
+        s.vision, s.embedded, s.x = {}, None, s.x.new_empty(0, s.x.shape[1])
     held = [segment.held for segment in state.segments]
     counts = [[[r.next_position for r in rows] for rows in held], [[*map(len, r)] for r in held]]
     state.position, state.length = on_device(torch.tensor(counts), state.samples[0].x)
@@ -165,6 +163,7 @@ def decode(model: LLaVA, tokens: Tensor, state: State) -> Tensor:
     cache, samples, plan = state.cache, state.samples, state.plan
     assert cache is not None, "decoding needs a cache; without one, the prompt is prefilled again"
     x = model.embed(tokens)  # (B, D)
+    state.history.append([])
     for s in samples:
         s.generated += 1
     for number, segment in enumerate(state.segments):
@@ -208,20 +207,23 @@ def view_cache(state: State, number: int, hidden: Sequence[Tensor | None]) -> Ca
 
 
 def prune(model: LLaVA, state: State, steps: Sequence[Step]) -> None:
-    """Carry out steps of the plan on the rows that each sample has now. The state notes what is
-    left, but not while decoding, where masks alone are chosen."""
+    """Carry out steps of the plan on the rows that each sample has now, and note what they did."""
     samples = state.samples
     for step in steps:
+        before, done = [s.rows for s in samples], []
         for s in samples:
-            choices = ask_method(model, step, s)
+            chosen = ask_method(model, step, s)
+            done.append([replace(c, keep=replace(c.keep, merged=None, extra=None)) for c in chosen])
             if step.method.mode == "mask":
-                s.masks[step.number] = hide_rows(step, s.rows, choices)
-            else:
-                s.x, s.rows = drop_image_rows(s.x, s.rows, choices, step.method.compact)
+                s.masks[step.number] = hide_rows(step, s.rows, chosen)
+                continue
+            for choice in reversed(chosen):  # so that the row numbers of the others stay valid
+                s.x, s.rows = drop_rows(s.x, s.rows, choice)
+            s.rows = s.rows.renumber() if step.method.compact else s.rows
         if samples[0].cached_keys is None:
             forget_rows(state, step.method)
-            hidden = [s.hidden(step.layer) for s in samples]
-            state.history.append(Pruned(step, [s.rows for s in samples], hidden))
+        left = [s.visible_images(step.layer) for s in samples]
+        state.history[-1].append(Pruned(step, before, done, left))
     for s in samples:
         s.last = None  # the queries and keys that were kept for these steps
 
@@ -247,13 +249,11 @@ def ask_method(model: LLaVA, step: Step, sample: Sample) -> list[Choice]:
     choices = []
     for group in groups:
         window = torch.cat([sample.rows.of_image(i) for i in group]) + step.method.shift
-        if step.method.shift:
-            window = window[window < len(sample.rows)]
+        window = window[window < len(sample.rows)]
         candidates = window if hidden is None else window[~hidden[window]]
         keep = Keep(candidates)  # empty if there is nothing to choose from: no method is asked
         if len(candidates):
-            context = Context(model, sample, step, group, candidates)
-            keep = step.method.choose(context)
+            keep = step.method.choose(Context(model, sample, step, group, candidates))
             keep = check_keep(step.method, keep, len(candidates), sample.x.shape[1])
             keep = model.llama.agree(keep)
         choices.append(Choice(window, candidates, keep))
@@ -272,16 +272,14 @@ def hide_rows(step: Step, rows: Rows, choices: Sequence[Choice]) -> Mask:
 
 def hidden_states_read(model: LLaVA, plan: Plan) -> set[int]:
     """Numbers of the vision tower's hidden states that LLaVA and the plan's methods read."""
-    vision, read = model.config.vision, set[int]()
-    states = {*range(vision.num_hidden_layers + 1)}
+    n, read = model.config.vision.num_hidden_layers, set[int]()
     for method in plan.methods:
-        layers: Any = method.vision_layers(vision.num_hidden_layers)
-        if not isinstance(layers, tuple) or not set(layers) <= states:
+        layers: Any = method.vision_layers(n)
+        if not isinstance(layers, tuple) or not set(layers) <= {*range(n + 1)}:
             raise ValueError(
                 f"{method.label}: vision_layers() gave {layers!r}; it must be a tuple of numbers "
-                f"from 0 to {vision.num_hidden_layers}"
+                f"from 0 to {n}"
             )
         read |= set(layers)
-    if len(plan.methods) == 1 and plan.methods[0].own_features(vision.num_patches):
-        return read
-    return read | {model.feature_layer}
+    own = [method.own_features(model.config.vision.num_patches) for method in plan.methods]
+    return read if own == [True] else read | {model.feature_layer}

@@ -22,8 +22,8 @@ from .cache import KVCache
 from .engine import Memory, decode, hidden_states_read, prefill
 from .llava import Encoded, LLaVA
 from .pruning.base import Plan
-from .report import Clock, make_report
 from .report import Result as Result
+from .report import make_report, read_clock
 from .request import Batch, Settings, check_encoded, check_plan, prompts_of
 from .sampling import sample
 
@@ -67,9 +67,8 @@ def stream(
     options of `generate` and raises its errors."""
     if len(batch.ids) != 1:
         raise ValueError(f"stream answers one prompt, the batch has {len(batch.ids)}; use generate")
-    settings = Settings(max_new_tokens, **options)
-    answer = Answer(model, batch, plan or Plan(), settings, encoded)
-    return processor.stream_text(answer, settings.stop_strings)
+    answer = Answer(model, batch, plan or Plan(), Settings(max_new_tokens, **options), encoded)
+    return processor.stream_text(answer, answer.settings.stop_strings)
 
 
 def encode_images(model: LLaVA, batch: Batch, plan: Plan | None = None) -> Encoded | None:
@@ -93,31 +92,33 @@ class Answer:
         """Checks everything that can be refused."""
         if not isinstance(plan, Plan):
             raise ValueError(f"plan={plan!r} must be a Plan: parse_plan(text), or Plan((method,))")
-        self.model, self.batch, self.settings = model, batch, settings
+        self.model, self.batch, self.settings, self.encoded = model, batch, settings, encoded
         self.prompts = prompts_of(model, batch)
         text, vision = model.config.text, model.config.vision
         self.plan = plan.resolve(text.num_hidden_layers, vision.num_patches)
         check_plan(model, self.prompts, self.plan, settings)
         self.states_read = hidden_states_read(model, self.plan)
-        self.encoded = check_encoded(batch, encoded, self.states_read)
+        if encoded is not None:
+            check_encoded(batch, encoded, self.states_read)
 
     @torch.inference_mode()
     def __iter__(self) -> Iterator[list[int | None]]:
         """Yield the new id of each sample, None for samples that have ended."""
         model, settings, encoded = self.model, self.settings, self.encoded
-        clock = Clock(model.device)
+        if model.device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(model.device)
+        times = [read_clock(model.device)]
 
         # 1. images
         if encoded is None and self.batch.pixels is not None:
             encoded = model.encode(self.batch.pixels, self.states_read)
-        clock.note("vision")
+        times.append(read_clock(model.device))
 
         # 2. prompt
         memories: list[Memory] = [{} for _ in self.prompts]
         seed, cache = settings.seed or 0, self._new_cache()
         logits, state = prefill(model, self.prompts, encoded, self.plan, cache, seed, memories)
-        prompt_state, cache_bytes = state, cache.used_bytes() if cache else 0
-        clock.note("prefill")
+        times.append(read_clock(model.device))
 
         # 3. one token after the other
         tokens = Tokens(model, settings, [len(rows) for rows in state.segments[0].rows])
@@ -129,7 +130,7 @@ class Answer:
                 chosen_from.append(logits)
             new = model.llama.agree(tokens.draw(logits, broken))  # (B,)
             taken = tokens.take(new.tolist())
-            clock.note_token()
+            times.append(read_clock(model.device, wait=False))
             yield taken
             if all(tokens.stopped):
                 break
@@ -137,10 +138,11 @@ class Answer:
                 logits = (model.compiled or decode)(model, new, state)
             else:
                 longer = [p.extended(f) for p, f in zip(self.prompts, tokens.fed, strict=True)]
-                logits, state = prefill(model, longer, encoded, self.plan, None, seed, memories)
+                logits, later = prefill(model, longer, encoded, self.plan, None, seed, memories)
+                state.history += later.history
 
         # 4. what happened
-        report = make_report(model, prompt_state, tokens.stopped, clock, cache_bytes)
+        report = make_report(model, state, tokens.stopped, times)
         texts = [model.tokenizer.decode(t) for t in tokens.tokens] if model.tokenizer else None
         starts = [prompt.starts for prompt in self.prompts]
         kept = tokens.stack(chosen_from, logits) if settings.output_logits else None
@@ -172,7 +174,7 @@ class Tokens:
         self.tokens: list[list[int]] = [[] for _ in rows]
         # finished samples keep decoding, so that the batch keeps its shape; `tokens` ignores them
         self.fed: list[list[int]] = [[] for _ in rows]
-        self.stopped = ["" if limit > 0 else self._limit_name(limit) for limit in self.limits]
+        self.stopped = [self._reason_to_stop(b) for b in range(len(rows))]
         self.generators = [torch.Generator(model.device) for _ in rows]
         for b, generator in enumerate(self.generators):
             generator.seed() if settings.seed is None else generator.manual_seed(settings.seed + b)
@@ -209,14 +211,13 @@ class Tokens:
     def _reason_to_stop(self, b: int) -> str:
         """eos, stop, length or context; empty: the sample goes on."""
         tokens, settings = self.tokens[b], self.settings
-        if tokens[-1] in self.model.config.eos_token_ids:
+        if tokens and tokens[-1] in self.model.config.eos_token_ids:
             return "eos"
         if settings.stop_strings and len(tokens) >= settings.min_new_tokens:
             assert self.model.tokenizer is not None
             text = self.model.tokenizer.decode(tokens)
             if any(s in text for s in settings.stop_strings):
                 return "stop"
-        return self._limit_name(self.limits[b]) if len(tokens) >= self.limits[b] else ""
-
-    def _limit_name(self, limit: int) -> str:
-        return "length" if limit == self.settings.max_new_tokens else "context"
+        if len(tokens) < self.limits[b]:
+            return ""
+        return "length" if self.limits[b] == settings.max_new_tokens else "context"

@@ -58,18 +58,14 @@ class Attention(nn.Module):
         self.v_proj = nn.Linear(D, config.num_key_value_heads * Dh, bias=False)
         self.o_proj = nn.Linear(config.num_attention_heads * Dh, D, bias=False)
 
-    def query(self, x: Tensor) -> Tensor:
-        """(R, D) -> (R, H, Dh), not yet rotated."""
-        return self.q_proj(x).unflatten(-1, (-1, self.head_dim))
-
-    def key(self, x: Tensor) -> Tensor:
-        """(R, D) -> (R, Hkv, Dh), not yet rotated."""
-        return self.k_proj(x).unflatten(-1, (-1, self.head_dim))
+    def heads(self, proj: nn.Module, x: Tensor) -> Tensor:
+        """Rows (R, D) through one of the projections: (R, H | Hkv, Dh), not yet rotated."""
+        return proj(x).unflatten(-1, (-1, self.head_dim))
 
     def forward(self, x: Tensor, rope: Rope, attend: Attend) -> Tensor:
         x = share_input(x, self.q_proj, self.k_proj, self.v_proj)
-        q, k = rotate(self.query(x), rope), rotate(self.key(x), rope)  # (R, H | Hkv, Dh)
-        v = self.v_proj(x).unflatten(-1, (-1, self.head_dim))  # (R, Hkv, Dh)
+        q, k = (rotate(self.heads(proj, x), rope) for proj in (self.q_proj, self.k_proj))
+        v = self.heads(self.v_proj, x)  # (R, Hkv, Dh)
         return self.o_proj(attend(q, k, v).flatten(1))  # (R, D)
 
 

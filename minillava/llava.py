@@ -10,8 +10,7 @@ This file holds the weights and the parts that work alone; engine.py runs and pr
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Collection
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
@@ -28,13 +27,7 @@ if TYPE_CHECKING:
     from .processing.tokenizer import Tokenizer
 
 IMAGES_AT_ONCE = 8  # images in the vision tower at one time
-
-
-@dataclass(frozen=True)
-class Encoded:
-    """Images as the vision tower saw them: hidden states by number, (images, 1 + N, C) each."""
-
-    states: Mapping[int, Tensor]
+Encoded = dict[int, Tensor]  # the tower's hidden states by number, (images, 1 + N, C) each
 
 
 class Projector(nn.Module):
@@ -98,11 +91,9 @@ class LLaVA(nn.Module):
 
     def encode(self, pixels: Tensor, layers: Collection[int]) -> Encoded:
         """Run the vision tower on pixels (images, 3, S, S) and keep these hidden states."""
-        parts = [
-            self.vision(part.to(self.device, self.dtype), layers)
-            for part in pixels.split(IMAGES_AT_ONCE)
-        ]
-        return Encoded({i: torch.cat([part[i] for part in parts]) for i in sorted(layers)})
+        pixels = pixels.to(self.device, self.dtype)
+        parts = [self.vision(part, layers) for part in pixels.split(IMAGES_AT_ONCE)]
+        return {i: torch.cat([part[i] for part in parts]) for i in sorted(layers)}
 
     def block(self, layer: int) -> Block:
         """Decoder layer `layer`, counted from 0."""

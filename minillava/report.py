@@ -5,8 +5,12 @@ dataclasses.asdict(report) holds plain numbers, strings and lists, so json.dumps
 
 from __future__ import annotations
 
+import json
+import math
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from hashlib import sha256
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -15,18 +19,27 @@ from .config import Config
 from .engine import Pruned, State
 from .llava import LLaVA
 from .pruning.base import Plan
-from .rows import Rows
+from .rows import Keep
 
 
 @dataclass(frozen=True)
 class Kept:
-    """Which image tokens were left after one pruning step of the prefill."""
+    """Which image tokens of each sample [b] one pruning step left, and why, see pruning/README.md.
+    Rows are named by their index in the unpruned prompt (Rows.id), added ones from its end on."""
 
     rule: str  # name of the method
+    stage: str  # vision, embed or decoder
     layer: int  # whose input was pruned; 0 before the decoder
-    # [b] indices in the unpruned prompt (Rows.id), ascending, of patches still present or visible
-    positions: list[list[int]]
-    extra: list[int]  # [b] number of image rows without a patch: class token, means
+    positions: list[list[int]]  # patches still present or visible, ascending
+    extra: list[int]  # number of image rows without a patch: class token, means
+    candidates: list[list[int]]  # rows that the method chose among
+    scores: list[list[float | None]]  # of each candidate; [] if the method gave none
+    order: list[list[int]]  # rows that were picked one after the other
+    merged_into: list[list[int]]  # row that each candidate went into, or -1; [] if none did
+    margin: list[float | None]  # score of the last kept row less that of the first dropped one
+    closest: list[float | None]  # the closest decision, as a share of what it compared
+    within_rounding: list[bool | None]  # whether `closest` is; None: it is not known
+    digest: list[str]  # SHA-256 of json.dumps(positions[b])
 
 
 @dataclass(frozen=True)
@@ -35,6 +48,7 @@ class Report:
 
     prompt_tokens: list[int]  # [b]
     kept: list[Kept]
+    chosen_again: list[list[Kept]]  # [token] of what ran for it; [] if no step ran again
     tokens_entering: list[list[int]]  # [layer][b] all rows
     image_tokens_entering: list[list[int]]  # [layer][b] image rows; mask mode: the visible ones
     cache_lengths: list[list[int]]  # [layer][b] after the prefill; 0 without a cache
@@ -62,80 +76,99 @@ class Result:
     logits: Tensor | None = None  # (B, n_new, V) that each token was chosen from; NaN after the end
 
 
-class Clock:
-    """Measures one generation, in seconds since it was made. It waits for CUDA before it reads."""
-
-    def __init__(self, device: torch.device) -> None:
-        self.cuda = device if device.type == "cuda" else None
-        self.read: dict[str, float] = {}  # vision, prefill, first_token, last: when each had ended
-        self.n_tokens = 0
-        if self.cuda:
-            torch.cuda.reset_peak_memory_stats(self.cuda)
-        self.start = self._now()
-
-    def _now(self) -> float:
-        if self.cuda:
-            torch.cuda.synchronize(self.cuda)
-        return time.perf_counter()
-
-    def note(self, what: str) -> None:
-        self.read[what] = self._now() - self.start
-
-    def note_token(self) -> None:
-        """After a token was read, for which the host has waited."""
-        self.n_tokens += 1
-        self.read["last" if self.n_tokens > 1 else "first_token"] = time.perf_counter() - self.start
-
-    def per_token(self) -> float:
-        """Mean of the tokens after the first."""
-        if self.n_tokens < 2:
-            return 0.0
-        return (self.read["last"] - self.read["first_token"]) / (self.n_tokens - 1)
+def read_clock(device: torch.device, wait: bool = True) -> float:
+    """Seconds. It waits for CUDA, unless the host has just done so to read a token."""
+    if wait and device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter()
 
 
-def make_report(
-    model: LLaVA, state: State, stopped: list[str], clock: Clock, cache_bytes: int
-) -> Report:
-    """The report on a generation whose prefill left `state`."""
+def make_report(model: LLaVA, state: State, stopped: list[str], times: list[float]) -> Report:
+    """The report on a generation whose prefill left `state`, by the times of the start, of the end
+    of the vision tower and of the prefill, and of each token."""
+    text, device = model.llama.config, model.device
+    arithmetic, rounding = describe_arithmetic(model)
     by_layer = [segment for segment in state.segments for _ in segment.layers]
-    entering = [[len(rows) for rows in segment.rows] for segment in by_layer]
-    pairs = [zip(segment.rows, segment.hidden, strict=True) for segment in by_layer]
-    images = [[int(visible_images(*pair).sum()) for pair in layer] for layer in pairs]
+    cached = [[len(rows) if state.cache else 0 for rows in layer.held] for layer in by_layer]
+    row_bytes = 2 * text.num_key_value_heads * text.head_dim * model.dtype.itemsize
+    start, vision, prompt, *tokens = times
     return Report(
         prompt_tokens=[len(s.prompt.ids) for s in state.samples],
-        kept=[image_tokens_left(pruned) for pruned in state.history],
-        tokens_entering=entering,
-        image_tokens_entering=images,
-        cache_lengths=[[len(r) if state.cache else 0 for r in layer.held] for layer in by_layer],
+        kept=[explain_step(pruned, rounding) for pruned in state.history[0]],
+        chosen_again=[  # without reasons, which would be a lot
+            [explain_step(replace(p, choices=[[]] * len(p.left)), rounding) for p in steps]
+            for steps in (state.history if any(state.history[1:]) else [])
+        ],
+        tokens_entering=[[len(rows) for rows in layer.rows] for layer in by_layer],
+        image_tokens_entering=[list(segment.n_images) for segment in by_layer],
+        cache_lengths=cached,
         next_position=[rows.next_position for rows in state.segments[0].held],
         stopped=stopped,
-        vision=clock.read["vision"],
-        prefill=clock.read["prefill"] - clock.read["vision"],
-        first_token=clock.read.get("first_token", clock.read["prefill"]),
-        per_token=clock.per_token(),
-        cache_bytes=cache_bytes,
-        peak_bytes=torch.cuda.max_memory_allocated(clock.cuda) if clock.cuda else None,
-        arithmetic=describe_arithmetic(model),
+        vision=vision - start,
+        prefill=prompt - vision,
+        first_token=(tokens or [prompt])[0] - start,
+        per_token=(tokens[-1] - tokens[0]) / (len(tokens) - 1) if len(tokens) > 1 else 0.0,
+        cache_bytes=sum(map(sum, cached)) * row_bytes,
+        peak_bytes=torch.cuda.max_memory_allocated(device) if device.type == "cuda" else None,
+        arithmetic=arithmetic,
     )
 
 
-def describe_arithmetic(model: LLaVA) -> str:
-    """What the decoder's linear layers compute with: a stored form's words, or "bfloat16"."""
-    return getattr(model.block(0).mlp.down_proj, "arithmetic", str(model.dtype)[len("torch.") :])
+def describe_arithmetic(model: LLaVA) -> tuple[str, float]:
+    """What the decoder's linear layers compute with: a stored form's words, or "bfloat16". And how
+    far rounding moves scores, as a share: they keep about half of the digits."""
+    layer, eps = model.block(0).mlp.down_proj, torch.finfo(model.dtype).eps
+    words = getattr(layer, "arithmetic", str(model.dtype)[len("torch.") :])
+    return words, max(eps, getattr(layer, "eps", 0.0)) ** 0.5
 
 
-def image_tokens_left(pruned: Pruned) -> Kept:
-    """What one step left: ids of patches, sorted since methods may reorder, and added rows."""
-    positions, extra = [], []
-    for rows, hidden in zip(pruned.rows, pruned.hidden, strict=True):
-        visible = visible_images(rows, hidden)
-        ids = rows.id[visible & (rows.patch >= 0)]
-        positions.append(sorted(ids.tolist()))
-        extra.append(int(visible.sum()) - len(ids))
-    return Kept(pruned.step.method.name, pruned.step.layer, positions, extra)
+def explain_step(pruned: Pruned, rounding: float) -> Kept:
+    """What one step left, and why."""
+    entries = [explain_sample(pruned, b, rounding) for b in range(len(pruned.left))]
+    columns: dict[str, Any] = {name: [entry[name] for entry in entries] for name in entries[0]}
+    return Kept(pruned.step.method.name, pruned.step.stage, pruned.step.layer, **columns)
 
 
-def visible_images(rows: Rows, hidden: Tensor | None) -> Tensor:
-    """Which rows (S,) belong to an image and are not hidden."""
-    is_image = rows.image >= 0
-    return is_image if hidden is None else is_image & ~hidden
+def explain_sample(pruned: Pruned, b: int, rounding: float) -> dict[str, Any]:
+    """The entries of one sample in Kept."""
+    before, left, margin, closest = pruned.before[b], pruned.left[b], math.inf, math.inf
+    positions = sorted(left.id[left.patch >= 0].tolist())  # methods may reorder
+    why: dict[str, list[Any]] = {"candidates": [], "scores": [], "order": [], "merged_into": []}
+    for choice in (choice for choice in pruned.choices[b] if len(choice.candidates)):
+        keep, ids = choice.keep, before.id[choice.candidates].tolist()  # [n]
+        added = left.id[(left.id >= before.n_ids) & (left.image == before.image[choice.window[0]])]
+        rows = [*(ids[i] for i in keep.index.tolist()), *added.tolist(), -1]  # [K + M + 1]
+        scores = [] if keep.scores is None or keep.scores.isinf().any() else keep.scores.tolist()
+        order = [] if keep.order is None else keep.order.tolist()
+        into = [-1] * len(ids) if keep.merged_into is None else keep.merged_into.tolist()
+        if {*order} - {*range(len(ids))} or {*into} - {*range(-1, len(rows) - 1)}:
+            who = pruned.step.method.label
+            raise ValueError(f"{who}: Keep.order or Keep.merged_into names rows that are not there")
+        why["candidates"] += ids
+        why["scores"] += scores or [None] * len(ids)
+        why["order"] += [ids[i] for i in order]
+        why["merged_into"] += [rows[i] for i in into]
+        margin, closest = map(min, measure_margin(keep, scores), (margin, closest))
+    return {
+        "positions": positions,
+        "extra": len(left) - len(positions),
+        **{name: x if set(x) - {None, -1} else [] for name, x in why.items()},
+        "margin": margin if margin < math.inf else None,
+        "closest": closest if closest < math.inf else None,
+        "within_rounding": closest <= rounding if closest < math.inf else None,
+        "digest": sha256(json.dumps(positions).encode()).hexdigest(),
+    }
+
+
+def measure_margin(keep: Keep, scores: list[float]) -> tuple[float, float]:
+    """`margin` and `closest` (see Kept) of a choice by scores [n]; [] or infinite: not known."""
+    kept = set(keep.index.tolist())
+    closest = math.inf if keep.closest is None else float(keep.closest)
+    first_dropped = max((s for i, s in enumerate(scores) if i not in kept), default=-math.inf)
+    above = [s for i, s in enumerate(scores) if i in kept and s >= first_dropped]
+    margin = min(above, default=math.inf) - first_dropped
+    if keep.closest is None and 0 < len(above) == len(kept):
+        # rounding moves weights by a share of themselves, other scores by one of the largest
+        size = max(map(abs, scores)) if min(scores) < 0 else min(above)
+        closest = margin / max(size, 1e-30)
+    return margin, closest

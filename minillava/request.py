@@ -7,6 +7,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import groupby
+from math import inf
 from typing import Any
 
 import torch
@@ -42,20 +44,17 @@ class Settings:
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, int) or value < 0:
                 raise ValueError(f"{name}={value!r} must be a whole number, 0 or more")
-        for name in ("temperature", "top_p"):
-            if not isinstance(getattr(self, name), (int, float)):
-                raise ValueError(f"{name}={getattr(self, name)!r} must be a number")
-        least, most = self.min_new_tokens, self.max_new_tokens
-        if least > most:
-            raise ValueError(f"min_new_tokens={least} is more than max_new_tokens={most}")
-        if not 0 <= self.temperature < float("inf"):
-            raise ValueError(f"temperature={self.temperature} must be 0 (greedy) or more, finite")
-        if not 0 < self.top_p <= 1:
-            raise ValueError(f"top_p={self.top_p} must be above 0 and at most 1")
-        if any(not isinstance(s, str) or not s for s in self.stop_strings):
-            raise ValueError(f"stop={self.stop!r}: stop strings must be text, not empty")
-        if self.seed is not None and not 0 <= self.seed < 2**62:
-            raise ValueError(f"seed={self.seed} must be from 0 to 2^62 - 1")
+        least, most, t, p = self.min_new_tokens, self.max_new_tokens, self.temperature, self.top_p
+        texts, real = all(isinstance(s, str) and s for s in self.stop_strings), (int, float)
+        for good, rule in (
+            (least <= most, f"min_new_tokens={least} is more than max_new_tokens={most}"),
+            (isinstance(t, real) and 0 <= t < inf, f"temperature={t!r} must be 0 or more, finite"),
+            (isinstance(p, real) and 0 < p <= 1, f"top_p={p!r} must be above 0, at most 1"),
+            (texts, f"stop={self.stop!r}: stop strings must be text, not empty"),
+            (0 <= (self.seed or 0) < 2**62, f"seed={self.seed} must be from 0 to 2^62 - 1"),
+        ):
+            if not good:
+                raise ValueError(rule)
 
 
 def prompts_of(model: LLaVA, batch: Batch) -> list[Prompt]:
@@ -69,12 +68,16 @@ def prompts_of(model: LLaVA, batch: Batch) -> list[Prompt]:
         )
     if batch.focus is not None and len(batch.focus) != len(ids):
         raise ValueError(f"focus has {len(batch.focus)} entries for {len(ids)} prompts")
-    n_images = 0 if batch.pixels is None else check_pixels(config, batch.pixels)
+    S = config.vision.image_size
+    pixels = torch.zeros(0, 3, S, S) if batch.pixels is None else batch.pixels
+    if pixels.ndim != 4 or pixels.shape[1:] != (3, S, S) or not pixels.is_floating_point():
+        raise ValueError(
+            f"pixels must be (images, 3, {S}, {S}) float, not {tuple(pixels.shape)} {pixels.dtype}"
+        )
     sizes = batch.sizes or ()
     if batch.sizes is not None:
-        check_sizes(sizes, n_images)
-    prompts: list[Prompt] = []
-    used = 0
+        check_sizes(sizes, len(pixels))
+    prompts, used = list[Prompt](), 0
     for b in range(len(ids)):
         tokens = ids[b][mask[b]]  # (T,)
         focus = batch.focus[b] if batch.focus is not None else None
@@ -87,22 +90,12 @@ def prompts_of(model: LLaVA, batch: Batch) -> list[Prompt]:
         used += len(starts)
         mine = tuple(sizes[i] for i in images if sizes)
         prompts.append(Prompt(tokens, images, starts, focus, len(tokens), mine))
-    if used != n_images:
+    if used != len(pixels):
         raise ValueError(
-            f"the prompts have placeholders for {used} images, but pixels holds {n_images}; "
+            f"the prompts have placeholders for {used} images, but pixels holds {len(pixels)}; "
             f"each image takes {config.vision.num_patches} placeholders"
         )
     return prompts
-
-
-def check_pixels(config: Config, pixels: Tensor) -> int:
-    """The number of images in pixels."""
-    S = config.vision.image_size
-    if pixels.ndim != 4 or pixels.shape[1:] != (3, S, S) or not pixels.is_floating_point():
-        raise ValueError(
-            f"pixels must be (images, 3, {S}, {S}) float, not {tuple(pixels.shape)} {pixels.dtype}"
-        )
-    return len(pixels)
 
 
 def check_sizes(sizes: Sequence[Any], n_images: int) -> None:
@@ -118,42 +111,35 @@ def check_ids(config: Config, ids: Tensor, what: str) -> None:
     V = config.text.vocab_size
     if ids.ndim != 1 or ids.dtype != torch.int64 or not len(ids):
         raise ValueError(f"{what} must be one row of int64 ids, at least one; got {ids!r}")
-    if int(ids.min()) < 0 or int(ids.max()) >= V:
-        wrong = ids[(ids < 0) | (ids >= V)][0].item()
-        raise ValueError(f"{what} has id {wrong}; the vocabulary has ids 0 to {V - 1}")
+    if wrong := [id for id in ids.tolist() if not 0 <= id < V]:
+        raise ValueError(f"{what} has id {wrong[0]}; the vocabulary has ids 0 to {V - 1}")
 
 
 def find_images(config: Config, ids: list[int], b: int) -> tuple[int, ...]:
     """Where each image of prompt b begins. Two adjacent images are 2N placeholders in a row."""
-    N, starts, at = config.vision.num_patches, [], 0
-    while at < len(ids):
-        if ids[at] != config.image_token_id:
-            at += 1
-            continue
-        if ids[at : at + N] != [config.image_token_id] * N:
-            run = next((i for i, x in enumerate(ids[at:]) if x != ids[at]), len(ids) - at)
+    N, starts, at = config.vision.num_patches, list[int](), 0
+    for is_image, run in groupby(id == config.image_token_id for id in ids):
+        n = len(list(run))
+        if is_image and n % N:
             raise ValueError(
-                f"prompt {b} has {run} placeholders from index {at} on, not a whole image; "
-                f"each image takes {N} in a row"
+                f"prompt {b} has {n % N} placeholders from index {at + n - n % N} on, not a whole "
+                f"image; each image takes {N} in a row"
             )
-        starts.append(at)
-        at += N
+        starts += range(at, at + n, N) if is_image else ()
+        at += n
     return tuple(starts)
 
 
-def check_encoded(batch: Batch, encoded: Encoded | None, read: set[int]) -> Encoded | None:
+def check_encoded(batch: Batch, encoded: Encoded, read: set[int]) -> None:
     """Images encoded before have to be the batch's, with the hidden states that are read."""
-    if encoded is None:
-        return None
     n_images = 0 if batch.pixels is None else len(batch.pixels)
-    if any(len(state) != n_images for state in encoded.states.values()):
+    if any(len(state) != n_images for state in encoded.values()):
         raise ValueError(f"encoded holds other images than the {n_images} of this batch")
-    if missing := read - encoded.states.keys():
+    if missing := read - encoded.keys():
         raise ValueError(
             f"encoded lacks hidden states {sorted(missing)} that the plan reads; "
             "call encode_images with this plan"
         )
-    return encoded
 
 
 def check_plan(model: LLaVA, prompts: Sequence[Prompt], plan: Plan, settings: Settings) -> None:

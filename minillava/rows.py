@@ -19,12 +19,14 @@ so rows that keep their numbers (`positions=original`) stay as far apart as they
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
 
 TEXT, GENERATED = -1, -2  # values of Rows.image for rows that belong to no image
 NO_PATCH = -1  # value of Rows.patch for text and for added rows
+COLUMNS = ("id", "position", "image", "patch")  # of Rows, one entry per row each
 
 
 @dataclass(frozen=True)
@@ -44,13 +46,7 @@ class Rows:
 
     def select(self, index: Tensor) -> Rows:
         """The table of the rows at index (s,), in that order."""
-        return replace(
-            self,
-            id=self.id[index],
-            position=self.position[index],
-            image=self.image[index],
-            patch=self.patch[index],
-        )
+        return replace(self, **{name: getattr(self, name)[index] for name in COLUMNS})
 
     def image_rows(self) -> Tensor:
         """Row numbers (n,) of all images, ascending."""
@@ -62,15 +58,11 @@ class Rows:
 
     def insert(self, at: int, n: int, image: int) -> Rows:
         """The table with n added rows of an image before row `at`."""
-        new = torch.arange(n)
-        return replace(
-            self,
-            id=_insert(self.id, at, new + self.n_ids),
-            position=_insert(self.position, at, torch.full_like(new, self.first_position[image])),
-            image=_insert(self.image, at, torch.full_like(new, image)),
-            patch=_insert(self.patch, at, torch.full_like(new, NO_PATCH)),
-            n_ids=self.n_ids + n,
-        )
+        numbers = torch.arange(n) + self.n_ids
+        same = (torch.full_like(numbers, x) for x in (self.first_position[image], image, NO_PATCH))
+        columns = zip(COLUMNS, (getattr(self, c) for c in COLUMNS), (numbers, *same), strict=True)
+        longer: dict[str, Any] = {c: torch.cat((x[:at], new, x[at:])) for c, x, new in columns}
+        return replace(self, **longer, n_ids=self.n_ids + n)
 
     def renumber(self) -> Rows:
         """Positions 0..S-1 without gaps; the next token's position is then S."""
@@ -89,6 +81,7 @@ class Keep:
     extra (M, C | D): hidden states of M added rows that belong to no patch (a class token, the mean
     of what was dropped). They follow the image's rows, or precede them if `extra_first` is set.
     C is the width before the projector (1024), D the width after it (4096).
+    The last four explain the choice in reports and pictures, and change nothing.
     """
 
     index: Tensor
@@ -96,6 +89,10 @@ class Keep:
     extra: Tensor | None = None
     extra_first: bool = False
     ordered: bool = False
+    scores: Tensor | None = None  # (n,) what the candidates were ranked by, higher is better
+    order: Tensor | None = None  # (k,) candidates that were picked one after the other
+    merged_into: Tensor | None = None  # (n,) number in `index`, K + m: row m of `extra`, -1: none
+    closest: Tensor | None = None  # () smallest lead() of its decisions, if scores do not tell
 
 
 @dataclass(frozen=True)
@@ -126,20 +123,8 @@ def drop_rows(x: Tensor, rows: Rows, choice: Choice) -> tuple[Tensor, Rows]:
         # rows before the window all stay
         at = int(choice.window[0]) + (0 if keep.extra_first else len(kept))
         left = left.insert(at, len(keep.extra), image)
-        x_left = _insert(x_left, at, keep.extra.to(x.dtype))
+        x_left = torch.cat((x_left[:at], keep.extra.to(x.dtype), x_left[at:]))
     return x_left, left
-
-
-def drop_image_rows(
-    x: Tensor, rows: Rows, choices: list[Choice], compact: bool
-) -> tuple[Tensor, Rows]:
-    """Carry out one step's choices for the images of a sample; compact: renumber what is left.
-
-    The last image comes first, so that the row numbers of the others stay valid.
-    """
-    for choice in reversed(choices):
-        x, rows = drop_rows(x, rows, choice)
-    return x, rows.renumber() if compact else rows
 
 
 def take_rows(x: Tensor, numbers: Tensor) -> Tensor:
@@ -150,7 +135,3 @@ def take_rows(x: Tensor, numbers: Tensor) -> Tensor:
 def on_device(numbers: Tensor, x: Tensor) -> Tensor:
     """Row numbers, or another small tensor, on the device of x. The host does not wait for it."""
     return numbers.to(x.device, non_blocking=True)
-
-
-def _insert(x: Tensor, at: int, new: Tensor) -> Tensor:
-    return torch.cat((x[:at], new, x[at:]))

@@ -93,7 +93,7 @@ class LastAttention:
     q: Tensor  # (T, H, Dh): T = S in the prefill, T = 1 while decoding
     k: Tensor  # (S, Hkv, Dh)
     x: Tensor  # (T, D) rows as they entered the layer
-    hidden: Tensor | None  # (S,) bool, on the CPU
+    hidden: Tensor | None  # (rows,) bool, on the CPU
     rows: Rows  # the prompt's rows in that layer; generated rows follow them
 
 
@@ -109,11 +109,10 @@ class Sample:
     memory: dict[tuple[int, ...], dict[str, Any]]  # what methods keep between tokens, by step
     generated: int = 0  # tokens generated so far
     masks: dict[int, Mask] = field(default_factory=dict)  # by number of the step
-    embedded: tuple[Tensor, Tensor] | None = None  # image rows of layer 0 (m, D), Rows.image (m,)
+    embedded: tuple[Tensor, Rows] | None = None  # x (S, D) and rows as they entered layer 0
     last: LastAttention | None = None
-    # while decoding: the keys (S, Hkv, Dh) that the next layer holds, and the new token's position
-    cached_keys: Tensor | None = None
-    position: Tensor = field(init=False)  # (1,)
+    cached_keys: Tensor | None = None  # while decoding: (S, Hkv, Dh) that the next layer holds
+    position: Tensor = field(init=False)  # (1,) while decoding: that of the new token
 
     def hidden(self, layer: int, before: int | None = None) -> Tensor | None:
         """Which rows (S,) a layer hides, by steps before number `before`, on the CPU; None: none"""
@@ -121,10 +120,14 @@ class Sample:
         for number, mask in self.masks.items():
             ended = mask.until is not None and layer >= mask.until
             if mask.layer <= layer and not ended and (before is None or number < before):
-                table = F.pad(mask.hidden, (0, self.rows.n_ids - len(mask.hidden)))
-                rows = table[self.rows.id]
+                rows = F.pad(mask.hidden, (0, self.rows.n_ids - len(mask.hidden)))[self.rows.id]
                 result = rows if result is None else result | rows
         return result
+
+    def visible_images(self, layer: int) -> Rows:
+        """The image rows that are present and not hidden in a layer."""
+        hidden, is_image = self.hidden(layer), self.rows.image >= 0
+        return self.rows.select(is_image if hidden is None else is_image & ~hidden)
 
     def text_rows(self) -> Tensor:
         """The question: rows (t,) of the prompt's text after its last image.
@@ -132,11 +135,11 @@ class Sample:
         Without any: all text rows except the first (BOS); if BOS is all there is, BOS.
         """
         rows = self.rows.of_image(TEXT)
-        if self.prompt.starts:
-            question = rows[self.rows.id[rows] > self.prompt.starts[-1]]
+        for last in (*self.prompt.starts[-1:], 0):
+            question = rows[self.rows.id[rows] > last]
             if len(question):
                 return question
-        return rows[1:] if len(rows) > 1 and rows[0] == 0 else rows
+        return rows
 
 
 @dataclass(frozen=True)
@@ -146,6 +149,7 @@ class Segment:
     layers: range
     rows: list[Rows]  # [b] of the prompt
     hidden: list[Tensor | None]  # [b] (S,) bool, as the prefill left it
+    n_images: list[int]  # [b] image rows that the prefill left visible
     held: list[Rows]  # [b] those in the KV cache: fewer if later steps cut it (cache=all)
 
 
@@ -190,13 +194,7 @@ class LayerAttention:
         assert self.cache is not None
         keys, values = self.cache.append(self.layer, k, v, view.end, view.at)
         if self.entered is not None:
-            for b, (s, hidden) in enumerate(zip(self.samples, self.hidden, strict=True)):
+            for b, s in enumerate(self.samples):
                 k, mine = self.cache.keys_of(self.layer, b), slice(b, b + 1)
-                hidden = pad_visible(hidden, len(k))
-                s.last = LastAttention(q[mine], k, self.entered[mine], hidden, s.rows)
+                s.last = LastAttention(q[mine], k, self.entered[mine], self.hidden[b], s.rows)
         return token_attention(q, keys, values, view.visible)
-
-
-def pad_visible(hidden: Tensor | None, n: int) -> Tensor | None:
-    """Extend hidden (S,) of the prompt's rows to n rows: the generated ones are visible."""
-    return None if hidden is None else F.pad(hidden, (0, n - len(hidden)))

@@ -213,6 +213,7 @@ VALUES = {
     "merge": "0.0",
     "total": "0.04",
     "individual": "1.0",
+    "patches": "1/4-6/9",
 }
 GRIDS = {"mustdrop": 6}  # patches along a side of an image that a method needs; others take 4
 SEVERAL = {"keep": "8/5/3", "delete": "4/0/5/0"}

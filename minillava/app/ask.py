@@ -34,9 +34,9 @@ def answer(args: argparse.Namespace) -> None:
         if args.chat:
             chat.answer_questions(args.prompt)
         elif args.raw_prompt:
-            chat.answer_prompt(question)
+            chat.answer_prompt(question, question)
         else:
-            chat.answer_prompt(chat.processor.prompt(question, len(files)))
+            chat.answer_prompt(chat.processor.prompt(question, len(files)), question)
 
 
 def _choose_question(args: argparse.Namespace) -> tuple[list[str], str]:
@@ -123,8 +123,8 @@ def _check_overlay(path: Path, files: Sequence[str]) -> None:
         raise ValueError(
             f"--overlay {path} cannot be written ({error}); give another name"
         ) from error
-    if path.suffix.lower() != ".png" or path.is_dir():
-        raise ValueError(f"--overlay {path} must be a file; give a name that ends in .png")
+    if path.suffix.lower() not in (".png", ".svg") or path.is_dir():
+        raise ValueError(f"--overlay {path} must be a file; give a name that ends in .png or .svg")
     if not path.parent.is_dir():
         raise ValueError(f"--overlay {path}: there is no folder {path.parent}; create it first")
     if not os.access(path.parent, os.W_OK):

@@ -20,8 +20,9 @@ from ..pruning import Plan
 from ..pruning.average import entering, leaving
 from ..request import Settings
 from ..sample import Batch
+from .canvas import Drawing
 from .command import print_error
-from .overlay import overlay
+from .overlay import draw_overlay
 from .ranks import ALONE, Ranks
 
 LONGEST_PIECE = 100  # characters; the longest tokens of Llama's vocabulary are 16 spaces
@@ -50,9 +51,9 @@ class Chat:
     def focus(self) -> str | None:
         return self.plan.focus if self.args.focus is None else self.args.focus
 
-    def answer_prompt(self, prompt: str) -> None:
-        """Answer one complete prompt."""
-        self._answer(self._make_batch(prompt), None)
+    def answer_prompt(self, prompt: str, question: str) -> None:
+        """Answer one complete prompt. The question in it is for the overlay."""
+        self._answer(self._make_batch(prompt), question, None)
 
     def answer_questions(self, first: str | None) -> None:
         """Answer `first` and then the lines of stdin, as one conversation.
@@ -68,7 +69,7 @@ class Chat:
                 prompt = self.processor.prompt(question, len(self.images), turns)
                 batch = self._make_batch(prompt)
                 encoded = encoded or encode_images(self.model, batch, self.plan)
-                turns.append((question, self._answer(batch, encoded)))
+                turns.append((question, self._answer(batch, question, encoded)))
             except ValueError as error:
                 if not _is_terminal():
                     raise
@@ -89,7 +90,7 @@ class Chat:
         aspect = self.args.image_aspect
         return self.processor([prompt], [self.images], aspect, self.tokens, self.focus)
 
-    def _answer(self, batch: Batch, encoded: Encoded | None) -> str:
+    def _answer(self, batch: Batch, question: str, encoded: Encoded | None) -> str:
         """Print the answer while it is generated, or a JSON record at the end; draw the overlay."""
         pieces = stream(
             self.model,
@@ -103,11 +104,25 @@ class Chat:
         if self.args.json:
             print(json.dumps(self._make_record(text, result)), flush=True)
         if self.args.overlay and self.ranks.rank == 0:
-            aspect = self.args.image_aspect or self.processor.aspect
-            config = self.processor.image
-            drawing = overlay(result, self.images, text=text, aspect=aspect, config=config)
-            _save_png(drawing, self.args.overlay)
+            _save(self._draw(result, text, question), self.args.overlay)
         return text
+
+    def _draw(self, result: Result, text: str, question: str) -> Drawing:
+        seed = self.settings.seed
+        about = {
+            "Command": self.args.command,
+            "Model": self.name,
+            "Seed": "0, the default of plans" if seed is None else str(seed),
+        }
+        return draw_overlay(
+            result,
+            self.images,
+            text=text,
+            aspect=self.args.image_aspect or self.processor.aspect,
+            config=self.processor.image,
+            question=question,
+            about=about,
+        )
 
     def _make_record(self, text: str, result: Result) -> dict[str, Any]:
         counts = result.report.image_tokens_entering
@@ -163,11 +178,11 @@ def _is_terminal() -> bool:
     return bool(sys.stdin and sys.stdin.isatty())
 
 
-def _save_png(image: Image.Image, path: Path) -> None:
+def _save(drawing: Drawing, path: Path) -> None:
     """Save completely or not at all: an existing file is only replaced by a finished one."""
     part = part_of(path)
     try:
-        image.save(part, "PNG")
+        drawing.save(part, path.suffix.lower().lstrip("."))
         part.replace(path)
     finally:
         part.unlink(missing_ok=True)

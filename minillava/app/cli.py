@@ -8,6 +8,8 @@ between them. An error is printed as one line on stderr, and the exit code is 2.
 from __future__ import annotations
 
 import argparse
+import shlex
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import NoReturn
@@ -29,7 +31,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run a command line. Returns the exit code: 0, 2 after an error, 130 after Ctrl-C; the others
     are those of run_command."""
     with silence_other_ranks():
-        return run_command(lambda: _run(_make_parser().parse_args(argv)))
+        return run_command(lambda: _run(sys.argv[1:] if argv is None else list(argv)))
 
 
 def program() -> NoReturn:
@@ -37,7 +39,9 @@ def program() -> NoReturn:
     end_program(main())
 
 
-def _run(args: argparse.Namespace) -> None:
+def _run(argv: list[str]) -> None:
+    args = _make_parser().parse_args(argv)
+    args.command = shlex.join(["python", "-m", "minillava.generate", *argv])  # for pictures
     with end_at_once():  # torch takes seconds to import: not for --help, and Ctrl-C may come
         from .ask import answer
 
@@ -70,7 +74,8 @@ def _make_parser() -> argparse.ArgumentParser:
     add("--raw-prompt", action="store_true", help="use --prompt as it is, with <image> in it")
     add("--no-cache", action="store_true", help="run the whole model again for each token")
     add("--json", action="store_true", help="print one object with the answer and a report")
-    add("--overlay", metavar="PNG", type=Path, help="draw which patches the plan kept")
+    overlay_help = "draw what the plan did to the patches, and why: FILE.png or FILE.svg"
+    add("--overlay", metavar="FILE", type=Path, help=overlay_help)
     add("--chat", action="store_true", help="go on with questions from stdin")
     add("--list-methods", action="store_true", help="show pruning methods, options and presets")
     return parser

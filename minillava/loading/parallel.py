@@ -199,7 +199,10 @@ class Agreement(nn.Module):
             else self._send(x)
             for name, (shape, dtype) in shapes.items()
         }
-        return replace(chosen, index=index, merged=sent.get("merged"), extra=sent.get("extra"))
+        agreed = replace(chosen, index=index, merged=sent.get("merged"), extra=sent.get("extra"))
+        if torch.equal(index, chosen.index):
+            return agreed
+        return replace(agreed, scores=None, order=None, merged_into=None, closest=None)
 
     def _send(self, x: Tensor) -> Tensor:
         x = x.clone(memory_format=torch.contiguous_format)  # it may be the model's own

@@ -35,9 +35,10 @@ class ImageConfig:
     rescale: float = 1 / 255
 
     @property
-    def fill(self) -> tuple[int, ...]:
+    def fill(self) -> tuple[int, int, int]:
         """The mean colour in 0..255, rounded down as in the original code: (122, 116, 104)."""
-        return tuple(int(255 * m) for m in self.mean)
+        red, green, blue = (int(255 * m) for m in self.mean)
+        return red, green, blue
 
 
 def preprocess(image: Image.Image, config: ImageConfig, aspect: str = "crop") -> Tensor:

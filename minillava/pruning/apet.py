@@ -28,7 +28,7 @@ from torch import Tensor
 
 from ..rows import on_device
 from .base import Context, Keep, option, top
-from .shared import TwoStages, merge_nearest
+from .shared import TwoStages, merge_dropped
 
 RIDGE = 1e-5
 
@@ -83,9 +83,15 @@ class ApET(TwoStages):
             first = torch.tensor(self.first[c.stage_index : c.stage_index + 1])
         rows = x.float()
         basis = farthest_points(rows, first, self.basis)  # (b,)
-        order = top(approximation_error(rows, rows[basis]), n, c.where)
+        error = approximation_error(rows, rows[basis])  # (n,)
+        order = top(error, n, c.where)
         own, places, dropped = order.split([k - self.basis, self.basis, n - k])
         if c.stage_index == 0:
             places = places.sort().values
-        merged = merge_nearest(x[own], x[dropped])
-        return Keep(torch.cat((own, places)), merged=torch.cat((merged, x[basis])))
+        merged, into = merge_dropped(x, own, dropped)
+        return Keep(
+            torch.cat((own, places)),
+            merged=torch.cat((merged, x[basis])),
+            scores=error,
+            merged_into=into,
+        )

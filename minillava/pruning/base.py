@@ -8,6 +8,7 @@ all methods, in engine.py.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import MISSING, dataclass, field, fields, replace
 from functools import cached_property
@@ -22,7 +23,7 @@ from ..llama import rotate
 from ..llava import LLaVA
 from ..rows import Keep as Keep
 from ..rows import on_device, take_rows
-from ..sample import LastAttention, Sample, pad_visible
+from ..sample import LastAttention, Sample
 
 Stage = Literal["vision", "embed", "decoder"]
 Stages = tuple[tuple[Stage, int], ...]
@@ -116,8 +117,7 @@ class Method:
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
-        if "name" not in vars(cls):
-            cls.name = cls.__name__.lower()
+        cls.name = vars(cls).get("name", cls.__name__.lower())
 
     def __new__(cls, *args: Any, **kwargs: Any) -> Method:
         """Refuse a class whose options are not dataclass fields, before Python's own error does."""
@@ -260,23 +260,23 @@ def check_keep(method: Method, keep: Any, n: int, width: int) -> Keep:
         )
     if method.drops_only and (keep.merged is not None or keep.extra is not None or keep.ordered):
         raise ValueError(f"{who}: Keep has new rows or another order; say drops_only = False")
-    finite: dict[str, Tensor] = {}
-    for what, rows, K in (("merged", keep.merged, len(index)), ("extra", keep.extra, "M")):
-        if rows is None:
-            continue
-        good = isinstance(rows, Tensor) and rows.is_floating_point() and rows.ndim == 2
-        if not good or rows.shape[1] != width or K not in ("M", len(rows)):
-            said = tuple(rows.shape) if isinstance(rows, Tensor) else type(rows).__name__
-            raise ValueError(f"{who}: Keep.{what} must be ({K}, {width}) floats, not {said}")
-        finite[what] = rows.isfinite().all()
+    names, finite = ("merged", "extra", "scores", "order", "merged_into"), dict[str, Tensor]()
+    shapes: list[list[Any]] = [[len(index), width], ["M", width], [n], ["k"], [n]]
+    for what, (first, *rest) in zip(names, shapes, strict=True):
+        x, real = getattr(keep, what), what not in ("order", "merged_into")
+        good = isinstance(x, Tensor) and x.ndim > 0 and x.is_floating_point() == real
+        if x is not None and not (good and [*x.shape[1:]] == rest and first in ("M", "k", len(x))):
+            said = tuple(x.shape) if isinstance(x, Tensor) else type(x).__name__
+            form = f"({', '.join(map(str, (first, *rest)))}) {'floats' if real else 'integers'}"
+            raise ValueError(f"{who}: Keep.{what} must be {form}, not {said}")
+        if x is not None and x.ndim == 2:
+            finite[what] = x.isfinite().all()
     flags = [torch.stack([*finite.values()]).to(index.device)] if finite else []
     index, good = torch.cat((index, *flags)).cpu().split([len(index), len(finite)])
     for what in (what for what, ok in zip(finite, good.tolist(), strict=True) if not ok):
         raise ValueError(f"{who}: Keep.{what} has NaN or infinite numbers")
-    numbers = index.sort().values.tolist()
-    if numbers and (numbers[0] < 0 or numbers[-1] >= n or len(set(numbers)) < len(numbers)):
-        pairs = zip(numbers, [*numbers[1:], n], strict=True)
-        wrong = next(a for a, b in pairs if a == b or not 0 <= a < n)
+    times = Counter(index.tolist())
+    for wrong in sorted(i for i in times if times[i] > 1 or not 0 <= i < n):
         raise ValueError(
             f"{who}: Keep.index has {wrong}; name each of the {n} candidates, 0 to {n - 1}, at "
             "most once"
@@ -337,24 +337,20 @@ class Context:
 
     def text(self) -> Tensor:
         """Input embeddings (t, D) of text_rows."""
-        return self.model.embed(self._text_ids())
+        return self.model.embed(self._ids(None))
 
     def focus(self) -> Tensor:
         """Input embeddings (t, D) of the text to compare with: the focus, else the question."""
-        return self.model.embed(self._focus_ids())
+        return self.model.embed(self._ids(self._sample.prompt.focus))
 
     def focus_text(self) -> str:
         """The same text as a string, for methods with a text encoder of their own."""
         if self.model.tokenizer is None:
             raise ValueError("this method reads text: it needs a model with a tokenizer (load)")
-        return self.model.tokenizer.decode(self._focus_ids().tolist())
+        return self.model.tokenizer.decode(self._ids(self._sample.prompt.focus).tolist())
 
-    def _text_ids(self) -> Tensor:
-        return self._sample.prompt.ids[self._sample.rows.id[self.text_rows]]
-
-    def _focus_ids(self) -> Tensor:
-        focus = self._sample.prompt.focus
-        return self._text_ids() if focus is None else focus
+    def _ids(self, focus: Tensor | None) -> Tensor:
+        return self._sample.prompt.ids[self.rows.id[self.text_rows]] if focus is None else focus
 
     @property
     def newest(self) -> Tensor:
@@ -393,10 +389,10 @@ class Context:
                 "choice_stands = True: the choice made for the prompt then stands"
             )
         if layer == 0:
-            q, k, hidden = self._coming_heads(rows.cpu())
+            q, k = self._coming_heads(rows.cpu())
+            hidden = self._sample.hidden(self._step.layer, before=self._step.number)
             return q, k, rows.cpu(), hidden, on_device(self.candidates, k)
-        last = self._last()
-        there = self._rows_in(last)
+        last, there = self._last()
         at = there[rows.cpu()]
         at = at[at >= 0]  # rows added since then had no query there
         q = take_rows(last.q, at - (len(last.k) - len(last.q)))  # (r, H, Dh)
@@ -404,8 +400,8 @@ class Context:
 
     def keys(self) -> Tensor:
         """Rotated keys (S, Hkv, Dh) of all rows in the layer that ran last; zeros for new rows."""
-        last = self._last()
-        there = on_device(self._rows_in(last), last.k)
+        last, there = self._last()
+        there = on_device(there, last.k)
         return last.k[there] * (there >= 0)[:, None, None]
 
     def sequence(self) -> Tensor:
@@ -423,45 +419,41 @@ class Context:
         self.sequence()  # refuses while decoding
         if self._sample.embedded is None:
             raise self._error('entered() is for the stages ("decoder", K)')
-        x, image = self._sample.embedded
-        return take_rows(x, torch.isin(image, torch.tensor(self._images)).nonzero()[:, 0])
+        x, rows = self._sample.embedded
+        return take_rows(x, torch.isin(rows.image, torch.tensor(self._images)).nonzero()[:, 0])
 
-    def _coming_heads(self, rows: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
-        """Queries (r, H, Dh) of rows (r,), keys (S, Hkv, Dh) and hidden rows of the next layer."""
+    def _coming_heads(self, rows: Tensor) -> tuple[Tensor, Tensor]:
+        """Queries (r, H, Dh) of rows (r,) and keys (S, Hkv, Dh) of the next layer."""
         s, block = self._sample, self.model.block(self._step.layer)
-        held, h, whole = s.cached_keys, block.norm1(s.x), self.model.llama.whole_heads
+        attn, h, held = block.attn, block.norm1(s.x), s.cached_keys
         cos, sin = self.model.llama.rope(s.rows.position if held is None else s.position, h.dtype)
         own = on_device(rows if held is None else rows - len(held), h)
-        q = rotate(block.attn.query(h[own]), (cos[own], sin[own]))  # (r, H, Dh)
-        k = rotate(block.attn.key(h), (cos, sin))  # (S, Hkv, Dh)
-        k = k if held is None else torch.cat((held, k))
-        hidden = pad_visible(s.hidden(self._step.layer, before=self._step.number), len(k))
-        return whole(q), whole(k), hidden
+        q = rotate(attn.heads(attn.q_proj, h[own]), (cos[own], sin[own]))  # (r, H, Dh)
+        k = rotate(attn.heads(attn.k_proj, h), (cos, sin))  # (S, Hkv, Dh)
+        whole, k = self.model.llama.whole_heads, k if held is None else torch.cat((held, k))
+        return whole(q), whole(k)
 
     def before(self) -> Tensor:
         """Hidden states (n, D) of the candidates as they entered the layer that ran last."""
-        last = self._last()
-        at = self._rows_in(last)[self.candidates]
+        last, there = self._last()
+        at = there[self.candidates]
         if self._sample.cached_keys is not None or (at < 0).any():
             raise self._error("rows that were added since have no state before the last layer")
         return take_rows(last.x, at)
 
-
-    def _last(self) -> LastAttention:
+    def _last(self) -> tuple[LastAttention, Tensor]:
+        """The layer that ran last, and the row number (S,) that each row of now has there, on the
+        CPU; -1: new."""
         last, whole = self._sample.last, self.model.llama.whole_heads
         if last is None or self._step.layer == 0:
             raise self._error(
                 f"layer {self._step.layer} has no layer before it whose attention could be read; "
                 "ask for that of the coming layer, attention(rows, layer=0)"
             )
-        return replace(last, q=whole(last.q), k=whole(last.k))
-
-    def _rows_in(self, last: LastAttention) -> Tensor:
-        """Row number (S,) of each row of now in the layer that ran last, on the CPU; -1: new."""
-        now, numbers = self._sample.rows, torch.arange(len(last.k))
-        there = torch.full((now.n_ids,), -1)
+        numbers, there = torch.arange(len(last.k)), torch.full((self.rows.n_ids,), -1)
         there[last.rows.id] = numbers[: len(last.rows)]
-        return torch.cat((there[now.id], numbers[len(last.rows) :]))  # generated rows follow
+        there = torch.cat((there[self.rows.id], numbers[len(last.rows) :]))  # generated rows follow
+        return replace(last, q=whole(last.q), k=whole(last.k)), there
 
     def vision_state(self, layer: int | None = None) -> Tensor:
         """A hidden state of the vision tower for the images in scope, (images, 1 + N, C), class
@@ -542,15 +534,12 @@ class Plan:
     def steps(self) -> tuple[Step, ...]:
         """All stages of all methods in the order they run; at one place, in that of the methods."""
         found = [
-            (STAGES.index(stage), layer, method, index)
+            Step(0, method, index, stage, layer)
             for method in self.methods
             for index, (stage, layer) in enumerate(method.stages())
         ]
-        found.sort(key=lambda entry: entry[:2])
-        return tuple(
-            Step(number, method, index, STAGES[stage], layer)
-            for number, (stage, layer, method, index) in enumerate(found)
-        )
+        found.sort(key=lambda step: (STAGES.index(step.stage), step.layer))
+        return tuple(replace(step, number=number) for number, step in enumerate(found))
 
     def at(self, stage: Stage, layer: int = 0) -> list[Step]:
         """Steps of a stage (before a decoder layer), in order."""
@@ -561,10 +550,9 @@ class Plan:
 
         fastv:k=2 with 32 layers: [0, 1], [2, ..., 31].
         """
-        starts = {s.layer for s in self.steps if s.stage == "decoder"}
+        starts = {0, *(s.layer for s in self.steps if s.stage == "decoder")}
         ends = {s.method.until for s in self.steps} | {s.method.cut_from for s in self.steps}
-        starts |= {layer for layer in ends if layer is not None}
-        inside = sorted(layer for layer in starts | {0} if layer < n_layers)
+        inside = sorted(i for i in starts | ends if i is not None and i < n_layers)
         return [range(a, b) for a, b in zip(inside, [*inside[1:], n_layers], strict=True)]
 
     def chosen_again(self, layer: int) -> list[Step]:

@@ -26,6 +26,7 @@ from torch import Tensor
 from ..rows import take_rows
 from .base import Context, Keep, option
 from .clip_text import OPENAI, load_clip, question
+from .margins import Picks
 from .shared import BeforeDecoder
 
 BRIEF = "Answer the question using a single word or phrase."
@@ -38,23 +39,20 @@ def relevance(patches: Tensor, text: Tensor) -> Tensor:
     return torch.where(span == 0, 1.0, (r - r.min() + 1e-6) / span)
 
 
-def choose_greedily(kernel: Tensor, k: int) -> Tensor:
-    """Rows (k,) of a kernel (n, n) in the order of the choice, by steps of Cholesky's method."""
+def choose_greedily(kernel: Tensor, k: int) -> Picks:
+    """Choose k rows of a kernel (n, n) by steps of Cholesky's method."""
     n = len(kernel)
     left = kernel.diagonal().clone()  # d^2
     columns = kernel.new_zeros((k, n))
-    chosen = torch.empty(k, dtype=torch.int64, device=kernel.device)
+    picks = Picks(n, k, kernel.device)
     for step in range(k):
-        j = left.argmax(
-            keepdim=True
-        )  # (1,): an index without a dimension would be read by the host
-        chosen[step] = j[0]
+        j = picks.take(step, left)  # (1,)
         column = kernel[j][0] - columns[:step, j][:, 0] @ columns[:step]
         column = torch.where(left[j] > 0, column / left[j].sqrt(), 0.0)
         columns[step] = column
         left = (left - column.square()).clamp(min=0.0)
-        left[chosen[: step + 1]] = -torch.inf
-    return chosen
+        left[picks.order[: step + 1]] = -torch.inf
+    return picks
 
 
 @dataclass(frozen=True)
@@ -81,4 +79,4 @@ class CDPruner(BeforeDecoder):
         kernel = r[:, None] * (x @ x.T) * r
         if kernel.isnan().any():
             raise ValueError(f"NaN in the kernel of {c.where}: the weights or the input are broken")
-        return Keep(choose_greedily(kernel, keep))
+        return choose_greedily(kernel, keep).keep(scale=kernel.diagonal().amax())

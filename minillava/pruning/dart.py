@@ -27,6 +27,7 @@ from torch import Tensor
 
 from ..rows import take_rows
 from .base import Context, Keep, Method, Stages, amount, count, option, top
+from .margins import lead, least
 
 PIVOTS = 4  # among the image tokens, and as many among the text tokens
 
@@ -38,17 +39,21 @@ def select_pivots(norms: Tensor, rows: Tensor, where: str) -> list[int]:
 
 def select_distinct(
     x: Tensor, image: Tensor, image_pivots: list[int], text_pivots: list[int], each: int
-) -> Tensor:
-    """Indices into image (n,), the row numbers of image tokens in x (S, D): the image pivots and
-    the `each` tokens that every pivot retains in its turn, ascending. All but x is on the CPU, so
-    that a GPU is waited for once and not at every turn."""
+) -> tuple[Tensor, Tensor]:
+    """Indices into image (n,), the row numbers of image tokens in x (S, D): the image pivots, then
+    the `each` tokens that every pivot retains in its turn; and the least lead() of a turn. All but
+    x is on the CPU, so that a GPU is waited for once and not at every turn."""
     pivots, rows = set(image_pivots + text_pivots), take_rows(x, image)
     cosine = torch.stack([F.cosine_similarity(x[pivot], rows, dim=-1) for pivot in pivots]).cpu()
-    pool = ~torch.isin(image, torch.tensor(image_pivots, dtype=torch.long))  # (n,)
+    kept = [(image == pivot).nonzero()[:, 0] for pivot in image_pivots]  # (1,) each
+    pool, leads = torch.ones_like(image, dtype=torch.bool), []
+    pool[torch.cat(kept)] = False
     for unlike in -cosine:  # (n,)
         left = pool.nonzero()[:, 0]  # (p,) ascending
-        pool[left[top(unlike[left], each, "DART's pool")]] = False
-    return (~pool).nonzero()[:, 0]
+        kept.append(left[top(unlike[left], each, "DART's pool")])
+        leads.append(lead(unlike[left], each, scale=1.0))
+        pool[kept[-1]] = False
+    return torch.cat(kept), least(*leads)
 
 
 @dataclass(frozen=True)
@@ -73,4 +78,6 @@ class DART(Method):
         x, candidates = c.model.llama.norm(c.sequence()).float(), c.candidates
         image = select_pivots(norms, candidates, c.where)
         text = select_pivots(norms, c.text_rows, c.where)
-        return Keep(select_distinct(x, candidates, image, text, k // (2 * PIVOTS)))
+        index, closest = select_distinct(x, candidates, image, text, k // (2 * PIVOTS))
+        by_norm = (lead(norms[rows], PIVOTS) for rows in (candidates, c.text_rows))
+        return Keep(index, order=index, closest=least(closest, *by_norm))

@@ -18,20 +18,21 @@ import torch
 from torch import Tensor
 
 from .base import Context, Keep
+from .margins import Picks
 from .shared import BeforeDecoder, cosines
 
 
-def choose_farthest(distance: Tensor, keep: int) -> Tensor:
-    """Greedy max-min choice by distances (n, n): indices (keep,), in the order of the choice."""
-    chosen = torch.empty(min(keep, len(distance)), dtype=torch.long, device=distance.device)
+def choose_farthest(distance: Tensor, keep: int) -> Picks:
+    """Greedy max-min choice by distances (n, n)."""
+    picks = Picks(len(distance), min(keep, len(distance)), distance.device)
     two = min(2, len(distance))
     gap = distance.topk(two, dim=0, largest=False).values[-1]  # (n,) to the nearest neighbour
-    for i in range(len(chosen)):
-        pick = gap.argmax(keepdim=True)  # (1,): the host would read an index without a dimension
-        chosen[i], row = pick[0], distance[pick][0]
+    for i in range(len(picks.order)):
+        pick = picks.take(i, gap)
+        row = distance[pick][0]
         gap = row if i == 0 else torch.minimum(gap, row)
-        gap = gap.index_fill(0, chosen[: i + 1], -torch.inf)
-    return chosen
+        gap = gap.index_fill(0, picks.order[: i + 1], -torch.inf)
+    return picks
 
 
 @dataclass(frozen=True)
@@ -42,4 +43,4 @@ class DivPrune(BeforeDecoder):
     def choose(self, c: Context) -> Keep:
         (keep,) = self.left(c.n_tokens)
         features = c.features()
-        return Keep(choose_farthest(1 - cosines(features, features, c.where), keep))
+        return choose_farthest(1 - cosines(features, features, c.where), keep).keep(scale=1.0)

@@ -60,5 +60,6 @@ class FasterVLM(BeforeDecoder):
     def choose(self, c: Context) -> Keep:
         (keep,) = self.left(c.n_tokens)
         blocks = self.block_numbers(len(c.model.vision.blocks))
-        scores = torch.stack([c.vision_attention(block).mean(0) for block in blocks])  # (b, n)
-        return Keep(top(scores.sum(0), keep, c.where))
+        each = torch.stack([c.vision_attention(block).mean(0) for block in blocks])  # (b, n)
+        score = each.sum(0)  # (n,)
+        return Keep(top(score, keep, c.where), scores=score)

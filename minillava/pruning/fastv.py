@@ -52,4 +52,4 @@ class FastV(Method):
         if self.layer == 0:
             return Keep(c.shuffled()[:k])
         score = c.attention(c.newest).mean(0)  # (H, n) -> (n,)
-        return Keep(top(score, k, c.where))
+        return Keep(top(score, k, c.where), scores=score)

@@ -91,4 +91,5 @@ class FitPrune(Method):
         by_image, by_text = strongest(c, c.candidates), strongest(c, c.text_rows)  # (n,) each
         images = c.n_tokens // c.grid**2
         n_dropped = list(self.drops.values())[c.stage_index] * images
-        return Keep(top(by_image * by_text, max(0, len(by_image) - n_dropped), c.where))
+        score = by_image * by_text  # (n,)
+        return Keep(top(score, max(0, len(score) - n_dropped), c.where), scores=score)

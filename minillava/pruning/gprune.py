@@ -19,6 +19,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from .base import Context, Keep, option, top
+from .margins import distance_to, lead, least
 from .shared import BeforeDecoder, count_down, unchecked_cosines
 
 
@@ -41,4 +42,7 @@ class GPrune(BeforeDecoder):
         score = features.norm(dim=1)  # (n,)
         for _ in range(self.steps):
             score = score @ shares
-        return Keep(top(score / (shares > 0).sum(1), self.left(c.n_tokens)[0], c.where))
+        score = score / (shares > 0).sum(1)
+        (keep,), limit = self.left(c.n_tokens), cosine.new_full((), self.similarity)
+        closest = least(lead(score, keep), distance_to(limit, cosine))
+        return Keep(top(score, keep, c.where), scores=score, closest=closest)

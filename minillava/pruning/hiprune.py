@@ -23,6 +23,7 @@ import torch
 from torch import Tensor
 
 from .base import Context, Keep, option, top
+from .margins import lead, least
 from .shared import BeforeDecoder, block_number, second_last_block
 
 
@@ -64,5 +65,7 @@ class HiPrune(BeforeDecoder):
         anchors = patches[top(score, self.n_anchors(keep), c.where)]
         near = torch.isin(patches, with_neighbours(anchors, c.grid)).nonzero()[:, 0]
         n_registers = max(0, min(keep, len(patches)) - len(near))
-        registers = top(late_score.index_fill(0, near, -torch.inf), n_registers, c.where)
-        return Keep(torch.cat((near, registers)))
+        others = late_score.index_fill(0, near, -torch.inf)
+        registers = top(others, n_registers, c.where)
+        leads = lead(score, len(anchors)), lead(others, n_registers)
+        return Keep(torch.cat((near, registers)), scores=late_score, closest=least(*leads))

@@ -22,10 +22,11 @@ import torch
 from torch import Tensor
 
 from .base import Context, Keep, top
+from .margins import TINY, lead, least
 from .shared import BeforeDecoder, second_last_block
 
 RUNS = 16
-ALPHA, SCALE, TINY = 0.09, 1e3, 1e-6
+ALPHA, SCALE, SMALL = 0.09, 1e3, 1e-6
 
 
 def run_lengths(n: int) -> list[int]:
@@ -38,21 +39,25 @@ def run_score(features: Tensor, attention: Tensor) -> Tensor:
     m = len(features)
     if m == 1:
         return attention.mean()
-    unit = features / (features.norm(dim=1, keepdim=True) + TINY)
+    unit = features / (features.norm(dim=1, keepdim=True) + SMALL)
     cosine = (unit @ unit.T).fill_diagonal_(0.0)  # (m, m)
     mean = cosine.sum(1, keepdim=True) / (m - 1)
     variance = (cosine - mean).square().sum(1) / (m - 1)  # (m,), with the diagonal, as released
     scaled = attention * SCALE
-    variance = variance * (scaled.abs().mean() / (variance.abs().mean() + TINY))
+    variance = variance * (scaled.abs().mean() / (variance.abs().mean() + SMALL))
     return (scaled + ALPHA * variance).mean()
 
 
-def run_budgets(scores: Tensor, keep: int) -> list[int]:
-    """Number of tokens for each run, `keep` in all, by its share of the scores (r,)."""
-    shares = scores / (scores.sum() + TINY)
-    budgets = (shares * keep).floor().long()
-    budgets[top(shares, keep - int(budgets.sum()), "HoloV's runs")] += 1
-    return budgets.tolist()
+def run_budgets(scores: Tensor, keep: int) -> tuple[list[int], Tensor]:
+    """Number of tokens for each run, `keep` in all, by its share of the scores (r,); and how near
+    this division is to another, see lead()."""
+    shares = scores / (scores.sum() + SMALL)
+    tokens = shares * keep  # (r,)
+    budgets = tokens.floor().long()
+    over = keep - int(budgets.sum())
+    budgets[top(shares, over, "HoloV's runs")] += 1
+    from_whole = ((tokens - tokens.round()).abs() / tokens.clamp(min=TINY)).amin()
+    return budgets.tolist(), least(from_whole, lead(shares, over))
 
 
 @dataclass(frozen=True)
@@ -69,10 +74,17 @@ class HoloV(BeforeDecoder):
         runs = list(zip(features.float().split(sizes), attention.split(sizes), strict=True))
         scores = torch.stack([run_score(*run) for run in runs])
         attention, scores = torch.cat((attention, scores)).cpu().split((len(attention), len(runs)))
-        budgets, kept, start = run_budgets(scores, keep), [], 0
+        (budgets, closest), kept, leads, start = run_budgets(scores, keep), [], [], 0
         for score, m, budget in zip(attention.split(sizes), sizes, budgets, strict=True):
+            leads.append(lead(score, min(budget, m)))
             kept.append(start + (top(score, budget, c.where) if budget < m else torch.arange(m)))
             start += m
         index = torch.cat(kept)
         zeros = features.new_zeros(keep - len(index), features.shape[1])
-        return Keep(index, extra=zeros if len(zeros) else None, ordered=True)
+        return Keep(
+            index,
+            extra=zeros if len(zeros) else None,
+            ordered=True,
+            scores=attention,
+            closest=least(closest, *leads),
+        )

@@ -101,4 +101,4 @@ class MMTok(BeforeDecoder):
         last = -1e6 * on_device(
             border_patches(c, released_lines), covers
         )  # (n,) no gain is that large
-        return Keep(choose_covering(covers, keep, 1.0, last))
+        return choose_covering(covers, keep, 1.0, last)

@@ -54,8 +54,9 @@ def likeness(windows: Tensor) -> Tensor:
     return (cosine.sum((1, 2)) - cosine.diagonal(dim1=1, dim2=2).sum(1)) / (n * (n - 1))
 
 
-def merge_windows(x: Tensor, limit: float, where: str) -> tuple[Tensor, Tensor]:
-    """Patches x (N, C) with alike windows merged, (n, C), and their numbers (n,), on the CPU."""
+def merge_windows(x: Tensor, limit: float, where: str) -> tuple[Tensor, Tensor, Tensor]:
+    """Patches x (N, C) with alike windows merged, (n, C); and on the CPU their numbers (n,) and
+    where each patch went, as Keep.merged_into."""
     windows = window_patches(round(len(x) ** 0.5))
     rows = x[on_device(windows, x)]  # (w, 9, C)
     alike = likeness(rows).cpu()  # (w,)
@@ -63,7 +64,10 @@ def merge_windows(x: Tensor, limit: float, where: str) -> tuple[Tensor, Tensor]:
     apart = torch.ones(len(x), dtype=torch.bool).index_fill(0, windows[merged].flatten(), False)
     others = apart.nonzero()[:, 0]
     means = rows[on_device(merged, x)].mean(1)
-    return torch.cat((means, x[on_device(others, x)])), torch.cat((windows[merged, 0], others))
+    into = torch.full((len(x),), -1)
+    into[windows[merged, 1:]] = torch.arange(len(merged))[:, None]
+    numbers = torch.cat((windows[merged, 0], others))
+    return torch.cat((means, x[on_device(others, x)])), numbers, into
 
 
 @dataclass(frozen=True)
@@ -116,7 +120,7 @@ class MustDrop(Method):
         check_whole_grid(c, self.name)
         tower, last = c.model.vision, len(c.model.vision.blocks) - 1
         x = tower.blocks[0](c.vision_state(0))[0]  # (1 + N, C)
-        merged, patches = merge_windows(x[1:], self.merge, c.where)
+        merged, patches, into = merge_windows(x[1:], self.merge, c.where)
         states = [torch.cat((x[:1], merged))[None]]  # hidden states 1, 2, ... (1, 1 + n, C)
         for i in range(1, max(last, c.model.feature_layer)):
             states.append(tower.blocks[i](states[-1]))
@@ -124,7 +128,7 @@ class MustDrop(Method):
         score = attention_received(q[0, :1], k[0]).mean(0)[1:]  # (n,)
         c.shared["key"] = patches[top(score.cpu(), ceil(self.key * len(score)), c.where)]
         features = states[c.model.feature_layer - 1][0, 1:]  # (n, C)
-        return Keep(patches, merged=features, ordered=True)
+        return Keep(patches, merged=features, ordered=True, merged_into=into)
 
     def drop(self, c: Context) -> Keep:
         total = torch.zeros(len(c.candidates), device=c.model.device)  # (n,)

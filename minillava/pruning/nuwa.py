@@ -28,19 +28,24 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .base import Context, Keep, amount, count, option, top
+from .margins import TINY, lead, least
 from .shared import TwoStages, check_whole_grid, second_last_block
 
 CELL = 2  # patches along a side of a cell
 ALONE = 0.55  # quantile of attention from which on a patch gathers nothing
 
 
-def best_of_cells(score: Tensor, each: int) -> Tensor:
-    """The `each` patches with the highest score (N,) of each cell of the grid: (cells * each,)."""
+def best_of_cells(score: Tensor, each: int) -> tuple[Tensor, Tensor]:
+    """The `each` patches with the highest score (N,) of each cell of the grid: (cells * each,); and
+    the least lead() of these choices."""
     g, m = round(len(score) ** 0.5), round(len(score) ** 0.5) // CELL
     patches = torch.arange(g * g, device=score.device).view(g, g)[: m * CELL, : m * CELL]
     cells = patches.view(m, CELL, m, CELL).transpose(1, 2).reshape(m * m, -1)  # (cells, 4)
-    order = score[cells].sort(dim=1, descending=True, stable=True).indices[:, :each]
-    return cells.gather(1, order).flatten()
+    ordered, order = score[cells].sort(dim=1, descending=True, stable=True)  # (cells, 4)
+    closest = score.new_full((), torch.inf)
+    if each < CELL**2:
+        closest = (1 - ordered[:, each] / ordered[:, each - 1].clamp(min=TINY)).amin()
+    return cells.gather(1, order[:, :each]).flatten(), closest
 
 
 def gathering_weights(states: Tensor, score: Tensor, kept: Tensor, distance: float) -> Tensor:
@@ -75,13 +80,19 @@ class Nuwa(TwoStages):
     def choose(self, c: Context) -> Keep:
         k = self.left(c.n_tokens)[c.stage_index]
         if c.stage_index == 1:
-            return Keep(top(c.attention(c.newest).mean(0), k, c.where))
+            score = c.attention(c.newest).mean(0)  # (H, n) -> (n,)
+            return Keep(top(score, k, c.where), scores=score)
         check_whole_grid(c, self.name)
         score, depth = c.vision_attention(-2).sum(0), len(c.model.vision.blocks)  # (N,)
-        candidates = best_of_cells(score, self.cell)
+        candidates, closest = best_of_cells(score, self.cell)
         kept = candidates[top(score[candidates], k, c.where)].sort().values  # (K,)
         last = range(round(depth * 2 / 3), depth + 1)
         states = torch.stack([c.vision_state(i)[0, 1:] for i in last]).mean(0)  # (N, C)
         features = c.features()
         weights = gathering_weights(states, score, kept, self.distance)
-        return Keep(kept, merged=weights.to(features.dtype) @ features)
+        return Keep(
+            kept,
+            merged=weights.to(features.dtype) @ features,
+            scores=score,
+            closest=least(closest, lead(score[candidates], k)),
+        )

@@ -1,15 +1,16 @@
 """Plans as text: `name:option=value,option=value`, several methods joined by `+`.
 
-Lists are written 8/16/24. A preset stands for a plan whose numbers a paper or its code states;
-options after a preset's name replace that option in the method of the preset that has it. On the
-command line a name may also be FILE.py:Class, a user's own method (user_methods.py).
+Lists are written 8/16/24, whole numbers in a row also 7-12. A preset stands for a plan whose
+numbers a paper or its code states; options after a preset's name replace that option in the method
+of the preset that has it. On the command line a name may also be FILE.py:Class, a user's own method
+(user_methods.py).
 """
 
 from __future__ import annotations
 
 import dataclasses
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from types import NoneType
 from typing import Any, get_args, get_type_hints
@@ -161,7 +162,9 @@ def make_method(cls: type[Method], options: Mapping[str, str]) -> tuple[Method, 
             values[cls.strength] = 1.0
         missing = [key for key in missing if key != cls.strength]
     if missing:
-        raise ValueError(f"{name} needs {missing[0]}=, for example {name}:{missing[0]}=0.5")
+        kinds = plain_types(hints[missing[0]])
+        value = "3/7-12" if Ellipsis in kinds else "0.5" if float in kinds else "16"
+        raise ValueError(f"{name} needs {missing[0]}=, for example {name}:{missing[0]}={value}")
     average = values.pop("average", None)
     return cls(**values), average
 
@@ -182,11 +185,15 @@ def read_value(what: str, text: str, hint: Any, choices: tuple[str, ...]) -> Any
         if text not in ("0", "1"):
             raise ValueError(f"{what}: must be 0 or 1")
         return text == "1"
-    items = text.split("/") if Ellipsis in kinds else [text]
-    numbers = [read_number(what, item, float in kinds) for item in items]
-    return tuple(numbers) if Ellipsis in kinds else numbers[0]
+    if Ellipsis not in kinds:
+        return read_number(what, text, float in kinds)
+    items = text.split("/")
+    if float in kinds:
+        return tuple(read_number(what, item, fraction=True) for item in items)
+    return tuple(number for item in items for number in read_range(what, item))
 
 
+LONGEST_RANGE = 100_000  # all patches of many images
 OPTION_TYPES = frozenset((int, float, str, bool, NoneType, Ellipsis))
 
 
@@ -203,6 +210,17 @@ def read_number(what: str, text: str, fraction: bool) -> int | float:
         return float(text)
     allowed = "a whole number, or a share such as 0.5" if fraction else "a whole number"
     raise ValueError(f"{what}: must be {allowed}")
+
+
+def read_range(what: str, text: str) -> Iterable[int]:
+    """A whole number, or several in a row: 7-12."""
+    found = re.fullmatch(r"(\d{1,9})-(\d{1,9})", text, re.ASCII)
+    if found is None:
+        return (int(read_number(what, text, fraction=False)),)
+    first, last = map(int, found.groups())
+    if not 0 <= last - first <= LONGEST_RANGE:
+        raise ValueError(f"{what}: {text} must ascend, by {LONGEST_RANGE} at most")
+    return range(first, last + 1)
 
 
 def expand_preset(
@@ -235,6 +253,58 @@ def expand_preset(
                     given.pop(other, None)
         given[full] = value
     return [make_method(method, given) for method, given in parts]
+
+
+# ---------------------------------------------------------------- methods -> text
+
+
+def write_plan(plan: Plan) -> str:
+    """The text of an equal plan, with presets and average= solved; "none" without methods."""
+    return "+".join(map(write_method, plan.methods)) or "none"
+
+
+def write_method(method: Method) -> str:
+    cls = METHODS.get(method.name, type(method))  # FastVWindow is written as fastv
+    name = f"{method.file}:{type(method).__name__}" if method.file else method.name
+    fields, common = option_fields(cls), {f.name for f in dataclasses.fields(Method)}
+    values = {key: getattr(method, key) for key in fields}
+    replaced = {
+        other
+        for key, f in fields.items()
+        if values[key] is not None
+        for other in f.metadata.get("instead_of", ())
+    }
+    options = [
+        f"{key}={write_value(value)}"
+        for key, value in values.items()
+        if key not in replaced and value is not None
+        # numbers are written even if they are the default, since a reader looks for them
+        if value != fields[key].default or not (key in common or isinstance(value, str | bool))
+    ]
+    return f"{name}:{','.join(options)}" if options else name
+
+
+def write_value(value: Any) -> str:
+    if not isinstance(value, tuple):
+        return str(int(value) if isinstance(value, bool) else value)
+    runs: list[list[Any]] = []
+    for item in value:  # numbers in a row are written as a range
+        if runs and isinstance(item, int) and item == runs[-1][-1] + 1:
+            runs[-1].append(item)
+        else:
+            runs.append([item])
+    return "/".join(
+        f"{run[0]}-{run[-1]}" if len(run) > 3 else "/".join(map(str, run)) for run in runs
+    )
+
+
+def name_plan(plan: Plan) -> str:
+    """A plan as it was written, with what an average= or a preset in it stands for; an object that
+    was made in Python in full."""
+    names = {part.partition(":")[0].strip() for part in plan.text.split("+")}
+    if not plan.text or "average=" in plan.text or names & PRESETS.keys():
+        return f"{plan.text} = {write_plan(plan)}".removeprefix(" = ")
+    return plan.text
 
 
 # ---------------------------------------------------------------- FastV's own dict

@@ -40,7 +40,9 @@ class Pool(Grid):
         check_whole_grid(c, self.name)
         features, (widths,) = c.features(), self.widths(c)
         inside = patches_of_cells(widths, c.grid)  # (K, N)
-        inside = on_device(inside, features).to(features.dtype)
-        mean = (inside @ features) / inside.sum(1, keepdim=True)
+        weights = on_device(inside, features).to(features.dtype)
+        mean = (weights @ features) / weights.sum(1, keepdim=True)
         index = middle_patches(widths, c.grid)
-        return Keep(index, merged=mean, ordered=True)
+        # where cells overlap, a patch is shown in the first of them
+        into = inside.int().argmax(0).index_fill(0, index, -1) if len(index) else None
+        return Keep(index, merged=mean, ordered=True, merged_into=into)

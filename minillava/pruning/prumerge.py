@@ -27,15 +27,21 @@ from torch import Tensor
 from ..attention import attention_received
 from ..rows import on_device, take_rows
 from .base import Context, Keep, Method, Stages, top
+from .margins import distance_to
 from .shared import mark_nan, unchecked_cosines
 
 NEAREST = 32
 
 
 def outlier_share(score: Tensor) -> float:
-    """Share of score (n,) that is above the third quartile by more than 1.5 quartile distances."""
-    q1, q3 = torch.quantile(score, score.new_tensor([0.25, 0.75])).tolist()
-    return int((score > q3 + 1.5 * (q3 - q1)).sum()) / len(score)
+    """Share of score (n,) that is above upper_fence()."""
+    return int((score > float(upper_fence(score))).sum()) / len(score)
+
+
+def upper_fence(score: Tensor) -> Tensor:
+    """The third quartile of score (n,) plus 1.5 quartile distances: (), float64."""
+    q1, q3 = torch.quantile(score, score.new_tensor([0.25, 0.75])).double()
+    return q3 + 1.5 * (q3 - q1)
 
 
 def regular_patches(n: int, share: float) -> Tensor:
@@ -84,4 +90,13 @@ class PruMerge(Method):
         there = on_device(kept, features)  # (K,)
         merged = add_neighbours(features, score, unchecked_cosines(keys[there], keys), there)
         dropped = score.index_fill(0, there, 0.0).to(features.dtype)  # (n,) 0 where kept
-        return Keep(kept, merged=merged, extra=(dropped @ features)[None], ordered=True)
+        return Keep(
+            kept,
+            merged=merged,
+            extra=(dropped @ features)[None],
+            ordered=True,
+            scores=ranked,
+            # each kept patch also adds its neighbours to itself, which no single target tells
+            merged_into=kept.new_full((n,), len(kept)).index_fill(0, kept, -1),
+            closest=distance_to(upper_fence(ranked), ranked),
+        )

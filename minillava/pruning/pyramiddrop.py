@@ -55,4 +55,4 @@ class PyramidDrop(Method):
 
     def choose(self, c: Context) -> Keep:
         score = c.attention(c.newest, layer=0).mean(0)  # (H, n) -> (n,)
-        return Keep(top(score, self.left(c.n_tokens)[c.stage_index], c.where))
+        return Keep(top(score, self.left(c.n_tokens)[c.stage_index], c.where), scores=score)

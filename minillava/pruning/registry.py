@@ -16,6 +16,7 @@ from .fitprune import FitPrune
 from .flowcut import FlowCut
 from .gprune import GPrune
 from .grid import Grid
+from .hand import Hand
 from .hiprune import HiPrune
 from .hired import HiRED
 from .holov import HoloV
@@ -79,6 +80,7 @@ METHODS: dict[str, type[Method]] = {
         Pool,
         Border,
         TextOnly,
+        Hand,
     )
 }
 
@@ -280,6 +282,9 @@ CATALOGUE: dict[str, Origin] = {
         "baseline", "after the projector, before layer 0", "an independent reference", ""
     ),
     "text-only": Origin("baseline", "after the projector, before layer 0", "properties", ""),
+    "hand": Origin(
+        "a person's choice", "after the projector, or input of decoder layer K", "properties", ""
+    ),
 }
 
 

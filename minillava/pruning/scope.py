@@ -36,4 +36,4 @@ class SCOPE(BeforeDecoder):
         features, weight = c.features(), c.vision_attention(-2).sum(0) ** self.alpha  # (n,)
         covers = cosines(features, features, c.where)  # (n, n)
         times, plus = (weight, 0.0) if self.combine == "multi" else (1.0, weight)
-        return Keep(choose_covering(covers, min(keep, len(covers)), times, plus))
+        return choose_covering(covers, min(keep, len(covers)), times, plus)

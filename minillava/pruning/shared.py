@@ -13,7 +13,9 @@ from torch import Tensor
 
 from ..clip import Block
 from ..config import VisionConfig
-from .base import Context, Method, Stage, Stages, amount, count, option
+from ..rows import on_device
+from .base import Context, Keep, Method, Stage, Stages, amount, count, option
+from .margins import Picks
 
 
 @dataclass(frozen=True)
@@ -161,25 +163,21 @@ def border_patches(
 # ---------------------------------------------------------------- greedy choice
 
 
-def choose_covering(
-    covers: Tensor, keep: int, times: Tensor | float, plus: Tensor | float
-) -> Tensor:
-    """Greedy choice of the columns that cover the rows of covers (m, n) best: (keep,), in order.
+def choose_covering(covers: Tensor, k: int, times: Tensor | float, plus: Tensor | float) -> Keep:
+    """Greedy choice of the k columns that cover the rows of covers (m, n) best, in order.
 
     A row is covered as well as the largest of its entries in the chosen columns says, at least 0.
     A column's score is what it adds, summed over the rows, times `times` (n,) plus `plus` (n,).
     The host waits for nothing.
     """
     covered = covers.new_zeros(len(covers), 1)  # (m, 1)
-    chosen = torch.empty(keep, dtype=torch.int64, device=covers.device)
-    taken = covers.new_zeros(covers.shape[1])  # (n,)
-    for i in range(keep):
+    picks, largest = Picks(covers.shape[1], k, covers.device), covers.new_ones(())
+    for i in range(k):
         gain = (covers - covered).clamp_(min=0).sum(0)  # (n,)
-        best = (gain * times + plus + taken).argmax(keepdim=True)  # (1,): an index without a
-        chosen[i] = best[0]  # dimension would be read by the host
-        covered = torch.maximum(covered, covers[:, best])
-        taken = taken.index_fill(0, best, -torch.inf)
-    return chosen
+        score = (gain * times + plus).index_fill(0, picks.order[:i], -torch.inf)
+        largest = score.amax() if i == 0 else largest
+        covered = torch.maximum(covered, covers[:, picks.take(i, score)])
+    return picks.keep(scale=largest)
 
 
 # ---------------------------------------------------------------- merging
@@ -194,13 +192,17 @@ def assignment(into: Tensor, k: int, dtype: torch.dtype) -> Tensor:
     return F.one_hot(into, k).T.to(dtype)
 
 
-def merge_nearest(rows: Tensor, others: Tensor) -> Tensor:
-    """rows (k, C), each averaged with those of others (m, C) that are most similar to it."""
+def merge_dropped(x: Tensor, kept: Tensor, dropped: Tensor) -> tuple[Tensor, Tensor]:
+    """Rows `kept` (k,) of x (n, C), each averaged with those of the rows `dropped` (m,) that are
+    most similar to it: (k, C); and which of them each row of x went into, as Keep.merged_into."""
+    kept, dropped = on_device(kept, x), on_device(dropped, x)
+    rows, others, target = x[kept], x[dropped], torch.full((len(x),), -1, device=x.device)
     if not len(rows) or not len(others):
-        return rows
+        return rows, target
     nearest = unchecked_cosines(others, rows).argmax(1)  # (m,)
     into = assignment(nearest, len(rows), rows.dtype)  # (k, m)
-    return (rows + into @ others) / (1 + into.sum(1, keepdim=True))
+    merged = (rows + into @ others) / (1 + into.sum(1, keepdim=True))
+    return merged, target.index_copy(0, dropped, nearest)
 
 
 def cosines(a: Tensor, b: Tensor, where: str) -> Tensor:

@@ -57,4 +57,5 @@ class Simignore(Method):
         pairs = similarity(c.features(), c.focus(), self.measure).cpu()  # (n, t)
         if pairs.isnan().any():
             raise ValueError(f"NaN among the similarities of {c.where}: the weights are broken")
-        return Keep(walk(pairs, self.left(c.n_tokens)[0], self.step, self.i_index))
+        (k,) = self.left(c.n_tokens)
+        return Keep(walk(pairs, k, self.step, self.i_index), scores=pairs.amax(1))

@@ -34,18 +34,19 @@ from torch import Tensor
 from ..llava import LLaVA
 from ..rows import on_device
 from .base import Context, Keep, Method, Stages, amount, count, option, top
+from .margins import TINY, distance_to, lead, least
 from .shared import check_lists, midpoints, refuse_nan
 from .sparsevlm_plus import HEADS, check_heads, score_by_strong_heads
 
 PUBLISHED = {1: (300, 200, 110), 2: (300, 200, 118)}  # kept at each stage, for a budget of 192
 
 
-def select_raters(image: Tensor, text: Tensor) -> Tensor:
-    """Which text tokens rate (r,), on the CPU: image (m, D) and text (t, D) as they entered the
-    decoder."""
+def select_raters(image: Tensor, text: Tensor) -> tuple[Tensor, Tensor]:
+    """Which text tokens rate (r,), on the CPU, and how near any is to the limit, see lead(): image
+    (m, D) and text (t, D) as they entered the decoder."""
     share = (image.float() @ text.float().T).softmax(1).mean(0).cpu()  # (t,)
     above = (share > share.mean()).nonzero()[:, 0]
-    return above if len(above) else torch.arange(len(text))
+    return above if len(above) else torch.arange(len(text)), distance_to(share.mean(), share)
 
 
 def count_merged(dropped: int) -> int:
@@ -58,9 +59,10 @@ def count_clusters(merged: int) -> int:
     return int(merged / 10) + 1
 
 
-def cluster_means(x: Tensor, n: int, where: str) -> Tensor:
-    """Means (n, D) of the clusters of rows x (q, D) around n density peaks, densest first. NaN in x
-    raises ValueError, which says `where` it was found.
+def cluster_rows(x: Tensor, n: int, where: str) -> tuple[Tensor, Tensor]:
+    """The cluster 0..n-1 of each of rows x (q, D) around n density peaks, densest first: (q,); and
+    how near this is to another result, see lead(). NaN in x raises ValueError, which says `where`
+    it was found.
 
     The density of a row is exp(-mean squared distance to its n nearest rows, itself among them). A
     peak is dense and far from every denser row. Distances are divided by sqrt(D). With n = 2 two
@@ -76,8 +78,18 @@ def cluster_means(x: Tensor, n: int, where: str) -> Tensor:
     height = (apart * density).cpu()  # (q,)
     refuse_nan(height, where)
     peaks = on_device(height.topk(n).indices, x)  # (n,)
-    cluster = distance[peaks].argmin(0)  # (q,)
+    near = distance[peaks]  # (n, q)
+    cluster = near.argmin(0)  # (q,)
     cluster[peaks] = torch.arange(n, device=x.device)
+    if n == 1:  # whichever the peak is
+        return cluster, x.new_full((), torch.inf)
+    first, second = near.topk(2, dim=0, largest=False).values  # (q,) each
+    return cluster, least(lead(height, n), (1 - first / second.clamp(min=TINY)).amin())
+
+
+def cluster_means(x: Tensor, cluster: Tensor, n: int) -> Tensor:
+    """Means (n, D) of the rows x (q, D) of each cluster, from cluster (q,)."""
+    x = x.float()
     member = F.one_hot(cluster, n).T.to(x.dtype)  # (n, q)
     return member @ x / member.sum(1, keepdim=True)
 
@@ -140,14 +152,24 @@ class SparseVLM(Method):
             yield replace(self, keep=keep)
 
     def choose(self, c: Context) -> Keep:
-        raters = c.text_rows[select_raters(c.entered(), c.text())]
-        n = len(c.candidates)
+        raters, from_limit = select_raters(c.entered(), c.text())
+        raters, n = c.text_rows[raters], len(c.candidates)
         k = min(count(self.kept[c.stage_index], c.n_tokens), n - 1)
         if self.version == 2:
-            return Keep(top(score_by_strong_heads(c, raters, self.heads or HEADS), k, c.where))
-        score = c.attention(raters).mean(0)  # (n,)
+            score, by_head = score_by_strong_heads(c, raters, self.heads or HEADS)
+            closest = least(from_limit, by_head, lead(score, k))
+            return Keep(top(score, k, c.where), scores=score, closest=closest)
+        score = c.attention(raters).mean(0)  # (H, n) -> (n,)
         # not top(), for which a GPU would wait: NaN is refused with that of the merged rows
         order = score.sort(descending=True, stable=True).indices  # (n,)
         merged = order[k : k + count_merged(n - k)]  # (q,) the best of the dropped
-        rows = c.features()[merged].masked_fill(score.isnan().any(), torch.nan)  # (q, D)
-        return Keep(order[:k], extra=cluster_means(rows, count_clusters(len(merged)), c.where))
+        x, groups = c.features()[merged], count_clusters(len(merged))
+        marked = x.masked_fill(score.isnan().any(), torch.nan)  # (q, D)
+        cluster, between = cluster_rows(marked, groups, c.where)
+        return Keep(
+            order[:k],
+            extra=cluster_means(x, cluster, groups),
+            scores=score,
+            merged_into=torch.full_like(order, -1).index_copy(0, merged, k + cluster),
+            closest=least(from_limit, lead(score, k), lead(score, k + len(merged)), between),
+        )

@@ -25,6 +25,7 @@ from torch import Tensor
 
 from ..rows import on_device
 from .base import Context
+from .margins import lead
 
 HEADS = 14
 
@@ -45,8 +46,9 @@ def score_of_ones(c: Context, raters: Tensor) -> Tensor:
     return 2 * (cos[own] @ cos[others].T + sin[own] @ sin[others].T) / Dh**0.5
 
 
-def score_by_strong_heads(c: Context, raters: Tensor, heads: int) -> Tensor:
-    """Score (n,) of the candidates by the attention of `raters` (r,) in the layer before."""
+def score_by_strong_heads(c: Context, raters: Tensor, heads: int) -> tuple[Tensor, Tensor]:
+    """Score (n,) of the candidates by the attention of `raters` (r,) in the layer before; and how
+    near the choice of heads is to another one, see lead()."""
     divisor, start = score_of_ones(c, raters), 0
     H, n = c.model.config.text.num_attention_heads, divisor.shape[1]
     scores = torch.zeros(H, n, device=divisor.device)
@@ -54,5 +56,6 @@ def score_by_strong_heads(c: Context, raters: Tensor, heads: int) -> Tensor:
         end = start + weights.shape[1]
         scores += (weights / divisor[start:end]).sum(1)
         start = end
-    strong = scores.sum(1).topk(heads).indices  # (heads,)
-    return scores[strong].mean(0) / len(raters)
+    strength = scores.sum(1)  # (H,)
+    strong = strength.topk(heads).indices  # (heads,)
+    return scores[strong].mean(0) / len(raters), lead(strength, heads)

@@ -28,6 +28,7 @@ from torch import Tensor
 
 from ..clip import Block
 from .base import Context, Keep, Method, Stages, amount, count, option
+from .margins import lead
 from .shared import (
     add_attention,
     assignment,
@@ -45,21 +46,28 @@ class Tokens:
     x: Tensor  # (T, C)
     size: Tensor  # (T,) float32, patches that each stands for
     patch: Tensor  # (T,) the patch whose number it has, -1 for the class token
+    of: Tensor  # (1 + N,) the token that each token of the image's is part of now
+    closest: Tensor  # () the least lead() of what was merged, as a difference of cosines
     merged: bool = False  # whether one of them stands for several patches
 
 
-def match(metric: Tensor, r: int) -> tuple[Tensor, Tensor, Tensor]:
+def match(metric: Tensor, r: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """What to merge of tokens with metric (T, d): the r even ones, the odd ones that they go into,
-    and the even ones left. Each counts within its half; the class token is the even token 0."""
+    and the even ones left. Each counts within its half; the class token is the even token 0. Last,
+    how near this is to another result."""
     cosine = unchecked_cosines(metric[::2], metric[1::2])  # (E, O)
     cosine[0] = -torch.inf
     best = cosine.max(1)
     order = best.values.sort(descending=True, stable=True).indices
     merged, left = order[:r], order[r:].sort().values
-    return merged, best.indices[merged], left
+    into = best.indices[merged]
+    other = cosine[merged].scatter(1, into[:, None], -torch.inf).amax(1)  # (r,) the second best
+    margin = (best.values[merged] - other).amin()
+    closest = torch.minimum(lead(best.values, r, scale=1.0), margin)
+    return merged, into, left, closest
 
 
-def merge(tokens: Tokens, merged: Tensor, into: Tensor, left: Tensor) -> Tokens:
+def merge(tokens: Tokens, merged: Tensor, into: Tensor, left: Tensor, closest: Tensor) -> Tokens:
     """Merge the even tokens `merged` into the odd ones `into`."""
     sums = assignment(into, len(tokens.x) // 2, tokens.size.dtype)  # (O, r)
 
@@ -69,7 +77,14 @@ def merge(tokens: Tokens, merged: Tensor, into: Tensor, left: Tensor) -> Tokens:
 
     size = join(tokens.size)
     x = (join(tokens.x * tokens.size[:, None]) / size[:, None]).to(tokens.x.dtype)
-    return Tokens(x, size, torch.cat((tokens.patch[::2][left], tokens.patch[1::2])), merged=True)
+    now = torch.empty_like(tokens.patch)  # (T,) where each token went
+    odd = torch.arange(len(left), len(x), device=x.device)
+    now[1::2] = odd
+    now[2 * left] = torch.arange(len(left), device=x.device)
+    now[2 * merged] = odd[into]
+    patch = torch.cat((tokens.patch[::2][left], tokens.patch[1::2]))
+    closest = torch.minimum(tokens.closest, closest)
+    return Tokens(x, size, patch, now[tokens.of], closest, merged=True)
 
 
 def run_block(block: Block, tokens: Tokens, r: int) -> Tokens:
@@ -142,9 +157,17 @@ class ToMe(Method):
         if not any(merges):
             return Keep(torch.arange(c.n_tokens))
         x = c.vision_state(0)[0]  # (1 + N, C)
-        patch = torch.arange(-1, c.n_tokens, device=x.device)
-        tokens = Tokens(x, torch.ones(len(x), device=x.device), patch)
+        each = torch.arange(len(x), device=x.device)
+        one = torch.ones(len(x), device=x.device)
+        tokens = Tokens(x, one, each - 1, each, one.new_full((), torch.inf))
         for block, r in zip(c.model.vision.blocks, merges, strict=False):
             tokens = run_block(cast(Block, block), tokens, r)
         refuse_nan(tokens.x, c.where)
-        return Keep(tokens.patch[1:], merged=tokens.x[1:], ordered=True)
+        index = tokens.patch[1:]
+        return Keep(
+            index,
+            merged=tokens.x[1:],
+            ordered=True,
+            merged_into=(tokens.of[1:] - 1).index_fill(0, index, -1),
+            closest=tokens.closest,
+        )

@@ -25,14 +25,17 @@ from torch import Tensor
 from ..rows import take_rows
 from .base import Context, Keep, Method, Stages, amount, option, top
 from .clip_text import OPENAI, load_clip, question
+from .margins import distance_to
 
 
-def count_outliers(similarity: Tensor) -> int:
-    """How many of (n,) have a share of softmax(-similarity) above Tukey's upper fence."""
+def count_outliers(similarity: Tensor) -> tuple[int, Tensor]:
+    """How many of (n,) have a share of softmax(-similarity) above Tukey's upper fence; and how near
+    any share is to it, see lead()."""
     share = (-similarity).softmax(0)
     low, high = share.quantile(0.25), share.quantile(0.75)
-    n = len(share)
-    return int(n * (int((share > high + 1.5 * (high - low)).sum()) / n))  # rounded as released
+    n, fence = len(share), high + 1.5 * (high - low)
+    found = int(n * (int((share > fence).sum()) / n))  # rounded as released
+    return found, distance_to(fence, share)
 
 
 @dataclass(frozen=True)
@@ -66,6 +69,13 @@ class TRIM(Method):
         clip = load_clip(self.clip, features.device)
         text = clip.truncated(question(c.focus_text()))[0]  # (E,)
         similarity = (clip.patches(features) @ text).cpu()  # (n,)
-        order = top(-similarity, n, c.where)
-        k = count_outliers(similarity) if k is None else k
-        return Keep(order[:k], extra=take_rows(features, order[k:]).mean(0, keepdim=True))
+        order, closest = top(-similarity, n, c.where), None
+        if k is None:
+            k, closest = count_outliers(similarity)
+        return Keep(
+            order[:k],
+            extra=take_rows(features, order[k:]).mean(0, keepdim=True),
+            scores=-similarity,
+            merged_into=torch.full_like(order, k).index_fill(0, order[:k], -1),
+            closest=closest,
+        )

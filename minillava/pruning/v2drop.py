@@ -48,4 +48,4 @@ class V2Drop(Method):
     def choose(self, c: Context) -> Keep:
         change = (c.features() - c.before()).float().norm(dim=1)  # (n,)
         keep = max(1, int(len(change) * self.ratios[c.stage_index]))
-        return Keep(top(change, keep, c.where))
+        return Keep(top(change, keep, c.where), scores=change)

@@ -22,6 +22,7 @@ from torch import Tensor
 
 from ..rows import on_device
 from .base import Context, Keep, Method, Stages, option, top
+from .margins import lead
 from .shared import assignment, mark_nan, second_last_block, unchecked_cosines
 
 
@@ -30,10 +31,10 @@ def target_indices(n: int, contextual: int) -> Tensor:
     return torch.arange(n)[:: max(1, n // max(1, contextual))][:contextual]
 
 
-def merge_into_targets(features: Tensor, similarity: Tensor, targets: Tensor) -> Tensor:
-    """Rows `targets` (k,) of features (n, C) plus the mean of the others that are most similar to
-    each, by similarity (n, k): (k, C)."""
-    into = assignment(similarity.argmax(1), len(targets), features.dtype)  # (k, n)
+def merge_into_targets(features: Tensor, nearest: Tensor, targets: Tensor) -> Tensor:
+    """Rows `targets` (k,) of features (n, C) plus the mean of the others that are nearest to each,
+    by the number nearest (n,) of a target: (k, C)."""
+    into = assignment(nearest, len(targets), features.dtype)  # (k, n)
     into[:, targets] = 0  # targets are not assigned to anything
     return features[targets] + into @ features / into.sum(1, keepdim=True).clamp(min=1)
 
@@ -70,16 +71,23 @@ class VisionZip(Method):
         rest = is_rest.nonzero()[:, 0]
         targets = target_indices(len(rest), self.contextual)
         index = torch.cat((dominant, rest[targets]))
-        first, rest, targets = (on_device(i, features) for i in (dominant, rest, targets))
-        merged = features[:0]
+        first, rest, targets, kept = (
+            on_device(i, features) for i in (dominant, rest, targets, index)
+        )
+        merged, into = features[:0], None
         if len(targets):
             keys = keys[rest]  # (r, Dh)
-            similarity = unchecked_cosines(keys, keys[targets])
-            merged = merge_into_targets(features[rest], similarity, targets)
+            nearest = unchecked_cosines(keys, keys[targets]).argmax(1)  # (r,)
+            merged = merge_into_targets(features[rest], nearest, targets)
+            into = rest.new_full((len(features),), -1).index_copy(0, rest, len(first) + nearest)
+            into = into.index_fill(0, kept, -1)
         return Keep(
             index,
             merged=torch.cat((features[first], merged)),
             extra=c.vision_state()[:, 0],  # the class token
             extra_first=True,
             ordered=True,
+            scores=score,
+            merged_into=into,
+            closest=lead(score, len(dominant)),  # the others are taken by their place
         )

@@ -23,22 +23,26 @@ import torch
 from torch import Tensor
 
 from .base import Context, Keep, option, top
+from .margins import lead, least, least_gap
 from .shared import BeforeDecoder, mark_nan, second_last_block, unchecked_cosines
 
 DROPPED_PER_ROUND = 8
 
 
-def thin_out(similarity: Tensor, order: Tensor, keep: int) -> Tensor:
-    """Shorten a list of rows (R,) to `keep` rows (keep,), by the similarity (n, n) of all rows."""
+def thin_out(similarity: Tensor, order: Tensor, keep: int) -> tuple[Tensor, Tensor]:
+    """Shorten a list of rows (R,) to `keep` rows (keep,), by the similarity (n, n) of all rows; and
+    the least_gap() of what a round ranked."""
+    gap = similarity.new_full((), torch.inf)
     if keep == 0:
-        return order[:0]
+        return order[:0], gap
     while len(order) > keep:
         even, odd = order[::2], order[1::2]
         n_dropped = min(DROPPED_PER_ROUND, len(order) - keep)
         closest = similarity[even[:, None], odd].amax(1)
         rank = closest.sort(descending=True, stable=True).indices
         order = torch.cat((even[rank[n_dropped:]], odd))
-    return order
+        gap = torch.minimum(gap, least_gap(closest, scale=1.0))
+    return order, gap
 
 
 @dataclass(frozen=True)
@@ -53,8 +57,12 @@ class VisPruner(BeforeDecoder):
     def choose(self, c: Context) -> Keep:
         features, n = c.features(), len(c.candidates)
         keep = min(self.left(c.n_tokens)[0], n)
-        order = top(mark_nan(c.vision_attention(-2).mean(0), features), n, c.where)
+        score = mark_nan(c.vision_attention(-2).mean(0), features)  # (H, n) -> (n,)
+        order = top(score, n, c.where)
         n_important = int(keep * self.important)
         similarity = unchecked_cosines(features, features)  # (n, n)
-        diverse = thin_out(similarity, order[n_important:], keep - n_important)
-        return Keep(torch.cat((order[:n_important], diverse)))
+        diverse, gap = thin_out(similarity, order[n_important:], keep - n_important)
+        closest = lead(score, n_important)
+        if 0 < len(diverse) < n - n_important:  # the whole order of the others decided
+            closest = least(closest, least_gap(score[order[n_important:]]), gap)
+        return Keep(torch.cat((order[:n_important], diverse)), scores=score, closest=closest)

@@ -25,14 +25,14 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ..rows import take_rows
 from .base import Context, Keep, option, top
+from .margins import lead, least
 from .shared import (
     TwoStages,
     block_number,
     check_whole_grid,
     mark_nan,
-    merge_nearest,
+    merge_dropped,
     second_last_block,
 )
 
@@ -45,14 +45,20 @@ def window_patches(grid: int) -> Tensor:
     return patches.transpose(1, 2).reshape(SIDE * SIDE, -1)
 
 
-def scan_patches(local_score: Tensor, global_score: Tensor, k: int, where: str) -> Tensor:
-    """The k patches that the two scores (N,), on the CPU, choose, ascending: (k,)."""
+def scan_patches(
+    local_score: Tensor, global_score: Tensor, k: int, where: str
+) -> tuple[Tensor, Tensor]:
+    """The k patches that the two scores (N,), on the CPU, choose, ascending: (k,); and the least
+    lead() of these choices."""
     windows = window_patches(round(len(local_score) ** 0.5))  # (16, w)
     each = k // 2 // len(windows)
     best = local_score[windows].sort(dim=1, descending=True, stable=True).indices[:, :each]
     local = windows.gather(1, best).flatten()
-    others = top(global_score.index_fill(0, local, -torch.inf), k - len(local), where)
-    return torch.cat((local, others)).sort().values
+    rest = global_score.index_fill(0, local, -torch.inf)
+    others = top(rest, k - len(local), where)
+    leads = [lead(score, each) for score in local_score[windows]]
+    leads.append(lead(rest, len(others)))
+    return torch.cat((local, others)).sort().values, least(*leads)
 
 
 @dataclass(frozen=True)
@@ -81,13 +87,14 @@ class VScan(TwoStages):
     def choose(self, c: Context) -> Keep:
         k = self.left(c.n_tokens)[c.stage_index]
         if c.stage_index == 1:
-            return Keep(top(c.attention(c.newest, layer=0).mean(0), k, c.where))
+            score = c.attention(c.newest, layer=0).mean(0)  # (H, n) -> (n,)
+            return Keep(top(score, k, c.where), scores=score)
         check_whole_grid(c, self.name)
         block = self.local_block(len(c.model.vision.blocks))
         scores = torch.stack([c.vision_attention(b).mean(0) for b in (block, -2)])
         features = c.features()
         local, whole = mark_nan(scores, features).cpu()  # (N,) each
-        kept = scan_patches(local, whole, k, c.where)
+        kept, closest = scan_patches(local, whole, k, c.where)
         dropped = torch.ones(len(features), dtype=torch.bool).index_fill(0, kept, False)
-        rows = take_rows(features, dropped.nonzero()[:, 0])  # (n - k, D)
-        return Keep(kept, merged=merge_nearest(take_rows(features, kept), rows))
+        merged, into = merge_dropped(features, kept, dropped.nonzero()[:, 0])
+        return Keep(kept, merged, scores=whole, merged_into=into, closest=closest)

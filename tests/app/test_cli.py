@@ -301,7 +301,7 @@ def test_a_failed_overlay_keeps_the_old_file(
     path = tmp_path / "kept.png"
     path.write_text("old")
 
-    def fail(self: Image.Image, target: Path, kind: str) -> None:
+    def fail(self: Image.Image, target: Path, kind: str, **options: Any) -> None:
         Path(target).write_bytes(b"half")
         raise OSError(28, "No space left on device")
 

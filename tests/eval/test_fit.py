@@ -103,7 +103,7 @@ def test_one_pass_of_the_recipe(model: Any, batches: list[Batch], joint: Batch) 
     for b, batch in enumerate(batches):
         assert batch.pixels is not None
         image = range(3, 3 + N)
-        seen = model.encode(batch.pixels, {model.feature_layer}).states[model.feature_layer][0, 1:]
+        seen = model.encode(batch.pixels, {model.feature_layer})[model.feature_layer][0, 1:]
         x = model.embed(batch.ids[0])
         x[image.start : image.stop] = model.projector(seen)
         sums: list[Any] = []

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from minillava.config import Config, TextConfig, VisionConfig
 from minillava.engine import begin_sample
-from minillava.llava import Encoded, LLaVA
+from minillava.llava import LLaVA
 from minillava.pruning.base import Context, Method, Plan
 from minillava.sample import Prompt
 
@@ -57,7 +57,7 @@ def make_context(
     N = model.config.vision.num_patches
     ids = torch.tensor([BOS, 3, *[model.config.image_token_id] * N, 4, 5])
     prompt = Prompt(ids, images=(0,), starts=(2,), focus=None, length=len(ids))
-    sample = begin_sample(model, prompt, Encoded(hidden), seed=0, memory={})
+    sample = begin_sample(model, prompt, dict(hidden), seed=0, memory={})
     candidates = sample.rows.of_image(0)
     if features is not None:
         sample.x = features.new_zeros(len(ids), features.shape[1])

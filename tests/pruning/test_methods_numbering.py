@@ -43,6 +43,7 @@ NUMBERING = {
     "simignore": "original",
     "sparsevlm": "compact",
     "text-only": "compact",
+    "hand": "compact",
     "tome": "compact",
     "trim": "compact",
     "uniform": "original",

@@ -237,15 +237,15 @@ def test_vispruner_thins_out_as_released(n: int, surplus: int) -> None:
     g = torch.Generator().manual_seed(n)
     likeness = torch.rand(600, 600, generator=g)
     order = torch.randperm(600, generator=g)[:n]
-    ours = vispruner.thin_out(likeness, order, n - surplus).tolist()
-    assert ours == reference.thin_out(likeness.tolist(), order.tolist(), n - surplus)
+    ours, _ = vispruner.thin_out(likeness, order, n - surplus)
+    assert ours.tolist() == reference.thin_out(likeness.tolist(), order.tolist(), n - surplus)
 
 
 def test_vispruner_ends_where_the_released_code_breaks() -> None:
     likeness = torch.rand(40, 40, generator=torch.Generator().manual_seed(0))
     for n in range(1, 40):
         for keep in range(n + 1):
-            left = vispruner.thin_out(likeness, torch.arange(n), keep)
+            left, _ = vispruner.thin_out(likeness, torch.arange(n), keep)
             assert len(left) == keep == len(set(left.tolist()))
 
 
@@ -270,7 +270,7 @@ def test_divprune(n: int, keep: int) -> None:
     g = torch.Generator().manual_seed(n)
     points = torch.randint(0, 1000, (n, 3), generator=g).double()
     distance = torch.cdist(points, points).float()  # the same numbers for both
-    ours = divprune.choose_farthest(distance, keep).tolist()
+    ours = divprune.choose_farthest(distance, keep).order.tolist()
     assert ours == reference.divprune(distance.tolist(), keep)
 
 
@@ -319,7 +319,7 @@ def test_holov_fills_up_with_zeros_what_a_run_cannot_spend() -> None:
         holov.run_score(f, a)
         for f, a in zip(features.split(sizes), attention.split(sizes), strict=True)
     ]
-    given = holov.run_budgets(torch.stack(scores), 16)
+    given, _ = holov.run_budgets(torch.stack(scores), 16)
     kept, zeros = reference.holov(double(features), attention.tolist(), 16)
     assert given[2] == 16
     assert sum(min(a, b) for a, b in zip(given, sizes, strict=True)) == len(kept) == 16 - zeros

@@ -99,7 +99,12 @@ def runs(here: Any, there: Any, batch: Batch, plan: Plan, n: int = 2, **options:
         found = generate(there, batch, plan, n, output_logits=True, **options)
     assert found.tokens == expected.tokens
     torch.testing.assert_close(found.logits.values, expected.logits, equal_nan=True, atol=0, rtol=0)
-    assert found.report.kept == expected.report.kept
+    for ours, theirs in zip(found.report.kept, expected.report.kept, strict=True):
+        for name in vars(ours).keys() - ROUNDED:
+            assert getattr(ours, name) == getattr(theirs, name), name
+        # of TRIM and CDPruner: open_clip adds up in another order there
+        for a, b in zip(ours.scores, theirs.scores, strict=True):
+            assert a == pytest.approx(b, rel=1e-4, abs=1e-6)
     assert found.report.cache_bytes == expected.report.cache_bytes
     return found
 
@@ -140,6 +145,7 @@ def test_every_method_mode_batch_and_form(folder: Path, name: str, form: str) ->
 
 
 NO_CACHE = {"use_cache": False}
+ROUNDED = {"scores", "margin", "closest"}  # fields of Kept that are not exact
 
 
 @pytest.mark.parametrize("kind", BATCHES)
