@@ -28,19 +28,23 @@ from torch import Tensor
 
 from ..rows import on_device
 from .base import Context, Keep, option, top
+from .margins import lead, least
 from .shared import TwoStages, merge_dropped
 
 RIDGE = 1e-5
 
 
-def farthest_points(x: Tensor, first: Tensor, k: int) -> Tensor:
-    """Indices (k,) into x (n, C): each is the farthest from those before it. first (1,)."""
+def farthest_points(x: Tensor, first: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    """Indices (k,) into x (n, C): each is the farthest from those before it. first (1,). And the
+    least lead() of these choices."""
     chosen = [on_device(first, x)]
     nearest = (x - x[chosen[0]]).square().sum(1)  # (n,) to the nearest chosen one
+    closest = nearest.new_full((), torch.inf)
     for _ in range(k - 1):
+        closest = torch.minimum(closest, lead(nearest, 1))
         chosen.append(nearest.argmax(keepdim=True))  # (1,), or the host would read it
         nearest = torch.minimum(nearest, (x - x[chosen[-1]]).square().sum(1))
-    return torch.cat(chosen)
+    return torch.cat(chosen), closest
 
 
 def approximation_error(x: Tensor, basis: Tensor) -> Tensor:
@@ -82,7 +86,7 @@ class ApET(TwoStages):
         else:
             first = torch.tensor(self.first[c.stage_index : c.stage_index + 1])
         rows = x.float()
-        basis = farthest_points(rows, first, self.basis)  # (b,)
+        basis, closest = farthest_points(rows, first, self.basis)  # (b,)
         error = approximation_error(rows, rows[basis])  # (n,)
         order = top(error, n, c.where)
         own, places, dropped = order.split([k - self.basis, self.basis, n - k])
@@ -94,4 +98,5 @@ class ApET(TwoStages):
             merged=torch.cat((merged, x[basis])),
             scores=error,
             merged_into=into,
+            closest=least(closest, lead(error, k - self.basis), lead(error, k)),
         )

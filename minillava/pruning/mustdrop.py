@@ -24,7 +24,7 @@ batch. Where MustDrop is the only method, the normal tower is not run.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import ceil
 
 import torch
@@ -35,6 +35,7 @@ from ..attention import attention_received
 from ..llava import LLaVA
 from ..rows import on_device
 from .base import Context, Keep, Method, Stages, option, top
+from .margins import distance_to, lead, least
 from .shared import check_ascending, check_whole_grid, refuse_nan
 
 SIDE = 3  # patches along a side of a window
@@ -54,9 +55,8 @@ def likeness(windows: Tensor) -> Tensor:
     return (cosine.sum((1, 2)) - cosine.diagonal(dim1=1, dim2=2).sum(1)) / (n * (n - 1))
 
 
-def merge_windows(x: Tensor, limit: float, where: str) -> tuple[Tensor, Tensor, Tensor]:
-    """Patches x (N, C) with alike windows merged, (n, C); and on the CPU their numbers (n,) and
-    where each patch went, as Keep.merged_into."""
+def merge_windows(x: Tensor, limit: float, where: str) -> tuple[Tensor, Keep]:
+    """Patches x (N, C) with alike windows merged, (n, C); and a Keep without them, on the CPU."""
     windows = window_patches(round(len(x) ** 0.5))
     rows = x[on_device(windows, x)]  # (w, 9, C)
     alike = likeness(rows).cpu()  # (w,)
@@ -67,7 +67,8 @@ def merge_windows(x: Tensor, limit: float, where: str) -> tuple[Tensor, Tensor, 
     into = torch.full((len(x),), -1)
     into[windows[merged, 1:]] = torch.arange(len(merged))[:, None]
     numbers = torch.cat((windows[merged, 0], others))
-    return torch.cat((means, x[on_device(others, x)])), numbers, into
+    keep = Keep(numbers, ordered=True, merged_into=into, closest=(alike - limit).abs().amin())
+    return torch.cat((means, x[on_device(others, x)])), keep
 
 
 @dataclass(frozen=True)
@@ -120,15 +121,18 @@ class MustDrop(Method):
         check_whole_grid(c, self.name)
         tower, last = c.model.vision, len(c.model.vision.blocks) - 1
         x = tower.blocks[0](c.vision_state(0))[0]  # (1 + N, C)
-        merged, patches, into = merge_windows(x[1:], self.merge, c.where)
+        merged, keep = merge_windows(x[1:], self.merge, c.where)
         states = [torch.cat((x[:1], merged))[None]]  # hidden states 1, 2, ... (1, 1 + n, C)
         for i in range(1, max(last, c.model.feature_layer)):
             states.append(tower.blocks[i](states[-1]))
         q, k = tower.heads(last, states[last - 1])  # (1, 1 + n, H, Dh) each
         score = attention_received(q[0, :1], k[0]).mean(0)[1:]  # (n,)
-        c.shared["key"] = patches[top(score.cpu(), ceil(self.key * len(score)), c.where)]
+        score, n_keys = score.cpu(), ceil(self.key * len(score))
+        c.shared["key"] = keep.index[top(score, n_keys, c.where)]
         features = states[c.model.feature_layer - 1][0, 1:]  # (n, C)
-        return Keep(patches, merged=features, ordered=True, merged_into=into)
+        assert keep.closest is not None
+        closest = least(keep.closest, lead(score, n_keys))
+        return replace(keep, merged=features, closest=closest)
 
     def drop(self, c: Context) -> Keep:
         total = torch.zeros(len(c.candidates), device=c.model.device)  # (n,)
@@ -138,5 +142,7 @@ class MustDrop(Method):
             total, most = total + mean.sum(0), torch.maximum(most, mean.amax(0))
         total, most = torch.stack((total, most)).cpu()
         refuse_nan(total, c.where)
-        stays = (total >= total.sum() * self.total) | (most >= self.individual)
-        return Keep((stays | torch.isin(c.patches, c.shared["key"])).nonzero()[:, 0])
+        limit, each = total.sum() * self.total, torch.tensor(self.individual)
+        stays = (total >= limit) | (most >= each) | torch.isin(c.patches, c.shared["key"])
+        closest = least(distance_to(limit, total), distance_to(each, most))
+        return Keep(stays.nonzero()[:, 0], closest=closest)
