@@ -195,7 +195,8 @@ def _check(
     if not peers and not args.ours:
         raise ValueError("nothing is left to measure; give --peers or --ours")
     for text, typed in plans.items():
-        typed.plan.check(ALL_LAYERS, patches, (0,))
+        for method in typed.plan.methods:
+            method.check(ALL_LAYERS, patches, (0,))
         if (last := full_layers(typed.plan)) > LAST_STEP:
             raise ValueError(
                 f"--prune {text} prunes at layer {last}, but only a few layers are measured here "

@@ -17,7 +17,7 @@ from torch import Tensor
 from .cache import KVCache
 from .llava import Encoded, LLaVA
 from .pruning.base import Context, Method, Plan, Step, check_keep
-from .rows import Choice, Keep, Rows, drop_rows, on_device, take_rows
+from .rows import Choice, Keep, Rows, drop_rows, on_device
 from .sample import CacheView, LayerAttention, Mask, Prompt, Sample, Segment
 
 Memory = dict[tuple[int, ...], dict[str, Any]]  # Context.memory of one sample, by step and images
@@ -117,15 +117,13 @@ def begin_sample(
 
 def embed_rows(model: LLaVA, samples: Sequence[Sample]) -> None:
     """Image features (S, C) through the projector, text rows from the embedding table: (S, D)."""
-    features = torch.cat([take_rows(s.x, s.rows.image_rows()) for s in samples])  # (n, C)
-    for s in samples:
-        s.x = s.x.new_empty(0, s.x.shape[1])  # the features are the only copy left
-    features = model.projector(features)  # (n, D)
+    is_image = torch.cat([s.rows.image for s in samples]) >= 0  # (R,)
+    images = on_device(is_image.nonzero()[:, 0], samples[0].x)  # (n,)
+    features = model.projector(pack_rows(samples)[images])  # (n, D)
     # rows that methods added have no token: any one stands in, and is overwritten
     ids = [s.prompt.ids[s.rows.id.clamp(max=len(s.prompt.ids) - 1)] for s in samples]
     y = model.embed(torch.cat(ids))  # (R, D)
-    is_image = torch.cat([s.rows.image for s in samples]) >= 0  # (R,)
-    y[on_device(is_image.nonzero()[:, 0], y)] = features
+    y[images] = features
     unpack_rows(samples, y)
 
 
@@ -167,8 +165,7 @@ def decode(model: LLaVA, tokens: Tensor, state: State) -> Tensor:
     for s in samples:
         s.generated += 1
     for number, segment in enumerate(state.segments):
-        layers = segment.layers
-        position = state.position[number]  # (B,)
+        layers, position = segment.layers, state.position[number]  # (B,)
         for b, s in enumerate(samples):
             s.rows, s.x = segment.held[b], x[b : b + 1]
             s.cached_keys, s.position = cache.keys_of(layers.start, b), position[b : b + 1]

@@ -148,13 +148,13 @@ def check_plan(model: LLaVA, prompts: Sequence[Prompt], plan: Plan, settings: Se
     if settings.stop_strings and model.tokenizer is None:
         raise ValueError("stop strings need a model with a tokenizer, as load() gives it")
     N, most = config.vision.num_patches, config.text.max_position_embeddings
-    for method in plan.methods if any(prompt.starts for prompt in prompts) else ():
-        method.check_model(model)
     for b, prompt in enumerate(prompts):
-        plan.check(config.text.num_hidden_layers, N, prompt.starts)
         images = len(prompt.starts)
-        left = plan.left(N, images)
-        text = len(prompt.ids) - images * N
+        for method in plan.methods if images else ():
+            method.check_model(model)
+            n_tokens = N * images if method.scope == "all" else N
+            method.check(config.text.num_hidden_layers, n_tokens, prompt.starts)
+        text, left = len(prompt.ids) - images * N, plan.left(N, images)
         if not text and plan.methods:
             raise ValueError(
                 f"prompt {b} is nothing but images: a plan could leave no row of it; put text "

@@ -129,18 +129,6 @@ class Sample:
         hidden, is_image = self.hidden(layer), self.rows.image >= 0
         return self.rows.select(is_image if hidden is None else is_image & ~hidden)
 
-    def text_rows(self) -> Tensor:
-        """The question: rows (t,) of the prompt's text after its last image.
-
-        Without any: all text rows except the first (BOS); if BOS is all there is, BOS.
-        """
-        rows = self.rows.of_image(TEXT)
-        for last in (*self.prompt.starts[-1:], 0):
-            question = rows[self.rows.id[rows] > last]
-            if len(question):
-                return question
-        return rows
-
 
 @dataclass(frozen=True)
 class Segment:

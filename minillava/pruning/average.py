@@ -13,7 +13,8 @@ pruned as if its input had been.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, replace
+from typing import Any, cast
 
 from .base import Method, Plan
 
@@ -46,6 +47,8 @@ class AveragePlan(Plan):
 def nearest_variant(method: Method, average: float, n_layers: int, n_tokens: int) -> Method:
     """Of a method's variants, the one whose average is nearest; of equally near ones the first."""
     variants = list(method.variants(n_layers, n_tokens))
+    if type(method).variants is Method.variants and any(f.name == "keep" for f in fields(method)):
+        variants = [replace(cast(Any, method), keep=k) for k in range(1, n_tokens + 1)]
     if not variants:
         raise ValueError(
             f"{method.label}: average={average} cannot be solved for these options; variants() "

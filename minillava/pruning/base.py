@@ -13,7 +13,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import MISSING, dataclass, field, fields, replace
 from functools import cached_property
 from inspect import get_annotations
-from typing import Any, ClassVar, Literal, cast
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor
@@ -21,8 +21,8 @@ from torch import Tensor
 from ..attention import attention_received, attention_weights
 from ..llama import rotate
 from ..llava import LLaVA
+from ..rows import TEXT, on_device, take_rows
 from ..rows import Keep as Keep
-from ..rows import on_device, take_rows
 from ..sample import LastAttention, Sample
 
 Stage = Literal["vision", "embed", "decoder"]
@@ -161,10 +161,8 @@ class Method:
         return tuple(n_tokens for _ in self.stages())
 
     def variants(self, n_layers: int, n_tokens: int) -> Iterator[Method]:
-        """What average= chooses among: the method with every value of keep, unless overridden."""
-        if any(f.name == "keep" for f in fields(self)):
-            for k in range(1, n_tokens + 1):
-                yield replace(cast(Any, self), keep=k)
+        """What average= chooses among, if not the method with every value of keep (average.py)."""
+        return iter(())
 
     def check(self, n_layers: int, n_tokens: int, starts: tuple[int, ...]) -> None:
         """Raise ValueError, before any forward, for what cannot run on this model and sample.
@@ -332,8 +330,16 @@ class Context:
 
     @property
     def text_rows(self) -> Tensor:
-        """Row numbers (t,) of the question: the prompt's text after its last image."""
-        return self._sample.text_rows()
+        """Row numbers (t,) of the question: the prompt's text after its last image.
+
+        Without any: all text rows except the first (BOS); if BOS is all there is, BOS.
+        """
+        rows = self.rows.of_image(TEXT)
+        for last in (*self._sample.prompt.starts[-1:], 0):
+            question = rows[self.rows.id[rows] > last]
+            if len(question):
+                return question
+        return rows
 
     def text(self) -> Tensor:
         """Input embeddings (t, D) of text_rows."""
@@ -430,8 +436,8 @@ class Context:
         own = on_device(rows if held is None else rows - len(held), h)
         q = rotate(attn.heads(attn.q_proj, h[own]), (cos[own], sin[own]))  # (r, H, Dh)
         k = rotate(attn.heads(attn.k_proj, h), (cos, sin))  # (S, Hkv, Dh)
-        whole, k = self.model.llama.whole_heads, k if held is None else torch.cat((held, k))
-        return whole(q), whole(k)
+        k = k if held is None else torch.cat((held, k))
+        return self.model.llama.whole_heads(q), self.model.llama.whole_heads(k)
 
     def before(self) -> Tensor:
         """Hidden states (n, D) of the candidates as they entered the layer that ran last."""
@@ -484,8 +490,7 @@ class Context:
         tower, n = self.model.vision, len(self.model.vision.blocks)
         if not -n <= block < n:
             raise self._error(f"block {block} of the vision tower; its blocks are {-n} to {n - 1}")
-        block %= n
-        return tower.heads(block, self.vision_state(block))  # each (images, 1 + N, H, Dh)
+        return tower.heads(block % n, self.vision_state(block % n))  # each (images, 1 + N, H, Dh)
 
     def whole_patches(self) -> Tensor:
         """`patches`, after refusing candidates that are not patches."""
@@ -569,12 +574,6 @@ class Plan:
     def resolve(self, n_layers: int, n_tokens: int) -> Plan:
         """The plan with its options settled for a model (average.py settles average=)."""
         return self
-
-    def check(self, n_layers: int, per_image: int, starts: tuple[int, ...]) -> None:
-        """Raise ValueError for what cannot run on such a model and a sample with images there."""
-        for method in self.methods if starts else ():
-            joint = len(starts) if method.scope == "all" else 1
-            method.check(n_layers, per_image * joint, starts)
 
     def left(self, per_image: int, n_images: int) -> int:
         """Image rows that can reach the decoder, at most, of a sample with n_images images."""
