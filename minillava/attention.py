@@ -75,8 +75,7 @@ def attention_weights(
     """Attention weights of r rows, b at a time: (H, b, end), float32; none sees further than `end`.
 
     q (r, H, Dh) and k (S, Hkv, Dh), both already rotated. at (r,): query row i sees the rows up to
-    at[i]; None: all rows. hidden (s,) bool: which of the first s rows nobody sees.
-    Both are on the CPU.
+    at[i]; None: all rows. hidden (s,) bool: which of the first s nobody sees. Both on the CPU.
     """
     (r, H, Dh), (S, Hkv, _) = q.shape, k.shape
     columns, block = torch.arange(S, device=k.device), max(1, WEIGHT_ROWS // H)
