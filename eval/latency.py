@@ -286,7 +286,8 @@ def _check_shape(args: argparse.Namespace, plans: Mapping[str, TypedPlan]) -> No
     layers, patches = config.text.num_hidden_layers, config.vision.num_patches
     start = _image_start(args.text_tokens)
     for typed in plans.values():
-        typed.plan.resolve(layers, patches).check(layers, patches, (start,))
+        for method in typed.plan.resolve(layers, patches).methods:
+            method.check(layers, patches, (start,))
     for form in args.form:
         _refuse_too_large(config, form)
 

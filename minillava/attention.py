@@ -75,15 +75,13 @@ def attention_weights(
     """Attention weights of r rows, b at a time: (H, b, end), float32; none sees further than `end`.
 
     q (r, H, Dh) and k (S, Hkv, Dh), both already rotated. at (r,): query row i sees the rows up to
-    at[i]; None: all rows. hidden (s,) bool: which of the first s rows nobody sees.
-    Both are on the CPU.
+    at[i]; None: all rows. hidden (s,) bool: which of the first s nobody sees. Both on the CPU.
     """
     (r, H, Dh), (S, Hkv, _) = q.shape, k.shape
     columns, block = torch.arange(S, device=k.device), max(1, WEIGHT_ROWS // H)
     k = k.permute(1, 2, 0)  # (Hkv, Dh, S)
     at = torch.full((r,), S - 1) if at is None else at
-    hidden = torch.zeros(0, dtype=torch.bool) if hidden is None else hidden
-    hidden = on_device(F.pad(hidden, (0, S - len(hidden))), k)
+    hidden = columns < 0 if hidden is None else on_device(F.pad(hidden, (0, S - len(hidden))), k)
     for start in range(0, r, block):
         rows, sees = q[start : start + block], at[start : start + block]  # (b, H, Dh), (b,)
         b, end = len(rows), int(sees.max()) + 1

@@ -28,11 +28,10 @@ class KVCache:
     def __init__(
         self, config: TextConfig, room: int, dtype: torch.dtype, device: torch.device
     ) -> None:
-        n_layers = config.num_hidden_layers
         self.heads, self.head_dim, self.room = config.num_key_value_heads, config.head_dim, room
-        self.keys = [torch.empty(0, dtype=dtype, device=device)] * n_layers
+        self.keys = [torch.empty(0, dtype=dtype, device=device)] * config.num_hidden_layers
         self.values = list(self.keys)
-        self.lengths: list[list[int]] = [[] for _ in range(n_layers)]  # [layer][b]
+        self.lengths: list[list[int]] = [[] for _ in self.keys]  # [layer][b]
 
     def reserve(self, layers: Sequence[int], lengths: Sequence[int]) -> None:
         """Allocate layers whose prompts have these numbers of rows, all in one go.

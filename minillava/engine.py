@@ -73,9 +73,8 @@ def prefill(
     prune(model, state, plan.at("vision"))  # s.x is (S, C), text rows still zero
     embed_rows(model, samples)  # s.x is (S, D)
     prune(model, state, plan.at("embed"))
-    if any(step.stage == "decoder" for step in plan.steps):
-        for s in samples:
-            s.embedded = s.x, s.rows
+    for s in samples if any(step.stage == "decoder" for step in plan.steps) else ():
+        s.embedded = s.x, s.rows
 
     for layers in plan.segments(model.config.text.num_hidden_layers):
         prune(model, state, plan.at("decoder", layers.start))
@@ -110,7 +109,7 @@ def begin_sample(
         vision = {i: state[mine] for i, state in encoded.items()}
         # (images, 1 + N, C); any state serves if a method computes all image features itself
         features = vision.get(model.feature_layer, next(iter(vision.values())))
-        x[on_device(rows.image_rows(), x)] = features[:, 1:].flatten(0, 1)
+        x[on_device((rows.image >= 0).nonzero()[:, 0], x)] = features[:, 1:].flatten(0, 1)
     generator = torch.Generator().manual_seed(seed)
     return Sample(prompt, rows, x, vision, generator, memory, len(prompt.ids) - prompt.length)
 

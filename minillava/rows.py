@@ -48,10 +48,6 @@ class Rows:
         """The table of the rows at index (s,), in that order."""
         return replace(self, **{name: getattr(self, name)[index] for name in COLUMNS})
 
-    def image_rows(self) -> Tensor:
-        """Row numbers (n,) of all images, ascending."""
-        return (self.image >= 0).nonzero()[:, 0]
-
     def of_image(self, image: int) -> Tensor:
         """Row numbers (n,) of an image, ascending. TEXT selects the text rows."""
         return (self.image == image).nonzero()[:, 0]
@@ -120,8 +116,7 @@ def drop_rows(x: Tensor, rows: Rows, choice: Choice) -> tuple[Tensor, Rows]:
     left, x_left = rows.select(remaining), take_rows(x, remaining)
     if keep.extra is not None:
         image = int(rows.image[choice.window[0]])
-        # rows before the window all stay
-        at = int(choice.window[0]) + (0 if keep.extra_first else len(kept))
+        at = int(choice.window[0]) + (0 if keep.extra_first else len(kept))  # all before it stay
         left = left.insert(at, len(keep.extra), image)
         x_left = torch.cat((x_left[:at], keep.extra.to(x.dtype), x_left[at:]))
     return x_left, left
