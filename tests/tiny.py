@@ -305,6 +305,15 @@ def refusal(capsys: pytest.CaptureFixture[str]) -> str:
     return err
 
 
+def rows_kept(report: Any) -> list[tuple[Any, ...]]:
+    """What each step of a plan did, without the numbers that it ranked by: these are rounded
+    differently by other devices, and where processes add up each other's results."""
+    return [
+        (k.rule, k.stage, k.layer, k.positions, k.extra, k.order, k.merged_into, k.digest)
+        for k in report.kept
+    ]
+
+
 def assert_close(ours: Tensor, expected: Tensor, tolerance: float = 1e-4) -> None:
     """The largest difference is at most `tolerance` times the root mean square of `expected`."""
     assert ours.shape == expected.shape, f"{tuple(ours.shape)} against {tuple(expected.shape)}"

@@ -98,7 +98,7 @@ def test_logits_are_those_of_the_cpu(folder: Path, here: Any, batch: Batch, plan
         expected = generate(here, batch, parse_plan(plan), 4, **options)
         found = generate(there, batch, parse_plan(plan), 4, **options)
         assert found.tokens == expected.tokens
-        assert found.report.kept == expected.report.kept
+        assert tiny.rows_kept(found.report) == tiny.rows_kept(expected.report)
         tiny.assert_close(found.logits.cpu(), expected.logits)
 
 

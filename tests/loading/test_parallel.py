@@ -16,7 +16,15 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from tiny import VOCABULARY, assert_close, example, make_batch, rewrite_config, write_folder
+from tiny import (
+    VOCABULARY,
+    assert_close,
+    example,
+    make_batch,
+    rewrite_config,
+    rows_kept,
+    write_folder,
+)
 from two_processes import ROOT, Done, Job, Wavering, do, run_two
 
 from minillava.app.ask import _load_chat
@@ -91,7 +99,8 @@ def done(
 
 def assert_equal(done: tuple[Done, Done, Done], tolerance: float = 1e-4) -> None:
     first, second, alone = (d.result for d in done)
-    assert first.report.kept == second.report.kept == alone.report.kept
+    kept = rows_kept(alone.report)
+    assert rows_kept(first.report) == rows_kept(second.report) == kept
     assert first.report.tokens_entering == alone.report.tokens_entering
     assert first.tokens == second.tokens == alone.tokens
     assert torch.equal(first.logits, second.logits)  # the same bits
@@ -234,9 +243,9 @@ def test_a_chat_reads_prints_and_draws_once(tmp_path: Path) -> None:
 def test_the_first_process_draws(rank: int, tmp_path: Path) -> None:
     drawing, image = tmp_path / "kept.png", str(DEMO / "example.png")
     args = _make_parser().parse_args(["--image", image, "--prompt", "?", "--overlay", str(drawing)])
-    args.max_new_tokens = 1
+    args.max_new_tokens, args.command = 1, "a test"
     chat = _load_chat(args, [image], Ranks(rank))
-    chat.answer_prompt(chat.processor.prompt("?", 1))
+    chat.answer_prompt(chat.processor.prompt("?", 1), "?")
     assert drawing.exists() == (rank == 0)
 
 
@@ -332,7 +341,7 @@ def test_bfloat16(folder: Path, batch: Any, tmp_path: Path) -> None:
     for first, second, alone in done.values():
         assert first.result.report.arithmetic == "bfloat16"
         assert torch.equal(first.result.logits, second.result.logits)
-        assert first.result.report.kept == second.result.report.kept
+        assert rows_kept(first.result.report) == rows_kept(second.result.report)
         assert 2 * first.cached == alone.cached
     errors = [(each.result.logits[:, 0] - exact).square().mean().sqrt() for each in done[""]]
     assert errors[0] <= 1.5 * errors[2]
