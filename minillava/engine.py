@@ -41,7 +41,7 @@ class State:
     samples: list[Sample]
     cache: KVCache | None
     segments: list[Segment] = field(default_factory=list)  # that ran
-    history: list[list[Pruned]] = field(default_factory=lambda: [[]])  # of each new token
+    history: dict[int, list[Pruned]] = field(default_factory=dict)  # by tokens generated before
     position: Tensor = field(init=False)  # (segments, B) of the next token in their layers
     length: Tensor = field(init=False)  # (segments, B) rows that these hold of each sample
     graph: Any = None  # a CUDA graph of one token, if the model was loaded with compile=True
@@ -160,7 +160,6 @@ def decode(model: LLaVA, tokens: Tensor, state: State) -> Tensor:
     cache, samples, plan = state.cache, state.samples, state.plan
     assert cache is not None, "decoding needs a cache; without one, the prompt is prefilled again"
     x = model.embed(tokens)  # (B, D)
-    state.history.append([])
     for s in samples:
         s.generated += 1
     for number, segment in enumerate(state.segments):
@@ -219,7 +218,8 @@ def prune(model: LLaVA, state: State, steps: Sequence[Step]) -> None:
         if samples[0].cached_keys is None:
             forget_rows(state, step.method)
         left = [s.visible_images(step.layer) for s in samples]
-        state.history[-1].append(Pruned(step, before, done, left))
+        noted = state.history.setdefault(samples[0].generated, [])
+        noted.append(Pruned(step, before, done, left))
     for s in samples:
         s.last = None  # the queries and keys that were kept for these steps
 

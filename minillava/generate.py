@@ -139,7 +139,7 @@ class Answer:
             else:
                 longer = [p.extended(f) for p, f in zip(self.prompts, tokens.fed, strict=True)]
                 logits, later = prefill(model, longer, encoded, self.plan, None, seed, memories)
-                state.history += later.history
+                state.history |= later.history
 
         # 4. what happened
         report = make_report(model, state, tokens.stopped, times)

@@ -94,10 +94,10 @@ def make_report(model: LLaVA, state: State, stopped: list[str], times: list[floa
     start, vision, prompt, *tokens = times
     return Report(
         prompt_tokens=[len(s.prompt.ids) for s in state.samples],
-        kept=[explain_step(pruned, rounding) for pruned in state.history[0]],
+        kept=[explain_step(pruned, rounding) for pruned in state.history.get(0, [])],
         chosen_again=[  # without reasons, which would be a lot
             [explain_step(replace(p, choices=[[]] * len(p.left)), rounding) for p in steps]
-            for steps in (state.history if any(state.history[1:]) else [])
+            for steps in (state.history.values() if len(state.history) > 1 else [])
         ],
         tokens_entering=[[len(rows) for rows in layer.rows] for layer in by_layer],
         image_tokens_entering=[list(segment.n_images) for segment in by_layer],
