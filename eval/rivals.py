@@ -154,8 +154,12 @@ def _run(args: argparse.Namespace) -> None:
     began = time.perf_counter()
     shape, plans = SHAPES["7b"], read_plans([NONE, *args.prune])
     config = replace(shape, text=replace(shape.text, num_hidden_layers=args.layers))
-    peers = [name for name in dict.fromkeys(args.peers) if _installed(PEERS[name][0], name)]
+    missing = {name: _missing_packages(PEERS[name][0]) for name in args.peers}
+    peers = [name for name, packages in missing.items() if not packages]
     _check(args, config, peers, plans)
+    for name, packages in missing.items():
+        if packages:
+            print(_left_out(name, packages), file=sys.stderr)
     models: list[Measurable] = []
     for name in peers:
         peer, form = PEERS[name]
@@ -164,23 +168,22 @@ def _run(args: argparse.Namespace) -> None:
         models += make_ours(form, config, args.tokens, plans)
     found = take_turns(models, args.repeats)
     print(f"{describe_machine()}; {args.layers} of {ALL_LAYERS} decoder layers\n")
-    print(format_table(found))
-    if any(t.vision is None for t in found.values()):
+    print(table := format_table(found))
+    if "*" in table:
         print("\n\\* transformers' time; this implementation has no vision tower here")
     print(f"{time.perf_counter() - began:.0f} s in all", file=sys.stderr)
 
 
-def _installed(peer: type[Peer], name: str) -> bool:
-    """Whether a peer's packages are there; if not, one line says what to install."""
-    missing = [p for p in peer.packages if importlib.util.find_spec(p) is None]
-    if missing:
-        extra = "test" if peer is Transformers else "rivals"
-        print(
-            f"note: {name} is left out, because {' and '.join(missing)} is not installed; "
-            f"pip install 'minillava[{extra}]'",
-            file=sys.stderr,
-        )
-    return not missing
+def _missing_packages(peer: type[Peer]) -> list[str]:
+    return [name for name in peer.packages if importlib.util.find_spec(name) is None]
+
+
+def _left_out(name: str, packages: Sequence[str]) -> str:
+    extra = "test" if name.startswith("transformers") else "rivals"
+    return (
+        f"note: {name} is left out, because {' and '.join(packages)} is not installed; "
+        f"pip install 'minillava[{extra}]'"
+    )
 
 
 def _check(

@@ -57,6 +57,7 @@ COMMANDS = (
     "weights.download",
     "weights.quantise",
     "weights.train_demo",
+    "weights.train_text",
 )
 
 
@@ -111,10 +112,11 @@ BAD = [
     ("eval.rivals", "--tokens -3", "--tokens: '-3' must be a whole number, 1 or more"),
     ("eval.rivals", "--repeats 0", "--repeats"),
     ("eval.rivals", "--tokens 576", "--tokens 576 must be more than the image's 576"),
-    ("eval.rivals", "--dtype int3", "'int3'"),
-    ("eval.rivals", "--gguf a.gguf", "--llama-bench and --gguf belong together"),
-    ("eval.rivals", "--llama-bench no-program --gguf a", "--llama-bench no-program is no program"),
-    ("eval.rivals", f"--llama-bench {sys.executable} --gguf no.gguf", "no file --gguf no.gguf"),
+    ("eval.rivals", "--ours int3", "'int3'"),
+    ("eval.rivals", "--peers llama.cpp-q3", "'llama.cpp-q3'"),
+    ("eval.rivals", "--layers 25", "--layers 25 must be at most 24"),
+    ("eval.rivals", "--prune fastvv", "'fastvv'"),
+    ("eval.rivals", "--prune pyramiddrop", "--prune pyramiddrop prunes at layer 24"),
     ("eval.demo", "--questions 0", "--questions: '0' must be a whole number, 1 or more"),
     ("eval.demo", "--seed -1", "--seed: '-1' must be a whole number, 0 or more"),
     ("eval.demo", "--kinds when", "'when'"),
@@ -136,6 +138,7 @@ BAD = [
     ("weights.quantise", "no/such/folder b --bits 4", "no folder 'no/such/folder'"),
     ("weights.train_demo", "--workers 0", "--workers"),
     ("weights.train_demo", "--stage last", "'last'"),
+    ("weights.train_text", "a b", "unrecognized arguments: b"),
 ]
 
 
@@ -155,7 +158,7 @@ def no_work(monkeypatch: pytest.MonkeyPatch) -> None:
     def work(*args: Any, **options: Any) -> Any:
         raise AssertionError("the work began before the error")
 
-    for module, name in ((demo, "measure"), (rivals, "Transformers"), (fit, "divergences")):
+    for module, name in ((demo, "measure"), (fit, "divergences")):
         monkeypatch.setattr(module, name, work)
 
 
@@ -199,15 +202,6 @@ def test_bad_samples_are_named(tmp_path: Path, capsys: pytest.CaptureFixture[str
         assert re.search(message, refusal(capsys))
 
 
-@pytest.mark.parametrize("prints", ["", "[]", "[1, 2]", '[{"avg_ns": 1}, {"avg_ns": 1}]'])
-def test_unexpected_output_of_llama_bench_is_refused(prints: str, tmp_path: Path) -> None:
-    bench = tmp_path / "bench"
-    bench.write_text(f"#!/bin/sh\ncat <<'X'\n{prints}\nX\n")
-    bench.chmod(0o755)
-    with pytest.raises(ValueError, match="printed something else than its results as JSON"):
-        rivals.llama_cpp_times(str(bench), "x.gguf", 620, 1)
-
-
 # ---------------------------------------------------------------- exit codes
 
 
@@ -222,7 +216,7 @@ def test_unexpected_output_of_llama_bench_is_refused(prints: str, tmp_path: Path
     (download, "fetch_any", "some/model"),
     (published, "read_figures", ""),
     (demo, "load", ""),
-    (rivals, "Transformers", ""),
+    (rivals, "read_plans", ""),
 ])  # fmt: skip
 def test_exit_codes(
     module: types.ModuleType, name: str, words: str, error: BaseException, code: int,
