@@ -157,7 +157,7 @@ class Bench:
 
 def stored_form(model: LLaVA) -> str | None:
     """The form of a checkpoint that is stored in 8 or 4 bits, from the words for its arithmetic."""
-    words = describe_arithmetic(model)
+    words, _ = describe_arithmetic(model)
     return next((form for form in ("nf4", "fp4", "int4", "int8") if form in words), None)
 
 

@@ -46,9 +46,7 @@ class AveragePlan(Plan):
 
 def nearest_variant(method: Method, average: float, n_layers: int, n_tokens: int) -> Method:
     """Of a method's variants, the one whose average is nearest; of equally near ones the first."""
-    variants = list(method.variants(n_layers, n_tokens))
-    if type(method).variants is Method.variants and any(f.name == "keep" for f in fields(method)):
-        variants = [replace(cast(Any, method), keep=k) for k in range(1, n_tokens + 1)]
+    variants = variants_of(method, n_layers, n_tokens)
     if not variants:
         raise ValueError(
             f"{method.label}: average={average} cannot be solved for these options; variants() "
@@ -74,6 +72,13 @@ def nearest_variant(method: Method, average: float, n_layers: int, n_tokens: int
             f"({method.strength}={said})"
         )
     return nearest
+
+
+def variants_of(method: Method, n_layers: int, n_tokens: int) -> list[Method]:
+    """What average= chooses among: the method's variants(), or it with every value of keep."""
+    if type(method).variants is Method.variants and any(f.name == "keep" for f in fields(method)):
+        return [replace(cast(Any, method), keep=k) for k in range(1, n_tokens + 1)]
+    return list(method.variants(n_layers, n_tokens))
 
 
 def average_entering(method: Method, n_layers: int, n_tokens: int) -> float:

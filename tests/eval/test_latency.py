@@ -142,7 +142,7 @@ def test_a_shape_that_does_not_fit_is_refused(
     monkeypatch.setattr(latency, "available_memory", lambda: 4.3e9)
     assert main(["--shape", "7b", "--form", "int4"]) == 2
     err = capsys.readouterr().err
-    assert "--form int4 needs 6.9 GB" in err
+    assert "--form int4 needs 7.3 GB" in err
     assert "and 4.3 GB are free" in err
 
 

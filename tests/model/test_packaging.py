@@ -104,7 +104,12 @@ def test_the_readme_fits_on_a_few_screens() -> None:
 
 
 # Distributions whose modules have another name.
-DISTRIBUTIONS = {"PIL": "pillow", "open_clip": "open-clip-torch", "sklearn": "scikit-learn"}
+DISTRIBUTIONS = {
+    "PIL": "pillow",
+    "llama_cpp": "llama-cpp-python",
+    "open_clip": "open-clip-torch",
+    "sklearn": "scikit-learn",
+}
 
 
 def third_party_imports(folder: Path) -> dict[str, Path]:

@@ -26,7 +26,7 @@ from minillava.pruning import (
     parse_plan_with_files,
     sparsevlm,
 )
-from minillava.pruning.average import AveragePlan, average_entering, entering, leaving
+from minillava.pruning.average import AveragePlan, average_entering, entering, leaving, variants_of
 from minillava.pruning.base import Context
 
 N = 64  # tokens per image of the model below
@@ -357,7 +357,7 @@ def test_no_variant_is_nearer(options: str, average: float) -> None:
     (asked,) = parse_plan(plan).methods
     chosen = resolved(plan)
     reached = average_entering(chosen, 32, 576)
-    every = [average_entering(v, 32, 576) for v in asked.variants(32, 576)]
+    every = [average_entering(v, 32, 576) for v in variants_of(asked, 32, 576)]
     assert abs(reached - average) == min(abs(r - average) for r in every)
     assert len(every) > 1
     limit = {"vtw": 9.0, "fitprune": 40.0, "dart": 4.0}.get(chosen.name, 0.6)

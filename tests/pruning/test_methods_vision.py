@@ -17,7 +17,7 @@ from torch import Tensor
 from minillava import parse_plan
 from minillava.generate import encode_images, generate
 from minillava.pruning import METHODS, PRESETS, divprune, hiprune, holov, prumerge, vispruner
-from minillava.pruning.base import Context, Keep, Method
+from minillava.pruning.base import Context, Keep, Method, Plan
 from minillava.pruning.grid import middle_patches, row_widths
 from minillava.pruning.pool import patches_of_cells
 
@@ -537,6 +537,13 @@ def test_what_the_tower_does_not_have(plan: str, tower: int, message: str) -> No
         method.vision_layers(tower)
 
 
+def check(plan: Plan, n_layers: int, per_image: int, starts: tuple[int, ...]) -> None:
+    """What a request checks of a plan, for a prompt with images at these places."""
+    for method in plan.methods:
+        n_tokens = per_image * (len(starts) if method.scope == "all" else 1)
+        method.check(n_layers, n_tokens, starts)
+
+
 @pytest.mark.parametrize(
     ("plan", "message"),
     [
@@ -551,23 +558,23 @@ def test_what_the_tower_does_not_have(plan: str, tower: int, message: str) -> No
 )
 def test_what_the_prompt_does_not_have(plan: str, message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        parse_plan(plan).check(4, 16, (2,))
+        check(parse_plan(plan), 4, 16, (2,))
 
 
 def test_visionzip_may_keep_every_patch() -> None:
-    parse_plan("visionzip:dominant=9,contextual=8").check(4, 16, (2,))  # with the class token
+    check(parse_plan("visionzip:dominant=9,contextual=8"), 4, 16, (2,))  # with the class token
 
 
 def test_vscan_needs_whole_windows() -> None:
     with pytest.raises(ValueError, match="cuts the image into 4 x 4 windows; its 5 x 5 patches"):
-        parse_plan("vscan:keep=4,final=0").check(4, 25, (2,))
+        check(parse_plan("vscan:keep=4,final=0"), 4, 25, (2,))
 
 
 @pytest.mark.parametrize("scope", ["image", "all"])
 def test_a_grids_sides_are_those_of_one_image(scope: str) -> None:
-    parse_plan(f"grid:h=4,w=4,scope={scope}").check(4, 16, (2, 20))
+    check(parse_plan(f"grid:h=4,w=4,scope={scope}"), 4, 16, (2, 20))
     with pytest.raises(ValueError, match="w=5 must be from 1 to 4"):
-        parse_plan(f"grid:h=4,w=5,scope={scope}").check(4, 16, (2, 20))
+        check(parse_plan(f"grid:h=4,w=5,scope={scope}"), 4, 16, (2, 20))
 
 
 @pytest.mark.parametrize(
