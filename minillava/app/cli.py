@@ -69,7 +69,8 @@ def _make_parser() -> argparse.ArgumentParser:
     dtype_help = "float32, float16, bfloat16 or auto (the fastest 16 bits); CPU default: float32"
     add("--dtype", metavar="T", help=dtype_help)
     add("--quantize", metavar="Q", help="int8, int8-dynamic, int4 or nf4")
-    add("--compile", action="store_true", help="prepare decoding: torch.compile, or CUDA graphs")
+    compile_help = "prepare decoding: CUDA graphs; on a CPU torch.compile, which hardly pays"
+    add("--compile", action="store_true", help=compile_help)
     add("--image-aspect", metavar="A", help="crop or pad; default: the checkpoint's")
     add("--raw-prompt", action="store_true", help="use --prompt as it is, with <image> in it")
     add("--no-cache", action="store_true", help="run the whole model again for each token")

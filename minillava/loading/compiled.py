@@ -7,7 +7,7 @@ for every token (mode=mask, with a score that reads the newest row) goes through
 CompiledDecode, for CPUs, runs every decoder layer in code that torch.compile made of one of them.
 Weights, cache and the numbers of rows are inputs of that code, so it serves all layers, plans and
 lengths. There is one version of it for a prompt alone, and others for batches and masks, which are
-made when they are needed first: at most 8 in all.
+made when they are needed first. After 8 versions torch runs layers that none fits uncompiled.
 
 GraphDecode, for CUDA, records all kernels of one token as a CUDA graph and repeats them, so that
 the host starts one graph and not hundreds of kernels. A graph always reads and writes the same

@@ -181,6 +181,23 @@ def test_stop_strings_sampling_and_limits_reach_the_loop(run: Run) -> None:
     assert read_record(run(*flags, "--no-cache"))["report"]["cache_lengths"][0] == [0]
 
 
+def test_compiled_decoding_is_asked_for_and_a_plan_that_prevents_it_is_noted(
+    run: Run, photo: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The compiler itself is left out."""
+    asked = []
+    monkeypatch.setattr("minillava.loading.checkpoint.check_compilable", lambda *_: None)
+    monkeypatch.setattr("minillava.loading.checkpoint.compile_decoding", asked.append)
+    flags = ("--image", photo, "--prompt", "Hi", "--prune", "fastv:k=1,r=0.5")
+    assert run(*flags, "--compile") == run(*flags)
+    assert len(asked) == 1
+    again = run(*flags[:-1], "fastv:k=1,r=0.5,mode=mask", "--compile")
+    assert again.code == 0
+    assert again.err.startswith("note: the plan chooses again for every token")
+    assert again.err.count("\n") == 1
+    assert "leave it out, or --no-cache" in read_error(run(*flags, "--compile", "--no-cache"))
+
+
 def test_methods_are_listed_without_a_model(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(ask, "load", None)
     output = run("--list-methods", model=None)

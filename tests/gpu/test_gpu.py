@@ -182,6 +182,25 @@ def test_a_token_is_one_wait(
     assert set(waits) == {1}
 
 
+@pytest.mark.parametrize("plan", PLANS)
+def test_cuda_graphs_give_the_same_tokens(folder: Path, here: Any, batch: Batch, plan: str) -> None:
+    there = load(folder, device="cuda", dtype="float32", compile=True)[0]
+    for prompts in (batch, tiny.make_batch(here, PROMPTS[0])):
+        expected = generate(here, prompts, parse_plan(plan), 8, output_logits=True)
+        for _ in range(2):  # a graph is recorded in each generation
+            found = generate(there, prompts, parse_plan(plan), 8, output_logits=True)
+            assert found.tokens == expected.tokens
+            tiny.assert_close(found.logits.cpu(), expected.logits)
+
+
+@pytest.mark.parametrize("form", ["int8", "int4"])
+def test_cuda_graphs_of_stored_forms(folder: Path, batch: Batch, form: str) -> None:
+    models = [load(folder, device="cuda", quantize=form, compile=c)[0] for c in (False, True)]
+    expected, found = (generate(m, batch, max_new_tokens=8, output_logits=True) for m in models)
+    assert found.tokens == expected.tokens
+    tiny.assert_close(found.logits.float().cpu(), expected.logits.float().cpu(), 2e-2)
+
+
 def test_memory_of_the_report(folder: Path, here: Any, counts: Counts | None) -> None:
     there = load(folder, device="cuda", dtype="float32")[0]
     batch = tiny.make_batch(here, "tt" + "I" * 8 + "tt")

@@ -128,9 +128,10 @@ def test_two_graphs_serve_every_method_that_drops(prepared: Any, graphs: Graphs)
     """All layers and plans: one for a prompt alone, one for a batch."""
     one = tiny.make_batch(prepared, "ttItttt")
     several = tiny.make_batch(prepared, "tIItt", "tt", "tItt")
-    for name in METHODS.keys() - tiny.GRIDS.keys():
+    names = METHODS.keys() - tiny.GRIDS.keys()
+    for plan in (Plan(), *map(tiny.example, sorted(names))):
         for batch in (one, several):
-            both(prepared, batch, tiny.example(name))
+            both(prepared, batch, plan, 3)
     assert len(graphs) == 2
     assert not torch._dynamo.utils.counters["graph_break"]
 
