@@ -116,10 +116,10 @@ def make_report(model: LLaVA, state: State, stopped: list[str], times: list[floa
 
 def describe_arithmetic(model: LLaVA) -> tuple[str, float]:
     """What the decoder's linear layers compute with: a stored form's words, or "bfloat16". And how
-    far rounding moves scores, as a share: they keep about half of the digits."""
+    far rounding may move a score, as a share of it: about half of the digits are safe."""
     layer, eps = model.block(0).mlp.down_proj, torch.finfo(model.dtype).eps
     words = getattr(layer, "arithmetic", str(model.dtype)[len("torch.") :])
-    return words, max(eps, getattr(layer, "eps", 0.0)) ** 0.5
+    return words, max(2 * eps**0.5, getattr(layer, "rounding", 0.0))
 
 
 def explain_step(pruned: Pruned, rounding: float) -> Kept:
@@ -138,12 +138,12 @@ def explain_sample(pruned: Pruned, b: int, rounding: float) -> dict[str, Any]:
         keep, ids = choice.keep, before.id[choice.candidates].tolist()  # [n]
         added = left.id[(left.id >= before.n_ids) & (left.image == before.image[choice.window[0]])]
         rows = [*(ids[i] for i in keep.index.tolist()), *added.tolist(), -1]  # [K + M + 1]
-        scores = [] if keep.scores is None or keep.scores.isinf().any() else keep.scores.tolist()
+        scores = [] if keep.scores is None else keep.scores.tolist()
+        scores = scores if all(map(math.isfinite, scores)) else []
         order = [] if keep.order is None else keep.order.tolist()
         into = [-1] * len(ids) if keep.merged_into is None else keep.merged_into.tolist()
         if {*order} - {*range(len(ids))} or {*into} - {*range(-1, len(rows) - 1)}:
-            who = pruned.step.method.label
-            raise ValueError(f"{who}: Keep.order or Keep.merged_into names rows that are not there")
+            raise ValueError(f"{pruned.step.method.label}: Keep.order or merged_into names no row")
         why["candidates"] += ids
         why["scores"] += scores or [None] * len(ids)
         why["order"] += [ids[i] for i in order]

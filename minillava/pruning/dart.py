@@ -27,7 +27,7 @@ from torch import Tensor
 
 from ..rows import take_rows
 from .base import Context, Keep, Method, Stages, amount, count, option, top
-from .margins import lead, least
+from .margins import COSINE, lead, least
 
 PIVOTS = 4  # among the image tokens, and as many among the text tokens
 
@@ -51,7 +51,7 @@ def select_distinct(
     for unlike in -cosine:  # (n,)
         left = pool.nonzero()[:, 0]  # (p,) ascending
         kept.append(left[top(unlike[left], each, "DART's pool")])
-        leads.append(lead(unlike[left], each, scale=1.0))
+        leads.append(lead(unlike[left], each, scale=COSINE))
         pool[kept[-1]] = False
     return torch.cat(kept), least(*leads)
 

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from .base import Context, Keep
-from .margins import Picks
+from .margins import COSINE, Picks
 from .shared import BeforeDecoder, cosines
 
 
@@ -43,4 +43,4 @@ class DivPrune(BeforeDecoder):
     def choose(self, c: Context) -> Keep:
         (keep,) = self.left(c.n_tokens)
         features = c.features()
-        return choose_farthest(1 - cosines(features, features, c.where), keep).keep(scale=1.0)
+        return choose_farthest(1 - cosines(features, features, c.where), keep).keep(scale=COSINE)

@@ -28,7 +28,7 @@ from torch import Tensor
 
 from ..clip import Block
 from .base import Context, Keep, Method, Stages, amount, count, option
-from .margins import lead
+from .margins import COSINE, lead
 from .shared import (
     add_attention,
     assignment,
@@ -47,7 +47,7 @@ class Tokens:
     size: Tensor  # (T,) float32, patches that each stands for
     patch: Tensor  # (T,) the patch whose number it has, -1 for the class token
     of: Tensor  # (1 + N,) the token that each token of the image's is part of now
-    closest: Tensor  # () the least lead() of what was merged, as a difference of cosines
+    closest: Tensor  # () the least lead() of what was merged
     merged: bool = False  # whether one of them stands for several patches
 
 
@@ -62,8 +62,8 @@ def match(metric: Tensor, r: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     merged, left = order[:r], order[r:].sort().values
     into = best.indices[merged]
     other = cosine[merged].scatter(1, into[:, None], -torch.inf).amax(1)  # (r,) the second best
-    margin = (best.values[merged] - other).amin()
-    closest = torch.minimum(lead(best.values, r, scale=1.0), margin)
+    margin = (best.values[merged] - other).amin() / COSINE
+    closest = torch.minimum(lead(best.values, r, scale=COSINE), margin)
     return merged, into, left, closest
 
 

@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 from .base import Context, Keep, option, top
-from .margins import lead, least, least_gap
+from .margins import COSINE, lead, least, least_gap
 from .shared import BeforeDecoder, mark_nan, second_last_block, unchecked_cosines
 
 DROPPED_PER_ROUND = 8
@@ -41,7 +41,7 @@ def thin_out(similarity: Tensor, order: Tensor, keep: int) -> tuple[Tensor, Tens
         closest = similarity[even[:, None], odd].amax(1)
         rank = closest.sort(descending=True, stable=True).indices
         order = torch.cat((even[rank[n_dropped:]], odd))
-        gap = torch.minimum(gap, least_gap(closest, scale=1.0))
+        gap = torch.minimum(gap, least_gap(closest, scale=COSINE))
     return order, gap
 
 
