@@ -29,4 +29,4 @@ class HiRED(BeforeDecoder):
 
     def choose(self, c: Context) -> Keep:
         score = c.vision_attention(-2).sum(0)  # (H, n) -> (n,)
-        return Keep(top(score, self.left(c.n_tokens)[0], c.where))
+        return Keep(top(score, self.left(c.n_tokens)[0], c.where), scores=score)

@@ -114,7 +114,7 @@ def test_presets_are_written_in_full() -> None:
         written = write_plan(plan)
         assert parse_plan(written).methods == plan.methods
         assert name_plan(plan) == f"{name} = {written}"
-    said = "sparsevlm:layers=3/7/16,keep=300/200/110"
+    said = "sparsevlm:layers=3/7/16,keep=300/200/110,version=1"
     assert write_plan(parse_plan("sparsevlm-192")) == said
 
 

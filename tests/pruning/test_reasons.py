@@ -29,10 +29,13 @@ PROMPTS = ("tItIttt", "tttt", "tIItt")
 SCORING = {
     "fastv", "simignore", "sparsevlm", "pyramiddrop", "fitprune", "visionzip", "prumerge",
     "prumerge-plus", "fastervlm", "hired", "vispruner", "divprune", "trim", "cdpruner", "holov",
-    "hiprune", "vscan",
+    "hiprune", "vscan", "scope", "gprune", "mmtok", "v2drop", "nuwa", "apet",
 }  # fmt: skip
-PICKING = {"divprune", "cdpruner", "dart"}
-MERGING = {"visionzip", "prumerge", "prumerge-plus", "sparsevlm", "trim", "tome", "vscan", "pool"}
+PICKING = {"divprune", "cdpruner", "dart", "scope", "mmtok"}
+MERGING = {
+    "visionzip", "prumerge", "prumerge-plus", "sparsevlm", "trim", "tome", "vscan", "pool", "apet",
+}  # fmt: skip
+HERE = sorted(METHODS.keys() - tiny.GRIDS.keys())  # methods that can run on the model below
 READING = SCORING | PICKING | MERGING - {"pool"}  # the others do not look at the picture
 
 
@@ -50,7 +53,7 @@ def explained(model: Any, batch: Batch, name: str) -> Iterator[tuple[Kept, int]]
                 yield kept, b
 
 
-@pytest.mark.parametrize("name", METHODS)
+@pytest.mark.parametrize("name", HERE)
 def test_every_method_explains_its_choice(model: Any, batch: Batch, name: str) -> None:
     T = [int(mask.sum()) for mask in batch.mask]
     steps = tiny.example(name).steps
@@ -80,7 +83,7 @@ def test_every_method_explains_its_choice(model: Any, batch: Batch, name: str) -
     assert ("closest" in told) == (name in READING)
 
 
-@pytest.mark.parametrize("name", METHODS)
+@pytest.mark.parametrize("name", HERE)
 def test_a_report_is_json_and_says_nothing_of_a_prompt_without_images(
     model: Any, batch: Batch, name: str
 ) -> None:
@@ -95,7 +98,7 @@ def test_a_report_is_json_and_says_nothing_of_a_prompt_without_images(
             assert digest == hashlib.sha256(json.dumps(positions).encode()).hexdigest()
 
 
-@pytest.mark.parametrize("name", METHODS)
+@pytest.mark.parametrize("name", HERE)
 def test_a_batch_says_what_each_prompt_says_alone(model: Any, batch: Batch, name: str) -> None:
     plan = tiny.example(name)
     together = generate(model, batch, plan, max_new_tokens=1).report.kept
@@ -104,7 +107,8 @@ def test_a_batch_says_what_each_prompt_says_alone(model: Any, batch: Batch, name
         for ours, theirs in zip(together, alone.report.kept, strict=True):
             for field in ("digest", "candidates", "order", "merged_into", "within_rounding"):
                 assert getattr(ours, field)[b] == getattr(theirs, field)[0], field
-            assert ours.scores[b] == pytest.approx(theirs.scores[0], rel=1e-4, abs=1e-6)
+            # ApET's basis rows have an error of 0, up to rounding
+            assert ours.scores[b] == pytest.approx(theirs.scores[0], rel=1e-4, abs=1e-5)
 
 
 @pytest.mark.parametrize("name", sorted(SCORING))
