@@ -169,8 +169,10 @@ class WidenedLinear(StoredLinear):
 
     @property
     def rounding(self) -> float:
-        if self.form in (Int8, Int4):
-            return INT8_ROUNDING if self.form is Int8 else super().rounding
+        if self.form in (Int8, RowInt8):
+            return INT8_ROUNDING
+        if self.form is Int4:
+            return INT4_ROUNDING
         return 2 * torch.finfo(self.weight.dtype).eps ** 0.5
 
     def multiply(self, x: Tensor) -> Tensor:
