@@ -140,7 +140,17 @@ def test_the_threads_of_an_interrupted_download_are_told_to_stop(
 
 
 @pytest.mark.parametrize(
-    "name", ["nowhere", "/no/such/folder", "./a/b", "a/b/c", " ", "../no-such-folder", "~nobody/x", "x" * 999]
+    "name",
+    [
+        "nowhere",
+        "/no/such/folder",
+        "./a/b",
+        "a/b/c",
+        " ",
+        "../no-such-folder",
+        "~nobody/x",
+        "x" * 999,
+    ],
 )
 def test_a_name_that_is_neither_folder_nor_id_is_refused(hub: Hub, name: str) -> None:
     with pytest.raises(ValueError, match=r"there is no folder .* org/name") as caught:
