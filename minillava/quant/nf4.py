@@ -144,9 +144,8 @@ def to_nested(absmax: Tensor) -> Nested:
     padded = F.pad(centred, (0, -len(centred) % NESTED_BLOCK)).view(-1, NESTED_BLOCK)
     scale = padded.abs().amax(-1)  # (ceil(blocks / 256),)
     levels = dynamic_levels(absmax.device)
-    codes = _to_8_bits(padded * (1.0 / scale)[:, None], levels)
-    codes = codes.masked_fill_((scale == 0)[:, None], 0).flatten()[: len(absmax)]
-    return Nested(codes, scale, levels, offset)
+    codes = _to_8_bits(padded * (1.0 / scale)[:, None], levels).flatten()
+    return Nested(codes[: len(absmax)], scale, levels, offset)
 
 
 def _to_8_bits(scaled: Tensor, levels: Tensor) -> Tensor:
@@ -156,7 +155,7 @@ def _to_8_bits(scaled: Tensor, levels: Tensor) -> Tensor:
     Float64 represents the product exactly, so that one rounding remains here too.
     """
     positive = (scaled.clamp(-1, 1) + 1.0).double() * (STEPS / 2) + 0.5
-    step = positive.float().nan_to_num(0.0).int().float()  # 0 / 0 becomes step 0 there
+    step = positive.float().nan_to_num(0.0).int().float()  # step 0 if all are 0
     borders = 0.5 * (levels[:-1] + levels[1:])  # (255,)
     return torch.bucketize(2.0 * step / STEPS - 1.0, borders, out_int32=True).to(torch.uint8)
 

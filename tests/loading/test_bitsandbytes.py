@@ -134,6 +134,18 @@ def test_what_is_quantised_in_the_files_stays_so(folders: dict[str, Path], form:
     )
 
 
+def test_levels_of_absmax_are_those_of_the_files(folders: dict[str, Path], tmp_path: Path) -> None:
+    """Earlier versions of bitsandbytes may have made others."""
+    other = shutil.copytree(folders["nf4, nested"], tmp_path / "other")
+    state = load_file(other / SINGLE)
+    name = "language_model.model.layers.1.mlp.up_proj.weight.nested_quant_map"
+    state[name] = state[name] / 2
+    save_file(state, other / SINGLE, {"format": "pt"})
+    model, theirs = load(other)[0], open_there(other)
+    expected = theirs.model.language_model.layers[1].mlp.up_proj(torch.eye(64)).T
+    tiny.assert_close(model.llama.blocks[1].mlp.up_proj(torch.eye(64)).T, expected, 1e-6)
+
+
 def test_nf4_at_load_is_what_transformers_makes(src: Path, folders: dict[str, Path]) -> None:
     """Of the layers that LLaVA's loader quantises, and of the values in the files' dtype."""
     ours, theirs = (all_tensors(m) for m in (
