@@ -352,6 +352,14 @@ def test_a_working_kernel_is_found() -> None:
     assert kernel_works("int8")
 
 
+def test_onednn_is_found_where_its_products_are_exact() -> None:
+    """A wrong layer would be noticed and replaced by fbgemm's, so no other test would fail."""
+    if digit_limit() != 127:
+        pytest.skip("this CPU does not sum products of 8 bits exactly")
+    assert kernel_works("onednn")
+    assert kernel_works("int4")
+
+
 @pytest.mark.parametrize("columns", [32, 64, 128, 256])
 def test_the_packed_int4_kernel_is_chosen(columns: int) -> None:
     if not kernel_works("int4"):
