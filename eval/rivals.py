@@ -32,7 +32,7 @@ import torch
 
 from minillava.app.command import CommandParser, parse_positive_int, run_command
 from minillava.config import Config
-from minillava.quant.linear import multiplies_bfloat16
+from minillava.quant.cpu import multiplies_bfloat16
 
 from .latency import FORMS, SHAPES, available_memory, model_bytes
 from .peers.base import ALL_LAYERS, Measurable, Peer, Times

@@ -36,7 +36,7 @@ from minillava.app.command import CommandParser, parse_path, run_command
 from minillava.config import Config, TextConfig, VisionConfig
 from minillava.llama import Block
 from minillava.llava import LLaVA
-from minillava.quant.linear import multiplies_bfloat16
+from minillava.quant.cpu import multiplies_bfloat16
 
 from .demo_data import write_atomically
 from .demo_model import Muon

@@ -11,17 +11,11 @@ from torch import Tensor, nn
 from tqdm import tqdm  # type: ignore[import-untyped,unused-ignore]
 
 from ..llava import LLaVA
-from ..quant.linear import (
-    Int4,
-    Int8,
-    Weight,
-    WidenedLinear,
-    choose_linear,
-    kernel_works,
-    multiplies_bfloat16,
-)
+from ..quant.cpu import multiplies_bfloat16
+from ..quant.linear import choose_linear, kernel_works
 from ..quant.nf4 import Nf4, absmax_of, to_nf4
 from ..quant.quantise import to_int4, to_int8
+from ..quant.stored import Int4, Int8, Weight, WidenedLinear
 from .bitsandbytes_layout import LLM_INT8, JoinedWeight
 from .memory import return_freed_memory
 from .tensor_files import FLOATS, StoredTensor

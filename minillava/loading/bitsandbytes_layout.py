@@ -28,8 +28,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..quant.linear import RowInt8
 from ..quant.nf4 import BLOCK, LEVELS, NESTED_BLOCK, Nested, Nf4, dynamic_levels, levels_of
+from ..quant.stored import RowInt8
 from .error_text import cut, cut_path, shorten
 from .json_entries import MAX_INTEGER
 from .quantization_entries import COMPUTE, Layout, read_layout

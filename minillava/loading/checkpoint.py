@@ -22,7 +22,7 @@ from ..llava import LLaVA
 from ..processing.generation_rules import GenerationRules
 from ..processing.processor import Processor
 from ..processing.tokenizer import Tokenizer
-from ..quant.linear import multiplies_bfloat16
+from ..quant.cpu import multiplies_bfloat16
 from ..quant.quantise import stored_parts
 from .assemble import TIED, choose_arithmetic, choose_forms, linear_layers, load_weights
 from .bitsandbytes_layout import JoinedWeight, read_tensors

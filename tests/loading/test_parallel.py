@@ -34,7 +34,7 @@ from minillava.app.ranks import Ranks
 from minillava.loading.checkpoint import load
 from minillava.pruning import METHODS
 from minillava.pruning.base import Plan
-from minillava.quant.linear import multiplies_bfloat16
+from minillava.quant.cpu import multiplies_bfloat16
 from weights.quantise import quantise
 
 PROMPTS = ("tttItttttt", "tttt", "tItIttt", "tIItt")  # several images, and none

@@ -121,7 +121,7 @@ ADAPTIVE = ("prumerge", "prumerge-plus", "mustdrop")  # the number of tokens fol
 @pytest.mark.slow
 def test_onednn_without_bfloat16_is_noticed() -> None:
     """oneDNN then does as on a CPU without the instructions. A process reads it once."""
-    code = "from minillava.quant.linear import multiplies_bfloat16; print(multiplies_bfloat16())"
+    code = "from minillava.quant.cpu import multiplies_bfloat16; print(multiplies_bfloat16())"
     env = {**os.environ, "ONEDNN_MAX_CPU_ISA": "AVX2"}
     out = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True)
     assert out.stdout.split() == ["False"], out.stderr

@@ -1,0 +1,53 @@
+"""What this CPU multiplies fast and exactly, found out by asking torch or by trying."""
+
+from __future__ import annotations
+
+import functools
+import platform
+
+import torch
+
+ONEDNN_ROWS = 6  # for fewer rows oneDNN reads a weight at three quarters of the rate
+PACKED_ROWS = 64  # rows of a weight that torch's int4 kernel takes at a time
+
+
+@functools.cache
+def multiplies_bfloat16() -> bool:
+    """Whether this CPU has instructions that multiply bfloat16 matrices, and torch uses them.
+
+    Without them torch computes bfloat16 in float32 with conversions, at a seventh of the rate.
+    oneDNN, which multiplies, can be told to leave them alone (ONEDNN_MAX_CPU_ISA=AVX2); x86 CPUs
+    with AVX-512 but without its BF16 extension pass oneDNN's own test, hence the second one.
+    """
+    try:
+        used = torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    except (RuntimeError, AttributeError):  # a torch without oneDNN
+        return False
+    if platform.machine().lower() in ("x86_64", "amd64"):
+        extensions = ("_is_avx512_bf16_supported", "_is_amx_tile_supported")
+        return used and any(getattr(torch.cpu, name, bool)() for name in extensions)
+    return used
+
+
+@functools.cache
+def digit_limit() -> int:
+    """The largest activation, 127 or 63, whose products with int8 weights oneDNN sums exactly.
+
+    Instructions older than VNNI add two products of 8 bits in 16 bits, which saturate.
+    """
+    inputs = torch.full((ONEDNN_ROWS, 256), 255, dtype=torch.uint8)
+    packed = torch.ops.onednn.qlinear_prepack(torch.full((64, 256), 127, dtype=torch.int8), None)
+    y = torch.ops.onednn.qlinear_pointwise(
+        inputs, 1.0, 0, packed, torch.ones(64), torch.zeros(64, dtype=torch.int64), None, 1.0, 0,
+        torch.float32, "none", [], "",
+    )  # fmt: skip
+    return 127 if (y == 255 * 127 * 256).all() else 63
+
+
+@functools.cache
+def packed_block_rows() -> int:
+    """Rows of a block in the layout of torch's int4 kernel: 64 with AVX-512, 32 with AVX2."""
+    codes = torch.zeros(PACKED_ROWS, 32, dtype=torch.int32)
+    codes[32:] = 1
+    packed = torch.ops.aten._convert_weight_to_int4pack_for_cpu(codes, 1)
+    return 64 if (packed == 16).all() else 32

@@ -1,0 +1,223 @@
+/* The few inner loops of integer layers that torch has no fast kernel for, for CPUs with AVX2.
+ *
+ * native.py compiles this file and documents its functions. R rows of activations x (R, K) are
+ * multiplied by a weight (N, K). All matrices are contiguous, row by row. Sums of integers are
+ * exact, and floating-point operations are those of the torch code that runs without this file,
+ * in the same order, so both give the same bits (the rotation apart, which sums in another order).
+ */
+
+#include <immintrin.h>
+#include <math.h>
+#include <stdint.h>
+#include <stdlib.h>
+#include <string.h>
+
+#define GROUP 32 /* columns of an int4 weight that share a step and a low */
+
+static inline int32_t sum_lanes(__m256i v) {
+    __m128i s = _mm_add_epi32(_mm256_castsi256_si128(v), _mm256_extracti128_si256(v, 1));
+    s = _mm_add_epi32(s, _mm_shuffle_epi32(s, 0x4e));
+    return _mm_cvtsi128_si32(_mm_add_epi32(s, _mm_shuffle_epi32(s, 0xb1)));
+}
+
+/* One butterfly inside a vector: lanes whose sign is set hold the difference, the others the sum. */
+static inline __m256 butterfly(__m256 v, __m256 partner, int signs) {
+    const __m256i bits = _mm256_setr_epi32(1, 2, 4, 8, 16, 32, 64, 128);
+    __m256i set = _mm256_cmpeq_epi32(_mm256_and_si256(_mm256_set1_epi32(signs), bits), bits);
+    __m256 flip = _mm256_castsi256_ps(_mm256_slli_epi32(set, 31));
+    return _mm256_add_ps(partner, _mm256_xor_ps(v, flip));
+}
+
+/* h = x H for one block of b columns, b a power of two and at least 8, H with entries +-1. */
+static void hadamard(const float *x, float *h, long b) {
+    for (long i = 0; i < b; i += 8) {
+        __m256 v = _mm256_loadu_ps(x + i);
+        v = butterfly(v, _mm256_permute_ps(v, 0xb1), 0xaa);
+        v = butterfly(v, _mm256_permute_ps(v, 0x4e), 0xcc);
+        v = butterfly(v, _mm256_permute2f128_ps(v, v, 1), 0xf0);
+        _mm256_storeu_ps(h + i, v);
+    }
+    for (long half = 8; half < b; half *= 2)
+        for (long at = 0; at < b; at += 2 * half)
+            for (long i = at; i < at + half; i += 8) {
+                __m256 first = _mm256_loadu_ps(h + i), second = _mm256_loadu_ps(h + i + half);
+                _mm256_storeu_ps(h + i, _mm256_add_ps(first, second));
+                _mm256_storeu_ps(h + i + half, _mm256_sub_ps(first, second));
+            }
+}
+
+int to_digits(const float *x, int8_t *codes, float *step, long R, long K, long b, long digits,
+              float limit, float tiny, int threads) {
+    const float norm = 1.0f / sqrtf((float)b);
+    int failed = 0;
+#pragma omp parallel for num_threads(threads) if (R > 1) reduction(| : failed)
+    for (long r = 0; r < R; r++) {
+        float *h = malloc(K * sizeof(float)), largest = 0.0f, wrong = 0.0f;
+        if (!h) {
+            failed = 1;
+            continue;
+        }
+        for (long at = 0; at < K; at += b)
+            hadamard(x + r * K + at, h + at, b);
+        __m256 most = _mm256_setzero_ps(), bad = _mm256_setzero_ps();
+        const __m256 magnitude = _mm256_castsi256_ps(_mm256_set1_epi32(0x7fffffff));
+        for (long i = 0; i < K; i += 8) {
+            __m256 v = _mm256_mul_ps(_mm256_loadu_ps(h + i), _mm256_set1_ps(norm));
+            _mm256_storeu_ps(h + i, v);
+            most = _mm256_max_ps(_mm256_and_ps(v, magnitude), most);
+            bad = _mm256_add_ps(bad, _mm256_sub_ps(v, v)); /* NaN if v is not finite */
+        }
+        float lanes[8], wrongs[8];
+        _mm256_storeu_ps(lanes, most);
+        _mm256_storeu_ps(wrongs, bad);
+        for (int i = 0; i < 8; i++) {
+            largest = lanes[i] > largest ? lanes[i] : largest;
+            wrong += wrongs[i];
+        }
+        float size = largest / limit;
+        size = (size > tiny ? size : tiny) + wrong;
+        step[r] = size;
+        const float inverse = 1.0f / size;
+        int8_t *first = codes + r * K, *second = codes + (R + r) * K;
+        for (long i = 0; i < K; i++) {
+            float value = h[i] * inverse, whole = rintf(value);
+            first[i] = (int8_t)(int)whole;
+            h[i] = (value - whole) * (2.0f * limit);
+        }
+        if (digits == 2)
+            for (long i = 0; i < K; i++)
+                second[i] = (int8_t)(int)rintf(h[i]);
+        free(h);
+    }
+    return failed;
+}
+
+/* The result from one sum, or from those of two digits. */
+static inline float scaled(int32_t first, int32_t second, float share, float scale, float step) {
+    float y = (float)first;
+    if (share != 0.0f)
+        y += (float)second * share;
+    return y * scale * step;
+}
+
+int scale_sums(const int32_t *sums, float *y, const float *scale, const float *step, long R,
+                long N, float share, int threads) {
+#pragma omp parallel for num_threads(threads) if (R > 1)
+    for (long r = 0; r < R; r++)
+        if (share == 0.0f)
+            for (long n = 0; n < N; n++)
+                y[r * N + n] = (float)sums[r * N + n] * scale[n] * step[r];
+        else
+            for (long n = 0; n < N; n++)
+                y[r * N + n] = scaled(sums[r * N + n], sums[(R + r) * N + n], share, scale[n], step[r]);
+    return 0;
+}
+
+static inline int32_t dot_int8(const int8_t *w, const int16_t *x, long K) {
+    __m256i a = _mm256_setzero_si256(), b = a;
+    long k = 0;
+    for (; k + 32 <= K; k += 32) {
+        __m256i low = _mm256_cvtepi8_epi16(_mm_loadu_si128((const __m128i *)(w + k)));
+        __m256i high = _mm256_cvtepi8_epi16(_mm_loadu_si128((const __m128i *)(w + k + 16)));
+        a = _mm256_add_epi32(a, _mm256_madd_epi16(low, _mm256_loadu_si256((const __m256i *)(x + k))));
+        b = _mm256_add_epi32(b, _mm256_madd_epi16(high, _mm256_loadu_si256((const __m256i *)(x + k + 16))));
+    }
+    int32_t sum = sum_lanes(_mm256_add_epi32(a, b));
+    for (; k < K; k++)
+        sum += w[k] * x[k];
+    return sum;
+}
+
+int multiply_int8(const int8_t *codes, const int8_t *w, const float *scale, const float *step, float *y,
+                  long R, long N, long K, float share, int threads) {
+    const long rows = share == 0.0f ? R : 2 * R;
+    int16_t *x = malloc(rows * K * sizeof(int16_t));
+    if (!x)
+        return 1;
+    for (long i = 0; i < rows * K; i++)
+        x[i] = codes[i];
+#pragma omp parallel for num_threads(threads)
+    for (long n = 0; n < N; n++)
+        for (long r = 0; r < R; r++) {
+            int32_t first = dot_int8(w + n * K, x + r * K, K);
+            int32_t second = share == 0.0f ? 0 : dot_int8(w + n * K, x + (R + r) * K, K);
+            y[r * N + n] = scaled(first, second, share, scale[n], step[r]);
+        }
+    free(x);
+    return 0;
+}
+
+/* The sum over the groups of a row of low times the sum of the group's activations. */
+static inline int32_t dot_low(const int8_t *low, const int16_t *sums, long groups) {
+    __m256i a = _mm256_setzero_si256();
+    long g = 0;
+    for (; g + 16 <= groups; g += 16)
+        a = _mm256_add_epi32(a, _mm256_madd_epi16(_mm256_cvtepi8_epi16(_mm_loadu_si128((const __m128i *)(low + g))),
+                                                  _mm256_loadu_si256((const __m256i *)(sums + g))));
+    int32_t sum = sum_lanes(a);
+    for (; g < groups; g++)
+        sum += low[g] * sums[g];
+    return sum;
+}
+
+/* The sum of step * code * x over one row of codes, of which 32 bytes hold two groups. */
+static inline int32_t dot_int4(const uint8_t *w, const uint8_t *step, const int8_t *x, long K) {
+    const __m256i nibble = _mm256_set1_epi8(15), low_byte = _mm256_set1_epi16(255);
+    __m256i a = _mm256_setzero_si256(), b = a;
+    for (long k = 0; k < K; k += 2 * GROUP, w += GROUP, step += 2) {
+        __m256i bytes = _mm256_loadu_si256((const __m256i *)w);
+        __m256i first = _mm256_and_si256(bytes, nibble);
+        __m256i second = _mm256_and_si256(_mm256_srli_epi16(bytes, 4), nibble);
+        first = _mm256_maddubs_epi16(first, _mm256_loadu_si256((const __m256i *)(x + k)));
+        second = _mm256_maddubs_epi16(second, _mm256_loadu_si256((const __m256i *)(x + k + GROUP)));
+        __m256i s = _mm256_and_si256(_mm256_set1_epi8((char)step[0]), low_byte);
+        __m256i t = _mm256_and_si256(_mm256_set1_epi8((char)step[1]), low_byte);
+        a = _mm256_add_epi32(a, _mm256_madd_epi16(first, s));
+        b = _mm256_add_epi32(b, _mm256_madd_epi16(second, t));
+    }
+    return sum_lanes(_mm256_add_epi32(a, b));
+}
+
+int multiply_int4(const int8_t *codes, const uint8_t *w, const uint8_t *wstep, const int8_t *wlow,
+                  const float *scale, const float *step, float *y, long R, long N, long K, int threads) {
+    const long groups = K / GROUP;
+    int16_t *sums = malloc(R * groups * sizeof(int16_t));
+    if (!sums)
+        return 1;
+    for (long g = 0; g < R * groups; g++) {
+        int sum = 0;
+        for (long i = 0; i < GROUP; i++)
+            sum += codes[g * GROUP + i];
+        sums[g] = (int16_t)sum;
+    }
+#pragma omp parallel for num_threads(threads)
+    for (long n = 0; n < N; n++)
+        for (long r = 0; r < R; r++) {
+            int32_t sum = dot_int4(w + n * K / 2, wstep + n * groups, codes + r * K, K);
+            sum += dot_low(wlow + n * groups, sums + r * groups, groups);
+            y[r * N + n] = scaled(sum, 0, 0.0f, scale[n], step[r]);
+        }
+    free(sums);
+    return 0;
+}
+
+int widen_int4(const uint8_t *w, const uint8_t *step, const int8_t *low, int8_t *wide, long pairs,
+                int threads) {
+    const __m256i nibble = _mm256_set1_epi8(15);
+    const __m128i count = _mm_setr_epi8(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
+#pragma omp parallel for num_threads(threads)
+    for (long p = 0; p < pairs; p++) {
+        __m256i bytes = _mm256_loadu_si256((const __m256i *)(w + p * GROUP)), level[2];
+        for (int i = 0; i < 2; i++) { /* the 16 values of a group, modulo 256 */
+            __m256i products = _mm256_mullo_epi16(_mm256_cvtepu8_epi16(count), _mm256_set1_epi16(step[2 * p + i]));
+            __m128i values = _mm_packus_epi16(_mm256_castsi256_si128(products), _mm256_extracti128_si256(products, 1));
+            values = _mm_add_epi8(values, _mm_set1_epi8(low[2 * p + i]));
+            level[i] = _mm256_broadcastsi128_si256(values);
+        }
+        __m256i first = _mm256_shuffle_epi8(level[0], _mm256_and_si256(bytes, nibble));
+        __m256i second = _mm256_shuffle_epi8(level[1], _mm256_and_si256(_mm256_srli_epi16(bytes, 4), nibble));
+        _mm256_storeu_si256((__m256i *)(wide + 2 * p * GROUP), first);
+        _mm256_storeu_si256((__m256i *)(wide + (2 * p + 1) * GROUP), second);
+    }
+    return 0;
+}
