@@ -12,6 +12,7 @@
 #include <stdlib.h>
 #include <string.h>
 
+#define AHEAD 2048 /* bytes of a weight that are fetched ahead: a CPU alone stops at a page */
 #define GROUP 32 /* columns of an int4 weight that share a step and a low */
 
 static inline int32_t sum_lanes(__m256i v) {
@@ -117,6 +118,7 @@ static inline int32_t dot_int8(const int8_t *w, const int16_t *x, long K) {
     __m256i a = _mm256_setzero_si256(), b = a;
     long k = 0;
     for (; k + 32 <= K; k += 32) {
+        _mm_prefetch((const char *)w + k + AHEAD, _MM_HINT_T0);
         __m256i low = _mm256_cvtepi8_epi16(_mm_loadu_si128((const __m128i *)(w + k)));
         __m256i high = _mm256_cvtepi8_epi16(_mm_loadu_si128((const __m128i *)(w + k + 16)));
         a = _mm256_add_epi32(a, _mm256_madd_epi16(low, _mm256_loadu_si256((const __m256i *)(x + k))));
@@ -165,6 +167,7 @@ static inline int32_t dot_int4(const uint8_t *w, const uint8_t *step, const int8
     const __m256i nibble = _mm256_set1_epi8(15), low_byte = _mm256_set1_epi16(255);
     __m256i a = _mm256_setzero_si256(), b = a;
     for (long k = 0; k < K; k += 2 * GROUP, w += GROUP, step += 2) {
+        _mm_prefetch((const char *)w + AHEAD, _MM_HINT_T0);
         __m256i bytes = _mm256_loadu_si256((const __m256i *)w);
         __m256i first = _mm256_and_si256(bytes, nibble);
         __m256i second = _mm256_and_si256(_mm256_srli_epi16(bytes, 4), nibble);
