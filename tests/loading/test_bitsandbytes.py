@@ -21,7 +21,7 @@ from transformers import BitsAndBytesConfig, LlavaForConditionalGeneration
 from minillava import load
 from minillava.generate import generate
 from minillava.loading.tensor_files import SINGLE
-from minillava.quant.linear import Nf4Linear, RowInt8
+from minillava.quant.stored import Nf4Linear, RowInt8
 from weights.quantise import quantise
 
 logging.getLogger("bitsandbytes").setLevel(logging.ERROR)

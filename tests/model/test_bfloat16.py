@@ -16,7 +16,8 @@ from minillava import load
 from minillava.generate import generate
 from minillava.loading import assemble, checkpoint
 from minillava.pruning import METHODS
-from minillava.quant.linear import WidenedLinear, multiplies_bfloat16
+from minillava.quant.cpu import multiplies_bfloat16
+from minillava.quant.stored import WidenedLinear
 
 
 @pytest.fixture(scope="module")

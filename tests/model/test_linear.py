@@ -11,23 +11,10 @@ import torch
 from torch import Tensor
 
 from eval import cost
-from minillava.quant import linear
-from minillava.quant.linear import (
-    HalfLinear,
-    Int4,
-    Int4Linear,
-    Int8,
-    Int8Linear,
-    OneDnnLinear,
-    RowInt8,
-    StoredLinear,
-    WidenedLinear,
-    choose_linear,
-    digit_limit,
-    kernel_works,
-    multiplies_bfloat16,
-    weight_bytes,
-)
+from minillava.quant import integer, linear, stored
+from minillava.quant.cpu import digit_limit, multiplies_bfloat16
+from minillava.quant.integer import FbgemmLinear, Int4Linear, Int8Linear, PackedInt4Linear
+from minillava.quant.linear import choose_linear, kernel_works, weight_bytes
 from minillava.quant.nf4 import from_nf4, to_nf4
 from minillava.quant.quantise import (
     block_size,
@@ -39,6 +26,24 @@ from minillava.quant.quantise import (
     to_int8,
     widen_codes,
 )
+from minillava.quant.stored import (
+    HalfLinear,
+    Int4,
+    Int8,
+    RowInt8,
+    StoredLinear,
+    WidenedLinear,
+)
+
+INT4 = (Int4Linear, PackedInt4Linear)
+
+
+def choose_packed_int4(weight: Tensor) -> StoredLinear:
+    """The layer of int4 where native.c is not there."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(linear, "kernel_works", lambda kind: kind != "native" and kernel_works(kind))
+        return choose_linear(Int4(*to_int4(weight)), None)
+
 
 Make = Callable[[Tensor], StoredLinear]
 FORMS: dict[str, Make] = {
@@ -47,8 +52,9 @@ FORMS: dict[str, Make] = {
     "int8": lambda w: choose_linear(Int8(*to_int8(w)), None),
     "int8-dynamic": lambda w: choose_linear(Int8(*to_int8(w)), None, digits=1),
     "int4": lambda w: choose_linear(Int4(*to_int4(w)), None),
-    "int8 fbgemm": lambda w: Int8Linear(Int8(*to_int8(w)), None, digits=2),
-    "int8-dynamic fbgemm": lambda w: Int8Linear(Int8(*to_int8(w)), None, digits=1),
+    "int4 packed": lambda w: choose_packed_int4(w),
+    "int8 fbgemm": lambda w: FbgemmLinear(Int8(*to_int8(w)), None, digits=2),
+    "int8-dynamic fbgemm": lambda w: FbgemmLinear(Int8(*to_int8(w)), None, digits=1),
     "nf4 widened": lambda w: choose_linear(to_nf4(w), None),
     "fp4 widened": lambda w: choose_linear(to_nf4(w, "fp4", nested=False), None),
     "LLM.int8 widened": lambda w: choose_linear(RowInt8(*to_row_int8(w)), None),
@@ -64,6 +70,7 @@ LIMITS = {
     "int8": 2e-3,
     "int8-dynamic": 0.15,
     "int4": 0.15,
+    "int4 packed": 0.15,
     "int8 fbgemm": 2e-3,
     "int8-dynamic fbgemm": 0.15,
     "nf4 widened": 2e-6,
@@ -232,7 +239,7 @@ def test_shapes_bias_and_many_rows(form: str, monkeypatch: pytest.MonkeyPatch) -
     plain = layer(x)
     torch.testing.assert_close(layer(x.view(3, 4, -1)), plain.view(3, 4, -1), rtol=1e-5, atol=1e-4)
     assert layer(x[:0]).shape == (0, 80)
-    monkeypatch.setattr(linear, "INPUT_ROWS", 5)
+    monkeypatch.setattr(stored, "INPUT_ROWS", 5)
     torch.testing.assert_close(layer(x), plain, rtol=1e-5, atol=1e-4)
     bias = torch.randn(80)
     layer.bias = torch.nn.Parameter(bias, requires_grad=False)
@@ -287,13 +294,14 @@ def test_a_float16_weight_that_is_not_finite_is_not_made_finite(value: float) ->
 def test_kernels_are_used_where_they_work() -> None:
     _, weight = example()
     kinds = {form: type(make(weight)) for form, make in FORMS.items()}
-    if not all(map(kernel_works, ("float16", "int8", "int4"))):
+    if not all(map(kernel_works, ("float16", "fbgemm", "int4"))):
         pytest.skip("this torch lacks one of the kernels")
     assert kinds["float16"] is HalfLinear
     assert kinds["bfloat16"] is WidenedLinear
-    kind = OneDnnLinear if kernel_works("onednn") else Int8Linear
+    kind = Int8Linear if kernel_works("onednn") else FbgemmLinear
     assert kinds["int8"] is kinds["int8-dynamic"] is kind
-    assert kinds["int4"] is Int4Linear
+    assert kinds["int4"] is (Int4Linear if kernel_works("native") else PackedInt4Linear)
+    assert type(FORMS["int4"](weight[:, :96])) is PackedInt4Linear  # three groups of 32
     assert type(FORMS["int4"](weight[:, :16])) is WidenedLinear  # no kernel for groups of 16
 
 
@@ -301,15 +309,15 @@ def test_without_exact_products_of_8_bits_fbgemm_multiplies(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """As on CPUs with AVX2 only. The digits of int4 then have 7 bits."""
-    if not all(map(kernel_works, ("int8", "int4"))):
+    if not all(map(kernel_works, ("fbgemm", "int4"))):
         pytest.skip("this torch lacks one of the kernels")
     x, weight = example(R=40)
-    works = kernel_works("int8") and {"int8": True, "int4": True, "onednn": False}
+    works = {"fbgemm": True, "int4": True, "onednn": False, "native": kernel_works("native")}
     monkeypatch.setattr(linear, "kernel_works", lambda kind: works[kind])
-    monkeypatch.setattr(linear, "digit_limit", lambda: 63)
+    monkeypatch.setattr(integer, "digit_limit", lambda: 63)
     for form in ("int8", "int8-dynamic", "int4"):
         layer = FORMS[form](weight)
-        assert type(layer) is (Int4Linear if form == "int4" else Int8Linear)
+        assert isinstance(layer, INT4 if form == "int4" else FbgemmLinear)
         assert " 7 " in layer.arithmetic or " 14 " in layer.arithmetic
         y, exact = layer(x), x @ as_stored(form, weight).T
         assert (y - exact).abs().max() <= LIMITS[form] * exact.square().mean().sqrt()
@@ -321,7 +329,7 @@ def test_the_arithmetic_says_how_many_bits_activations_have() -> None:
     bits = {127: 8, 63: 7}[digit_limit()]
     for form, digits in (("int8", 2), ("int8-dynamic", 1), ("int4", 1)):
         layer = FORMS[form](weight)
-        if isinstance(layer, OneDnnLinear | Int4Linear):
+        if isinstance(layer, (Int8Linear, *INT4)):
             assert f"activations of {bits * digits} bits" in layer.arithmetic
 
 
@@ -349,7 +357,7 @@ def test_a_working_kernel_is_found() -> None:
     if "fbgemm" not in torch.backends.quantized.supported_engines:
         pytest.skip("this torch was built without fbgemm")
     assert kernel_works("float16")
-    assert kernel_works("int8")
+    assert kernel_works("fbgemm")
 
 
 def test_onednn_is_found_where_its_products_are_exact() -> None:
@@ -366,7 +374,7 @@ def test_the_packed_int4_kernel_is_chosen(columns: int) -> None:
         pytest.skip("this torch lacks the kernel")
     weight = torch.randn(64, columns, generator=torch.Generator().manual_seed(0))
     stored = Int4(*to_int4(weight))
-    assert isinstance(choose_linear(stored, None), Int4Linear)
+    assert isinstance(choose_linear(stored, None), INT4)
 
 
 @pytest.mark.parametrize("form", ["float16", "int8", "int8-dynamic", "int4"])
@@ -382,8 +390,8 @@ def test_without_the_kernels_weights_are_widened(
 
 @pytest.mark.parametrize(("kind", "op"), [
     ("float16", (torch.ops.quantized, "linear_prepack_fp16")),
-    ("onednn", (torch.ops.onednn, "qlinear_pointwise")),
-    ("int8", (torch.ops.quantized, "linear_dynamic")),
+    ("onednn", (torch, "_int_mm")),
+    ("fbgemm", (torch.ops.quantized, "linear_dynamic")),
     ("int4", (torch.ops.aten, "_weight_int4pack_mm_for_cpu")),
 ])  # fmt: skip
 @pytest.mark.parametrize("fault", ["missing", "wrong"])
@@ -429,10 +437,11 @@ def test_weight_bytes_counts_the_stored_form() -> None:
     assert held["int8 fbgemm"] == held["int8-dynamic fbgemm"] == held["int8 widened"] + range_row
     assert held["int4 widened"] == values // 2 + 2 * values // 32 + 4 * 128
     if kernel_works("onednn"):
-        zeros = 8 * 128  # the rows' zero points
-        assert held["int8"] == held["int8-dynamic"] == held["int8 widened"] + zeros
+        assert held["int8"] == held["int8-dynamic"] == held["int8 widened"]
+    if kernel_works("native"):
+        assert held["int4"] == held["int4 widened"]
     if kernel_works("int4"):
-        assert held["int4"] == values // 2 + 4 * values // 32 + 4 * 128
+        assert held["int4 packed"] == values // 2 + 4 * values // 32 + 4 * 128
     assert held["LLM.int8 widened"] == values + 4 * 128
     blocks, pairs, levels = values // 64, 8 * 256, 4 * 256  # all layers share the last two
     assert held["fp4 widened"] == values // 2 + 4 * blocks + pairs

@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from minillava.quant import nf4
-from minillava.quant.linear import WIDENED_ROWS, Nf4Linear, choose_linear
+from minillava.quant.linear import choose_linear
 from minillava.quant.nf4 import (
     LEVELS,
     Nested,
@@ -23,6 +23,7 @@ from minillava.quant.nf4 import (
     levels_of,
     to_nf4,
 )
+from minillava.quant.stored import WIDENED_ROWS, Nf4Linear
 
 logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
 from bitsandbytes import functional as theirs  # noqa: E402

@@ -17,7 +17,8 @@ from tiny import refusal
 from minillava import load, parse_plan
 from minillava.generate import generate
 from minillava.loading.tensor_files import INDEX, SINGLE
-from minillava.quant.linear import Int8Linear, OneDnnLinear, kernel_works, weight_bytes
+from minillava.quant.integer import FbgemmLinear, Int8Linear
+from minillava.quant.linear import kernel_works, weight_bytes
 from weights import files as writer
 from weights import quantise as module
 from weights.files import PART
@@ -55,11 +56,11 @@ def contents(folder: Path) -> dict[str, bytes]:
 def test_the_digits_of_activations(
     src: Path, stored: dict[str, Path], form: str, digits: int
 ) -> None:
-    if not kernel_works("int8"):
+    if not kernel_works("fbgemm"):
         pytest.skip("this torch lacks the kernel")
     for folder in (src, stored["int8"]):
         model = load(folder, quantize=form)[0]
-        kinds = (OneDnnLinear, Int8Linear)
+        kinds = (Int8Linear, FbgemmLinear)
         layers = [m for m in model.llama.blocks.modules() if isinstance(m, kinds)]
         assert {layer.digits for layer in layers} == {digits}
 
@@ -89,8 +90,11 @@ def test_a_prompt_gives_the_same_alone_and_in_a_batch(src: Path, form: str) -> N
         assert alone.tokens[0] == together.tokens[b]
         assert alone.logits is not None
         assert together.logits is not None
-        # Linear layers give equal bits; rounding in attention can change the last digit of int8.
-        tiny.assert_close(together.logits[b], alone.logits[0], 5e-3)
+        # The prompt's rows give equal bits, or floats summed in another order. New tokens of a batch are attended to together, which
+        # sums in another order, and that can change an activation's last digit by one.
+        tiny.assert_close(together.logits[b, :1], alone.logits[0, :1], 1e-5)
+        last_digit = 1 / 127 if form != "int8" else 1 / 127**2
+        tiny.assert_close(together.logits[b], alone.logits[0], max(4 * last_digit, 5e-3))
 
 
 @pytest.mark.parametrize("form", FORMS)

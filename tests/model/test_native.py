@@ -1,0 +1,189 @@
+"""The compiled inner loops of integer layers, and the same layers where they are not there."""
+
+from __future__ import annotations
+
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from minillava.quant import integer, linear, native
+from minillava.quant.cpu import digit_limit
+from minillava.quant.integer import Int4Linear, Int8Linear, PackedInt4Linear, to_digits
+from minillava.quant.linear import choose_linear, kernel_works
+from minillava.quant.quantise import from_int4, to_int4, to_int8
+from minillava.quant.stored import Digits, Int4, Int8, StoredLinear
+
+needs_native = pytest.mark.skipif(native.kernels() is None, reason="native.c was not compiled")
+needs_exact = pytest.mark.skipif(digit_limit() != 127, reason="no exact sums of 8-bit products")
+
+
+@pytest.fixture
+def without_native(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(integer, "kernels", lambda: None)
+
+
+def example(R: int, K: int = 192, N: int = 80) -> tuple[Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(R)
+    x = torch.randn(R, K, generator=generator)
+    x[:, 5] *= 40
+    return x, torch.randn(N, K, generator=generator)
+
+
+def int8_layer(weight: Tensor, digits: int) -> Int8Linear:
+    return Int8Linear(Int8(*to_int8(weight)), None, digits)
+
+
+def int4_layer(weight: Tensor) -> StoredLinear:
+    return choose_linear(Int4(*to_int4(weight)), None)
+
+
+@needs_native
+@pytest.mark.parametrize("digits", [1, 2])
+@pytest.mark.parametrize("K", [8, 24, 64, 192, 688, 1024])
+def test_digits_are_those_of_torch(digits: int, K: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    x = example(50, K=max(K, 8))[0]
+    monkeypatch.setattr(integer, "multiplies_bfloat16", lambda: False)
+    compiled = to_digits(x, digits, 127)
+    monkeypatch.setattr(integer, "kernels", lambda: None)
+    expected = to_digits(x, digits, 127)
+    torch.testing.assert_close(compiled.step, expected.step, rtol=1e-6, atol=0)
+    assert compiled.codes.shape == expected.codes.shape == (50 * digits, K)
+    difference = (compiled.codes[:50].int() - expected.codes[:50].int()).abs()
+    assert difference.max() <= 1  # where a value is in the middle of two integers
+    assert difference.count_nonzero() <= 50 * K / 500
+    values = [d.codes.float().view(digits, 50, K) for d in (compiled, expected)]
+    if digits == 2:
+        one, other = (v[0] + v[1] / 254 for v in values)
+        assert (one - other).abs().max() <= 1.01 / 254
+
+
+@needs_native
+@needs_exact
+@pytest.mark.parametrize("digits", [1, 2])
+@pytest.mark.parametrize("R", [1, 2, 3, 5, 16, 17, 40])
+@pytest.mark.parametrize("K", [24, 192])
+def test_int8_gives_the_same_bits_with_and_without(
+    digits: int, R: int, K: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    x, weight = example(R, K)
+    layer = int8_layer(weight, digits)
+    activations = layer.to_digits(x)
+    y = layer.multiply_digits(activations)
+    monkeypatch.setattr(integer, "kernels", lambda: None)
+    assert torch.equal(y, layer.multiply_digits(activations))
+
+
+@needs_native
+@pytest.mark.parametrize("R", [1, 3, 16, 17])
+def test_int4_multiplies_the_same_integers_with_and_without(R: int) -> None:
+    x, weight = example(R)
+    stored = Int4(*to_int4(weight))
+    layer, other = Int4Linear(stored, None), PackedInt4Linear(stored, None)
+    digits = layer.to_digits(x)
+    codes = digits.codes.bfloat16() if R <= integer.PACKED_INPUT_ROWS else digits.codes
+    y = layer.multiply_digits(digits)
+    expected = other.multiply_digits(Digits(codes, digits.step, digits.shape, digits.dtype))
+    # torch's kernel rounds its sums to bfloat16
+    torch.testing.assert_close(y, expected, rtol=1.001 * 2.0**-8, atol=0)
+
+
+@pytest.mark.usefixtures("without_native")
+@pytest.mark.parametrize("form", ["int8", "int8-dynamic", "int4"])
+def test_without_native_a_row_does_not_depend_on_its_neighbours(
+    form: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(
+        linear, "kernel_works", lambda kind: kind != "native" and kernel_works(kind)
+    )
+    x, weight = example(40)
+    x[3] *= 1e4
+    if form == "int4":
+        layer = int4_layer(weight)
+        assert not isinstance(layer, Int4Linear)
+        assert "native" not in layer.arithmetic
+    else:
+        layer = choose_linear(Int8(*to_int8(weight)), None, digits=2 - (form != "int8"))
+    together = layer(x)
+    kept = from_int4(*to_int4(weight)) if form == "int4" else weight
+    error = (together - x @ kept.T).abs().amax(1) / together.square().mean(1).sqrt()
+    assert error.max() <= (0.03 if form == "int8" else 0.3)
+    for n in (1, 2, 5):
+        assert torch.equal(torch.cat([layer(rows) for rows in x.split(n)]), together)
+    x[2, 100] = float("nan")
+    assert layer(x)[2].isnan().all()
+
+
+@needs_native
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+def test_a_value_that_is_not_finite_reaches_every_result_of_its_row(value: float) -> None:
+    x, weight = example(3, K=256)
+    x[1, 77] = value
+    for layer in (int8_layer(weight, 1), int8_layer(weight, 2), int4_layer(weight)):
+        y = layer(x)
+        assert not y[1].isfinite().any()
+        assert y[[0, 2]].isfinite().all()
+
+
+@needs_native
+@pytest.mark.parametrize("rows", [1, 40])
+def test_the_largest_and_smallest_integers_are_summed_exactly(rows: int) -> None:
+    """Activations of -127 and 127 times weights of -127 and 127 over 11,008 columns."""
+    K, N = 11008, 4
+    codes = torch.full((N, K), 127, dtype=torch.int8)
+    codes[1], codes[2, ::2] = -127, -127
+    layer = Int8Linear(Int8(codes, torch.ones(N)), None, digits=1)
+    digits = torch.full((rows, K), -127, dtype=torch.int8)
+    expected = torch.tensor([-1.0, 1.0, 0.0, -1.0]).expand(rows, -1) * (127 * 127 * K)
+    if rows == 1 or digit_limit() == 127:
+        given = Digits(digits, torch.ones(rows, 1), torch.Size((rows, K)), torch.float32)
+        assert torch.equal(layer.multiply_digits(given), expected)
+
+
+# ---------------------------------------------------------------- where it cannot be compiled
+
+
+@pytest.fixture
+def fresh(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """No library was compiled yet, and the folder for it is empty."""
+    native.kernels.cache_clear()
+    monkeypatch.setattr(native, "cached_assets_path", lambda *_, **__: tmp_path)
+    yield tmp_path
+    native.kernels.cache_clear()
+
+
+@needs_native
+def test_the_library_is_compiled_once(fresh: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    library = native.compile_library()
+    assert [path.name for path in fresh.iterdir()] == ["native.so"]
+    monkeypatch.setattr(subprocess, "run", lambda *_, **__: pytest.fail("compiled twice"))
+    assert native.compile_library() == library
+    assert native.kernels() is not None
+
+
+@pytest.mark.parametrize("fault", ["no compiler", "no AVX2", "broken", "damaged", "no folder"])
+def test_layers_do_without_a_library(
+    fault: str, fresh: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if fault == "no compiler":
+        monkeypatch.setattr(shutil, "which", lambda _: None)
+    elif fault == "no AVX2":
+        monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "DEFAULT")
+    elif fault == "broken":
+        source = fresh / "broken.c"
+        source.write_text("int main(")
+        monkeypatch.setattr(native, "SOURCE", source)
+    elif fault == "damaged":
+        (fresh / "native.so").write_bytes(b"\x7fELF not a library")
+    else:
+        monkeypatch.setattr(native, "cached_assets_path", lambda *_, **__: fresh / "missing")
+    assert native.kernels() is None
+    kernel_works.cache_clear()
+    try:
+        layer = int4_layer(example(1)[1])
+        assert not isinstance(layer, Int4Linear)
+    finally:
+        kernel_works.cache_clear()
