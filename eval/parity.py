@@ -41,6 +41,7 @@ from .parity_context import choose_from_inputs
 from .plans import read_plan
 
 EQUAL, TIE, DIFFERS, ERROR = "equal", "tie", "differs", "error"
+NOISY_RUNS = 8  # that a tie is tried with, where no score tells
 AROUND = 3  # tokens on each side of the cut that are printed
 
 
@@ -87,6 +88,11 @@ class Chosen:
     def ids(self, tokens: Sequence[int]) -> list[int]:
         return [self.starts[t // self.per_image] + t % self.per_image for t in tokens]
 
+    def kept(self, number: int) -> set[int]:
+        """The image tokens that a step left."""
+        left = self.steps[number].left[0]
+        return {*self.tokens(left.id[left.patch >= 0].tolist())}
+
     def tokens(self, ids: Sequence[int]) -> list[int]:
         """Image tokens as a case names them; ids of other rows are left out."""
         N = self.per_image
@@ -101,13 +107,17 @@ class Chosen:
 # ---------------------------------------------------------------- our choice
 
 
-def choose(case: Case, model: LLaVA | None) -> Chosen:
-    """Run the plan on the inputs of the case. model: for the inputs of a whole model."""
+def choose(case: Case, model: LLaVA | None, seed: int | None = None) -> Chosen:
+    """Run the plan on the inputs of the case. model: for the inputs of a whole model. seed: of
+    noise of the size of rounding, with which the inputs of the choice are multiplied; None: none.
+    """
     rounding = 2 * case.eps**0.5
     if model is not None:
-        steps, starts = run_model(case, model)
-        N = model.config.vision.num_patches
-        return Chosen(steps, starts, N, max(rounding, describe_arithmetic(model)[1]))
+        rounding = max(rounding, describe_arithmetic(model)[1])
+        steps, starts = run_model(case, model, Noise(rounding, seed))
+        return Chosen(steps, starts, model.config.vision.num_patches, rounding)
+    noise = Noise(rounding, seed)
+    case = replace(case, tensors={name: noise.times(x) for name, x in case.tensors.items()})
     plan = case.plan.resolve(TextConfig().num_hidden_layers, VisionConfig().num_patches)
     steps = list[Pruned]()
     for step in plan.steps:
@@ -116,11 +126,27 @@ def choose(case: Case, model: LLaVA | None) -> Chosen:
     return Chosen(steps, (0,), len(steps[0].before[0]), rounding)
 
 
+class Noise:
+    """Relative normal noise, the same for the same seed; none without a seed."""
+
+    def __init__(self, size: float, seed: int | None) -> None:
+        self.size, self.seed = size, seed
+        self.generator = torch.Generator().manual_seed(seed or 0)
+
+    def times(self, x: Tensor) -> Tensor:
+        if self.seed is None or not x.is_floating_point():
+            return x
+        factor = 1 + self.size * torch.randn(x.shape, generator=self.generator)
+        return (x * factor.to(x.device)).to(x.dtype)
+
+
 @torch.inference_mode()
-def run_model(case: Case, model: LLaVA) -> tuple[list[Pruned], tuple[int, ...]]:
+def run_model(case: Case, model: LLaVA, noise: Noise) -> tuple[list[Pruned], tuple[int, ...]]:
     """The prefill of the case's prompt: what each step of the plan did, and the images' starts."""
     pixels = case.tensors.get("pixels")
     pixels = torch.zeros(0) if pixels is None else pixels.float()
+    if not pixels.ndim:
+        raise ValueError("pixels must be (images, 3, S, S), not one number")
     pixels = pixels[None] if pixels.ndim == 3 else pixels
     ids, focus = case.tensors["ids"].squeeze(), case.tensors.get("focus")
     mask = case.tensors.get("mask", torch.ones_like(ids)).squeeze()
@@ -135,6 +161,7 @@ def run_model(case: Case, model: LLaVA) -> tuple[list[Pruned], tuple[int, ...]]:
     plan = case.plan.resolve(text.num_hidden_layers, vision.num_patches)
     check_plan(model, [prompt], plan, Settings(max_new_tokens=1))
     encoded = model.encode(pixels, hidden_states_read(model, plan))
+    encoded = {layer: noise.times(x) for layer, x in encoded.items()}
     _, state = prefill(model, [prompt], encoded, plan)
     return state.history[0], prompt.starts
 
@@ -152,8 +179,9 @@ def widen_ids(ids: Tensor, n_images: int, model: LLaVA) -> Tensor:
 # ---------------------------------------------------------------- the judgement
 
 
-def judge(case: Case, chosen: Chosen) -> Verdict:
+def judge(case: Case, model: LLaVA | None) -> Verdict:
     """Compare the kept sets of a case with ours, up to the first step that differs."""
+    chosen = choose(case, model)
     if case.by_position:
         places = tuple(tuple(chosen.tokens(rows)) for rows in case.kept)
         case = replace(case, kept=places, by_position=False)
@@ -161,11 +189,13 @@ def judge(case: Case, chosen: Chosen) -> Verdict:
     start = Verdict(str(case.path), EQUAL, len(case.kept), [len(k) for k in case.kept])
     for pruned, kept in zip(chosen.steps, case.kept, strict=True):
         why = explain_sample(pruned, 0, chosen.rounding)
-        ours, theirs = {*chosen.tokens(why["positions"])}, {*kept}
+        ours, theirs = chosen.kept(pruned.step.number), {*kept}
         if ours == theirs:
             continue
         step = pruned.step
         tie, pick = explain_difference(pruned, {*chosen.ids(kept)}, chosen.rounding)
+        if tie and any(tells_only_the_closest(choice) for choice in pruned.choices[0]):
+            tie = noise_moves(ours ^ theirs, case, model, chosen, step.number)
         return replace(
             start,
             verdict=TIE if tie else DIFFERS,
@@ -228,7 +258,7 @@ def is_near(
 
     Where a score ranks and nothing else decides, all rows that differ have to be that near to the
     cut. Where each pick was measured, one up to the first that theirs lacks has to be. Otherwise
-    the closest decision of all tells.
+    the closest decision of all has to be, and judge() tries noise.
     """
     keep = choice.keep
     scores = [] if keep.scores is None else keep.scores.tolist()
@@ -247,6 +277,26 @@ def is_near(
         if (i in kept) != (id in theirs)
     ]
     return count == len(kept) and max(gaps) <= most
+
+
+def tells_only_the_closest(choice: Choice) -> bool:
+    """Whether a method says how near its closest decision was, and not which one that was."""
+    return choice.keep.closest is not None and not choice.keep.closest.ndim
+
+
+def noise_moves(
+    differing: set[int], case: Case, model: LLaVA | None, chosen: Chosen, number: int
+) -> bool:
+    """Whether each of the tokens that differ at a step changes sides in one of our own runs with
+    noise of the size of rounding. Runs whose earlier steps choose something else do not count."""
+    still = set(differing)
+    for seed in range(NOISY_RUNS):
+        again = choose(case, model, seed)
+        if all(again.kept(i) == chosen.kept(i) for i in range(number)):
+            still -= again.kept(number) ^ chosen.kept(number)
+        if not still:
+            return True
+    return False
 
 
 def tokens_around(
@@ -304,7 +354,7 @@ def judge_all(args: argparse.Namespace) -> Iterator[Verdict]:
     for path in args.cases:
         try:
             case = read_case(path, plan)
-            yield judge(case, choose(case, model_of(case, args, models)))
+            yield judge(case, model_of(case, args, models))
         except ValueError as error:
             yield Verdict(str(path), ERROR, error=f"{path}: {error}")
 

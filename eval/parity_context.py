@@ -105,6 +105,8 @@ class GivenContext(Context):
     def patches(self) -> Tensor:
         x = self._find("patches")
         x = self.candidates if x is None else x
+        if x.dtype != torch.int64:
+            raise self._error(f"patches must be integers, not {x.dtype}")
         if len({*x.tolist()}) < len(x) or not 0 <= int(x.min()) <= int(x.max()) < self.n_tokens:
             raise self._error(f"patches must be different numbers from 0 to {self.n_tokens - 1}")
         return x

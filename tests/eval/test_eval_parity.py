@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 import pickle
@@ -178,6 +179,31 @@ def test_where_nothing_says_how_near_a_choice_is_nothing_is_a_tie(capsys, tmp_pa
     assert judge(capsys, path)[0]["verdict"] == "differs"
     assert parity.main([str(path)]) == 1
     assert "our closest decision is not known" in capsys.readouterr().out
+
+
+def twins_at_the_cut(path: Path) -> tuple[dict[str, Any], int, int, list[int]]:
+    """A case in which two tokens are alike and G-Prune keeps one of them; these and its choice."""
+    g = torch.Generator().manual_seed(2)
+    for a, b in itertools.permutations(range(16), 2):
+        features = torch.randn(16, 12, generator=g)
+        features[b] = features[a]
+        tensors = {"features": features, "kept": [0]}
+        case = read_case(write(path, tensors, plan="gprune:keep=8"), None)
+        ours = parity.choose(case, None).kept(0)
+        if a in ours and b not in ours:
+            return tensors, a, b, sorted(ours)
+    raise AssertionError("no pair was at the cut")
+
+
+def test_a_near_decision_excuses_what_noise_can_move_and_no_more(capsys, tmp_path):
+    path = tmp_path / "a.safetensors"
+    tensors, inside, outside, ours = twins_at_the_cut(path)
+    other = next(t for t in range(16) if t not in (*ours, outside))
+    for leaves, enters, expected in ((inside, outside, "tie"), (inside, other, "differs")):
+        kept = [enters if t == leaves else t for t in ours]
+        (found,) = judge(capsys, write(path, {**tensors, "kept": kept}, plan="gprune:keep=8"))
+        assert found["verdict"] == expected
+        assert found["closest"] < found["rounding"]
 
 
 def test_tokens_of_a_second_image_follow_those_of_the_first(capsys, tmp_path):
