@@ -337,6 +337,8 @@ def format_verdict(v: Verdict) -> str:
         lines.append(f"  our pick {v.pick} (from 0) is the first that theirs lacks")
     closest = "is not known" if v.closest is None else f"turned on a share of {v.closest:.2g}"
     lines.append(f"  our closest decision {closest}; rounding turns {v.rounding:.2g}")
+    if v.verdict == DIFFERS and v.closest is not None and v.closest <= (v.rounding or 0):
+        lines.append("  rounding does not explain all of these tokens, so it is no tie")
     return "\n".join(lines)
 
 

@@ -204,6 +204,8 @@ def test_a_near_decision_excuses_what_noise_can_move_and_no_more(capsys, tmp_pat
         (found,) = judge(capsys, write(path, {**tensors, "kept": kept}, plan="gprune:keep=8"))
         assert found["verdict"] == expected
         assert found["closest"] < found["rounding"]
+        parity.main([str(path)])
+        assert ("so it is no tie" in capsys.readouterr().out) == (expected == "differs")
 
 
 def test_tokens_of_a_second_image_follow_those_of_the_first(capsys, tmp_path):
