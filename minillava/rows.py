@@ -88,7 +88,7 @@ class Keep:
     scores: Tensor | None = None  # (n,) what the candidates were ranked by, higher is better
     order: Tensor | None = None  # (k,) candidates that were picked one after the other
     merged_into: Tensor | None = None  # (n,) number in `index`, K + m: row m of `extra`, -1: none
-    closest: Tensor | None = None  # () smallest lead() of its decisions, if scores do not tell
+    closest: Tensor | None = None  # () smallest lead() of its decisions, or (k,) of each pick
 
 
 @dataclass(frozen=True)

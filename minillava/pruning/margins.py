@@ -66,7 +66,7 @@ class Picks:
     def __init__(self, n: int, k: int, device: torch.device) -> None:
         self.order = torch.empty(k, dtype=torch.long, device=device)
         self.scores = torch.zeros(n, device=device)  # when it was picked, or the last pick was
-        self.lead = self.scores.new_full((), torch.inf)
+        self.leads = torch.full((k,), torch.inf, device=device)  # of each pick over the next best
 
     def take(self, number: int, scores: Tensor) -> Tensor:
         """The next pick (1,): the highest of scores (n,), which are -inf for earlier picks."""
@@ -74,9 +74,9 @@ class Picks:
         self.order[number] = pick[0]
         self.scores = torch.where(scores == -torch.inf, self.scores, scores)
         second = scores.index_fill(0, pick, -torch.inf).amax()
-        self.lead = torch.minimum(self.lead, scores[pick][0] - second)
+        self.leads[number] = scores[pick][0] - second
         return pick
 
     def keep(self, scale: float | Tensor) -> Keep:
         """scale: of the numbers that were subtracted from each other, see lead()."""
-        return Keep(self.order, scores=self.scores, order=self.order, closest=self.lead / scale)
+        return Keep(self.order, scores=self.scores, order=self.order, closest=self.leads / scale)

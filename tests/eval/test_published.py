@@ -44,6 +44,19 @@ def test_every_figure_says_where_it_is_from(figures):
         assert figure.model in published.LAYERS
 
 
+def test_the_page_counts_them(figures):
+    page = published.FILE.with_name("README.md").read_text("utf-8")
+    sources = {figure.source.id for figure in figures}
+    assert f"has {len(figures)} figures of LLaVA-1.5 from {len(sources)} sources" in page
+
+
+def test_figures_of_our_methods_have_their_plans(figures):
+    """No plan expresses trained or fixed budgets, lost settings and methods that are not here."""
+    lost = {"PyramidDrop", "PruMerge", "PruMerge+", "SparseVLM", "VisionZip, tuned projector"}
+    absent = {"RESTORE on HoloV", "BTP", "TOPS", "SIEVE", "Window FastV"}
+    assert {figure.method for figure in figures if figure.plan is None} == lost | absent
+
+
 def test_every_figure_has_its_sources_unpruned_one_or_a_reason(figures):
     for figure in figures:
         base = unpruned(figures, figure)
@@ -76,6 +89,11 @@ def test_no_figure_stands_there_twice(figures):
         ("eadp", "mme", "perception", "none", 1513.4),
         ("restore", "mme", "perception + cognition", "visionzip-64", 1690),
         ("sieve", "pope", "F1", "none", 85.9),
+        ("sieve", "gqa", "accuracy", "scope:keep=64", 58.3),
+        ("mmtok", "pope", "F1", "mmtok:keep=128", 86.3),
+        ("vscan", "gqa", "accuracy", "vscan:average=192", 60.6),
+        ("vtc-cls", "seed_bench", "accuracy", "fastervlm:keep=128", 62.2),
+        ("nuwa", "mmmu", "accuracy", "nuwa-64", 36.4),
     ],
 )
 def test_figures_as_the_sources_print_them(figures, source, task, metric, plan, value):
@@ -112,6 +130,8 @@ DIGESTS = {
     "sparsevlms-issue-12": "95d6a5bb56393b27",
     "v2drop": "348e76043b37ea83",
     "naive-baselines": "8cfd1600febe3c00",
+    "vtc-cls": "a532eeb658f007e4",
+    "nuwa": "1575056108953e36",
     "fastv-lmms": "17d1c09ba7ecd944",
     "fastv-aokvqa": "d84c8f68a2de0743",
     "fastv-aokvqa-4bit": "afe22a01fc16f789",

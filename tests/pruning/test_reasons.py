@@ -394,7 +394,7 @@ def test_picks_note_their_order_worth_and_the_closest_one() -> None:
     keep = picks.keep(scale=0.5)
     assert keep.index.tolist() == keep.order.tolist() == [1, 2]
     assert keep.scores.tolist() == pytest.approx([0.15, 0.9, 0.3, 0.25])
-    assert float(keep.closest) == pytest.approx(0.05 / 0.5)
+    assert keep.closest.tolist() == pytest.approx([0.2 / 0.5, 0.05 / 0.5])
 
 
 @pytest.fixture(scope="module")
