@@ -206,16 +206,20 @@ def describe_digests(report: Report, sample: int) -> str:
 
 def _describe(result: Result, sample: int, caption: Sequence[str]) -> str:
     """The drawing in words, for those who do not see it."""
-    n_layers, N = result.config.text.num_hidden_layers, result.config.vision.num_patches
-    words = []
-    for image in range(len(result.starts[sample])):
-        counts = Counter(count_layers(result, sample, image))
-        parts = (
-            f"{counts[n]} live {'all' if n == n_layers else n or 'none'} of {n_layers} layers"
-            for n in sorted(counts, reverse=True)
-        )
-        words.append(f"Image {image + 1}: of {N} patches, {', '.join(parts)}.")
+    images = range(len(result.starts[sample]))
+    words = [f"Image {i + 1}: {describe_lives(result, sample, i)}" for i in images]
     for number, kept in enumerate(result.report.kept, 1):
         left = len(kept.positions[sample])
         words.append(f"Step {number}, {kept.rule} at layer {kept.layer}, leaves {left} patches.")
     return " ".join(words) + "\n" + "\n".join(caption)
+
+
+def describe_lives(result: Result, sample: int, image: int) -> str:
+    """How many patches of an image live how long."""
+    n_layers, N = result.config.text.num_hidden_layers, result.config.vision.num_patches
+    counts = Counter(count_layers(result, sample, image))
+    parts = (
+        f"{counts[n]} live {'all' if n == n_layers else n or 'none'} of {n_layers} layers"
+        for n in sorted(counts, reverse=True)
+    )
+    return f"of {N} patches, {', '.join(parts)}."
