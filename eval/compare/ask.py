@@ -75,9 +75,9 @@ def compare(
     with tqdm(total=total, unit="run", leave=False, disable=None if progress else True) as bar:
         runs, reference = asker.run_all(ready, bar)
         drifts = [
-            asker.vary(one, run, reference, varied[one.name], bar)
-            for one, run in zip(ready, runs, strict=True)
-            if reference is not None and isinstance(one, _Ready) and one.name in varied
+            asker.vary(one, reference, varied[one.name], bar)
+            for one in able
+            if reference is not None and one.name in varied
         ]
     return Comparison(
         tuple(given),
@@ -257,28 +257,23 @@ class _Asker:
         run = Run(one.name, replace(result, logits=None), tower=tower, kl=kl)
         return run, _Reference(logits, result.tokens[0])
 
-    def vary(
-        self, one: _Ready, run: Run, reference: _Reference, trials: _Trials, bar: tqdm
-    ) -> Drift:
+    def vary(self, one: _Ready, reference: _Reference, trials: _Trials, bar: tqdm) -> Drift:
         """A plan's answers over budgets. None is longer than the reference, which tells enough."""
         settings = replace(self.settings, max_new_tokens=len(reference.tokens))
         short, cells = replace(self, settings=settings), list[Cell]()
         for trial in trials.trials:
-            found = run
-            if trial.plan.methods != one.plan.methods:
-                found, _ = short._ask(replace(one, plan=trial.plan), reference)
-            same = found.result is not None and found.result.tokens[0] == reference.tokens
-            plan = write_plan(trial.plan)
+            run, _ = short._ask(replace(one, plan=trial.plan), reference)
+            same = run.result is not None and run.result.tokens[0] == reference.tokens
             cells.append(
                 Cell(
                     trial.budget,
                     trial.left,
-                    plan,
-                    found.answer,
-                    found.cut,
+                    write_plan(trial.plan),
+                    run.answer,
+                    run.cut,
                     same,
-                    found.kl,
-                    found.error,
+                    run.kl,
+                    run.error,
                 )
             )
             bar.update()

@@ -27,7 +27,7 @@ from .sets import Difference
 # Okabe and Ito 2008
 ONLY_A: Color = (0, 114, 178)
 ONLY_B: Color = (213, 94, 0)
-VEIL, TINT = 0.5, 0.45  # how much of a patch that one plan keeps is covered, by white and colour
+VEIL, TINT = 0.65, 0.55  # how much of a patch that one plan keeps is covered, by white and colour
 
 
 def draw_difference(

@@ -19,7 +19,7 @@ from .pictures import Pictures, draw_pictures
 from .record import record
 from .runs import Cell, Comparison, Run
 from .sets import Difference
-from .words import describe_cell, describe_costs, describe_overlap, describe_sets, title_of
+from .words import LIVES, describe_cell, describe_costs, describe_overlap, describe_sets, title_of
 
 HERE = Path(__file__).parent
 POLICY = "default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inline'; img-src data:"
@@ -96,7 +96,7 @@ def _of_image(pictures: Pictures, image: int) -> str:
 def _write_runs(pictures: Pictures, ids: dict[int, str]) -> list[str]:
     runs = zip(pictures.comparison.runs, pictures.overlays, strict=True)
     cards = [line for run, images in runs for line in _write_run(pictures, run, images, ids)]
-    return ["<h2>Plans</h2>", '<div class="cards">', *cards, "</div>"]
+    return [f"<h2>{LIVES}</h2>", '<div class="cards">', *cards, "</div>"]
 
 
 def _write_run(
@@ -215,9 +215,10 @@ def _write_reasons(pictures: Pictures, ids: dict[int, str]) -> list[str]:
         for i, panels in enumerate(images):
             for panel in panels[1:]:
                 title = " ".join(panel.title)
-                lines += [f"<div><h3>{escape(title)}{_of_image(pictures, i)}</h3>"]
+                head = f"<h3>{escape(title)}{_of_image(pictures, i)}</h3>"
+                lines.append(f'<div style="width: {panel.width}px">{head}')
                 lines += [*_figure(panel, ids, f"{run.plan}: {title}"), "</div>"]
         if lines:
             head = f"<details open><summary>{_write_name(pictures, run)}</summary>"
-            parts += [head, '<div class="cards">', *lines, "</div></details>"]
+            parts += [head, '<div class="panels">', *lines, "</div></details>"]
     return ["<h2>Why each patch stayed</h2>", *parts] if parts else []

@@ -18,9 +18,9 @@ from minillava.app.panels import FAINT, LINE, NORMAL, SMALL, WHITE, Panel
 from .pictures import Pictures, draw_pictures
 from .record import record
 from .runs import Cell, Comparison, Run
-from .words import describe, describe_cell, describe_costs, describe_overlap, title_of
+from .words import LIVES, describe, describe_cell, describe_costs, describe_overlap, title_of
 
-PAGE = 3200  # pixels that a page may be wide, unless one column is wider
+PAGE = 4000  # pixels that a page may be wide, unless one column is wider
 LEAST = 1200  # pixels that the texts of a page may be wide, however few columns there are
 HEADING = 20  # size of letters
 SAME: Color = (120, 170, 215)  # of answers that equal the unpruned one
@@ -40,7 +40,7 @@ def draw_sheet(comparison: Comparison) -> Drawing:
     strip = _draw_strip(pictures, page)
     blocks = [
         write_lines([f"question: {comparison.question}"], page),
-        columns,
+        *_under(LIVES, columns),
         *_under("Patches that two plans keep", _draw_differences(pictures, page)),
         *_under("Answers over budgets of image tokens", strip),
         *_under("Why each patch stayed", _draw_reasons(pictures, page)),

@@ -7,6 +7,8 @@ from minillava.app.overlay import describe_digests, describe_tokens
 from .runs import Cell, Comparison, Run
 from .sets import Difference, list_differences
 
+LIVES = "Plans, and how many decoder layers each patch lives in"
+
 
 def title_of(comparison: Comparison) -> str:
     n = len(comparison.runs) - 1

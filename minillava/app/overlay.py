@@ -22,7 +22,7 @@ from ..pruning.parsing import name_plan
 from ..report import Report, Result
 from .canvas import Drawing, move
 from .fate import Fate, count_layers, count_tokens, list_fates
-from .frame import PANEL, Frame, make_frame
+from .frame import OUTSIDE, PANEL, Frame, make_frame
 from .layout import Block, fill_rows, stack, write_lines
 from .panels import Panel, draw_choice, draw_lives, draw_scores, draw_tokens
 
@@ -106,15 +106,14 @@ def frame_images(
     model: Config,
     config: ImageConfig | None = None,
     aspect: str | None = None,
+    outside: float = OUTSIDE,
 ) -> list[Frames]:
-    """The frames of images that a processor made square with this config and aspect."""
-    vision = model.vision
+    """The frames of images that a processor made square with this config and aspect; outside: see
+    make_frame, for the whole images."""
+    vision, aspect = model.vision, aspect or model.image_aspect
     config = config or ImageConfig(vision.image_size, vision.image_size)
     return [
-        Frames(
-            make_frame(image, vision, config, aspect or model.image_aspect),
-            make_frame(image, vision, config, aspect or model.image_aspect, outside=0.0),
-        )
+        Frames(*(make_frame(image, vision, config, aspect, part) for part in (outside, 0.0)))
         for image in images
     ]
 
