@@ -22,6 +22,7 @@ from .sets import Difference
 from .words import LIVES, describe_cell, describe_costs, describe_overlap, describe_sets, title_of
 
 HERE = Path(__file__).parent
+EDGE = 3  # pixels around a picture
 POLICY = "default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inline'; img-src data:"
 
 
@@ -62,14 +63,17 @@ def _write_about(comparison: Comparison) -> str:
     return f"<dl>{''.join(facts)}</dl>" if comparison.about else ""
 
 
-def _figure(panel: Panel, ids: dict[int, str], name: str) -> list[str]:
+def _figure(panel: Panel, ids: dict[int, str], name: str, which: str = "") -> list[str]:
     """A panel with its alternative text. A legend is a list below it, which a narrow page wraps;
-    other explanations, like histograms, stay in the drawing."""
+    other explanations, like histograms, stay in the drawing. which: a line above it."""
     height = panel.picture if panel.legend else panel.height
-    look = f'viewBox="0 0 {panel.width} {height}" width="{panel.width}"'
+    # outlines reach over the edge of the picture
+    look = f'viewBox="-{EDGE} -{EDGE} {panel.width + 2 * EDGE} {height + 2 * EDGE}"'
     kind = "" if panel.legend else ' class="paper"'
     return [
-        f'<figure><svg {look}{kind} role="img" aria-label="{escape(name)}">',
+        "<figure>",
+        *([f"<p>{escape(which)}</p>"] if which else []),
+        f'<svg {look} width="{panel.width}"{kind} role="img" aria-label="{escape(name)}">',
         *write_shapes(panel.shapes, ids),
         "</svg>",
         *(["<figcaption>", _list_legend(panel), "</figcaption>"] if panel.legend else []),
@@ -86,8 +90,8 @@ def _list_legend(panel: Panel) -> str:
     return f'<ul class="legend">{"".join(entries)}</ul>'
 
 
-def _of_image(pictures: Pictures, image: int) -> str:
-    return f", image {image + 1}" if pictures.several else ""
+def _which(pictures: Pictures, image: int) -> str:
+    return f"image {image + 1}" if pictures.several else ""
 
 
 # ---------------------------------------------------------------- the plans
@@ -108,7 +112,7 @@ def _write_run(
     lines = [head]
     for i, panels in enumerate(images):
         lives = describe_lives(run.result, 0, i)
-        lines += _figure(panels[0], ids, f"{run.plan}{_of_image(pictures, i)}: {lives}")
+        lines += _figure(panels[0], ids, f"{run.plan}: {lives}", _which(pictures, i))
     first = pictures.comparison.runs[0]
     same = first.result is not None and first.result.tokens == run.result.tokens
     lines.append(_write_answer("p", run.answer, run.cut, same, run is first))
@@ -165,7 +169,7 @@ def _write_pair(
     words = describe_sets(difference, a, b)
     lines = [f'<article data-pair="{a} {b}"><h3>{a} and {b}</h3>']
     for i, panel in enumerate(panels):
-        lines += _figure(panel, ids, f"Patches{_of_image(pictures, i)}. {words}")
+        lines += _figure(panel, ids, words, _which(pictures, i))
     return [*lines, f"<p>{escape(describe_overlap(difference))}.</p>", "</article>"]
 
 
@@ -215,9 +219,12 @@ def _write_reasons(pictures: Pictures, ids: dict[int, str]) -> list[str]:
         for i, panels in enumerate(images):
             for panel in panels[1:]:
                 title = " ".join(panel.title)
-                head = f"<h3>{escape(title)}{_of_image(pictures, i)}</h3>"
+                head = f"<h3>{escape(title)}</h3>"
                 lines.append(f'<div style="width: {panel.width}px">{head}')
-                lines += [*_figure(panel, ids, f"{run.plan}: {title}"), "</div>"]
+                lines += [
+                    *_figure(panel, ids, f"{run.plan}: {title}", _which(pictures, i)),
+                    "</div>",
+                ]
         if lines:
             head = f"<details open><summary>{_write_name(pictures, run)}</summary>"
             parts += [head, '<div class="panels">', *lines, "</div></details>"]

@@ -24,7 +24,11 @@ PAGE = 4000  # pixels that a page may be wide, unless one column is wider
 LEAST = 1200  # pixels that the texts of a page may be wide, however few columns there are
 HEADING = 20  # size of letters
 SAME: Color = (120, 170, 215)  # of answers that equal the unpruned one
-NAMES, CELL, INSET = 260, 150, 8  # pixels of a strip: names of its rows, a cell, room around text
+NAMES, CELL, INSET = (
+    260,
+    300,
+    8,
+)  # pixels of a strip: names of its rows, a cell at most, room around text
 
 
 def draw(comparison: Comparison) -> Image.Image:
@@ -148,7 +152,8 @@ def _draw_strip(pictures: Pictures, width: int) -> Block:
     comparison = pictures.comparison
     if not comparison.drifts:
         return Block(0, 0, [])
-    across = max(CELL, (min(width, 2 * LEAST) - NAMES) // max(1, len(comparison.budgets)) - 4)
+    across = min(CELL, (width - NAMES) // max(1, len(comparison.budgets)) - 4)
+    across = max(across, CELL // 2)
     head = [Block(NAMES, LINE, [])]
     for budget in comparison.budgets:
         head.append(Block(across, LINE, [Text(INSET, 0, f"{budget} left", SMALL, FAINT)]))
