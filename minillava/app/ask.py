@@ -7,7 +7,6 @@ import json
 import os
 import sys
 import time
-from collections.abc import Sequence
 from pathlib import Path
 
 from ..loading.checkpoint import load
@@ -45,7 +44,7 @@ def _choose_question(args: argparse.Namespace) -> tuple[list[str], str]:
     if args.raw_prompt and (question is None or args.chat):
         raise ValueError("--raw-prompt goes with --prompt and without --chat; give --prompt TEXT")
     if not files and question is None:
-        return _read_demo_question()
+        return read_demo_question()
     if question is None and not args.chat:
         raise ValueError(f"--image {files[0]} has no question; add --prompt TEXT, or --chat")
     if question is not None and not question.strip():
@@ -53,7 +52,8 @@ def _choose_question(args: argparse.Namespace) -> tuple[list[str], str]:
     return files, question or ""
 
 
-def _read_demo_question() -> tuple[list[str], str]:
+def read_demo_question() -> tuple[list[str], str]:
+    """The image and the question that come with the demo checkpoint."""
     example = DEMO / "example.json"
     if not example.is_file():
         raise ValueError(
@@ -76,7 +76,11 @@ def _load_chat(args: argparse.Namespace, files: list[str], ranks: Ranks) -> Chat
         use_cache=not args.no_cache,
     )
     if args.overlay:
-        _check_overlay(args.overlay, files)
+        check_drawing(args.overlay, "--overlay")
+        if not files:
+            raise ValueError(
+                f"--overlay {args.overlay} draws on an image; give one with --image FILE"
+            )
     if args.image_aspect is not None:
         check_aspect(args.image_aspect)
     if args.compile and args.no_cache:
@@ -114,20 +118,19 @@ def _find_demo() -> str:
     return str(DEMO)
 
 
-def _check_overlay(path: Path, files: Sequence[str]) -> None:
+def check_drawing(path: Path, option: str) -> None:
+    """Raise ValueError if a drawing cannot be written to the file that an option names."""
     try:
         part_of(path).lstat()
     except FileNotFoundError:
         pass
     except (OSError, ValueError) as error:  # a name that is too long, or with a zero byte
         raise ValueError(
-            f"--overlay {path} cannot be written ({error}); give another name"
+            f"{option} {path} cannot be written ({error}); give another name"
         ) from error
     if path.suffix.lower() not in (".png", ".svg") or path.is_dir():
-        raise ValueError(f"--overlay {path} must be a file; give a name that ends in .png or .svg")
+        raise ValueError(f"{option} {path} must be a file; give a name that ends in .png or .svg")
     if not path.parent.is_dir():
-        raise ValueError(f"--overlay {path}: there is no folder {path.parent}; create it first")
+        raise ValueError(f"{option} {path}: there is no folder {path.parent}; create it first")
     if not os.access(path.parent, os.W_OK):
-        raise ValueError(f"--overlay {path}: {path.parent} is not writable; choose another folder")
-    if not files:
-        raise ValueError(f"--overlay {path} draws on an image; give one with --image FILE")
+        raise ValueError(f"{option} {path}: {path.parent} is not writable; choose another folder")

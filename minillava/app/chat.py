@@ -104,7 +104,7 @@ class Chat:
         if self.args.json:
             print(json.dumps(self._make_record(text, result)), flush=True)
         if self.args.overlay and self.ranks.rank == 0:
-            _save(self._draw(result, text, question), self.args.overlay)
+            save_drawing(self._draw(result, text, question), self.args.overlay)
         return text
 
     def _draw(self, result: Result, text: str, question: str) -> Drawing:
@@ -178,7 +178,7 @@ def _is_terminal() -> bool:
     return bool(sys.stdin and sys.stdin.isatty())
 
 
-def _save(drawing: Drawing, path: Path) -> None:
+def save_drawing(drawing: Drawing, path: Path) -> None:
     """Save completely or not at all: an existing file is only replaced by a finished one."""
     part = part_of(path)
     try:

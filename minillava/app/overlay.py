@@ -98,7 +98,7 @@ def draw_overlay(
         "Digest": ", ".join(f"{k.rule} {k.digest[sample]}" for k in result.report.kept),
     }
     told = {name: value for name, value in facts.items() if value}
-    width, height, shapes = _lay_out(pages, caption)
+    width, height, shapes = lay_out(pages, caption)
     title = f"Patches left by the plan {facts['Plan']}"
     return Drawing(width, height, shapes, title, _describe(result, sample, caption), told)
 
@@ -143,10 +143,10 @@ def _note_margin(fate: Fate, sample: int) -> list[str]:
     return notes
 
 
-def _lay_out(
+def lay_out(
     pages: Sequence[Sequence[Panel]], caption: Sequence[str]
 ) -> tuple[int, int, list[Shape]]:
-    """Panels in rows, each image on its own, and the caption below: width, height, shapes."""
+    """Panels in rows, a new row for each page, and the caption below: width, height, shapes."""
     shapes: list[Shape] = []
     y, widest = MARGIN, PANEL
     for panels in pages:
