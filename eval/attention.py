@@ -84,7 +84,7 @@ class Grid:
     ) -> Image.Image:
         """The heat map over the picture, as a PIL image. aspect, config: how the processor made
         the picture square; default: the checkpoint's aspect and the model's image size."""
-        view = View(self.seen, choose_heads(self.seen, head, bos))
+        view = View(self.seen, choose_heads(self.seen, head, bos), bos)
         shown, name = Shown(self.config, [picture], aspect, config), self.name
         return draw_one_map(shown, view, self.image, name, [name_heads(head, bos)]).image()
 
@@ -133,18 +133,14 @@ def attention(
     numbers = [row + T if row < 0 else row for row in given]
     new = max(1, max(numbers) - T + 2)
     result, seen = watch(model, batch, [numbers], plan, new, sample, **options)
-    check_fed(max(numbers), T, result.tokens[sample])
+    fed = T + max(0, len(result.tokens[sample]) - 1)
+    if max(numbers) >= max(fed, T):
+        raise ValueError(
+            f"there is no row {max(numbers)}: {T} are the prompt's and {fed - T} the answer's, whose "
+            "last token is not fed; name one of these"
+        )
     name = f"rows {', '.join(map(str, numbers))}" if len(numbers) > 1 else f"row {numbers[0]}"
     return Grid(seen[layer][0], image, model.config, name)
-
-
-def check_fed(row: int, n_prompt: int, answer: Sequence[int]) -> None:
-    """Raise ValueError for a row that the answer is too short for."""
-    if row >= n_prompt and row >= n_prompt + len(answer) - 1:
-        raise ValueError(
-            f"there is no row {row}: the prompt has {n_prompt}, and each of the answer's "
-            f"{len(answer)} tokens has one but the last, which is not fed; name an earlier one"
-        )
 
 
 # ---------------------------------------------------------------- the command
@@ -188,11 +184,13 @@ def _run(args: argparse.Namespace, argv: Sequence[str]) -> None:
     groups = [row_names.find_group(name, prompt, texts, most) for name in dict.fromkeys(args.of)]
     rows = [group.rows for group in groups]
     result, seen = watch(asked.model, asked.batch, rows, asked.plan, most, seed=args.seed)
+    n = len(result.tokens[0])
     for group in groups:
-        check_fed(min(group.rows), prompt.length, result.tokens[0])
+        if min(group.rows) > prompt.length - 1 + max(0, n - 1):
+            raise ValueError(f"--of {group.name}: the answer has tokens 0 to {n - 1}; name these")
     heads = (args.head, not args.no_bos)
     views = {
-        group.name: [View(one[g], choose_heads(one[g], *heads)) for one in seen]
+        group.name: [View(one[g], choose_heads(one[g], *heads), heads[1]) for one in seen]
         for g, group in enumerate(groups)
     }
     _show(asked, result, layers, views)

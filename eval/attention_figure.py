@@ -29,7 +29,7 @@ from minillava.app.panels import (
 from minillava.config import Config
 from minillava.processing.image import ImageConfig
 
-from .watch import IMAGE, KINDS, SINK, Seen
+from .watch import BOS, IMAGE, KINDS, SINK, Seen
 
 HEAT_ALPHA = 0.72  # of a map over the grey picture
 STEPS = 32  # of a ramp
@@ -54,7 +54,8 @@ class View:
     """What a group of rows sees in one layer."""
 
     seen: Seen
-    weights: Tensor  # (tokens,) of one head or the mean of all, with or without BOS
+    weights: Tensor  # (tokens,) of one head or the mean of all
+    bos: bool = True  # False: without BOS
 
     def share(self, kind: int) -> float:
         return float(self.weights[self.seen.kind == kind].sum())
@@ -62,7 +63,8 @@ class View:
     @property
     def even(self) -> float:
         """The weight of each token if all that are visible had the same."""
-        return float(self.weights.sum()) / max(1, int(self.seen.visible.sum()))
+        counted = self.seen.visible & (self.bos | (self.seen.kind != BOS))
+        return float(self.weights.sum()) / max(1, int(counted.sum()))
 
 
 @dataclass(frozen=True)
