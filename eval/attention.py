@@ -136,7 +136,7 @@ def attention(
     fed = T + max(0, len(result.tokens[sample]) - 1)
     if max(numbers) >= max(fed, T):
         raise ValueError(
-            f"there is no row {max(numbers)}: {T} are the prompt's and {fed - T} the answer's, whose "
+            f"there is no row {max(numbers)}: {T} are the prompt's, {fed - T} the answer's, whose "
             "last token is not fed; name one of these"
         )
     name = f"rows {', '.join(map(str, numbers))}" if len(numbers) > 1 else f"row {numbers[0]}"

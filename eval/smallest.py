@@ -3,8 +3,8 @@
     python -m eval.smallest --image F --prompt TEXT --out FILE.png
     python -m eval.smallest --image F --prompt TEXT --start hand:patches=3/7-12 --limit 200
 
-Prints the answer, the size of each smaller set that still gives it, and the last one as a plan to be
-pasted after --prune; --out draws it. The picture is encoded once, and many sets are asked at a
+Prints the answer, the size of each smaller set that still gives it, and the last set as a plan to
+be pasted after --prune; --out draws it. The picture is encoded once, and many sets are asked at a
 time. When no patch more can be left out by itself, the search ends; a smaller set of other patches
 may exist. --limit ends it after so many prefills, and Ctrl-C at once: both print the plan that has
 been found, and --start goes on from there.
@@ -22,13 +22,13 @@ import torch
 from minillava.app.chat import save_drawing
 from minillava.app.command import parse_positive_int, run_command
 from minillava.app.overlay import draw_overlay
-from minillava.generate import encode_images, generate
+from minillava.generate import Answer, encode_images, generate
 from minillava.llava import Encoded, LLaVA
 from minillava.pruning import parse_plan
 from minillava.pruning.base import Context, Keep, Plan
 from minillava.pruning.hand import Hand
 from minillava.report import Result
-from minillava.request import prompts_of
+from minillava.request import Settings, prompts_of
 from minillava.sample import Batch
 
 from .asked import Asked, make_parser, open_question
@@ -79,15 +79,17 @@ def smallest(
     limit: int | None = None,
     max_new_tokens: int = NEW_TOKENS,
     encoded: Encoded | None = None,
+    positions: str = "original",
 ) -> Smallest:
     """Find a small set of patches with which the prompt of a batch gets its unpruned answer.
 
     start: patches to begin with; None: all. limit: prefills at most. max_new_tokens: of the answer
-    that has to be kept. encoded: the result of encode_images. Raises ValueError for a batch of
-    several prompts or without an image, for patches that the images do not have or that give
-    another answer, and as `generate` does.
+    that has to be kept. encoded: the result of encode_images. positions: "original", so that the
+    patches that are left keep their places, or "compact". Raises ValueError for a batch of several
+    prompts or without an image, for patches that the images do not have or that give another
+    answer, and as `generate` does.
     """
-    search = Search(model, batch, start, limit, max_new_tokens, encoded)
+    search = Search(model, batch, start, limit, max_new_tokens, encoded, positions)
     for _ in search:
         pass
     return search.finish()
@@ -109,12 +111,14 @@ class Search:
         limit: int | None = None,
         max_new_tokens: int = NEW_TOKENS,
         encoded: Encoded | None = None,
+        positions: str = "original",
     ) -> None:
         """Asks for the answer that has to be kept."""
         prompts = prompts_of(model, batch)
         if len(prompts) != 1 or not prompts[0].starts:
             raise ValueError(f"the batch has {len(prompts)} prompts; give one, with an image")
-        self.model, self.batch, self.limit, self.minimal = model, batch, limit, False
+        self.model, self.batch, self.limit, self.positions = model, batch, limit, positions
+        self.minimal = False
         self.n_patches = len(prompts[0].starts) * model.config.vision.num_patches
         if limit is not None and limit < 2:
             raise ValueError(f"limit={limit} must be 2 or more: for the answer, and for the result")
@@ -135,10 +139,9 @@ class Search:
     def plan(self, patches: Sequence[int]) -> Plan:
         """The plan that keeps these patches."""
         several = self.n_patches > self.model.config.vision.num_patches
-        scope = ",scope=all" if several else ""
-        return parse_plan(
-            f"hand:patches={name_patches(patches)}{scope}" if patches else "text-only"
-        )
+        options = [f"patches={name_patches(patches)}"] if patches else []
+        options += ["scope=all"] * several + [f"positions={self.positions}"]
+        return parse_plan(f"{'hand' if patches else 'text-only'}:{','.join(options)}")
 
     def __iter__(self) -> Iterator[tuple[int, ...]]:
         kept = self.found[-1]
@@ -199,23 +202,20 @@ class Search:
         pixels = self.batch.pixels[:1].expand(n * images, -1, -1, -1)  # not read: see `encoded`
         encoded = {i: state.repeat(n, 1, 1) for i, state in self.encoded.items()}
         ids, mask = self.batch.ids.expand(n, -1), self.batch.mask.expand(n, -1)
-        plan = Plan((HandEach(patches=(), sets=sets, scope="all"),))
-        result = generate(
-            self.model,
-            Batch(ids, mask, pixels),
-            plan,
-            len(self.answer),
-            encoded,
-            output_logits=True,
-        )
+        plan = Plan((HandEach(patches=(), sets=sets, scope="all", positions=self.positions),))
+        settings = Settings(len(self.answer), output_logits=True)
+        run = Answer(self.model, Batch(ids, mask, pixels), plan, settings, encoded)
         self.prefills += n
-        return [self._score(result, b) for b in range(n)]
+        alike = [*range(n)]
+        for new, expected in zip(run, self.answer, strict=False):
+            alike = [b for b in alike if new[b] == expected]
+            if not alike:
+                return [None] * n
+        return [self._score(run, b) if b in alike else None for b in range(n)]
 
-    def _score(self, result: Result, b: int) -> float | None:
-        if result.tokens[b] != self.answer:
-            return None
-        assert result.logits is not None
-        likelihood = result.logits[b].log_softmax(-1)  # (n_new, V)
+    def _score(self, run: Answer, b: int) -> float:
+        assert run.result.logits is not None
+        likelihood = run.result.logits[b].log_softmax(-1)  # (n_new, V)
         answer = torch.tensor(self.answer, device=likelihood.device)
         return float(likelihood.gather(1, answer[:, None]).sum())
 
@@ -264,6 +264,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     add = parser.add_argument
     start_help = "a plan hand:patches=... to start from; default: all patches"
     add("--start", metavar="PLAN", help=start_help)
+    positions_help = (
+        "of the patches that are left: original (default) or compact, see pruning/README"
+    )
+    add("--positions", choices=("original", "compact"), default="original", help=positions_help)
     add("--limit", type=parse_positive_int, metavar="N", help="prefills at most; default: no limit")
     add("--max-new-tokens", type=parse_positive_int, default=NEW_TOKENS, metavar="N")
     return run_command(lambda: _run(parser.parse_args(arguments), arguments))
@@ -272,7 +276,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _run(args: argparse.Namespace, argv: Sequence[str]) -> None:
     start = _read_start(args.start)
     asked = open_question(args, argv, "eval.smallest", "none")
-    search = Search(asked.model, asked.batch, start, args.limit, args.max_new_tokens)
+    limits, positions = (args.limit, args.max_new_tokens), args.positions
+    search = Search(asked.model, asked.batch, start, *limits, positions=positions)
     print(f"answer: {asked.processor.decode(search.answer).strip()}", flush=True)
     _print_size(search)
     try:
