@@ -11,9 +11,12 @@ from pathlib import Path
 from PIL import Image
 
 from minillava import Batch, load
-from minillava.app.ask import check_drawing, read_demo_question
-from minillava.app.command import CommandParser, parse_int, parse_path, quiet_decoders
+from minillava.app.ask import read_demo_question
+from minillava.app.canvas import Drawing
+from minillava.app.chat import check_length
+from minillava.app.command import CommandParser, parse_non_negative_int, parse_path, quiet_decoders
 from minillava.app.open_image import open_image
+from minillava.app.output_file import check_output, replace_whole
 from minillava.llava import LLaVA
 from minillava.loading.checkpoint import DTYPES, QUANTIZE
 from minillava.processing.image import check_aspect
@@ -46,6 +49,11 @@ class Asked:
         """What a picture's file says about its origin."""
         return {"Command": self.command, "Model": self.args.model, "Seed": str(self.args.seed)}
 
+    def save(self, drawing: Drawing) -> None:
+        """Save a drawing to --out, completely or not at all."""
+        with replace_whole(self.args.out) as part:
+            drawing.save(part, self.args.out.suffix.lower().lstrip("."))
+
 
 def make_parser(name: str, doc: str) -> argparse.ArgumentParser:
     """A parser with the options of a question: --image, --prompt, --model and their like."""
@@ -65,12 +73,19 @@ def make_parser(name: str, doc: str) -> argparse.ArgumentParser:
     add("--dtype", choices=DTYPES)
     add("--quantize", choices=QUANTIZE)
     add("--image-aspect", metavar="A", help="crop or pad; default: the checkpoint's")
-    add("--focus", metavar="TEXT", help="text for text-guided methods; default: the question")
-    add("--seed", type=parse_int, default=0, metavar="S", help="of random methods; default 0")
+    parser.set_defaults(prune="none", focus=None, seed=0)
     return parser
 
 
-def open_question(args: argparse.Namespace, argv: Sequence[str], name: str, plan: str) -> Asked:
+def add_plan_options(parser: argparse.ArgumentParser) -> None:
+    """Add --prune, --focus and --seed."""
+    add = parser.add_argument
+    add("--prune", metavar="PLAN", help="pruning methods, for example fastv:k=2,r=0.5")
+    add("--focus", metavar="TEXT", help="text for text-guided methods; default: the question")
+    add("--seed", type=parse_non_negative_int, metavar="S", help="of random methods; default 0")
+
+
+def open_question(args: argparse.Namespace, argv: Sequence[str], name: str) -> Asked:
     """Check the command line, open the images and load the model. Raises ValueError."""
     files, question = args.image, args.prompt
     if not files and question is None:
@@ -80,15 +95,16 @@ def open_question(args: argparse.Namespace, argv: Sequence[str], name: str, plan
     if question is None or not question.strip():
         raise ValueError(f"--image {files[0]} has no question; give one with --prompt TEXT")
     if args.out is not None:
-        check_drawing(args.out, "--out")
+        check_output("--out", args.out, (".png", ".svg"))
     if args.image_aspect is not None:
         check_aspect(args.image_aspect)
-    parsed = read_plan(plan).plan
+    parsed = read_plan(args.prune).plan
     with quiet_decoders():
         images = [open_image(file) for file in files]
     model, processor = load(
         args.model, args.device, args.dtype, args.quantize, args.revision, progress=True
     )
+    check_length(model, question)
     prompt = processor.prompt(question, len(images))
     focus = parsed.focus if args.focus is None else args.focus
     batch = processor([prompt], [images], args.image_aspect, parsed.tokens or "hf", focus)

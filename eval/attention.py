@@ -23,7 +23,6 @@ from typing import Any
 from PIL import Image
 from torch import Tensor
 
-from minillava.app.chat import save_drawing
 from minillava.app.command import parse_non_negative_int, parse_positive_int, run_command
 from minillava.config import Config
 from minillava.llava import LLaVA
@@ -35,7 +34,7 @@ from minillava.request import prompts_of
 from minillava.sample import Batch
 
 from . import row_names
-from .asked import Asked, make_parser, open_question
+from .asked import Asked, add_plan_options, make_parser, open_question
 from .attention_figure import Shown, View, draw_attention, draw_one_map, format_table
 from .watch import KINDS, Seen, watch
 
@@ -151,10 +150,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = sys.argv[1:] if argv is None else list(argv)
     names = (row_names.__doc__ or "").partition("\n\n")[2].rstrip()
     parser = make_parser("eval.attention", (__doc__ or "").format(names=names))
+    add_plan_options(parser)
     add = parser.add_argument
     add("--layers", type=parse_non_negative_int, nargs="+", metavar="K", help="default: three")
     add("--of", nargs="+", default=["newest", "answer"], metavar="ROWS", help="see above")
-    add("--prune", default="", metavar="PLAN", help="pruning methods, for example fastv:k=2,r=0.5")
     add("--head", type=parse_non_negative_int, metavar="H", help="default: the mean of all heads")
     add("--no-bos", action="store_true", help="leave BOS out, and scale the rest to 1")
     add("--max-new-tokens", type=parse_positive_int, default=NEW_TOKENS, metavar="N")
@@ -167,7 +166,7 @@ def _run(args: argparse.Namespace, argv: Sequence[str]) -> None:
         row_names.check_name(name)
     if args.out is None and not args.tokens:
         raise ValueError("--out FILE is missing: the picture's file, which ends in .png or .svg")
-    asked = open_question(args, argv, "eval.attention", args.prune)
+    asked = open_question(args, argv, "eval.attention")
     layers, text = _check_layers(args, asked.model), asked.model.config.text
     if args.head is not None and args.head >= text.num_attention_heads:
         last = text.num_attention_heads - 1
@@ -215,7 +214,7 @@ def _show(
     for name, each in views.items():
         print(f"\n{name}: % of the attention, {heads}\n\n{format_table(each)}")
     sys.stdout.flush()
-    save_drawing(draw_attention(shown, views, layers, caption, about), args.out)
+    asked.save(draw_attention(shown, views, layers, caption, about))
 
 
 def name_heads(head: int | None, bos: bool) -> str:

@@ -10,7 +10,8 @@ from torch import Tensor
 
 from minillava.app.canvas import Box, Color, Drawing, Line, Shape, Text, move, text_width, wrap_text
 from minillava.app.frame import INK, Frame, hatch, make_frame
-from minillava.app.overlay import lay_out
+from minillava.app.layout import fill_rows, stack, write_lines
+from minillava.app.overlay import MARGIN, PAGE, draw_page
 from minillava.app.panels import (
     FAINT,
     HEAT,
@@ -106,10 +107,11 @@ def draw_attention(
             pages.append([draw_map(square, views[k], image, title) for k in layers])
     pages[0] += [draw_kinds(name, views) for name, views in groups.items()]
     lines = [*caption, describe_sinks(shown.config), NOT_CAUSE]
-    width, height, shapes = lay_out(pages, lines)
+    rows = [fill_rows(page, PAGE - 2 * MARGIN) for page in pages]
+    page = stack([*rows, write_lines(lines, max(row.width for row in rows))])
     title = "Attention to the picture and to kinds of tokens"
     words = [describe(name, views, layers) for name, views in groups.items()]
-    return Drawing(width, height, shapes, title, "\n".join([*words, *lines]), dict(about))
+    return draw_page(page, title, "\n".join([*words, *lines]), about)
 
 
 def draw_one_map(
@@ -118,9 +120,9 @@ def draw_one_map(
     """The map of one image of a prompt, which is the only one in `shown`."""
     panel = draw_map(shown.frame(0, 0.0), view, image, name)
     lines = [*caption, NOT_CAUSE]
-    width, height, shapes = lay_out([[panel]], lines)
+    page = stack([fill_rows([panel], panel.width), write_lines(lines, panel.width)])
     title = f"Attention to the picture in layer {view.seen.layer}"
-    return Drawing(width, height, shapes, title, " ".join([*panel.title, *lines]), {})
+    return draw_page(page, title, " ".join([*panel.title, *lines]), {})
 
 
 def draw_map(frame: Frame, view: View, image: int, name: str) -> Panel:

@@ -19,7 +19,6 @@ from dataclasses import dataclass
 
 import torch
 
-from minillava.app.chat import save_drawing
 from minillava.app.command import parse_positive_int, run_command
 from minillava.app.overlay import draw_overlay
 from minillava.generate import Answer, encode_images, generate
@@ -275,7 +274,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _run(args: argparse.Namespace, argv: Sequence[str]) -> None:
     start = _read_start(args.start)
-    asked = open_question(args, argv, "eval.smallest", "none")
+    asked = open_question(args, argv, "eval.smallest")
     limits, positions = (args.limit, args.max_new_tokens), args.positions
     search = Search(asked.model, asked.batch, start, *limits, positions=positions)
     print(f"answer: {asked.processor.decode(search.answer).strip()}", flush=True)
@@ -310,7 +309,7 @@ def _draw(asked: Asked, found: Smallest, state: str) -> None:
         question=asked.question,
         about=about,
     )
-    save_drawing(drawing, asked.args.out)
+    asked.save(drawing)
 
 
 def _read_start(text: str | None) -> tuple[int, ...] | None:

@@ -11,7 +11,7 @@ import base64
 import io
 import json
 import unicodedata
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from functools import cache
 from hashlib import sha256
@@ -113,17 +113,15 @@ class Drawing:
         size: dict[str, object] = {"width": self.width, "height": self.height}
         view = {"viewBox": f"0 0 {self.width} {self.height}", "role": "img"}
         names = {"aria-labelledby": f"t{unique} d{unique}", "font-family": FAMILY}
-        # each picture once, however often it is drawn
-        pictures = {id(s.image): s.image for s in self.shapes if isinstance(s, Picture)}
-        ids = {key: f"p{unique}{n}" for n, key in enumerate(pictures)}
+        ids, pictures = embed_pictures(self.shapes, f"p{unique}")
         lines = [
             f'<svg xmlns="http://www.w3.org/2000/svg" {_attributes(size | view | names)}>',
             f'<title id="t{unique}">{_xml(self.title)}</title>',
             f'<desc id="d{unique}">{_xml(self.description)}</desc>',
             f"<metadata>{_xml(json.dumps(dict(self.about), ensure_ascii=False))}</metadata>",
             f'<rect width="100%" height="100%" fill="{_hex(PAPER)}"/>',
-            *("<defs>", *(_embed(ids[key], image) for key, image in pictures.items()), "</defs>"),
-            *(_write(shape, ids) for shape in self.shapes),
+            *("<defs>", *pictures, "</defs>"),
+            *write_shapes(self.shapes, ids),
             "</svg>\n",
         ]
         return "\n".join(lines)
@@ -217,8 +215,20 @@ def _paint_text(pen: ImageDraw.ImageDraw, shape: Text) -> None:
 # ---------------------------------------------------------------- SVG
 
 
+def embed_pictures(shapes: Iterable[Shape], prefix: str) -> tuple[dict[int, str], list[str]]:
+    """Names for the pictures among shapes, by their id(), and an element that defines each, once
+    however often it is drawn. The names begin with a prefix."""
+    pictures = {id(s.image): s.image for s in shapes if isinstance(s, Picture)}
+    ids = {key: f"{prefix}{n}" for n, key in enumerate(pictures)}
+    return ids, [_embed(ids[key], image) for key, image in pictures.items()]
+
+
+def write_shapes(shapes: Iterable[Shape], pictures: Mapping[int, str]) -> list[str]:
+    """The elements that draw shapes; pictures: the names of those that were defined."""
+    return [_write(shape, pictures) for shape in shapes]
+
+
 def _write(shape: Shape, pictures: Mapping[int, str]) -> str:
-    """One shape; pictures: the names of the pictures that were defined, by their id()."""
     if isinstance(shape, Picture):
         place = {"href": f"#{pictures[id(shape.image)]}", "x": shape.x, "y": shape.y}
         return f"<use {_attributes(place)}/>"

@@ -8,7 +8,6 @@ import json
 import sys
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from PIL import Image
@@ -22,6 +21,7 @@ from ..request import Settings
 from ..sample import Batch
 from .canvas import Drawing
 from .command import print_error
+from .output_file import replace_whole
 from .overlay import draw_overlay
 from .ranks import ALONE, Ranks
 
@@ -65,7 +65,7 @@ class Chat:
         encoded, questions = None, _read_questions(first)
         while (question := self.ranks.run_in_first(lambda: next(questions, None))) is not None:
             try:
-                self._check_length(question)
+                check_length(self.model, question)
                 prompt = self.processor.prompt(question, len(self.images), turns)
                 batch = self._make_batch(prompt)
                 encoded = encoded or encode_images(self.model, batch, self.plan)
@@ -74,17 +74,6 @@ class Chat:
                 if not _is_terminal():
                     raise
                 print_error(error)  # a person at the terminal can ask something else
-
-    def _check_length(self, question: str) -> None:
-        """Refuse a question that is certainly too long before it is tokenised, which takes seconds
-        for a million characters."""
-        positions = self.model.config.text.max_position_embeddings
-        most = positions * LONGEST_PIECE
-        if len(question) > most:
-            raise ValueError(
-                f"the question has more than {most} characters, which do not fit into the model's "
-                f"{positions} positions; ask a shorter one"
-            )
 
     def _make_batch(self, prompt: str) -> Batch:
         aspect = self.args.image_aspect
@@ -104,7 +93,9 @@ class Chat:
         if self.args.json:
             print(json.dumps(self._make_record(text, result)), flush=True)
         if self.args.overlay and self.ranks.rank == 0:
-            save_drawing(self._draw(result, text, question), self.args.overlay)
+            path = self.args.overlay
+            with replace_whole(path) as part:
+                self._draw(result, text, question).save(part, path.suffix.lower().lstrip("."))
         return text
 
     def _draw(self, result: Result, text: str, question: str) -> Drawing:
@@ -143,6 +134,18 @@ class Chat:
         }
 
 
+def check_length(model: LLaVA, question: str) -> None:
+    """Refuse a question that is certainly too long before it is tokenised, which takes seconds for
+    a million characters (ValueError)."""
+    positions = model.config.text.max_position_embeddings
+    most = positions * LONGEST_PIECE
+    if len(question) > most:
+        raise ValueError(
+            f"the question has more than {most} characters, which do not fit into the model's "
+            f"{positions} positions; ask a shorter one"
+        )
+
+
 def _collect(pieces: Iterable[str], printing: bool) -> str:
     """Join the pieces of an answer, printing each as it comes."""
     text = ""
@@ -176,18 +179,3 @@ def _read_questions(first: str | None) -> Iterator[str]:
 
 def _is_terminal() -> bool:
     return bool(sys.stdin and sys.stdin.isatty())
-
-
-def save_drawing(drawing: Drawing, path: Path) -> None:
-    """Save completely or not at all: an existing file is only replaced by a finished one."""
-    part = part_of(path)
-    try:
-        drawing.save(part, path.suffix.lower().lstrip("."))
-        part.replace(path)
-    finally:
-        part.unlink(missing_ok=True)
-
-
-def part_of(path: Path) -> Path:
-    """The file that is written before it replaces `path`."""
-    return path.with_name(f"{path.name}.part")
