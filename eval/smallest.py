@@ -300,8 +300,10 @@ def _print_size(search: Search) -> None:
 
 def _draw(asked: Asked, found: Smallest, state: str) -> None:
     about = {**asked.about(), "Search": f"{found.prefills} prefills: {state}"}
+    # asked once more with the picture itself, so that the times in the caption are complete
+    result = generate(asked.model, asked.batch, found.plan, len(found.answer))
     drawing = draw_overlay(
-        found.result,
+        result,
         asked.images,
         text=asked.processor.decode(found.answer),
         aspect=asked.aspect,
