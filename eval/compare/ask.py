@@ -51,34 +51,21 @@ def compare(
 ) -> Comparison:
     """Ask one question about one or more images without pruning and under each plan (greedily).
 
-    budgets: numbers of patches of an image to be left, at which each plan is asked again; None:
-    SHARES of all patches; (): none. focus: the text for text-guided methods, unless a preset states
-    one. image_aspect: "crop", "pad", or None for the checkpoint's. about: words for files. read:
-    makes a plan of a text; parse_plan never runs a file. progress: a bar, on a terminal. Raises
-    ValueError for no image, an empty or too long question, and if not even the unpruned model or
-    one of the plans can run.
+    budgets: numbers of image tokens of an image that are to be left, at which each plan is asked
+    again; None: SHARES of all; (): none. focus: the text for text-guided methods; None: the
+    preset's, or the question. image_aspect: "crop", "pad", or None for the checkpoint's. about:
+    words for files. read: makes a plan of a text; parse_plan never runs a file. progress: a bar, on
+    a terminal. Raises ValueError for no image, for an empty or too long question, for settings out
+    of range, and if neither the unpruned model nor any plan can run.
     """
     given = [images] if isinstance(images, Image.Image) else list(images)
     _check_question(model, given, question, max_new_tokens)
     tried = _check_budgets(model.config.vision.num_patches, budgets)
     settings = Settings(max_new_tokens, seed=seed, output_logits=True)
     prompt = _Prompt(processor, given, question, focus, image_aspect)
-    ready = [
-        _prepare(model, prompt, settings, plan, read) for plan in dict.fromkeys((NONE, *plans))
-    ]
-    able = [one for one in ready if isinstance(one, _Ready)]
-    if not able:
-        raise ValueError(next(one.error for one in ready if isinstance(one, Run)))
-    asker = _Asker.encode(model, able, settings)
-    varied = {one.name: _vary(model, one, tried) for one in able if one.plan.methods}
-    total = len(able) + sum(len(v.trials) for v in varied.values())
-    with tqdm(total=total, unit="run", leave=False, disable=None if progress else True) as bar:
-        runs, reference = asker.run_all(ready, bar)
-        drifts = [
-            asker.vary(one, reference, varied[one.name], bar)
-            for one in able
-            if reference is not None and one.name in varied
-        ]
+    named = {_name(plan): plan for plan in (Plan(), *plans)}
+    ready = [_prepare(model, prompt, settings, name, plan, read) for name, plan in named.items()]
+    runs, drifts = _run_all(model, ready, tried, settings, progress)
     return Comparison(
         tuple(given),
         question,
@@ -159,13 +146,22 @@ class _Trials:
     reason: str = ""
 
 
+def _name(plan: str | Plan) -> str:
+    """A plan as it was written; NONE is the one that prunes nothing."""
+    return plan.strip() or NONE if isinstance(plan, str) else name_plan(plan)
+
+
 def _prepare(
-    model: LLaVA, prompt: _Prompt, settings: Settings, plan: str | Plan, read: Callable[[str], Plan]
+    model: LLaVA,
+    prompt: _Prompt,
+    settings: Settings,
+    name: str,
+    plan: str | Plan,
+    read: Callable[[str], Plan],
 ) -> _Ready | Run:
     """Read and check a plan."""
-    name = plan if isinstance(plan, str) else name_plan(plan)
     try:
-        parsed = read("" if plan == NONE else plan) if isinstance(plan, str) else plan
+        parsed = read(plan) if isinstance(plan, str) else plan
         batch = prompt.batch(parsed)
         answer = Answer(model, batch, parsed, settings, None)
     except Exception as error:
@@ -203,6 +199,30 @@ def _vary(model: LLaVA, one: _Ready, budgets: Sequence[int]) -> _Trials:
 
 
 # ---------------------------------------------------------------- the runs
+
+
+def _run_all(
+    model: LLaVA,
+    ready: Sequence[_Ready | Run],
+    budgets: Sequence[int],
+    settings: Settings,
+    progress: bool,
+) -> tuple[list[Run], list[Drift]]:
+    """Ask every plan, and every plan over budgets if there is an unpruned answer to compare."""
+    able = [one for one in ready if isinstance(one, _Ready)]
+    if not able:
+        raise ValueError(next(one.error for one in ready if isinstance(one, Run)))
+    asker = _Asker.encode(model, able, settings)
+    varied = {one.name: _vary(model, one, budgets) for one in able if one.plan.methods}
+    total = len(able) + sum(len(v.trials) for v in varied.values())
+    with tqdm(total=total, unit="run", leave=False, disable=None if progress else True) as bar:
+        runs, reference = asker.run_all(ready, bar)
+        drifts = [
+            asker.vary(one, reference, varied[one.name], bar)
+            for one in able
+            if reference is not None and one.name in varied
+        ]
+    return runs, drifts
 
 
 @dataclass(frozen=True)

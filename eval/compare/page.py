@@ -8,10 +8,9 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from html import escape
 from pathlib import Path
 
-from minillava.app.canvas import embed_pictures, write_shapes
+from minillava.app.canvas import embed_pictures, escape_text, write_shapes
 from minillava.app.overlay import describe_lives
 from minillava.app.panels import Panel
 
@@ -32,9 +31,9 @@ def write_page(comparison: Comparison) -> str:
     panels = [panel for images in pictures.overlays for image in images for panel in image]
     panels += [panel for _, images in pictures.differences for panel in images]
     ids, defined = embed_pictures((shape for panel in panels for shape in panel.shapes), "picture")
-    facts = json.dumps(record(comparison, reports=False), ensure_ascii=False)
+    facts = json.dumps(record(comparison, reports=False))
     facts = facts.replace("<", "\\u003c")  # which would begin a tag
-    title = escape(title_of(comparison))
+    title = escape_text(title_of(comparison))
     return "\n".join(
         [
             '<!DOCTYPE html>\n<html lang="en">\n<head>\n<meta charset="utf-8">',
@@ -45,7 +44,7 @@ def write_page(comparison: Comparison) -> str:
             '<svg class="defined" aria-hidden="true"><defs>',
             *defined,
             "</defs></svg>\n<main>",
-            f'<h1 dir="auto">{escape(comparison.question)}</h1>',
+            f'<h1 dir="auto">{escape_text(comparison.question)}</h1>',
             _write_about(comparison),
             *_write_runs(pictures, ids),
             *_write_differences(pictures, ids),
@@ -59,7 +58,9 @@ def write_page(comparison: Comparison) -> str:
 
 
 def _write_about(comparison: Comparison) -> str:
-    facts = (f"<dt>{escape(k)}</dt><dd>{escape(v)}</dd>" for k, v in comparison.about.items())
+    facts = (
+        f"<dt>{escape_text(k)}</dt><dd>{escape_text(v)}</dd>" for k, v in comparison.about.items()
+    )
     return f"<dl>{''.join(facts)}</dl>" if comparison.about else ""
 
 
@@ -72,8 +73,8 @@ def _figure(panel: Panel, ids: dict[int, str], name: str, which: str = "") -> li
     kind = "" if panel.legend else ' class="paper"'
     return [
         "<figure>",
-        *([f"<p>{escape(which)}</p>"] if which else []),
-        f'<svg {look} width="{panel.width}"{kind} role="img" aria-label="{escape(name)}">',
+        *([f"<p>{escape_text(which)}</p>"] if which else []),
+        f'<svg {look} width="{panel.width}"{kind} role="img" aria-label="{escape_text(name)}">',
         *write_shapes(panel.shapes, ids),
         "</svg>",
         *(["<figcaption>", _list_legend(panel), "</figcaption>"] if panel.legend else []),
@@ -84,7 +85,7 @@ def _figure(panel: Panel, ids: dict[int, str], name: str, which: str = "") -> li
 def _list_legend(panel: Panel) -> str:
     swatch = '<svg viewBox="0 0 16 14" width="16" height="14" aria-hidden="true">'
     entries = (
-        f"<li>{swatch}{''.join(write_shapes(shapes, {}))}</svg> {escape(words)}</li>"
+        f"<li>{swatch}{''.join(write_shapes(shapes, {}))}</svg> {escape_text(words)}</li>"
         for shapes, words in panel.legend
     )
     return f'<ul class="legend">{"".join(entries)}</ul>'
@@ -108,7 +109,7 @@ def _write_run(
 ) -> list[str]:
     head = f"<article><h3>{_write_name(pictures, run)}</h3>"
     if run.result is None:
-        return [head, f'<p class="answer">cannot run: {escape(run.error)}</p>', "</article>"]
+        return [head, f'<p class="answer">cannot run: {escape_text(run.error)}</p>', "</article>"]
     lines = [head]
     for i, panels in enumerate(images):
         lives = describe_lives(run.result, 0, i)
@@ -116,13 +117,13 @@ def _write_run(
     first = pictures.comparison.runs[0]
     same = first.result is not None and first.result.tokens == run.result.tokens
     lines.append(_write_answer("p", run.answer, run.cut, same, run is first))
-    costs = "".join(f"<li>{escape(words)}</li>" for words in describe_costs(run))
+    costs = "".join(f"<li>{escape_text(words)}</li>" for words in describe_costs(run))
     return [*lines, f'<ul class="costs">{costs}</ul>', "</article>"]
 
 
 def _write_name(pictures: Pictures, run: Run) -> str:
     label = pictures.labels.get(run.plan)
-    return f"<b>{label}</b> <code>{escape(run.plan)}</code>" if label else "unpruned"
+    return f"<b>{label}</b> <code>{escape_text(run.plan)}</code>" if label else "unpruned"
 
 
 def _write_answer(
@@ -133,7 +134,7 @@ def _write_answer(
     if same:
         kind, sign, said = "answer same", "=", "the unpruned answer: "
     mark = f'<span aria-hidden="true">{sign}</span><span class="said">{said}</span> '
-    words = f'<span dir="auto">{escape(text)}</span>{" ..." if cut else ""}{more}'
+    words = f'<span dir="auto">{escape_text(text)}</span>{" ..." if cut else ""}{more}'
     return f'<{tag} class="{kind}">{"" if reference else mark}{words}</{tag}>'
 
 
@@ -145,7 +146,7 @@ def _write_differences(pictures: Pictures, ids: dict[int, str]) -> list[str]:
         return []
     plans = [run for run, result in pictures.comparison.answered if result.plan.methods]
     options = [
-        f'<option value="{pictures.labels[run.plan]}">{escape(pictures.name(run))}</option>'
+        f'<option value="{pictures.labels[run.plan]}">{escape_text(pictures.name(run))}</option>'
         for run in plans
     ]
     selects = (
@@ -170,7 +171,7 @@ def _write_pair(
     lines = [f'<article data-pair="{a} {b}"><h3>{a} and {b}</h3>']
     for i, panel in enumerate(panels):
         lines += _figure(panel, ids, words, _which(pictures, i))
-    return [*lines, f"<p>{escape(describe_overlap(difference))}.</p>", "</article>"]
+    return [*lines, f"<p>{escape_text(describe_overlap(difference))}.</p>", "</article>"]
 
 
 # ---------------------------------------------------------------- answers over budgets
@@ -186,7 +187,7 @@ def _write_drifts(pictures: Pictures) -> list[str]:
     for drift in comparison.drifts:
         cells = "".join(map(_write_cell, drift.cells))
         if drift.reason:
-            cells = f'<td colspan="{len(comparison.budgets)}">{escape(drift.reason)}</td>'
+            cells = f'<td colspan="{len(comparison.budgets)}">{escape_text(drift.reason)}</td>'
         rows.append(
             f'<tr><th scope="row">{_write_name(pictures, runs[drift.plan])}</th>{cells}</tr>'
         )
@@ -204,8 +205,8 @@ def _write_drifts(pictures: Pictures) -> list[str]:
 
 def _write_cell(cell: Cell) -> str:
     if cell.error:
-        return f"<td>{escape(cell.error)}</td>"
-    more = f"<small>{escape(describe_cell(cell))}</small>"
+        return f"<td>{escape_text(cell.error)}</td>"
+    more = f"<small>{escape_text(describe_cell(cell))}</small>"
     return _write_answer("td", cell.text, cell.cut, cell.same, more=more)
 
 
@@ -219,7 +220,7 @@ def _write_reasons(pictures: Pictures, ids: dict[int, str]) -> list[str]:
         for i, panels in enumerate(images):
             for panel in panels[1:]:
                 title = " ".join(panel.title)
-                head = f"<h3>{escape(title)}</h3>"
+                head = f"<h3>{escape_text(title)}</h3>"
                 lines.append(f'<div style="width: {panel.width}px">{head}')
                 lines += [
                     *_figure(panel, ids, f"{run.plan}: {title}", _which(pictures, i)),

@@ -52,7 +52,7 @@ def draw_sheet(comparison: Comparison) -> Drawing:
     facts = dict(comparison.about) | {
         "Question": comparison.question,
         "Plans": ", ".join(run.plan for run in comparison.runs[1:]),
-        "Comparison": json.dumps(record(comparison, reports=False), ensure_ascii=False),
+        "Comparison": json.dumps(record(comparison, reports=False)),
     }
     return draw_page(stack(blocks, 2 * GAP), title_of(comparison), describe(comparison), facts)
 

@@ -116,9 +116,9 @@ class Drawing:
         ids, pictures = embed_pictures(self.shapes, f"p{unique}")
         lines = [
             f'<svg xmlns="http://www.w3.org/2000/svg" {_attributes(size | view | names)}>',
-            f'<title id="t{unique}">{_xml(self.title)}</title>',
-            f'<desc id="d{unique}">{_xml(self.description)}</desc>',
-            f"<metadata>{_xml(json.dumps(dict(self.about), ensure_ascii=False))}</metadata>",
+            f'<title id="t{unique}">{escape_text(self.title)}</title>',
+            f'<desc id="d{unique}">{escape_text(self.description)}</desc>',
+            f"<metadata>{escape_text(json.dumps(dict(self.about), ensure_ascii=False))}</metadata>",
             f'<rect width="100%" height="100%" fill="{_hex(PAPER)}"/>',
             *("<defs>", *pictures, "</defs>"),
             *write_shapes(self.shapes, ids),
@@ -245,7 +245,9 @@ def _write(shape: Shape, pictures: Mapping[int, str]) -> str:
     edge = {"stroke": _hex(shape.edge), "stroke-width": shape.width} if shape.edge else {}
     faint = _faint("fill", shape.alpha) if shape.fill else {}
     start = f"<rect {_attributes(place | size | fill | faint | edge | dict(shape.tags))}"
-    return f"{start}><title>{_xml(shape.hint)}</title></rect>" if shape.hint else f"{start}/>"
+    return (
+        f"{start}><title>{escape_text(shape.hint)}</title></rect>" if shape.hint else f"{start}/>"
+    )
 
 
 def _embed(name: str, image: Image.Image) -> str:
@@ -269,7 +271,7 @@ def _write_text(shape: Text) -> str:
             "textLength": text_width(shape.text, shape.size),
             "lengthAdjust": "spacingAndGlyphs",
         }
-    return f"<text {_attributes(place | look | halo | room)}>{_xml(shape.text)}</text>"
+    return f"<text {_attributes(place | look | halo | room)}>{escape_text(shape.text)}</text>"
 
 
 def _faint(what: str, alpha: float) -> dict[str, object]:
@@ -278,7 +280,7 @@ def _faint(what: str, alpha: float) -> dict[str, object]:
 
 def _attributes(values: Mapping[str, object]) -> str:
     return " ".join(
-        f'{name}="{value:g}"' if isinstance(value, float) else f'{name}="{_xml(str(value))}"'
+        f'{name}="{value:g}"' if isinstance(value, float) else f'{name}="{escape_text(str(value))}"'
         for name, value in values.items()
     )
 
@@ -287,7 +289,8 @@ def _hex(color: Color) -> str:
     return "#" + "".join(f"{level:02x}" for level in color)
 
 
-def _xml(text: str) -> str:
+def escape_text(text: str) -> str:
+    """Text for XML and HTML."""
     return escape(_xml_characters(text))
 
 

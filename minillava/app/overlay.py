@@ -60,20 +60,11 @@ def draw_overlay(
     caption, and for the file's metadata. every_step: draw more than the first MOST_STEPS steps.
     Raises ValueError for a prompt without images and for a wrong number of images.
     """
-    if not 0 <= sample < len(result.tokens):
-        raise ValueError(f"sample={sample} must be from 0 to {len(result.tokens) - 1}")
-    given = [images] if isinstance(images, Image.Image) else list(images)
-    n_images = len(result.starts[sample])
-    if not n_images:
-        raise ValueError(f"prompt {sample} has no image; an overlay needs one")
-    if len(given) != n_images:
-        raise ValueError(
-            f"prompt {sample} has {n_images} images, not {len(given)}; give all of them"
-        )
+    given = _check_images(result, sample, images)
     frames = frame_images(given, result.config, config, aspect)
     pages = [
         fill_rows(draw_panels(result, sample, i, frames[i], every_step), PAGE - 2 * MARGIN)
-        for i in range(n_images)
+        for i in range(len(given))
     ]
     answer = result.texts[sample] if text is None and result.texts else text
     caption = _make_caption(result, sample, question, answer)
@@ -88,6 +79,23 @@ def draw_overlay(
     page = stack([*pages, write_lines(caption, widest)])
     title = f"Patches left by the plan {facts['Plan']}"
     return draw_page(page, title, _describe(result, sample, caption), told)
+
+
+def _check_images(
+    result: Result, sample: int, images: Image.Image | Sequence[Image.Image]
+) -> list[Image.Image]:
+    """The images of a prompt."""
+    if not 0 <= sample < len(result.tokens):
+        raise ValueError(f"sample={sample} must be from 0 to {len(result.tokens) - 1}")
+    given = [images] if isinstance(images, Image.Image) else list(images)
+    n_images = len(result.starts[sample])
+    if not n_images:
+        raise ValueError(f"prompt {sample} has no image; an overlay needs one")
+    if len(given) != n_images:
+        raise ValueError(
+            f"prompt {sample} has {n_images} images, not {len(given)}; give all of them"
+        )
+    return given
 
 
 # ---------------------------------------------------------------- the page

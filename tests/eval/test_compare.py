@@ -160,8 +160,9 @@ def test_what_nothing_can_be_made_of_is_refused(demo: Any, image: Image.Image) -
 
 
 def test_plans_may_be_objects(demo: Any, image: Image.Image) -> None:
-    found = compare(*demo, image, QUESTION, [Plan((FastV(layer=2, keep=16),))], budgets=())
-    assert found.runs[1].plan == "fastv:layer=2,keep=16"
+    plans = [Plan(), "", Plan((FastV(layer=2, keep=16),)), " none ", "fastv:layer=2,keep=16"]
+    found = compare(*demo, image, QUESTION, plans, budgets=())
+    assert [run.plan for run in found.runs] == ["none", "fastv:layer=2,keep=16"]
     assert found.drifts[0].cells == ()
     page = draw(found)
     assert page.mode == "RGB"
@@ -271,7 +272,7 @@ def test_the_svg_shows_the_sets_of_the_reports(
 
 
 def test_several_images_of_any_shape(demo: Any) -> None:
-    images = [Image.new("RGB", (300, 90), "red"), Image.new("L", (40, 200)), Image.new("P", (9, 9))]
+    images = [Image.new("RGB", (300, 90), "red"), Image.new("L", (40, 200))]
     question = "这是什么？ Füße? " * 20
     found = compare(
         *demo, images, question, ["nonsense " * 90, PLANS[0], "uniform:keep=5"], budgets=[]
@@ -357,7 +358,7 @@ def test_the_page_holds_everything_and_is_read_without_script(page: str) -> None
 
 
 def test_no_text_becomes_markup(demo: Any, image: Image.Image) -> None:
-    bad = "</script><script>alert(1)</script><b title='\"'>&amp;"
+    bad = "</script><script>alert(1)</script><b title='\"'>&amp; \x00"
     found = compare(*demo, image, bad, [bad, PLANS[0]], budgets=[4], about={"Command": bad})
     first, *others = found.runs
     assert first.result is not None
@@ -369,7 +370,8 @@ def test_no_text_becomes_markup(demo: Any, image: Image.Image) -> None:
             replace(d, cells=tuple(replace(c, text=bad) for c in d.cells)) for d in found.drifts
         ),
     )
-    page = write_page(found)
+    page = write_page(replace(found, about={"Command": "\udcff"}))
+    page.encode()
     assert sum(tag == "script" for tag, _ in Elements(page).found) == 2
     assert facts_of(page)["question"] == bad
     ElementTree.fromstring(draw_sheet(found).svg())

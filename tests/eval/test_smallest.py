@@ -125,12 +125,12 @@ def test_each_sample_of_a_batch_has_its_own_patches(demo: tuple[Any, Any]) -> No
 def test_several_pictures_share_the_numbers(tmp_path_factory: pytest.TempPathFactory) -> None:
     model = tiny.write_model(tmp_path_factory)
     batch = tiny.make_batch(model, "tItIt")
-    found = smallest(model, batch, max_new_tokens=3)
+    found = smallest(model, batch, max_new_tokens=2)
     assert found.minimal
     assert len(found.patches) < 32
     assert ",scope=all,positions=original" in found.plan.text
-    again = generate(model, batch, parse_plan(found.plan.text), max_new_tokens=3)
-    assert again.tokens[0] == found.answer == generate(model, batch, max_new_tokens=3).tokens[0]
+    again = generate(model, batch, parse_plan(found.plan.text), max_new_tokens=2)
+    assert again.tokens[0] == found.answer == generate(model, batch, max_new_tokens=2).tokens[0]
     for wrong in (tiny.make_batch(model, "tIt", "tIt"), tiny.make_batch(model, "ttt")):
         with pytest.raises(ValueError, match="give one, with an image"):
             smallest(model, wrong)
