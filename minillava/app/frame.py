@@ -48,16 +48,18 @@ def make_frame(
     config: ImageConfig,
     aspect: str,
     outside: float = OUTSIDE,
+    least: int = CELL,
 ) -> Frame:
     """Lay out a picture as the processor makes it square, with aspect "crop" or "pad".
 
     outside: how much of what a crop leaves out is shown on either side, in sides of the square.
-    Raises ValueError for another aspect and for a picture without pixels.
+    least: pixels of a patch's side, at least. Raises ValueError for another aspect and for a
+    picture without pixels.
     """
     check_aspect(aspect)
     if 0 in image.size:
         raise ValueError(f"the image has {image.width} x {image.height} pixels; it is empty")
-    cell = max(CELL, round(PANEL / vision.grid))
+    cell = max(least, round(PANEL / vision.grid))
     zoom = cell / vision.patch_size  # pixels of the panel to one of the model's input
     square = round(config.crop * zoom)
     scale = config.size / (min if aspect == "crop" else max)(image.size) * zoom
