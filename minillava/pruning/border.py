@@ -17,7 +17,7 @@ from .shared import border_patches
 
 @dataclass(frozen=True)
 class Border(Method):
-    name = "border"
+    name, adaptive = "border", True
 
     def stages(self) -> Stages:
         return (("embed", 0),)

@@ -82,7 +82,8 @@ class MustDrop(Method):
         None, choices=("drop", "all"), help="unset: the released cut, from the first stage on"
     )
 
-    name, drops_only, numbering = "mustdrop", False, "compact"
+    name, drops_only, numbering, adaptive = "mustdrop", False, "compact", True
+    strength = "total"
 
     def __post_init__(self) -> None:
         super().__post_init__()
