@@ -106,12 +106,12 @@ class AutoPrune(Method):
         return tuple(("decoder", layer) for layer in range(1, self.depth))
 
     def check(self, n_layers: int, n_tokens: int, starts: tuple[int, ...]) -> None:
-        super().check(n_layers, n_tokens, starts)
         if self.depth != n_layers:
             raise ValueError(
                 f"autoprune: depth={self.depth}, but the decoder has {n_layers} layers; "
                 f"give depth={n_layers}"
             )
+        super().check(n_layers, n_tokens, starts)
 
     def most(self, n_tokens: int) -> int:
         """Tokens left behind layer 0."""

@@ -23,4 +23,5 @@ class Border(Method):
         return (("embed", 0),)
 
     def choose(self, c: Context) -> Keep:
-        return Keep((~border_patches(c)).nonzero()[:, 0])
+        shown = ~border_patches(c)
+        return Keep(shown.nonzero()[:, 0], scores=shown.float())

@@ -351,6 +351,9 @@ def test_published_counts() -> None:
     for budget, keep in ((192, (300, 200, 118)), (128, (238, 108, 60)), (64, (66, 34, 20))):
         assert left(f"sparsevlm-plus-{budget}") == keep
     assert left("sparsevlm:version=2") == (300, 200, 118)
+    assert left("ivcprune") == (6 + 115 + 29 + 29,)  # at most
+    assert left("autoprune:depth=3") == (160, 160)  # at most
+    assert left("vlmpruner") == (128,)
     assert left("gprune:keep=0.23")[0] == 132  # cut, not rounded
     for name in ("nuwa-64", "nuwa-128", "nuwa-192", "apet-64"):
         (method,) = parse_plan(name).methods
@@ -370,6 +373,11 @@ def test_published_counts() -> None:
         ("mustdrop:mode=mask", "needs a method that only drops"),
         ("fastervlm:keep=3,blocks=3-", "must be numbers and ranges"),
         ("fastervlm:keep=3,blocks=5-3", "must be numbers and ranges"),
+        ("vlmpruner:pivots=0", "pivots=0 must be 1 or more"),
+        ("vlmpruner:mode=mask", "needs a method that only drops"),
+        ("ivcprune:layer=0", "layer=0 must be 1 or more"),
+        ("ivcprune:foreground=2.5", "a share from 0.0 to 1.0"),
+        ("autoprune:depth=1", "depth=1 must be 2 or more"),
         ("scope:keep=3,combine=max", "must be one of multi, add"),
         ("fastv:mode=mask,cache=all", "mode=mask drops nothing; use cache=drop"),
         ("fastv:cache=some", "must be one of drop, all"),
@@ -396,7 +404,13 @@ def test_what_a_plan_cannot_say(plan: str, said: str) -> None:
         ("fastervlm:keep=3,blocks=4-11", "blocks=4-11, but the vision tower has blocks 0 to 9"),
         ("uniform:keep=3,cache=all", "cache=all is for methods inside the decoder"),
         ("v2drop", "layer=17, but the decoder has layers 0 to 3"),
-        ("v2drop:average=9", "cannot be solved for these options"),
+        ("v2drop:layers=1/2/3,average=3", "the nearest is average=4.8 (ratios=0.0078/0.0078/0.0"),
+        ("ivcprune:layer=2,average=9", "depends on the images; python -m eval.fit ivcprune:aver"),
+        ("prumerge:average=9", "average=9 depends on the images"),
+        ("autoprune", "depth=32, but the decoder has 4 layers; give depth=4"),
+        ("autoprune:depth=4,target=17", "target=17, but there are 16 image tokens"),
+        ("ivcprune:layer=4", "layer=4, but the decoder has layers 0 to 3"),
+        ("vlmpruner:layer=2,keep=17", "keep=17, but there are 16 image tokens"),
     ],
 )
 def test_what_a_model_cannot_do(model: Any, plan: str, said: str) -> None:

@@ -30,7 +30,7 @@ SCORING = {
     "fastv", "simignore", "sparsevlm", "pyramiddrop", "fitprune", "visionzip", "prumerge",
     "prumerge-plus", "fastervlm", "hired", "vispruner", "divprune", "trim", "cdpruner", "holov",
     "hiprune", "vscan", "scope", "gprune", "mmtok", "v2drop", "nuwa", "apet",
-    "autoprune", "ivcprune",
+    "autoprune", "ivcprune", "flowcut", "prunesid", "border",
 }  # fmt: skip
 PICKING = {"divprune", "cdpruner", "dart", "scope", "mmtok", "vlmpruner"}
 MERGING = {
@@ -38,7 +38,9 @@ MERGING = {
     "vlmpruner", "autoprune",
 }  # fmt: skip
 HERE = sorted(METHODS.keys() - tiny.GRIDS.keys())  # methods that can run on the model below
-READING = SCORING | PICKING | MERGING - {"pool"}  # the others do not look at the picture
+UNTOLD = {"flowcut", "prunesid"}  # how close their choices were is not known
+# the others do not look at the picture
+READING = (SCORING | PICKING | MERGING) - {"pool"} - UNTOLD
 
 
 @pytest.fixture(scope="module")
