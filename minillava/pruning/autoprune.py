@@ -40,13 +40,12 @@ from .sparsevlm import count_clusters, count_merged, merge_best_dropped
 FIRST, TOP, EPS = 2.5, 0.75, 1e-6
 
 
-def mutual_information(c: Context, rows: Tensor) -> Tensor:
+def mutual_information(c: Context, rows: Tensor, seen: Tensor) -> Tensor:
     """Mutual information () of `rows` (t,), all equally likely, and the candidates that they attend
-    to in the layer before: bits, summed over heads."""
-    mean, t = c.attention(rows)[:, None], max(1, len(rows))  # (H, 1, n)
-    total = mean.new_zeros(())
+    to in the layer before: bits, summed over heads. seen (H, n): their mean attention."""
+    t, total = max(1, len(rows)), seen.new_zeros(())
     for weights in c.attention_by_row(rows):  # (H, b, n)
-        ratio = (weights / t) / (mean / t + EPS)
+        ratio = (weights / t) / (seen[:, None] / t + EPS)
         total = total + (weights / t * ratio.clamp(min=EPS).log2()).sum()
     return total
 
@@ -125,15 +124,16 @@ class AutoPrune(Method):
 
     def choose(self, c: Context) -> Keep:
         rows, n, most = c.text_rows, len(c.candidates), self.most(c.n_tokens)
-        score = c.attention(rows).mean(0)  # (H, n) -> (n,)
+        seen = c.attention(rows)  # (H, n)
+        score = seen.mean(0)  # (n,)
         if c.stage_index == 0:
             by_class = c.vision_attention(-2).mean(0)
             far = on_device(border_patches(c, far_border_lines), by_class)
-            information = mutual_information(c, rows) / max(1, len(rows))
+            information = mutual_information(c, rows, seen) / max(1, len(rows))
             score = 0.3 * information * score + by_class.masked_fill(far, 0.0)
             return Keep(top(score, most, c.where), scores=score)
         if c.stage_index == 1:
-            information = mutual_information(c, rows).cpu()
+            information = mutual_information(c, rows, seen).cpu()
             refuse_nan(information, c.where)
             slope = max(self.k0 - self.gamma * float(information), 0.0)
             target = count(self.target, c.n_tokens)
