@@ -131,6 +131,14 @@ def check_whole_grid(c: Context, name: str) -> None:
         )
 
 
+def window_patches(grid: int, side: int) -> Tensor:
+    """Patches of each window of side x side patches, row by row: (windows, side * side). Rows and
+    columns that are left over belong to none."""
+    m = grid // side
+    patches = torch.arange(grid * grid).view(grid, grid)[: m * side, : m * side]
+    return patches.reshape(m, side, m, side).transpose(1, 2).reshape(m * m, side * side)
+
+
 # ---------------------------------------------------------------- the letterbox
 
 
