@@ -29,7 +29,7 @@ import itertools
 import json
 import statistics
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, ClassVar
@@ -224,6 +224,38 @@ class Reached:
         return statistics.mean(self.averages)
 
 
+@dataclass(frozen=True)
+class Trial:
+    """A method whose option `strength` is varied, and the samples that it is tried on."""
+
+    model: LLaVA
+    batches: Sequence[Batch]
+    method: Method
+
+    def measure(self, value: float) -> Reached:
+        """The method with this value on all samples."""
+        option: dict[str, Any] = {self.method.strength: value}
+        changed = replace(self.method, **option)
+        return Reached(changed, average_of_samples(self.model, self.batches, changed))
+
+    def approach(self, low: float, high: float, average: float) -> list[Reached]:
+        """All that bisection tries to come near to an average, the ends first. Between whole
+        numbers it tries whole numbers."""
+        whole = isinstance(low, int) and isinstance(high, int)
+        tried = [self.measure(low), self.measure(high)]
+        rising = tried[0].mean <= tried[1].mean
+        for _ in range(16):
+            middle = (low + high) // 2 if whole else (low + high) / 2
+            if middle in (low, high):
+                break
+            tried.append(self.measure(middle))
+            if (tried[-1].mean < average) == rising:
+                low = middle
+            else:
+                high = middle
+        return tried
+
+
 def fit_average(model: LLaVA, batches: Sequence[Batch], method: Method, average: float) -> Reached:
     """The method with the value of its option `strength` whose mean over samples is nearest.
 
@@ -232,25 +264,21 @@ def fit_average(model: LLaVA, batches: Sequence[Batch], method: Method, average:
     number with a point between its bounds, at most 1 unless it has others. Raises ValueError if the
     method has no such option, or the mean cannot be reached.
     """
+    patches = model.config.vision.num_patches
     if not method.adaptive:
-        text, patches = model.config.text, model.config.vision.num_patches
-        nearest = nearest_variant(method, average, text.num_hidden_layers, patches)
-        return Reached(nearest, average_of_samples(model, batches, nearest))
+        layers = model.config.text.num_hidden_layers
+        solved = nearest_variant(method, average, layers, patches)
+        return Reached(solved, average_of_samples(model, batches, solved))
     rule = next((r for name, _, r in method.options() if name == method.strength), None)
-    if rule is None or isinstance(getattr(method, method.strength), tuple):
+    if rule is None:
         raise ValueError(
-            f"{method.label}: average={average} needs an option to vary, but no single number of "
-            "this method says how many tokens stay; use another method"
+            f"{method.label}: average={average} needs an option to vary, but no option of this "
+            "method says how many tokens stay; use another method"
         )
-
-    def measure(value: float) -> Reached:
-        changed = replace(method, **{method.strength: value})
-        return Reached(changed, average_of_samples(model, batches, changed))
-
-    if rule["amount"]:
-        tried = bisect(measure, 1, model.config.vision.num_patches, average)
-    else:
-        tried = bisect(measure, float(rule["low"] or 0), float(rule["high"] or 1), average)
+    low, high = (
+        (1, patches) if rule["amount"] else (float(rule["low"] or 0), float(rule["high"] or 1))
+    )
+    tried = Trial(model, batches, method).approach(low, high, average)
     means = [reached.mean for reached in tried]
     nearest = min(tried, key=lambda reached: abs(reached.mean - average))
     if not min(means) <= average <= max(means):
@@ -260,26 +288,6 @@ def fit_average(model: LLaVA, batches: Sequence[Batch], method: Method, average:
             f"{getattr(nearest.method, method.strength)})"
         )
     return nearest
-
-
-def bisect(
-    measure: Callable[[Any], Reached], low: float, high: float, average: float, steps: int = 16
-) -> list[Reached]:
-    """All that is tried to come near to an average: the ends, and then the middle of what is left.
-    Between whole numbers the middle is one."""
-    whole = isinstance(low, int) and isinstance(high, int)
-    tried = [measure(low), measure(high)]
-    rising = tried[0].mean <= tried[1].mean
-    for _ in range(steps):
-        middle = (low + high) // 2 if whole else (low + high) / 2
-        if middle in (low, high):
-            break
-        tried.append(measure(middle))
-        if (tried[-1].mean < average) == rising:
-            low = middle
-        else:
-            high = middle
-    return tried
 
 
 def average_of_samples(model: LLaVA, batches: Sequence[Batch], method: Method) -> list[float]:
