@@ -351,6 +351,9 @@ def test_published_counts() -> None:
     for budget, keep in ((192, (300, 200, 118)), (128, (238, 108, 60)), (64, (66, 34, 20))):
         assert left(f"sparsevlm-plus-{budget}") == keep
     assert left("sparsevlm:version=2") == (300, 200, 118)
+    solved = parse_plan("v2drop:average=192").resolve(32, 576).methods[0]
+    assert solved.left(576) == (270, 126, 1)  # the last ratio stays 0
+    assert abs(average_entering(solved, 32, 576) - 192) < 0.1
     assert left("ivcprune") == (6 + 115 + 29 + 29,)  # at most
     assert left("autoprune:depth=3") == (160, 160)  # at most
     assert left("vlmpruner") == (128,)
