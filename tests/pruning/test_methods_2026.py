@@ -353,7 +353,7 @@ def test_published_counts() -> None:
     assert left("sparsevlm:version=2") == (300, 200, 118)
     solved = parse_plan("v2drop:average=192").resolve(32, 576).methods[0]
     assert solved.left(576) == (270, 126, 1)  # the last ratio stays 0
-    assert abs(average_entering(solved, 32, 576) - 192) < 0.1
+    assert abs(average_entering(solved, 32, 576) - 192) < 0.2
     assert left("ivcprune") == (6 + 115 + 29 + 29,)  # at most
     assert left("autoprune:depth=3") == (160, 160)  # at most
     assert left("vlmpruner") == (128,)
