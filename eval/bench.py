@@ -15,6 +15,7 @@ from minillava.app.ranks import ALONE, Ranks
 from minillava.llava import LLaVA
 from minillava.loading.checkpoint import DTYPES, QUANTIZE
 from minillava.processing.processor import Processor
+from minillava.pruning.average import most_entering
 from minillava.report import describe_arithmetic
 
 from . import cost, predict, store
@@ -146,7 +147,10 @@ class Bench:
                 self.args.batch,
                 self.ranks,
             )
-            costs = summarise(rows, self.model.config.text, peak())
+            config = self.model.config
+            layers, patches = config.text.num_hidden_layers, config.vision.num_patches
+            most = most_entering(plan.plan.resolve(layers, patches), layers, patches)
+            costs = summarise(rows, config.text, peak(), most)
         scored = score(self.task, self.items, read(path), run.protocol)
         asked = digest_questions(self.items)
         result = PlanResult(run, scored, costs, asked, describe_machine(), self.ranks.size)

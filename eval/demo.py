@@ -83,6 +83,8 @@ def default_plans(model: LLaVA, processor: Processor) -> list[str]:
             "vscan": f"vscan:{halves}",
             "nuwa": f"nuwa:{halves},cell={-(-(k + k // 2) // (side_of_cells**2))}",
             "apet": f"apet:{halves},basis={min(10, k - k // 2 - 1)}",
+            "autoprune": f"autoprune:depth={n_layers},target={k}",
+            "ivcprune": f"ivcprune:layer=2,foreground={k - 2 * (k // 8)},axes={k // 8}",
             "grid": f"grid:h={side},w={side}",
             "pool": f"pool:h={side},w={side}",
         }

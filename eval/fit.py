@@ -1,9 +1,10 @@
-"""Fit the options of two methods to samples: the layer of VTW, the table of FitPrune.
+"""Fit options to samples: the layer of VTW, the table of FitPrune, the budget of any other method.
 
     python -m eval.fit vtw [--threshold 0.003]     the layer from which image tokens are withdrawn
     python -m eval.fit fitprune --save 60          a delete= list that saves 60 % of the FLOPs
+    python -m eval.fit ivcprune:layer=4,average=32 the options that let 32 tokens enter a layer
 
-Without --samples, both are fitted to the demo checkpoint on its scenes; with --samples FILE, to
+Without --samples, they are fitted to the demo checkpoint on its scenes; with --samples FILE, to
 --model. FILE has one JSON object on each line, with `image` (a path relative to FILE) and `text`
 (the question).
 
@@ -26,11 +27,12 @@ from __future__ import annotations
 import argparse
 import itertools
 import json
+import statistics
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from PIL import Image
@@ -51,10 +53,12 @@ from minillava.engine import hidden_states_read, prefill
 from minillava.generate import generate
 from minillava.llava import LLaVA
 from minillava.pruning import Context, Keep, Method, Plan
+from minillava.pruning.average import AveragePlan, entering, most_entering, nearest_variant
 from minillava.pruning.base import Stage
 from minillava.pruning.fitprune import strongest
 from minillava.request import prompts_of
 
+from .plans import read_plan
 from .tasks.files import read_text
 from .typed import refuse_special_file
 
@@ -205,6 +209,95 @@ def fit(model: LLaVA, batch: Batch, percent: int) -> tuple[int, ...]:
     return tuple(count // n for count in record.deleted)
 
 
+# ---------------------------------------------------------------- a budget
+
+
+@dataclass(frozen=True)
+class Reached:
+    """A method with one value of its strength, and the image tokens that it lets into a layer."""
+
+    method: Method
+    averages: list[float]  # [sample] mean over layers
+
+    @property
+    def mean(self) -> float:
+        return statistics.mean(self.averages)
+
+
+@dataclass(frozen=True)
+class Trial:
+    """A method whose option `strength` is varied, and the samples that it is tried on."""
+
+    model: LLaVA
+    batches: Sequence[Batch]
+    method: Method
+
+    def measure(self, value: float) -> Reached:
+        """The method with this value on all samples."""
+        option: dict[str, Any] = {self.method.strength: value}
+        changed = replace(self.method, **option)
+        return Reached(changed, average_of_samples(self.model, self.batches, changed))
+
+    def approach(self, low: float, high: float, average: float) -> list[Reached]:
+        """All that bisection tries to come near to an average, the ends first. Between whole
+        numbers it tries whole numbers."""
+        whole = isinstance(low, int) and isinstance(high, int)
+        tried = [self.measure(low), self.measure(high)]
+        rising = tried[0].mean <= tried[1].mean
+        for _ in range(16):
+            middle = (low + high) // 2 if whole else (low + high) / 2
+            if middle in (low, high):
+                break
+            tried.append(self.measure(middle))
+            if (tried[-1].mean < average) == rising:
+                low = middle
+            else:
+                high = middle
+        return tried
+
+
+def fit_average(model: LLaVA, batches: Sequence[Batch], method: Method, average: float) -> Reached:
+    """The method with the value of its option `strength` whose mean over samples is nearest.
+
+    Where the number of tokens does not depend on the image, that is what average= finds. Else the
+    mean has to rise, or to fall, with the option. A number of tokens is tried from 1 to N, a
+    number with a point between its bounds, at most 1 unless it has others. Raises ValueError if the
+    method has no such option, or the mean cannot be reached.
+    """
+    patches = model.config.vision.num_patches
+    if not method.adaptive:
+        layers = model.config.text.num_hidden_layers
+        solved = nearest_variant(method, average, layers, patches)
+        return Reached(solved, average_of_samples(model, batches, solved))
+    rule = next((r for name, _, r in method.options() if name == method.strength), None)
+    if rule is None:
+        raise ValueError(
+            f"{method.label}: average={average} needs an option to vary, but no option of this "
+            "method says how many tokens stay; use another method"
+        )
+    low, high = (
+        (1, patches) if rule["amount"] else (float(rule["low"] or 0), float(rule["high"] or 1))
+    )
+    tried = Trial(model, batches, method).approach(low, high, average)
+    means = [reached.mean for reached in tried]
+    nearest = min(tried, key=lambda reached: abs(reached.mean - average))
+    if not min(means) <= average <= max(means):
+        raise ValueError(
+            f"{method.label}: average={average} is out of reach on these samples; the nearest is "
+            f"average={nearest.mean:.1f} ({method.strength}="
+            f"{getattr(nearest.method, method.strength)})"
+        )
+    return nearest
+
+
+def average_of_samples(model: LLaVA, batches: Sequence[Batch], method: Method) -> list[float]:
+    """Image tokens that enter a layer, mean over layers, of each sample."""
+    found: list[float] = []
+    for batch in batches:
+        found += entering(generate(model, batch, Plan((method,)), 1).report.image_tokens_entering)
+    return found
+
+
 # ---------------------------------------------------------------- samples
 
 
@@ -248,7 +341,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         allow_abbrev=False,
     )
     add = parser.add_argument
-    add("method", choices=["vtw", "fitprune"])
+    add("method", help="vtw, fitprune, or a plan of one method with average=")
     add("--model", default=str(Path(__file__).parent.parent / "weights" / "demo"))
     add("--samples", type=parse_path, metavar="FILE.jsonl")
     add("--number", type=parse_positive_int, default=20, help="number of samples, default 20")
@@ -276,6 +369,12 @@ def _run(args: argparse.Namespace) -> None:
         )
     if not args.threshold >= 0:
         raise ValueError(f"--threshold {args.threshold} must be 0 or more; give a larger one")
+    budget = None if args.method in ("vtw", "fitprune") else read_plan(args.method).plan
+    if budget is not None and not isinstance(budget, AveragePlan):
+        raise ValueError(
+            f"{args.method} must be vtw, fitprune, or a plan with average=, such as "
+            "ivcprune:layer=4,average=32"
+        )
     pairs = samples(args.samples, args.number, args.seed)
     model, processor = load(args.model)
     prompts = [processor.prompt(text, 1) for text, _ in pairs]
@@ -284,17 +383,39 @@ def _run(args: argparse.Namespace) -> None:
         table = fit(model, processor(prompts, images=images), args.save)
         print(f"fitprune:delete={'/'.join(map(str, table))}")
         return
+    batches = [processor([p], images=[i]) for p, i in zip(prompts, images, strict=True)]
+    if budget is not None:
+        print(describe(model, fit_average(model, batches, budget.methods[0], budget.average)))
+        return
     n_layers = model.config.text.num_hidden_layers
     layers = range(args.first, n_layers)
     if not layers:
         raise ValueError(
             f"--first {args.first}, but the model has {n_layers} layers; give a smaller number"
         )
-    batches = [processor([p], images=[i]) for p, i in zip(prompts, images, strict=True)]
     found = divergences(model, batches, layers)
     for layer, value in zip(layers, found.tolist(), strict=True):
         print(f"layer {layer:2}  {value:.6f}")
     print(f"vtw:layer={first_below(found, layers, args.threshold)}")
+
+
+def describe(model: LLaVA, found: Reached) -> str:
+    """The fitted plan on the first line, and below it what it lets into a layer."""
+    layers, N = model.config.text.num_hidden_layers, model.config.vision.num_patches
+    method, each = found.method, found.averages
+    changed = [
+        f"{name}={'/'.join(map(str, value)) if isinstance(value, tuple) else value}"
+        for name, value, _ in method.options()
+        if value != type(method).__dataclass_fields__[name].default
+    ]
+    most = most_entering(Plan((method,)), layers, N)
+    cap = "" if most is None else f", never more than {most:.1f}"
+    return (
+        f"{method.name}:{','.join(changed)}\n"
+        f"image tokens that enter a layer: mean {found.mean:.1f}, standard deviation "
+        f"{statistics.pstdev(each):.1f}, from {min(each):.1f} to {max(each):.1f}{cap} "
+        f"({len(each)} samples)"
+    )
 
 
 if __name__ == "__main__":

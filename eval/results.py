@@ -78,7 +78,7 @@ class PlanResult:
     @classmethod
     def _from_checked(cls, found: Mapping[str, Any]) -> PlanResult:
         costs = dict(found["costs"])
-        for name in TIMES:
+        for name in (*TIMES, "image_tokens_each"):
             costs[name] = costs[name] and cost.Spread(**costs[name])
         return cls(
             Run(**found["run"]),

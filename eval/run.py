@@ -28,6 +28,7 @@ from . import cost, published, results, store
 from .bench import Bench, add_options
 from .plans import NONE, read_plans
 from .results import PlanResult
+from .summary import Costs
 
 
 def run(args: argparse.Namespace, ranks: Ranks) -> list[PlanResult]:
@@ -56,7 +57,7 @@ def format_table(found: Sequence[PlanResult]) -> str:
             f"{score.value:.2f}",
             str(score.n),
             str(score.unparsed),
-            f"{c.image_tokens:.1f}",
+            _image_tokens(c),
             f"{100 * c.fastv_share:.1f} %",
             f"{100 * c.sparsevlm_share:.1f} %",
             f"{c.flops / 1e9:.2f}",
@@ -70,6 +71,15 @@ def format_table(found: Sequence[PlanResult]) -> str:
         ]
         lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines)
+
+
+def _image_tokens(c: Costs) -> str:
+    """The mean over questions. Where they differ also their quartiles, and what none can exceed."""
+    each, most = c.image_tokens_each, c.image_tokens_most
+    if each.low == each.high:
+        return f"{c.image_tokens:.1f}"
+    cap = "" if most is None else f", at most {most:.1f}"
+    return f"{c.image_tokens:.1f} ({each.low:.1f}-{each.high:.1f}{cap})"
 
 
 def _time(spread: cost.Spread | None, unit: float = 1.0) -> str:

@@ -24,6 +24,8 @@ class Costs:
     batch: int  # size of the largest batch; times are those of whole batches
     prompt_tokens: float
     image_tokens: float  # entering a layer, mean over layers; in mask mode the visible ones
+    image_tokens_each: cost.Spread  # the same of each question
+    image_tokens_most: float | None  # the same of one image at most, by what the methods declare
     tokens_entering: list[float]  # [layer] all rows
     new_tokens: float
     fastv_share: float  # share of FLOPs by FastV's formula
@@ -39,8 +41,16 @@ class Costs:
     peak_bytes: int | None  # of the CUDA device, otherwise of the process if it was measured
 
 
-def summarise(rows: Sequence[Row], config: TextConfig, peak_bytes: int | None = None) -> Costs:
-    """The costs of answers that `predict` has written. Raises ValueError if there are none."""
+def summarise(
+    rows: Sequence[Row],
+    config: TextConfig,
+    peak_bytes: int | None = None,
+    most: float | None = None,
+) -> Costs:
+    """The costs of answers that `predict` has written. Raises ValueError if there are none.
+
+    most: image tokens of one image that enter a layer at most, see average.most_entering().
+    """
     if not rows:
         raise ValueError("there are no answers to summarise; ask at least one question")
     measured = [row["metadata"] for row in rows]
@@ -58,12 +68,15 @@ def summarise(rows: Sequence[Row], config: TextConfig, peak_bytes: int | None = 
     batches = list({(t["prefill"], t["vision"], t["first_token"]): t for t in measured}.values())
     batches = [t for t in batches if t["warm"]] or batches
     spent = sum(t["prefill"] for t in batches)
+    image_tokens = [_mean(t["image_tokens_entering"]) for t in measured]
     peaks = [t["peak_bytes"] for t in measured if t["peak_bytes"] is not None]
     return Costs(
         questions=n,
         batch=max(t["batch"] for t in measured),
         prompt_tokens=_mean([t["prompt_tokens"] for t in measured]),
-        image_tokens=_mean([_mean(t["image_tokens_entering"]) for t in measured]),
+        image_tokens=_mean(image_tokens),
+        image_tokens_each=cost.Spread.of(image_tokens),
+        image_tokens_most=most,
         tokens_entering=[
             _mean(column) for column in zip(*(t["tokens_entering"] for t in measured), strict=True)
         ],

@@ -214,6 +214,8 @@ VALUES = {
     "total": "0.04",
     "individual": "1.0",
     "patches": "1/4-6/9",
+    "depth": "4",
+    "target": "5",
 }
 GRIDS = {"mustdrop": 6}  # patches along a side of an image that a method needs; others take 4
 SEVERAL = {"keep": "8/5/3", "delete": "4/0/5/0"}

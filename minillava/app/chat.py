@@ -16,7 +16,7 @@ from ..generate import Result, encode_images, stream
 from ..llava import Encoded, LLaVA
 from ..processing.processor import Processor
 from ..pruning import Plan
-from ..pruning.average import entering, leaving
+from ..pruning.average import entering, leaving, most_entering
 from ..request import Settings
 from ..sample import Batch
 from .canvas import Drawing
@@ -129,6 +129,9 @@ class Chat:
             "average_image_tokens": {
                 "entering": entering(counts)[0],
                 "leaving": leaving(counts)[0],
+                "entering_at_most": most_entering(
+                    result.plan, len(counts), self.model.config.vision.num_patches
+                ),
             },
             "report": dataclasses.asdict(result.report),
         }

@@ -26,25 +26,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ..rows import on_device
 from .base import Context, Keep, option, top
 from .margins import lead, least
-from .shared import TwoStages, merge_dropped
+from .shared import TwoStages, farthest_points, merge_dropped
 
 RIDGE = 1e-5
-
-
-def farthest_points(x: Tensor, first: Tensor, k: int) -> tuple[Tensor, Tensor]:
-    """Indices (k,) into x (n, C): each is the farthest from those before it. first (1,). And the
-    least lead() of these choices."""
-    chosen = [on_device(first, x)]
-    nearest = (x - x[chosen[0]]).square().sum(1)  # (n,) to the nearest chosen one
-    closest = nearest.new_full((), torch.inf)
-    for _ in range(k - 1):
-        closest = torch.minimum(closest, lead(nearest, 1))
-        chosen.append(nearest.argmax(keepdim=True))  # (1,), or the host would read it
-        nearest = torch.minimum(nearest, (x - x[chosen[-1]]).square().sum(1))
-    return torch.cat(chosen), closest
 
 
 def approximation_error(x: Tensor, basis: Tensor) -> Tensor:

@@ -3,7 +3,8 @@
 `average=192` is not an option of a method but a result of its options: with 32 layers and 576 image
 tokens, FastV at layer 2 reaches 191.6 by keeping 166. A plan of one method with average= is solved
 against the model before anything runs: of the method's variants(), the one whose average is nearest
-is taken. Any method works whose left() says how many tokens stay, also a user's.
+is taken. Any method works whose left() says how many tokens stay, also a user's. Where that depends
+on the image (Method.adaptive), `python -m eval.fit PLAN` solves average= over a set of samples.
 
 What a run really did can be counted from its report's image_tokens_entering, with entering() as
 above, or with leaving() as SparseVLM's released counter does, which counts a layer whose output is
@@ -46,6 +47,11 @@ class AveragePlan(Plan):
 
 def nearest_variant(method: Method, average: float, n_layers: int, n_tokens: int) -> Method:
     """Of a method's variants, the one whose average is nearest; of equally near ones the first."""
+    if method.adaptive:
+        raise ValueError(
+            f"{method.label}: average={average} depends on the images; python -m eval.fit "
+            f"{method.label}:average={average} finds the options that reach it on samples"
+        )
     variants = variants_of(method, n_layers, n_tokens)
     if not variants:
         raise ValueError(
@@ -94,6 +100,19 @@ def average_entering(method: Method, n_layers: int, n_tokens: int) -> float:
         total += now * (layer - since)
         now, since = left, layer
     return (total + now * (n_layers - since)) / n_layers
+
+
+def most_entering(plan: Plan, n_layers: int, n_tokens: int) -> float | None:
+    """Image tokens of one image that enter a decoder layer under a plan, averaged over the layers,
+    at most: no image exceeds it. None: a mask that ends, or a budget for all images."""
+    if any(m.until is not None or m.scope == "all" for m in plan.methods):
+        return None
+    now, entering = n_tokens, [n_tokens] * n_layers
+    for step in plan.steps:
+        left = step.method.left(n_tokens)[step.stage_index]
+        now = min(now, left) if step.method.drops_only else left
+        entering[step.layer :] = [now] * (n_layers - step.layer)
+    return sum(entering) / n_layers
 
 
 def entering(layers: Sequence[Sequence[int]]) -> list[float]:

@@ -111,6 +111,7 @@ class Method:
     identity: ClassVar[str | None] = None  # options that keep everything, if there are any
     drops_only: ClassVar[bool] = True  # nothing is merged, added or put in another order
     newest_row: ClassVar[bool] = False  # the score reads the newest row
+    adaptive: ClassVar[bool] = False  # how many stay depends on the image; left() says at most
     choice_stands: ClassVar[bool] = False  # ... but mode=mask does not choose again for new tokens
     numbering: ClassVar[str] = "original"  # default of `positions`
     strength: ClassVar[str] = "keep"  # the option that average= sets (average.py)
@@ -439,10 +440,10 @@ class Context:
         k = k if held is None else torch.cat((held, k))
         return self.model.llama.whole_heads(q), self.model.llama.whole_heads(k)
 
-    def before(self) -> Tensor:
-        """Hidden states (n, D) of the candidates as they entered the layer that ran last."""
+    def before(self, rows: Tensor | None = None) -> Tensor:
+        """Hidden states (r, D) of rows (r,) as they entered the layer before; None: candidates."""
         last, there = self._last()
-        at = there[self.candidates]
+        at = there[self.candidates if rows is None else rows]
         if self._sample.cached_keys is not None or (at < 0).any():
             raise self._error("rows that were added since have no state before the last layer")
         return take_rows(last.x, at)

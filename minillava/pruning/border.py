@@ -17,10 +17,11 @@ from .shared import border_patches
 
 @dataclass(frozen=True)
 class Border(Method):
-    name = "border"
+    name, adaptive = "border", True
 
     def stages(self) -> Stages:
         return (("embed", 0),)
 
     def choose(self, c: Context) -> Keep:
-        return Keep((~border_patches(c)).nonzero()[:, 0])
+        shown = ~border_patches(c)
+        return Keep(shown.nonzero()[:, 0], scores=shown.float())

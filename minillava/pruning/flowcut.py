@@ -34,6 +34,7 @@ from ..attention import attention_received
 from ..clip import Block
 from ..llava import LLaVA
 from .base import Context, Keep
+from .margins import UNKNOWN
 from .shared import BeforeDecoder, add_attention, check_whole_grid, refuse_nan, tower_heads
 
 
@@ -79,7 +80,7 @@ class FlowCut(BeforeDecoder):
             return Keep(torch.arange(c.n_tokens))
         x = c.vision_state(0)[0]  # (1 + N, C)
         kept = torch.arange(c.n_tokens, device=x.device)
-        running = None
+        running, scores = None, x.new_zeros(len(kept), dtype=torch.float32)
         for i, module in enumerate(c.model.vision.blocks[: last + 2]):
             block = cast(Block, module)
             heads = tower_heads(block, x)
@@ -89,6 +90,7 @@ class FlowCut(BeforeDecoder):
                 continue
             score, by_class = score_patches(*heads)
             running = score if running is None else (running + score) / 2
+            scores = scores.index_copy(0, kept, running)  # a dropped patch has its last one
             if (last - i) % 2 == 0:
                 n = keep
                 if i < last:  # the host has to know the number
@@ -99,4 +101,4 @@ class FlowCut(BeforeDecoder):
                 x = torch.cat((x[:1], x[1:][order]))
         assert running is not None  # keep is less than all, so the first block was scored
         refuse_nan(running, c.where)
-        return Keep(kept, merged=x[1:])
+        return Keep(kept, merged=x[1:], scores=scores, closest=UNKNOWN)

@@ -19,6 +19,7 @@ from ..rows import on_device
 from .base import Keep
 
 TINY = 1e-30  # keeps quotients of zeros finite
+UNKNOWN = torch.tensor(torch.inf)  # `closest` where scores are given but do not tell it
 COSINE = 0.05  # a `scale` for cosines
 
 

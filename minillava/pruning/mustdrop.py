@@ -36,16 +36,9 @@ from ..llava import LLaVA
 from ..rows import on_device
 from .base import Context, Keep, Method, Stages, option, top
 from .margins import distance_to, lead, least
-from .shared import check_ascending, check_whole_grid, refuse_nan
+from .shared import check_ascending, check_whole_grid, refuse_nan, window_patches
 
 SIDE = 3  # patches along a side of a window
-
-
-def window_patches(grid: int) -> Tensor:
-    """Patches of each window, row by row: (windows, 9)."""
-    m = grid // SIDE
-    patches = torch.arange(grid * grid).view(m, SIDE, m, SIDE)
-    return patches.transpose(1, 2).reshape(m * m, SIDE * SIDE)
 
 
 def likeness(windows: Tensor) -> Tensor:
@@ -57,7 +50,7 @@ def likeness(windows: Tensor) -> Tensor:
 
 def merge_windows(x: Tensor, limit: float, where: str) -> tuple[Tensor, Keep]:
     """Patches x (N, C) with alike windows merged, (n, C); and a Keep without them, on the CPU."""
-    windows = window_patches(round(len(x) ** 0.5))
+    windows = window_patches(round(len(x) ** 0.5), SIDE)
     rows = x[on_device(windows, x)]  # (w, 9, C)
     alike = likeness(rows).cpu()  # (w,)
     merged = top(alike, int((alike >= limit).sum()), where)  # (m,)
@@ -82,7 +75,8 @@ class MustDrop(Method):
         None, choices=("drop", "all"), help="unset: the released cut, from the first stage on"
     )
 
-    name, drops_only, numbering = "mustdrop", False, "compact"
+    name, drops_only, numbering, adaptive = "mustdrop", False, "compact", True
+    strength = "total"
 
     def __post_init__(self) -> None:
         super().__post_init__()

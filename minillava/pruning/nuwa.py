@@ -27,9 +27,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ..rows import on_device
 from .base import Context, Keep, amount, count, option, top
 from .margins import TINY, lead, least
-from .shared import TwoStages, check_whole_grid, second_last_block
+from .shared import TwoStages, check_whole_grid, second_last_block, window_patches
 
 CELL = 2  # patches along a side of a cell
 ALONE = 0.55  # quantile of attention from which on a patch gathers nothing
@@ -38,9 +39,7 @@ ALONE = 0.55  # quantile of attention from which on a patch gathers nothing
 def best_of_cells(score: Tensor, each: int) -> tuple[Tensor, Tensor]:
     """The `each` patches with the highest score (N,) of each cell of the grid: (cells * each,); and
     the least lead() of these choices."""
-    g, m = round(len(score) ** 0.5), round(len(score) ** 0.5) // CELL
-    patches = torch.arange(g * g, device=score.device).view(g, g)[: m * CELL, : m * CELL]
-    cells = patches.view(m, CELL, m, CELL).transpose(1, 2).reshape(m * m, -1)  # (cells, 4)
+    cells = on_device(window_patches(round(len(score) ** 0.5), CELL), score)  # (cells, 4)
     ordered, order = score[cells].sort(dim=1, descending=True, stable=True)  # (cells, 4)
     closest = score.new_full((), torch.inf)
     if each < CELL**2:

@@ -63,7 +63,7 @@ def add_neighbours(features: Tensor, score: Tensor, cosine: Tensor, kept: Tensor
 
 @dataclass(frozen=True)
 class PruMerge(Method):
-    name, drops_only, numbering = "prumerge", False, "compact"
+    name, drops_only, numbering, adaptive = "prumerge", False, "compact", True
     plus = False
 
     def stages(self) -> Stages:

@@ -30,6 +30,7 @@ from torch import Tensor
 from ..llava import LLaVA
 from ..rows import on_device
 from .base import Context, Keep, count, option, top
+from .margins import UNKNOWN
 from .shared import BeforeDecoder, cosines, second_last_block
 
 
@@ -117,5 +118,11 @@ class PruneSID(BeforeDecoder):
         order, winners = order_groups(both[-2], groups, both[:-2] > 0, q, c.where)
         quotas = group_quotas([len(g) for g in order], winners, keep)
         index = [j for g, k in zip(order, quotas, strict=True) for j in g[:k]]
-        extra = c.vision_state()[:, 0]  # the class token
-        return Keep(torch.tensor(index), extra=extra, extra_first=True, ordered=True)
+        return Keep(
+            torch.tensor(index),
+            extra=c.vision_state()[:, 0],  # the class token
+            extra_first=True,
+            ordered=True,
+            scores=both[-2],  # that a group's patches are ranked by
+            closest=UNKNOWN,
+        )

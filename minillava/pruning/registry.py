@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from .apet import ApET
+from .autoprune import AutoPrune
 from .base import Method
 from .border import Border
 from .cdpruner import CDPruner
@@ -20,6 +21,7 @@ from .hand import Hand
 from .hiprune import HiPrune
 from .hired import HiRED
 from .holov import HoloV
+from .ivcprune import IVCPrune
 from .mmtok import MMTok
 from .mustdrop import MustDrop
 from .nuwa import Nuwa
@@ -39,6 +41,7 @@ from .uniform import Uniform
 from .v2drop import V2Drop
 from .visionzip import VisionZip
 from .vispruner import VisPruner
+from .vlmpruner import VLMPruner
 from .vscan import VScan
 from .vtw import VTW
 
@@ -74,6 +77,9 @@ METHODS: dict[str, type[Method]] = {
         ApET,
         FlowCut,
         MustDrop,
+        VLMPruner,
+        AutoPrune,
+        IVCPrune,
         Random,
         Uniform,
         Grid,
@@ -269,6 +275,24 @@ CATALOGUE: dict[str, Origin] = {
         "in the vision tower, and input of several decoder layers",
         "outputs of the released code, five runs (tests/goldens/methods2026)",
         "liuting20/MustDrop 909afa5, clip_encoder.py, modelling_sparse_llama.py",
+    ),
+    "vlmpruner": Origin(
+        "VLM-Pruner, arXiv 2512.02700",
+        "input of decoder layer K",
+        "outputs of the released function, four runs (tests/goldens/functions); a reference",
+        "Casey-bit/VLMPruner 556a914, llava/model/language_model/modeling_llama_self.py",
+    ),
+    "autoprune": Origin(
+        "AutoPrune, NeurIPS 2025, arXiv 2509.23931",
+        "input of every decoder layer but the first",
+        "outputs of the released functions, 40 draws (tests/goldens/functions); a reference",
+        "AutoLab-SAI-SJTU/AutoPrune e4a9918, modelling_sparse_llama.py, score.py, llava_arch.py",
+    ),
+    "ivcprune": Origin(
+        "IVC-Prune, ICLR 2026, arXiv 2602.03060",
+        "input of decoder layer K",
+        "outputs of the released function, four runs (tests/goldens/functions); a reference",
+        "FireRedTeam/IVC-Prune 03afd9c, transformers/models/llama/modeling_llama.py",
     ),
     "random": Origin("baseline", "after the projector, before layer 0", "properties", ""),
     "uniform": Origin("baseline", "after the projector, before layer 0", "properties", ""),

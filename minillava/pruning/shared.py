@@ -15,7 +15,7 @@ from ..clip import Block
 from ..config import VisionConfig
 from ..rows import on_device
 from .base import Context, Keep, Method, Stage, Stages, amount, count, option
-from .margins import Picks
+from .margins import Picks, lead
 
 
 @dataclass(frozen=True)
@@ -131,6 +131,14 @@ def check_whole_grid(c: Context, name: str) -> None:
         )
 
 
+def window_patches(grid: int, side: int) -> Tensor:
+    """Patches of each window of side x side patches, row by row: (windows, side * side). Rows and
+    columns that are left over belong to none."""
+    m = grid // side
+    patches = torch.arange(grid * grid).view(grid, grid)[: m * side, : m * side]
+    return patches.reshape(m, side, m, side).transpose(1, 2).reshape(m * m, side * side)
+
+
 # ---------------------------------------------------------------- the letterbox
 
 
@@ -178,6 +186,19 @@ def choose_covering(covers: Tensor, k: int, times: Tensor | float, plus: Tensor 
         largest = score.amax() if i == 0 else largest
         covered = torch.maximum(covered, covers[:, picks.take(i, score)])
     return picks.keep(scale=largest)
+
+
+def farthest_points(x: Tensor, first: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    """Indices (k,) into x (n, C): each is the farthest from those before it. first (1,). And the
+    least lead() of these choices."""
+    chosen = [on_device(first, x)]
+    nearest = (x - x[chosen[0]]).square().sum(1)  # (n,) to the nearest chosen one
+    closest = nearest.new_full((), torch.inf)
+    for _ in range(k - 1):
+        closest = torch.minimum(closest, lead(nearest, 1))
+        chosen.append(nearest.argmax(keepdim=True))  # (1,), or the host would read it
+        nearest = torch.minimum(nearest, (x - x[chosen[-1]]).square().sum(1))
+    return torch.cat(chosen), closest
 
 
 # ---------------------------------------------------------------- merging

@@ -94,6 +94,24 @@ def cluster_means(x: Tensor, cluster: Tensor, n: int) -> Tensor:
     return member @ x / member.sum(1, keepdim=True)
 
 
+def merge_best_dropped(c: Context, score: Tensor, k: int, closest: Tensor) -> Keep:
+    """Keep the k < n candidates with the highest score (n,), and the means of the best of the
+    others. closest: of decisions before this one, see lead()."""
+    # not top(), for which a GPU would wait: NaN is refused with that of the merged rows
+    order = score.sort(descending=True, stable=True).indices  # (n,)
+    merged = order[k : k + count_merged(len(score) - k)]  # (q,)
+    x, groups = c.features()[merged], count_clusters(len(merged))
+    marked = x.masked_fill(score.isnan().any(), torch.nan)  # (q, D)
+    cluster, between = cluster_rows(marked, groups, c.where)
+    return Keep(
+        order[:k],
+        extra=cluster_means(x, cluster, groups),
+        scores=score,
+        merged_into=torch.full_like(order, -1).index_copy(0, merged, k + cluster),
+        closest=least(closest, lead(score, k), lead(score, k + len(merged)), between),
+    )
+
+
 @dataclass(frozen=True)
 class SparseVLM(Method):
     layers: tuple[int, ...] = option(
@@ -160,16 +178,4 @@ class SparseVLM(Method):
             closest = least(from_limit, by_head, lead(score, k))
             return Keep(top(score, k, c.where), scores=score, closest=closest)
         score = c.attention(raters).mean(0)  # (H, n) -> (n,)
-        # not top(), for which a GPU would wait: NaN is refused with that of the merged rows
-        order = score.sort(descending=True, stable=True).indices  # (n,)
-        merged = order[k : k + count_merged(n - k)]  # (q,) the best of the dropped
-        x, groups = c.features()[merged], count_clusters(len(merged))
-        marked = x.masked_fill(score.isnan().any(), torch.nan)  # (q, D)
-        cluster, between = cluster_rows(marked, groups, c.where)
-        return Keep(
-            order[:k],
-            extra=cluster_means(x, cluster, groups),
-            scores=score,
-            merged_into=torch.full_like(order, -1).index_copy(0, merged, k + cluster),
-            closest=least(from_limit, lead(score, k), lead(score, k + len(merged)), between),
-        )
+        return merge_best_dropped(c, score, k, from_limit)

@@ -5,7 +5,8 @@ V2Drop.py. At the input of the layers 3, 17 and 22 a token's score is the L2 dis
 row that enters this layer and the same row as it entered the layer before. max(1, int(n * ratio))
 of the n image tokens that are LEFT stay, those with the largest scores; the last ratio of 0 leaves
 one. Order and positions stay, and the positions of new tokens follow the unpruned prompt. No
-attention is read.
+attention is read. average= sets all ratios but the last to one number, and the last to 0
+(a single one is not the last).
 
 Deviations: any number of images and samples, anywhere in the prompt. The released code takes rows
 35 to 610 of any prompt of more than 576 rows for the image, uses the first sample's choice for all,
@@ -14,7 +15,8 @@ and does not run with the transformers version that it pins (its rotary tables a
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
 
 from .base import Context, Keep, Method, Stages, option, top
 from .shared import check_lists
@@ -44,6 +46,11 @@ class V2Drop(Method):
             n_tokens = max(1, int(n_tokens * ratio))
             left.append(n_tokens)
         return tuple(left)
+
+    def variants(self, n_layers: int, n_tokens: int) -> Iterator[V2Drop]:
+        steps, last = 4 * n_tokens, (0.0,) * (len(self.layers) > 1)
+        for q in ((i + 0.5) / steps for i in range(steps)):
+            yield replace(self, ratios=(q,) * (len(self.layers) - len(last)) + last)
 
     def choose(self, c: Context) -> Keep:
         change = (c.features() - c.before()).float().norm(dim=1)  # (n,)

@@ -34,15 +34,10 @@ from .shared import (
     mark_nan,
     merge_dropped,
     second_last_block,
+    window_patches,
 )
 
 SIDE = 4  # windows along one side
-
-
-def window_patches(grid: int) -> Tensor:
-    """Patches of each window, row by row: (16, patches per window)."""
-    patches = torch.arange(grid * grid).view(SIDE, grid // SIDE, SIDE, grid // SIDE)
-    return patches.transpose(1, 2).reshape(SIDE * SIDE, -1)
 
 
 def scan_patches(
@@ -50,7 +45,8 @@ def scan_patches(
 ) -> tuple[Tensor, Tensor]:
     """The k patches that the two scores (N,), on the CPU, choose, ascending: (k,); and the least
     lead() of these choices."""
-    windows = window_patches(round(len(local_score) ** 0.5))  # (16, w)
+    grid = round(len(local_score) ** 0.5)
+    windows = window_patches(grid, grid // SIDE)  # (16, w)
     each = k // 2 // len(windows)
     best = local_score[windows].sort(dim=1, descending=True, stable=True).indices[:, :each]
     local = windows.gather(1, best).flatten()

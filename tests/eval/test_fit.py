@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import json
 import math
+import re
+import statistics
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -149,3 +152,72 @@ def test_samples_from_a_file(tmp_path: Path) -> None:
     found = fit.samples(tmp_path / "q.jsonl", 1, 0)
     assert [text for text, _ in found] == ["x?"]
     assert found[0][1].size == (4, 4)
+
+
+# ---------------------------------------------------------------- a budget
+
+
+def test_a_budget_is_reached_in_the_mean_of_samples(model: Any, batches: list[Batch]) -> None:
+    from minillava.pruning.average import most_entering
+    from minillava.pruning.base import Plan
+
+    for plan, average in (
+        ("ivcprune:layer=2", 13.0),
+        ("vlmpruner:layer=2,threshold=0.5", 11.0),
+        ("autoprune:depth=4", 9.0),
+        ("fastv:k=2", 11.0),
+    ):
+        (method,) = parse_plan(plan).methods
+        found = fit.fit_average(model, batches, method, average)
+        assert found.averages == fit.average_of_samples(model, batches, found.method)
+        others = [
+            statistics.mean(
+                fit.average_of_samples(model, batches, replace(method, **{method.strength: k}))
+            )
+            for k in range(1, N + 1)
+        ]
+        assert abs(found.mean - average) == min(abs(x - average) for x in others), plan
+        most = most_entering(Plan((found.method,)), 4, N)
+        assert most is not None
+        assert max(found.averages) <= most
+        written = fit.describe(model, found).splitlines()[0]
+        assert parse_plan(written).methods == (found.method,)
+
+
+def test_a_threshold_is_bisected(wide_model: Any) -> None:
+    batches = [tiny.make_batch(wide_model, "tttItttttt", seed=s) for s in range(2)]
+    (method,) = parse_plan("mustdrop:merge=1.0,layers=1/2/3,individual=1.0").methods
+    found = fit.fit_average(wide_model, batches, method, 25.0)
+    assert abs(found.mean - 25.0) < 2.0
+    assert 0 < found.method.total < 1
+
+
+def test_budgets_that_samples_cannot_reach(model: Any, batches: list[Batch]) -> None:
+    for plan, said in (
+        ("ivcprune:layer=2,axes=4", "average=3.0 is out of reach on these samples; the nearest is"),
+        ("prumerge", "average=3.0 needs an option to vary"),
+        ("fastv:k=2", "average=3.0 is out of reach with 4 layers"),
+    ):
+        (method,) = parse_plan(plan).methods
+        with pytest.raises(ValueError, match=re.escape(said)):
+            fit.fit_average(model, batches, method, 3.0)
+
+
+def test_a_plan_without_average_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
+    for plan, said in (("fastv:k=2", "with average="), ("nothing", "nothing")):
+        assert fit.main([plan]) == 2
+        assert said in tiny.refusal(capsys)
+
+
+def test_what_no_image_can_exceed() -> None:
+    from minillava.pruning.average import most_entering
+
+    for plan, most in (
+        ("none", 16.0),
+        ("uniform:keep=5+vtw:layer=2", 2.5),
+        ("sparsevlm:layers=1/3,keep=8/2", (16 + 2 * 9 + 3) / 4),  # a mean each
+        ("fastv:k=2,keep=4,mode=mask", 10.0),
+        ("fastv:k=2,keep=4,mode=mask,until=3", None),
+        ("uniform:keep=5,scope=all", None),
+    ):
+        assert most_entering(parse_plan(plan), 4, N) == most

@@ -276,6 +276,25 @@ def test_costs_leave_the_first_batches_out() -> None:
     assert summarise([row(9.0, False)], config).prefill.median == 9.0  # type: ignore[union-attr]
 
 
+def test_numbers_of_image_tokens_that_differ_are_shown_with_their_spread(model: Any) -> None:
+    from minillava.config import TextConfig
+
+    def row(*entering: int) -> dict[str, Any]:
+        times = {"vision": 0.1, "prefill": 1.0, "first_token": 1.0, "per_token": None}
+        tokens = {"prompt_tokens": 9, "tokens_entering": [9, 9], "image_tokens_entering": entering}
+        rest = {"new_tokens": 1, "cache_bytes": 8, "choosing": 0.0, "peak_bytes": None, "batch": 1}
+        return {"metadata": {**times, **tokens, **rest, "warm": True}}
+
+    rows: list[Any] = [row(8, 2), row(8, 4), row(8, 6), row(8, 4), row(8, 4)]
+    config = TextConfig(num_hidden_layers=2)
+    costs = summarise(rows, config, most=7.5)
+    assert (costs.image_tokens_each.median, costs.image_tokens_most) == (6.0, 7.5)
+    assert run._image_tokens(costs) == "6.0"  # the quartiles do not differ
+    costs = summarise([*rows, row(8, 0), row(8, 8)], config, most=7.5)
+    assert run._image_tokens(costs) == "6.0 (5.5-6.5, at most 7.5)"
+    assert run._image_tokens(summarise([*rows[:3]], config)) == "6.0 (5.0-7.0)"
+
+
 # ---------------------------------------------------------------- methods in files
 
 

@@ -27,6 +27,7 @@ class Sequence:
     origin: list[int]  # index in the unpruned prompt, -1 for merged rows
     attention: Tensor | None = None  # (H, S, S) of the layer before
     keys: Tensor | None = None  # (S, Hkv, Dh) of the layer before, rotated
+    values: Tensor | None = None  # (S, Hkv, Dh) of the layer before
 
     def rows(self, *kinds: str) -> list[int]:
         return [i for i, kind in enumerate(self.kind) if kind in kinds]
@@ -104,7 +105,7 @@ def decode(model: Any, x: Tensor, image: range, act: Act) -> tuple[Tensor, list[
         gate = h @ block.mlp.gate_proj.weight.T
         inner = gate * gate.sigmoid() * (h @ block.mlp.up_proj.weight.T)
         x = x + inner @ block.mlp.down_proj.weight.T
-        s = Sequence(layer + 1, x, s.position, s.kind, s.origin, attention, k)
+        s = Sequence(layer + 1, x, s.position, s.kind, s.origin, attention, k, v)
     last = norm(model.llama.norm.weight, s.x[-1], config.rms_norm_eps)
     return model.llama.lm_head.weight @ last, entered
 
@@ -333,5 +334,155 @@ def mustdrop(layers: list[int], key: set[int], share: float, individual: float) 
             if s.origin[j] in key or sum(w) >= share * total or max(w) >= individual
         ]
         return Choice(kept, [], True)
+
+    return act
+
+
+def ivcprune(model: Any, layer: int, counts: list[int]) -> Act:
+    """counts: seeds, foreground, and places by cosine and by sine."""
+
+    def act(s: Sequence) -> Choice | None:
+        if s.layer != layer:
+            return None
+        assert s.values is not None
+        v, image, asking = s.values, s.visual(), s.text_behind()[2:]
+
+        def likeness(i: int) -> list[float]:
+            total = torch.zeros(len(v))
+            for head in range(v.shape[1]):
+                dots = [v[i, head] @ v[j, head] / math.sqrt(v.shape[2]) for j in range(len(v))]
+                total += torch.stack(dots).softmax(0) / v.shape[1]
+            return total.tolist()
+
+        asked = [likeness(i) for i in asking]
+        seeds = best({j: sum(row[j] for row in asked) for j in image}, counts[0])
+        asked += [likeness(i) for i in seeds]
+        kept = {*seeds, *best({j: sum(row[j] for row in asked) for j in image}, counts[1])}
+        half, theta = v.shape[2] // 2, model.config.text.rope_theta
+        for turn, k in zip((math.cos, math.sin), counts[2:], strict=True):
+            mean = {
+                j: sum(turn(s.position[j] / theta ** (d / half)) for d in range(half))
+                for j in image
+            }
+            kept |= {*best(mean, k)}
+        return Choice(sorted(kept), [], renumber=False)
+
+    return act
+
+
+def vlmpruner(layer: int, keep: int, threshold: float, batch: int, pivots: int, grid: int) -> Act:
+    """For an image whose rows are grid * grid patches. Its kept rows are replaced in s.x."""
+
+    def act(s: Sequence) -> Choice | None:
+        if s.layer != layer:
+            return None
+        assert s.keys is not None
+        image, keys = s.visual(), s.keys.flatten(1)
+        chosen = best({i: float(keys[i].abs().sum()) for i in image}, 1)
+        while len(chosen) < pivots:
+            away = {i: min(float((keys[i] - keys[j]).norm()) for j in chosen) for i in image}
+            chosen += best(away, 1)
+        rows = s.x[image]
+        varied = best({d: float(rows[:, d].var()) for d in range(rows.shape[1])}, 256)
+
+        def cosine(i: int, j: int) -> float:
+            a, b = s.x[i][varied], s.x[j][varied]
+            return float(a @ b / a.norm() / b.norm())
+
+        def redundancy(i: int) -> float:
+            place = [divmod(image.index(j), grid) for j in (i, *chosen)]
+            near = min(math.dist(place[0], other) for other in place[1:])
+            return max(cosine(i, j) for j in chosen) * (1 + near / (2 * grid * math.sqrt(2)))
+
+        limit = threshold
+        while len(chosen) < keep:
+            before = len(chosen)
+            left = {i: -redundancy(i) for i in image if i not in chosen}
+            order = best(left, len(left))
+            for start in range(0, len(order), batch):
+                if start and len(chosen) == before and start == batch:
+                    break
+                part = {i: redundancy(i) for i in order[start : start + batch]}
+                taken = [i for i in part if part[i] < limit]
+                if len(taken) > keep - len(chosen):
+                    taken = best({i: -x for i, x in part.items()}, keep - len(chosen))
+                chosen += taken
+                if len(chosen) == keep:
+                    break
+            if len(chosen) == before:
+                break
+            limit += 0.1
+        old = {i: s.x[i].clone() for i in image}
+        gone = [i for i in image if i not in chosen]
+        target = {i: max(chosen, key=lambda j: cosine(i, j)) for i in gone}
+        weight = {i: cosine(i, target[i]) for i in gone}
+        for j in chosen:
+            mine = [i for i in gone if target[i] == j]
+            total = sum(weight[i] for i in mine)
+            if total > 0:
+                mean = sum((weight[i] / total * old[i] for i in mine), torch.zeros_like(old[j]))
+                s.x[j] = 0.3 * old[j] + 0.7 * mean
+        return Choice(sorted(chosen), [], renumber=False)
+
+    return act
+
+
+def autoprune(
+    by_class: list[float], layers: int, target: int, x0: float, k0: float, gamma: float
+) -> Act:
+    """by_class: attention of the tower's class token to each patch. layers: of the decoder."""
+    curve: list[float] = []
+    cap = min(int(2.5 * target), len(by_class))
+
+    def information(s: Sequence) -> float:
+        assert s.attention is not None
+        bits, asking, image = 0.0, s.text_behind(), s.visual()
+        for head in s.attention:
+            joint = [[float(head[i, j]) / len(asking) for j in image] for i in asking]
+            for n in range(len(image)):
+                column = [row[n] for row in joint]
+                alone = sum(column) / len(asking)
+                bits += sum(p * math.log2(max(p / (alone + 1e-6), 1e-6)) for p in column)
+        return bits
+
+    def means(dropped: int) -> int:
+        return int((int(dropped * 0.3) + 1) / 10) + 1 if dropped else 0
+
+    def spent(scale: float, shares: list[float], n: int) -> int:
+        total = now = n
+        for share in shares:
+            kept = min(math.ceil((n - 1) * min(1.0, scale * share)), cap)
+            now = kept + means(now - kept)
+            total += now
+        return total
+
+    def act(s: Sequence) -> Choice | None:
+        if s.layer == 0:
+            return None
+        assert s.attention is not None
+        asking, image = s.text_behind(), s.visual()
+        seen = {j: float(s.attention[:, asking, j].mean()) for j in image}
+        if s.layer == 1:
+            share = 0.3 * information(s) / len(asking)
+            score = {j: share * seen[j] + by_class[n] for n, j in enumerate(image)}
+            return Choice(sorted(best(score, cap)), [], renumber=True)
+        if s.layer == 2:
+            k, n, wanted = max(k0 - gamma * information(s), 0), len(image), target * layers
+            shares = [0.75 / (1 + math.exp(k * (i - x0 - k))) for i in range(1, layers)]
+            low, high, found = 0.0, 20.0, (math.inf, 1.0)
+            for _ in range(200):
+                middle = (low + high) / 2
+                total = spent(middle, shares, n)
+                if abs(total - wanted) < found[0]:
+                    found = (abs(total - wanted), middle)
+                low, high = (middle, high) if total < wanted else (low, middle)
+            curve[:] = [(n - 1) * found[1] * share for share in shares]
+        keep = math.ceil(curve[s.layer - 2])
+        if keep >= len(image):
+            return None
+        order = best(seen, len(seen))
+        again = order[keep:][: int((len(order) - keep) * 0.3) + 1]
+        merged = clusters([s.x[i] for i in again], int(len(again) / 10) + 1)
+        return Choice(sorted(order[:keep]), merged, renumber=True)
 
     return act

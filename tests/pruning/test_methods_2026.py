@@ -76,6 +76,68 @@ def test_mustdrops_decoder(
     tiny.assert_close(result.logits[0, 0], logits)
 
 
+def one_image(folder: Any, layers: int, side: int = 6) -> tuple[Any, Any, torch.Tensor, range]:
+    """A random model, a batch of one prompt with an image, its embedded rows, and the image's."""
+    tiny.write_hf(folder, layers=layers, image_size=14 * side, vision_layers=3, seed=1)
+    model = load(folder)[0]
+    batch = tiny.make_batch(model, "tttItttttt", seed=2)
+    with tiny.watching(model.projector) as (projected,):
+        generate(model, batch, None, 1)
+    start, n = 3, side * side
+    ids = batch.ids[0]
+    text = model.embed(torch.cat((ids[:start], ids[start + n :])))
+    x = torch.cat((text[:start], projected[0], text[start:]))
+    return model, batch, x, range(start, start + n)
+
+
+def check_decoder(model: Any, batch: Any, x: Any, image: range, plan: str, act: Any) -> list[int]:
+    """The counts of each layer and the logits are the reference's; returns the counts."""
+    result = generate(model, batch, parse_plan(plan), 1, output_logits=True)
+    with torch.inference_mode():
+        logits, entered = reference_decoder.decode(model, x.clone(), image, act)
+    left = [len(s.visual()) for s in entered]
+    assert result.report.image_tokens_entering == [[k] for k in left]
+    kept = [i for i in entered[-1].origin if i in image]
+    assert result.report.kept[-1].positions[0] == kept
+    tiny.assert_close(result.logits[0, 0], logits)
+    return left
+
+
+def test_ivcprune_in_the_decoder(tmp_path: Any) -> None:
+    prompt = one_image(tmp_path, layers=4)
+    plan = "ivcprune:layer=2,seeds=2,foreground=7,axes=3"
+    act = reference_decoder.ivcprune(prompt[0], 2, [2, 7, 3, 3])
+    assert check_decoder(*prompt, plan, act)[2] < 15  # some are chosen twice
+
+
+@pytest.mark.parametrize(("keep", "threshold"), [(5, 0.8), (20, 0.5), (20, 0.05), (3, 0.8)])
+def test_vlmpruner_in_the_decoder(tmp_path: Any, keep: int, threshold: float) -> None:
+    prompt = one_image(tmp_path, layers=4)
+    plan = f"vlmpruner:layer=2,keep={keep},threshold={threshold},batch=4,pivots=3"
+    act = reference_decoder.vlmpruner(2, keep, threshold, 4, 3, 6)
+    left = check_decoder(*prompt, plan, act)
+    assert left[2] == keep or threshold == 0.05
+
+
+@pytest.mark.parametrize(("target", "gamma"), [(10, 0.2), (10, 0.01), (14, 0.01)])
+def test_autoprune_in_the_decoder(tmp_path: Any, target: int, gamma: float) -> None:
+    model, batch, x, image = one_image(tmp_path, layers=7)
+    encoded = encode_images(model, batch, parse_plan("fastervlm:keep=4"))
+    block = len(model.vision.blocks) - 2
+    q, k = model.vision.heads(block, encoded[block])
+    weights = [(k[0, :, h] @ q[0, 0, h] / q.shape[3] ** 0.5).softmax(0) for h in range(q.shape[2])]
+    by_class = torch.stack(weights).mean(0)[1:]
+    # rows of patches begin at the pixels 0, 66, 133, 200, 266, 333; the image and its margin are
+    # the pixels 83 to 316
+    by_class[:12], by_class[30:] = 0.0, 0.0
+    batch = replace(batch, sizes=[(400, 100, "pad")])
+    plan = f"autoprune:depth=7,target={target},x0=3,gamma={gamma}"
+    act = reference_decoder.autoprune(by_class.tolist(), 7, target, 3, 0.4, gamma)
+    left = check_decoder(model, batch, x, image, plan, act)
+    assert len({*left}) > 2
+    assert abs(sum(left[1:]) + left[-1] - 7 * target) < 7 * 3
+
+
 @pytest.mark.parametrize("steps", [0, 1, 4])
 def test_gprune_passes_information_along_the_graph(steps: int) -> None:
     p = Picture(5)
@@ -289,6 +351,12 @@ def test_published_counts() -> None:
     for budget, keep in ((192, (300, 200, 118)), (128, (238, 108, 60)), (64, (66, 34, 20))):
         assert left(f"sparsevlm-plus-{budget}") == keep
     assert left("sparsevlm:version=2") == (300, 200, 118)
+    solved = parse_plan("v2drop:average=192").resolve(32, 576).methods[0]
+    assert solved.left(576) == (270, 126, 1)  # the last ratio stays 0
+    assert abs(average_entering(solved, 32, 576) - 192) < 0.2
+    assert left("ivcprune") == (6 + 115 + 29 + 29,)  # at most
+    assert left("autoprune:depth=3") == (160, 160)  # at most
+    assert left("vlmpruner") == (128,)
     assert left("gprune:keep=0.23")[0] == 132  # cut, not rounded
     for name in ("nuwa-64", "nuwa-128", "nuwa-192", "apet-64"):
         (method,) = parse_plan(name).methods
@@ -308,6 +376,11 @@ def test_published_counts() -> None:
         ("mustdrop:mode=mask", "needs a method that only drops"),
         ("fastervlm:keep=3,blocks=3-", "must be numbers and ranges"),
         ("fastervlm:keep=3,blocks=5-3", "must be numbers and ranges"),
+        ("vlmpruner:pivots=0", "pivots=0 must be 1 or more"),
+        ("vlmpruner:mode=mask", "needs a method that only drops"),
+        ("ivcprune:layer=0", "layer=0 must be 1 or more"),
+        ("ivcprune:foreground=2.5", "a share from 0.0 to 1.0"),
+        ("autoprune:depth=1", "depth=1 must be 2 or more"),
         ("scope:keep=3,combine=max", "must be one of multi, add"),
         ("fastv:mode=mask,cache=all", "mode=mask drops nothing; use cache=drop"),
         ("fastv:cache=some", "must be one of drop, all"),
@@ -334,7 +407,13 @@ def test_what_a_plan_cannot_say(plan: str, said: str) -> None:
         ("fastervlm:keep=3,blocks=4-11", "blocks=4-11, but the vision tower has blocks 0 to 9"),
         ("uniform:keep=3,cache=all", "cache=all is for methods inside the decoder"),
         ("v2drop", "layer=17, but the decoder has layers 0 to 3"),
-        ("v2drop:average=9", "cannot be solved for these options"),
+        ("v2drop:layers=1/2/3,average=3", "the nearest is average=4.8 (ratios=0.0078/0.0078/0.0"),
+        ("ivcprune:layer=2,average=9", "depends on the images; python -m eval.fit ivcprune:aver"),
+        ("prumerge:average=9", "average=9 depends on the images"),
+        ("autoprune", "depth=32, but the decoder has 4 layers; give depth=4"),
+        ("autoprune:depth=4,target=17", "target=17, but there are 16 image tokens"),
+        ("ivcprune:layer=4", "layer=4, but the decoder has layers 0 to 3"),
+        ("vlmpruner:layer=2,keep=17", "keep=17, but there are 16 image tokens"),
     ],
 )
 def test_what_a_model_cannot_do(model: Any, plan: str, said: str) -> None:

@@ -85,10 +85,10 @@ def test_sparsevlm_is_the_released_code(golden: Golden, monkeypatch: pytest.Monk
     expected, p = golden.tensors, golden.meta["parameters"]
     assert golden.start == p["tokens_before_image"]
     seen = tiny.choices(monkeypatch, sparsevlm.SparseVLM)
-    rated: list[Tensor] = []
+    rated: list[Any] = []
     select_raters = sparsevlm.select_raters
 
-    def noting(image: Tensor, text: Tensor) -> Tensor:
+    def noting(image: Tensor, text: Tensor) -> Any:
         rated.append(select_raters(image, text))
         return rated[-1]
 
@@ -97,7 +97,7 @@ def test_sparsevlm_is_the_released_code(golden: Golden, monkeypatch: pytest.Monk
     keep = p["kept_list"][: len(layers)]
     result = golden.run(f"sparsevlm:layers={slashes(layers)},keep={slashes(keep)}", 1)
     assert len(seen) == len(rated) == len(layers)
-    for stage, ((_, chosen), raters) in enumerate(zip(seen, rated, strict=True)):
+    for stage, ((_, chosen), (raters, _)) in enumerate(zip(seen, rated, strict=True)):
         assert raters.tolist() == expected["text_rater_offset"].tolist()
         mask = expected[f"stage{stage}_keep_mask"][0].bool()
         assert sorted(chosen.index.tolist()) == mask.nonzero()[:, 0].tolist()

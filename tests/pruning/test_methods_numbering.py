@@ -17,6 +17,7 @@ from minillava.pruning import METHODS, Plan
 # ("original"), or numbers the rows that are left 0, 1, 2, ... ("compact").
 NUMBERING = {
     "apet": "compact",
+    "autoprune": "compact",
     "border": "original",
     "cdpruner": "compact",
     "dart": "original",
@@ -30,6 +31,7 @@ NUMBERING = {
     "hiprune": "compact",
     "hired": "compact",
     "holov": "compact",
+    "ivcprune": "original",
     "mmtok": "compact",
     "mustdrop": "compact",
     "nuwa": "original",
@@ -49,6 +51,7 @@ NUMBERING = {
     "uniform": "original",
     "v2drop": "original",
     "vispruner": "compact",
+    "vlmpruner": "original",
     "visionzip": "compact",
     "vscan": "compact",
     "vtw": "original",

@@ -53,8 +53,8 @@ FORMS: dict[str, dict[str, Any]] = {
 # Waits for one image at one step of a plan: one for the index that the method chose, one for the
 # numbers that it chose by. SparseVLM reads its raters, the peaks of its clusters and the index,
 # PruneSID cosines, groups and index, MustDrop likeness, the key set and its index, FlowCut how many
-# tokens a block drops.
-WAITS = {"sparsevlm": 3, "prunesid": 3, "mustdrop": 3, "flowcut": 3}
+# tokens a block drops, AutoPrune once the mutual information, the peaks and the index.
+WAITS = {"autoprune": 3, "sparsevlm": 3, "prunesid": 3, "mustdrop": 3, "flowcut": 3}
 PROMPT = 5  # waits of a prompt: the clock three times, the pixels of up to 8 images, its token
 
 

@@ -22,7 +22,6 @@ PROMPTS = ("tttItttttt", "tttt", "tItIttt", "Itttt", "tIItt", "tI")
 IN_TEXT = PROMPTS[:-1]  # what a picture ends may lose the very row that it is answered from
 DROPPING = [name for name, method in METHODS.items() if method.drops_only]
 RANKING = [name for name, method in METHODS.items() if not method.newest_row]
-ADAPTIVE = ("prumerge", "prumerge-plus", "mustdrop")  # how many stay depends on the image
 IDENTITIES = [name for name, method in METHODS.items() if method.identity is not None]
 
 
@@ -133,7 +132,7 @@ def test_a_prompt_without_picture_is_left_alone(model: Any, name: str) -> None:
 def test_dropping_and_hiding_equal_a_decoder_that_removes_nothing(
     model: Any, reference: Reference, batch: Batch, name: str, mode: str
 ) -> None:
-    plan = example(name, f"mode={mode}", "positions=original")
+    plan = example(name, f"mode={mode}", "positions=original", "cache=drop")
     again = mode == "mask" and METHODS[name].newest_row  # then only the prefill stands
     assert_equals_reference(model, reference, batch, plan, n=1 if again else 4)
 
@@ -142,7 +141,7 @@ def test_dropping_and_hiding_equal_a_decoder_that_removes_nothing(
 def test_compact_numbers_are_each_layers_own(
     model: Any, reference: Reference, batch: Batch, name: str
 ) -> None:
-    plan = example(name, "positions=compact")
+    plan = example(name, "positions=compact", "cache=drop")
     result = assert_equals_reference(model, reference, batch, plan, compact=(name,))
     if plan.steps[0].stage != "decoder":
         assert result.report.next_position == result.report.cache_lengths[0]
@@ -265,7 +264,8 @@ def test_the_report_adds_up(model: Any, batch: Batch, name: str) -> None:
             left = len(done[-1].positions[b]) + done[-1].extra[b] if done else before
             assert report.image_tokens_entering[i][b] == left
             assert entering[b] == left + text
-            held = report.tokens_entering[-1] if name == "mustdrop" else entering  # it cuts caches
+            cut = plan.methods[0].cut_from  # MustDrop and IVC-Prune cut caches
+            held = entering if cut is None or i < cut else report.tokens_entering[-1]
             assert report.cache_lengths[i][b] == held[b]
     if pictures_left := [k for k in report.kept if k.positions[0]]:
         assert len(pictures_left[-1].positions[0]) < N
@@ -280,9 +280,8 @@ def test_left_says_how_many_image_tokens_stay(model: Any, one: Batch, name: str)
     report = run(model, one, Plan((method,)), n=1).report
     left = [len(kept.positions[0]) + kept.extra[0] for kept in report.kept]
     said = list(method.left(N))
-    assert (
-        all(a <= b for a, b in zip(left, said, strict=True)) if name in ADAPTIVE else left == said
-    )
+    fits = all(a <= b for a, b in zip(left, said, strict=True))
+    assert fits if method.adaptive else left == said
 
 
 @pytest.mark.parametrize("name", METHODS)
