@@ -85,7 +85,11 @@ def _find_entry_error(value: object, kind: Any, name: str) -> str | None:
     if not isinstance(value, dict):
         return _wrong_type(value, kind, name)
     hints, strict = get_type_hints(kind), dataclasses.is_dataclass(kind)
-    optional = {f.name for f in dataclasses.fields(kind) if _has_default(f)} if strict else ()
+    optional = (
+        {f.name for f in dataclasses.fields(kind) if _has_default(f)}
+        if strict
+        else kind.__optional_keys__
+    )
     for entry, inner in hints.items():
         if entry in value:
             full = entry if name == "it" else f"{name}.{entry}"
