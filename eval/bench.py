@@ -19,6 +19,7 @@ from minillava.report import describe_arithmetic
 
 from . import cost, predict, store
 from .first_token import Distribution
+from .ids import choose_items, read_ids
 from .plans import NONE, TypedPlan, file_name, read_plan
 from .predict import Run
 from .predictions import read
@@ -49,6 +50,7 @@ def add_options(parser: argparse.ArgumentParser, batch: int = 1) -> None:
     add("--revision", metavar="R", help="branch, tag or commit of a hub id")
     add("--out", type=parse_path, required=True, metavar="DIR")
     add("--limit", type=parse_positive_int, metavar="N", help="only the first N questions")
+    add("--ids", type=parse_path, metavar="FILE", help="only these questions; see eval.analyse")
     add(
         "--batch",
         type=parse_positive_int,
@@ -88,6 +90,8 @@ class Bench:
 
         def prepare() -> None:
             items = read_questions(task, args.data, args.protocol, args.limit)
+            if args.ids:
+                items = choose_items(items, read_ids(args.ids), args.ids)
             device = ranks.device(args.device)
             both = load(args.model, device, args.dtype, args.quantize, args.revision, progress=True)
             found.append(cls(args, task, items, *both, ranks))

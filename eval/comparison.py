@@ -51,15 +51,15 @@ def format_pairs(pairs: Sequence[Pair], metric: str, confidence: float = CONFIDE
         [
             f"`{pair.second}`",
             f"`{pair.first}`",
-            f"{d.estimate.value:+.2f}",
-            _signed(d),
-            str(d.lost),
-            str(d.gained),
-            f"{d.p:.2g}",
-            "" if d.distinguishable else SAME,
+            value,
+            interval,
+            str(pair.difference.lost),
+            str(pair.difference.gained),
+            f"{pair.difference.p:.2g}",
+            said,
         ]
         for pair in pairs
-        for d in [pair.difference]
+        for value, interval, said in [format_difference(pair.difference)]
     ]
     head = ["plan", "minus", metric, percent, "right to wrong", "wrong to right", "McNemar's p", ""]
     notes = [EACH_ALONE] if len(pairs) > 1 else []
@@ -115,6 +115,8 @@ def format_rows(head: Sequence[str], rows: Sequence[Sequence[str]], left: int = 
     return "\n".join([*lines, *("| " + " | ".join(row) + " |" for row in rows)])
 
 
-def _signed(difference: Difference) -> str:
-    bounds = difference.estimate.bounds
-    return "-" if bounds is None else f"{bounds[0]:+.2f} to {bounds[1]:+.2f}"
+def format_difference(d: Difference) -> list[str]:
+    """The cells of a difference: value, interval, and whether the plans can be told apart."""
+    bounds, said = d.estimate.bounds, "" if d.distinguishable else SAME
+    interval = "-" if bounds is None else f"{bounds[0]:+.2f} to {bounds[1]:+.2f}"
+    return [f"{d.estimate.value:+.2f}", interval, said]

@@ -24,7 +24,7 @@ from typing import Any, TypedDict
 from minillava import parse_plan
 from minillava.app.command import CommandParser, parse_path, parse_positive_int, run_command
 
-from . import predictions, published, statistics, store
+from . import ids, predictions, published, statistics, store
 from .plans import NONE, files_of
 from .tasks import TASKS
 from .tasks.base import Item, Score, Task
@@ -227,6 +227,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     add("--predictions", type=parse_path, required=True, metavar="FILE")
     add("--protocol", metavar="P", help="llava (default) or lmms; a few tasks have others")
     add("--limit", type=parse_positive_int, metavar="N", help="score only the first N questions")
+    add("--ids", type=parse_path, metavar="FILE", help="only these questions; see eval.analyse")
     add("--model", choices=published.LAYERS, help="also print its published figures")
     add("--prune", default=NONE, metavar="PLAN", help="with --model: the plan that was measured")
     add(
@@ -246,6 +247,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         if args.submission and task.submission([]) is None:
             raise ValueError(f"--submission: there is no server for {task.name}; leave it out")
         items = read_questions(task, args.questions, protocol, args.limit)
+        if args.ids:
+            items = ids.choose_items(items, ids.read_ids(args.ids), args.ids)
         found = predictions.read(args.predictions)
         scored = score(task, items, found, protocol)
         if args.submission:
