@@ -8,9 +8,9 @@
 
 It prints every plan's score with its interval, and the plans compared on the same questions.
 --figure draws the score over the image tokens. --hard splits the scores by whether a question is
-wrong under plain downsampling (pool) to as many image tokens, and wrong without the picture
-(text-only); both must have been asked. --save writes the ids of a part, which eval.run and the
-experiments take as --ids. Nothing is asked.
+wrong under plain downsampling to as many image tokens (downsample:keep=T, or else pool), and by
+whether it is wrong without the picture (text-only); both must have been asked. --save writes the
+ids of a part, which eval.run and the experiments take as --ids. Nothing is asked.
 """
 
 from __future__ import annotations
@@ -32,6 +32,7 @@ from minillava.app.command import (
 
 from . import comparison, ids, plots, results, store, subsets
 from .answers import Answers, read_answers
+from .downsample import budget_of
 from .plans import NONE, file_name
 from .results import PlanResult
 from .score import find_task, read_questions
@@ -76,11 +77,13 @@ def read_folder(folder: Path, data: Path | None, limit: int | None) -> Folder:
     found, left_out = results.add_earlier(folder, [first])
     found = sorted(found, key=lambda r: (r.run.plan != NONE, r.costs.image_tokens))
     task, protocol = find_task(first.run.task, first.run.protocol)
-    every = read_questions(task, data, protocol, limit)
     layers = len(first.costs.tokens_entering)
     path = folder / f"{file_name(first.run.plan)}.jsonl"
-    rows = store.AnswerFile(path, first.run.plan, layers).merge()
-    items = _asked(every, list(rows.values()), path)
+    rows = list(store.AnswerFile(path, first.run.plan, layers).merge().values())
+    if limit is None and data is None:  # the demo, whose ids are numbers: no scene too many
+        asked = [row["question_id"] for row in rows]
+        limit = 1 + max((n for n in asked if isinstance(n, int)), default=0)
+    items = _asked(read_questions(task, data, protocol, limit), rows, path)
     plans = [read_answers(folder, result, task, items) for result in found]
     return Folder(task, items, plans, left_out)
 
@@ -138,10 +141,11 @@ def draw(folder: Folder, plans: Sequence[Answers], path: Path, confidence: float
     for answers in sorted(plans, key=lambda answers: answers.result.costs.image_tokens):
         if answers.plan == NONE:
             continue
-        point = (answers.result.costs.image_tokens, answers.estimate(confidence))
+        tokens = float(budget_of(answers.plan) or answers.result.costs.image_tokens)
+        point = (tokens, answers.estimate(confidence))
         lines.setdefault(line_name(answers.plan), []).append(point)
-    tokens = sorted({x for points in lines.values() for x, _ in points})
-    if not tokens:
+    every = sorted({x for points in lines.values() for x, _ in points})
+    if not every:
         raise ValueError("--figure needs answers under a plan that prunes; ask one with eval.run")
     scored = folder.plans[0].result.scored
     plots.curves(
@@ -151,7 +155,7 @@ def draw(folder: Folder, plans: Sequence[Answers], path: Path, confidence: float
         "intervals",
         ("image tokens entering a layer, mean", folder.metric),
         None if unpruned is None else ("unpruned", unpruned.estimate(confidence)),
-        log_x=tokens[0] > 0 and tokens[-1] > 8 * tokens[0],
+        log_x=every[0] > 0 and every[-1] > 8 * every[0],
     )
 
 
@@ -195,7 +199,7 @@ def _judge(answers: Answers, folder: Folder, judge: str | None) -> Answers | Non
     if judge:
         return None if answers.plan == judge else folder.require(judge)
     own = answers.plan.partition(":")[0]
-    if own in (NONE, subsets.DOWNSAMPLED, subsets.WITHOUT_PICTURE):
+    if own in (NONE, *subsets.DOWNSAMPLED, subsets.WITHOUT_PICTURE):
         return None
     return subsets.find_judge(answers, folder.plans)
 
@@ -271,7 +275,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     add("--confidence", type=parse_float, default=CONFIDENCE, metavar="C", help="default 0.95")
     add("--figure", type=parse_path, metavar="FILE.png", help="draw scores over image tokens")
     add("--hard", action="store_true", help="split by hard questions and those without a picture")
-    add("--judge", metavar="PLAN", help="hard: wrong under this plan, not pool at each budget")
+    add(
+        "--judge",
+        metavar="PLAN",
+        help="hard: wrong under this plan, not downsampling at each budget",
+    )
     add(
         "--save",
         nargs="+",

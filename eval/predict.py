@@ -19,6 +19,7 @@ from minillava.pruning.base import Plan
 from minillava.request import Settings, check_plan, prompts_of
 
 from . import cost, store
+from .downsample import budget_of, shrink
 from .first_token import Distribution, FirstLogits, distribution, divergence
 from .plans import NONE
 from .tasks.base import Item
@@ -155,6 +156,9 @@ def batch_of(processor: Processor, items: Sequence[Item], run: Run) -> Batch:
         except ValueError as error:
             raise ValueError(f"question {item.question_id}: {error}") from None
         prompts.append(conversation(run.template, item.text, (), len(item.images)))
+    if keep := budget_of(run.plan):
+        side = round((keep / processor.num_image_tokens) ** 0.5 * processor.image.crop)
+        images = [[shrink(image, side, run.aspect) for image in own] for own in images]
     try:
         return processor(prompts, images, run.aspect, run.tokens, run.focus)
     except ValueError as error:

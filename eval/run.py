@@ -35,7 +35,8 @@ from minillava.app.ranks import Ranks, process_group
 from . import comparison, cost, published, results, store
 from .answers import Answers, read_answers
 from .bench import Bench, add_options
-from .plans import NONE, read_plans
+from .downsample import NAME, budget_of, read_downsampling
+from .plans import NONE, TypedPlan, read_plan
 from .results import PlanResult
 from .statistics import CONFIDENCE, describe_too_few
 
@@ -52,7 +53,7 @@ def run(args: argparse.Namespace, ranks: Ranks) -> Asked:
     """Ask and score all plans of --prune; those that draw at random with every seed."""
     first, *more = _read_seeds(args)
     args = argparse.Namespace(**{**vars(args), "seed": first})
-    plans = read_plans(args.prune)  # before anything is loaded
+    plans = _read_plans(args.prune)  # before anything is loaded
     bench = Bench.open(args, ranks)
     others = [bench.with_seed(seed) for seed in more]
     for each in (bench, *others):
@@ -64,6 +65,11 @@ def run(args: argparse.Namespace, ranks: Ranks) -> Asked:
             Path(other.args.out).mkdir(exist_ok=True)
             other.ask(plans[text])
     return Asked(bench, [found[text] for text in plans])
+
+
+def _read_plans(texts: Sequence[str]) -> dict[str, TypedPlan]:
+    """The plans by text, `downsample:keep=T` among them."""
+    return {text: read_downsampling(text) or read_plan(text) for text in dict.fromkeys(texts)}
 
 
 def _read_seeds(args: argparse.Namespace) -> list[int]:
@@ -187,6 +193,7 @@ def format_published(found: Sequence[PlanResult]) -> list[str]:
             result.scored.score.value,
         )
         for result in found
+        if not budget_of(result.run.plan)
     ]
     return published.format_comparison(measured)
 
@@ -200,7 +207,10 @@ def describe_slow_plans(found: Sequence[PlanResult]) -> list[str]:
         f"{r.run.plan} does not pay off here: its prefill takes "
         f"{r.costs.prefill.median / unpruned.median:.2f} times as long as the unpruned one"
         for r in found
-        if r.run.plan != NONE and r.costs.prefill and r.costs.prefill.median >= unpruned.median
+        if r.run.plan != NONE
+        and not budget_of(r.run.plan)
+        and r.costs.prefill
+        and r.costs.prefill.median >= unpruned.median
     ]
 
 
@@ -221,7 +231,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         nargs="+",
         default=[NONE],
         metavar="PLAN",
-        help=f"plans to compare; {NONE} is the unpruned model",
+        help=f"plans to compare; {NONE} is the unpruned model, {NAME}:keep=T the unpruned model on "
+        "a picture shrunk to the detail of T tokens",
     )
     parser.add_argument(
         "--seeds",

@@ -2,7 +2,8 @@
 
 Most questions of the usual benchmarks can be answered from a small picture, so that all plans get
 them right (VTC-Bench, arXiv 2510.07143). A question is `hard` if it is wrong under plain
-downsampling to as many image tokens as the plan that is judged leaves, and `easy` otherwise. It
+downsampling to as many image tokens as the plan that is judged leaves, and `easy` otherwise:
+downsampling of the picture (`downsample`), or where that was not asked of its features (`pool`). It
 `needs-picture` if it is wrong without the picture, and is `picture-free` otherwise.
 """
 
@@ -14,11 +15,11 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from . import comparison
+from . import comparison, downsample
 from .answers import Answers
 from .statistics import CONFIDENCE, Difference, Estimate, compare, estimate
 
-DOWNSAMPLED = "pool"  # the method that is plain downsampling to a number of image tokens
+DOWNSAMPLED = (downsample.NAME, "pool")  # in the order in which they are taken
 WITHOUT_PICTURE = "text-only"
 NEAR = 0.1  # share by which the image tokens of a plan and of its downsampling may differ
 SUBSETS = ("hard", "easy", "needs-picture", "picture-free", "hard and needs-picture")
@@ -44,16 +45,21 @@ def find_judge(answers: Answers, plans: Sequence[Answers]) -> Answers:
     Raises ValueError if there is none.
     """
     tokens = answers.result.costs.image_tokens
-    pools = [p for p in plans if p.plan.partition(":")[0] == DOWNSAMPLED]
-    best = min(pools, key=lambda p: abs(p.result.costs.image_tokens - tokens), default=None)
-    if best is None or abs(best.result.costs.image_tokens - tokens) > NEAR * tokens:
-        there = ", ".join(f"{p.plan} ({p.result.costs.image_tokens:.0f})" for p in pools)
-        raise ValueError(
-            f"{answers.plan} leaves {tokens:.1f} image tokens a layer, and there are no answers "
-            f"under {DOWNSAMPLED} with as many (there are: {there or 'none'}); ask "
-            f"{DOWNSAMPLED}:keep={max(1, round(tokens))} with eval.run, or name a plan with --judge"
-        )
-    return best
+    for name in DOWNSAMPLED:
+        there = [p for p in plans if p.plan.partition(":")[0] == name]
+        best = min(there, key=lambda p: abs(_budget(p) - tokens), default=None)
+        if best is not None and abs(_budget(best) - tokens) <= NEAR * tokens:
+            return best
+    raise ValueError(
+        f"{answers.plan} leaves {tokens:.1f} image tokens a layer, and there are no answers under "
+        f"{' or '.join(DOWNSAMPLED)} with as many; ask "
+        f"{DOWNSAMPLED[0]}:keep={max(1, round(tokens))} with eval.run, or name a plan with --judge"
+    )
+
+
+def _budget(answers: Answers) -> float:
+    """The image tokens a layer of a downsampling plan."""
+    return downsample.budget_of(answers.plan) or answers.result.costs.image_tokens
 
 
 def subsets(judge: Answers | None, blind: Answers | None) -> dict[str, Chosen]:

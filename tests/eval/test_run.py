@@ -345,7 +345,8 @@ def test_answers_of_plain_plans_from_before_there_was_such_a_record_go_on(tmp_pa
 
 
 def plans_in(text: str) -> list[str]:
-    return re.findall(r"^\| `(.*?)` \|", text, re.MULTILINE)
+    table = text.split("\n\n")[1]
+    return re.findall(r"^\| `(.*?)` \|", table, re.MULTILINE)
 
 
 def test_the_summary_keeps_the_plans_of_earlier_calls(
