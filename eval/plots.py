@@ -92,12 +92,12 @@ def curves(
     plt = _pyplot()
     figure, axes = plt.subplots(figsize=SIZE, layout="constrained")
     every = [x for points in lines.values() for x, _ in points]
-    step = 0.006 * (max(every, default=0.0) - min(every, default=0.0))
+    step = 0.003 * (max(every, default=0.0) - min(every, default=0.0))
     for i, (name, points) in enumerate(lines.items()):
         aside = i - (len(lines) - 1) / 2
         values, lows, highs = zip(*(span(y) for _, y in points), strict=True)
         axes.errorbar(
-            [x * 1.012**aside if log_x else x + step * aside for x, _ in points],
+            [x * 1.006**aside if log_x else x + step * aside for x, _ in points],
             values,
             [_distances(values, lows), _distances(highs, values)],
             fmt=LINE_STYLES[i % len(LINE_STYLES)],
@@ -159,7 +159,17 @@ def bars(
         )
         if lows != highs:
             ends = [_distances(values, lows), _distances(highs, values)]
-            axes.errorbar(places, values, ends, fmt="none", ecolor="k", capsize=3, elinewidth=1)
+            for colour, wide in (("w", 2.6), ("k", 1.0)):  # black with a light edge, on any bar
+                axes.errorbar(
+                    places,
+                    values,
+                    ends,
+                    fmt="none",
+                    ecolor=colour,
+                    capsize=3,
+                    elinewidth=wide,
+                    capthick=wide,
+                )
         for place, value, high in zip(places, values, highs, strict=True):
             axes.annotate(
                 f"{value:.3g}",
