@@ -31,7 +31,7 @@ from minillava.app.command import (
 )
 
 from . import comparison, ids, plots, results, store, subsets
-from .answers import Answers, read_answers
+from .answers import AnswerRow, Answers, read_answers, read_rows
 from .downsample import budget_of
 from .plans import NONE, file_name
 from .results import PlanResult
@@ -77,11 +77,10 @@ def read_folder(folder: Path, data: Path | None, limit: int | None) -> Folder:
     found, left_out = results.add_earlier(folder, [first])
     found = sorted(found, key=lambda r: (r.run.plan != NONE, r.costs.image_tokens))
     task, protocol = find_task(first.run.task, first.run.protocol)
-    layers = len(first.costs.tokens_entering)
     path = folder / f"{file_name(first.run.plan)}.jsonl"
-    rows = list(store.AnswerFile(path, first.run.plan, layers).merge().values())
+    rows = read_rows(path)
     if limit is None and data is None:  # the demo, whose ids are numbers: no scene too many
-        asked = [row["question_id"] for row in rows]
+        asked = [row.question_id for row in rows]
         limit = 1 + max((n for n in asked if isinstance(n, int)), default=0)
     items = _asked(read_questions(task, data, protocol, limit), rows, path)
     plans = [read_answers(folder, result, task, items) for result in found]
@@ -102,17 +101,17 @@ def _first_result(folder: Path) -> PlanResult:
     raise ValueError(f"{folder} has no finished results: {why}")
 
 
-def _asked(every: Sequence[Item], rows: Sequence[store.Row], path: Path) -> list[Item]:
+def _asked(every: Sequence[Item], rows: Sequence[AnswerRow], path: Path) -> list[Item]:
     """The questions that rows answer, in their order."""
     names: dict[tuple[str, str], Item] = {}
     for item in every:
         names.setdefault((str(item.question_id), question_line(item.text)), item)
     found = []
     for row in rows:
-        name = (str(row["question_id"]), question_line(row["prompt"]))
+        name = (str(row.question_id), question_line(row.prompt))
         if name not in names:
             raise ValueError(
-                f"{path} answers question {row['question_id']}, which is not among the "
+                f"{path} answers question {row.question_id}, which is not among the "
                 f"{len(every)} questions that are read now; give the --data of eval.run, and a "
                 "--limit at least as high"
             )

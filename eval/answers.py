@@ -7,14 +7,13 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 
-from . import statistics, store
+from . import statistics
 from .credits import Credits, average
 from .plans import file_name
-from .predictions import read
 from .results import PlanResult, digest_questions, read_result
-from .score import score
 from .statistics import Difference, Estimate
-from .tasks.base import Item, Task
+from .tasks.base import Answer, Item, Task
+from .typed import parse_json, refuse_special_file
 
 
 @dataclass(frozen=True)
@@ -110,19 +109,60 @@ def read_answers(folder: Path, result: PlanResult, task: Task, items: Sequence[I
 
 
 def _read_seed(path: Path, result: PlanResult, task: Task, items: Sequence[Item]) -> SeedAnswers:
-    layers = len(result.costs.tokens_entering)
-    rows = store.AnswerFile(path, result.run.plan, layers).merge()
-    if list(rows) != list(range(len(items))):
+    rows = read_rows(path)
+    asked = [(i, str(item.question_id)) for i, item in enumerate(items)]
+    if [(row.number, str(row.question_id)) for row in rows] != asked:
         raise ValueError(
-            f"{path} has {len(rows)} answers to {len(items)} questions; give the command of "
-            "eval.run again"
+            f"{path} has {len(rows)} answers, but not one to each of the {len(items)} questions in "
+            "their order; give the command of eval.run again"
         )
     credits = result.scored.score.credits
     if credits is None:  # it was read from its file
-        credits = score(task, items, read(path), result.run.protocol).score.credits
+        answers = [Answer(item, row.text) for item, row in zip(items, rows, strict=True)]
+        credits = task.score(answers, result.run.protocol).credits
     if credits is None:
         raise ValueError(f"{task.name} has no right answers here, so plans cannot be compared")
-    texts = tuple(row["text"] for row in rows.values())
-    return SeedAnswers(
-        result, credits, texts, tuple(row["metadata"].get("kl") for row in rows.values())
-    )
+    texts, kl = tuple(row.text for row in rows), tuple(row.kl for row in rows)
+    return SeedAnswers(result, credits, texts, kl)
+
+
+@dataclass(frozen=True)
+class AnswerRow:
+    """What comparisons need of a line of an answer file."""
+
+    number: int
+    question_id: str | int
+    prompt: str
+    text: str
+    kl: float | None
+
+
+def read_rows(path: Path) -> list[AnswerRow]:
+    """The lines of a file that eval.run has finished. Raises ValueError for a damaged one.
+
+    Entries that only eval.run needs, when it continues, are not checked: 10,000 lines take less
+    than a second.
+    """
+    refuse_special_file(path)
+    return [
+        _read_row(line, f"{path}, line {i}")
+        for i, line in enumerate(path.read_bytes().split(b"\n")[:-1], 1)
+    ]
+
+
+def _read_row(line: bytes, where: str) -> AnswerRow:
+    try:
+        row = parse_json(line)
+        more = row["metadata"]
+        found = AnswerRow(
+            more["number"], row["question_id"], row["prompt"], row["text"], more.get("kl")
+        )
+        texts = isinstance(found.prompt, str) and isinstance(found.text, str)
+        numbers = isinstance(found.number, int) and isinstance(found.kl, float | int | None)
+        named = isinstance(found.question_id, str | int)
+        reason = "" if texts and numbers and named else "an entry has another type"
+    except (ValueError, TypeError, KeyError, AttributeError) as error:
+        reason = str(error)
+    if reason:
+        raise ValueError(f"{where} is not an answer of eval.run: {reason}; give its command again")
+    return found

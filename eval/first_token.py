@@ -46,12 +46,12 @@ class FirstLogits:
 
     def _note(self, head: nn.Module, inputs: Any, output: Tensor) -> None:
         if self.logits is None:
-            self.logits = output.detach().float().cpu()
+            self.logits = output.detach()
 
 
 def distribution(logits: Tensor) -> Distribution:
     """The distribution that logits (V,) give."""
-    log_probs, tokens = logits.double().log_softmax(0).sort(descending=True, stable=True)
+    log_probs, tokens = logits.cpu().double().log_softmax(0).sort(descending=True, stable=True)
     enough = int((log_probs.exp().cumsum(0) < 1 - REST).sum()) + 1
     n = min(enough, MOST, len(tokens))
     return {
@@ -66,7 +66,7 @@ def divergence(first: Distribution, logits: Tensor) -> float | None:
     if not len(tokens) or int(tokens.max()) >= len(logits) or int(tokens.min()) < 0:
         return None
     p = torch.tensor(first["log_probs"], dtype=torch.double).exp()
-    q = logits.double().softmax(0)[tokens]
+    q = logits.cpu().double().softmax(0)[tokens]
     rest = torch.stack([1 - p.sum(), 1 - q.sum()]).clamp(min=1e-12)
     p, q = torch.cat([p, rest[:1]]), torch.cat([q, rest[1:]]).clamp(min=1e-300)
     return max(0.0, float((p * (p / q).log()).sum()))

@@ -19,7 +19,7 @@ from eval.experiments import ablation
 from eval.first_token import FirstLogits, distribution, divergence
 from eval.plans import file_name
 
-LIMIT = 18
+LIMIT = 9
 PLANS = ["random:keep=16", "pool:keep=16", "text-only", "divprune:keep=16", "none"]
 SHRUNK = "downsample:keep=16"
 
@@ -323,6 +323,15 @@ def test_bad_input_is_one_line(
 ) -> None:
     assert analyse.main([str(folder), *argv]) == 2
     assert words in refusal(capsys)
+
+
+def test_a_damaged_line_is_named(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = folder / f"{file_name(PLANS[3])}.jsonl"
+    lines = path.read_text().splitlines(keepends=True)
+    for line, words in ((lines[3].replace('"text"', '"tx"'), "line 4"), ("", "not one to each")):
+        path.write_text("".join([*lines[:3], line, *lines[4:]]))
+        assert analyse.main([str(folder)]) == 2
+        assert words in refusal(capsys)
 
 
 def test_a_folder_without_results_is_refused(
