@@ -116,6 +116,7 @@ def curves(
         axes.set_yscale("log")
     if log_x:
         axes.set_xscale("log", base=2)
+        axes.xaxis.set_major_formatter("{x:g}")
     if ticks is not None:
         axes.minorticks_off()
         axes.set_xticks(list(ticks), ticks.values(), fontsize="small")
