@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -19,7 +19,9 @@ from minillava.pruning.average import most_entering
 from minillava.report import describe_arithmetic
 
 from . import cost, predict, store
-from .plans import TypedPlan, file_name
+from .first_token import Distribution
+from .ids import choose_items, read_ids
+from .plans import NONE, TypedPlan, file_name, read_plan
 from .predict import Run
 from .predictions import read
 from .results import (
@@ -28,6 +30,7 @@ from .results import (
     check_resume,
     describe_machine,
     digest_questions,
+    find_other_setting,
     json_path,
 )
 from .score import find_task, read_questions, score
@@ -48,6 +51,7 @@ def add_options(parser: argparse.ArgumentParser, batch: int = 1) -> None:
     add("--revision", metavar="R", help="branch, tag or commit of a hub id")
     add("--out", type=parse_path, required=True, metavar="DIR")
     add("--limit", type=parse_positive_int, metavar="N", help="only the first N questions")
+    add("--ids", type=parse_path, metavar="FILE", help="only these questions; see eval.analyse")
     add(
         "--batch",
         type=parse_positive_int,
@@ -76,6 +80,7 @@ class Bench:
     model: LLaVA
     processor: Processor
     ranks: Ranks = ALONE
+    unpruned: Path | None = None  # folder of the unpruned answers, if it is not --out
 
     @classmethod
     def open(cls, args: argparse.Namespace, ranks: Ranks = ALONE) -> Bench:
@@ -86,6 +91,8 @@ class Bench:
 
         def prepare() -> None:
             items = read_questions(task, args.data, args.protocol, args.limit)
+            if args.ids:
+                items = choose_items(items, read_ids(args.ids), args.ids)
             device = ranks.device(args.device)
             both = load(args.model, device, args.dtype, args.quantize, args.revision, progress=True)
             found.append(cls(args, task, items, *both, ranks))
@@ -146,6 +153,7 @@ class Bench:
                 path,
                 self.args.batch,
                 self.ranks,
+                self._first_tokens(plan),
             )
             config = self.model.config
             layers, patches = config.text.num_hidden_layers, config.vision.num_patches
@@ -153,10 +161,41 @@ class Bench:
             costs = summarise(rows, config.text, peak(), most)
         scored = score(self.task, self.items, read(path), run.protocol)
         asked = digest_questions(self.items)
-        result = PlanResult(run, scored, costs, asked, describe_machine(), self.ranks.size)
+        draws = any(row["metadata"].get("drew", False) for row in rows)
+        result = PlanResult(run, scored, costs, asked, describe_machine(), self.ranks.size, draws)
         text = store.as_json(result.json())
         self.ranks.run_in_first(lambda: store.write_atomically(json_path(path), text))
         return result
+
+    def with_seed(self, seed: int) -> Bench:
+        """The same benchmark with another seed, and its answers in --out/seed-SEED."""
+        out = Path(self.args.out) / f"seed-{seed}"
+        args = argparse.Namespace(**{**vars(self.args), "seed": seed, "out": out})
+        return replace(self, args=args, unpruned=Path(self.args.out))
+
+    def _first_tokens(self, plan: TypedPlan) -> dict[int, Distribution]:
+        """By index of the question, the unpruned model's distribution of the first new token.
+
+        Empty under the unpruned plan, and where --out has no unpruned answers of these settings.
+        """
+        if plan.text == NONE:
+            return {}
+        path = (self.unpruned or Path(self.args.out)) / f"{NONE}.jsonl"
+        layers = self.model.config.text.num_hidden_layers
+
+        def read_unpruned() -> dict[int, Distribution]:
+            if not path.exists() or find_other_setting(path, self.run(read_plan(NONE))):
+                return {}
+            rows = store.AnswerFile(path, NONE, layers).merge()
+            return {
+                n: row["metadata"]["first"]
+                for n, row in rows.items()
+                if "first" in row["metadata"]
+                and n < len(self.items)
+                and str(row["question_id"]) == str(self.items[n].question_id)
+            }
+
+        return self.ranks.run_in_first(read_unpruned)
 
 
 def stored_form(model: LLaVA) -> str | None:

@@ -124,9 +124,10 @@ class Spread:
 
 @dataclass
 class Clock:
-    """The seconds that the choices of a plan have taken so far."""
+    """The seconds that the choices of a plan have taken so far, and whether any drew at random."""
 
     seconds: float = 0.0
+    drew: bool = False
 
 
 def _timed(method: Method, clock: Clock, device: torch.device) -> Method:
@@ -134,11 +135,14 @@ def _timed(method: Method, clock: Clock, device: torch.device) -> Method:
     own = type(method)
 
     def choose(self: Any, context: Any) -> Any:
+        before = None if clock.drew else context.generator.get_state()
         synchronize(device)
         began = time.perf_counter()
         keep = own.choose(self, context)
         synchronize(device)
         clock.seconds += time.perf_counter() - began
+        if before is not None:
+            clock.drew = not torch.equal(before, context.generator.get_state())
         return keep
 
     copied = copy.copy(method)

@@ -40,7 +40,8 @@ from minillava.pruning import METHODS
 from minillava.request import Settings, check_plan, prompts_of
 from weights import scenes
 
-from . import fit, store
+from . import fit, statistics, store
+from .credits import Credits
 from .plans import read_plan, read_plans
 
 BATCH = 32
@@ -129,10 +130,12 @@ def measure(
             right[example.kind].append(processor.decode(tokens).strip() == example.answer)
     answers = [x for kind, xs in right.items() if kind != "caption" for x in xs]
     kinds = {kind: _percent(right[kind]) for kind in scenes.KINDS if kind in right}
+    every = Credits.of([str(i) for i in range(len(answers))], answers)
     return {
         "plan": text or "none",
         "questions": sum(map(len, right.values())),
         "all": _percent(answers),  # all kinds but captions
+        "95 %": str(statistics.estimate(every)) if answers else "-",  # of all
         **kinds,
         "image_tokens_entering_a_layer": round(sum(entering) / len(entering), 2),
     }
@@ -155,8 +158,12 @@ def format_table(rows: Sequence[dict[str, Any]]) -> str:
     lines = ["| " + " | ".join(head) + " |", "|---" + "|---:" * (len(head) - 1) + "|"]
     for row in rows:
         cells = [f"`{row['plan']}`", f"{row['image_tokens_entering_a_layer']:.1f}"]
-        lines.append("| " + " | ".join([*cells, *(f"{row[k]:.1f}" for k in kinds)]) + " |")
+        lines.append("| " + " | ".join([*cells, *(_cell(row[k]) for k in kinds)]) + " |")
     return "\n".join(lines)
+
+
+def _cell(value: float | str) -> str:
+    return value if isinstance(value, str) else f"{value:.1f}"
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -3,11 +3,13 @@
     python -m eval.latency                                        the demo, unpruned and FastV
     python -m eval.latency --shape 7b --form int8-dynamic --prune fastv:k=2,r=0.75
     python -m eval.latency --model DIR --form float32 int8 --prune divprune:keep=64 --json
+    python -m eval.latency --shape 7b --form int8-dynamic --batch 1 4 16
 
 --shape uses random weights of the true shape instead of a checkpoint, because time does not depend
 on their values. The prompt has one image. The plans take turns in each round, so that noise on the
 machine affects all of them alike. Times are medians over the rounds; the first round warms up and
-does not count.
+does not count. --batch answers several requests, equal ones, at a time: a request's first token
+comes with the others', and requests/s counts whole answers of --new-tokens tokens.
 """
 
 from __future__ import annotations
@@ -64,15 +66,17 @@ class Row:
 
     form: str
     plan: str
+    batch: int  # requests at a time; times, cache and FLOPs/s are those of all of them
     vision: cost.Spread
     prefill: cost.Spread
     first_token: cost.Spread
     per_token: cost.Spread
+    requests_per_second: cost.Spread  # whole answers
     choosing: float  # seconds of the prefill spent in the plan's choices
-    layers_alone: float  # seconds of the decoder's layers alone, at these row counts
-    tokens_entering: list[int]
+    layers_alone: float  # seconds of the decoder's layers alone, at one request's row counts
+    tokens_entering: list[int]  # of one request
     fastv_share: float
-    flops: int  # exact, of the prefill
+    flops: int  # exact, of one request's prefill
     ideal_speedup: float  # of the prefill, computed from FLOPs
     speedup: float  # of the prefill, measured: median over rounds of the ratio
     cache_bytes: int
@@ -125,8 +129,13 @@ def _image_start(text_tokens: int) -> int:
     return min(35, text_tokens // 2)
 
 
-def random_batch(config: Config, text_tokens: int, device: torch.device) -> Batch:
-    """One image within random text: 35 tokens before it (half of a short text), the rest after."""
+def random_batch(
+    config: Config, text_tokens: int, device: torch.device, requests: int = 1
+) -> Batch:
+    """One image within random text: 35 tokens before it (half of a short text), the rest after.
+
+    All requests are equal.
+    """
     N, before = config.vision.num_patches, _image_start(text_tokens)
     generator = torch.Generator().manual_seed(0)
     highest = min(config.text.vocab_size, config.image_token_id)
@@ -134,6 +143,7 @@ def random_batch(config: Config, text_tokens: int, device: torch.device) -> Batc
     ids[0, before : before + N] = config.image_token_id
     size = config.vision.image_size
     pixels = torch.randn(1, 3, size, size, generator=generator)
+    ids, pixels = ids.expand(requests, -1), pixels.expand(requests, -1, -1, -1)
     return Batch(
         ids.to(device), torch.ones_like(ids, dtype=torch.bool).to(device), pixels.to(device)
     )
@@ -159,6 +169,8 @@ class Measured:
     """The measurements of one plan, a value for each round so far."""
 
     clock: cost.Clock = field(default_factory=cost.Clock)
+    batch: int = 1
+    new_tokens: int = 1
     vision: list[float] = field(default_factory=list)
     prefill: list[float] = field(default_factory=list)
     first_token: list[float] = field(default_factory=list)
@@ -185,7 +197,8 @@ def measure(
     settings, prompts = Settings(new_tokens, new_tokens, (), 0.0, 1.0, 0), prompts_of(model, batch)
     for typed in plans.values():  # refuse all that cannot run before any plan is timed
         check_plan(model, prompts, typed.plan.resolve(layers, patches), settings)
-    results = {text: Measured() for text in plans}
+    B = len(batch.ids)
+    results = {text: Measured(batch=B, new_tokens=new_tokens) for text in plans}
     for turn in range(repeats + 1):
         for text, m in results.items():
             plan = cost.with_timed_choices(plans[text].plan, model, m.clock)
@@ -197,7 +210,7 @@ def measure(
                     getattr(m, name).append(getattr(report, name))
             else:
                 m.clock.seconds = 0.0
-                m.entering = [n for (n,) in report.tokens_entering]
+                m.entering = [layer[0] for layer in report.tokens_entering]
                 m.cache_bytes, m.peak_bytes = report.cache_bytes, report.peak_bytes or 0
     unpruned = results[next(iter(plans))]
     return [_row(model, form, text, m, unpruned, bandwidth) for text, m in results.items()]
@@ -217,10 +230,17 @@ def _row(
     return Row(
         form=form,
         plan=text,
+        batch=m.batch,
         vision=cost.Spread.of(m.vision),
         prefill=cost.Spread.of(m.prefill),
         first_token=cost.Spread.of(m.first_token),
         per_token=per_token,
+        requests_per_second=cost.Spread.of(
+            [
+                m.batch / (first + (m.new_tokens - 1) * later)
+                for first, later in zip(m.first_token, m.per_token, strict=True)
+            ]
+        ),
         choosing=m.clock.seconds / len(m.prefill),
         layers_alone=layers_alone(model, m.entering),
         tokens_entering=m.entering,
@@ -252,10 +272,12 @@ def run(args: argparse.Namespace) -> tuple[list[Row], Limits]:
             began = time.perf_counter()
             model = _model(args, form, device)
             print(f"{form}: {time.perf_counter() - began:.1f} s to load", file=sys.stderr)
-            batch = random_batch(model.config, args.text_tokens, device)
-            found = measure(
-                model, form, plans, batch, args.new_tokens, args.repeats, limits.bandwidth
-            )
+            found = []
+            for requests in args.batch:
+                batch = random_batch(model.config, args.text_tokens, device, requests)
+                found += measure(
+                    model, form, plans, batch, args.new_tokens, args.repeats, limits.bandwidth
+                )
             highest = peak()
         up, text = model.llama.get_submodule("blocks.0.mlp.up_proj"), model.config.text
         limits.gemm[form] = cost.gemm_rate(
@@ -288,8 +310,11 @@ def _check_shape(args: argparse.Namespace, plans: Mapping[str, TypedPlan]) -> No
     for typed in plans.values():
         for method in typed.plan.resolve(layers, patches).methods:
             method.check(layers, patches, (start,))
+    rows = args.text_tokens + patches + args.new_tokens
     for form in args.form:
-        _refuse_too_large(config, form)
+        itemsize = 2 if form in ("float16", "bfloat16") else 4
+        cache = cost.cache_bytes([rows] * layers, config.text, itemsize)
+        _refuse_too_large(config, form, cache * max(args.batch))
 
 
 def model_bytes(config: Config, form: str) -> float:
@@ -300,13 +325,17 @@ def model_bytes(config: Config, form: str) -> float:
     return values * size
 
 
-def _refuse_too_large(config: Config, form: str) -> None:
-    """Raise ValueError for a shape that does not fit in the free memory of the machine."""
-    needed, free = model_bytes(config, form) + 2e9, available_memory()
+def _refuse_too_large(config: Config, form: str, cache: int) -> None:
+    """Raise ValueError for a shape that does not fit in the free memory of the machine.
+
+    cache: bytes of the KV caches of one batch.
+    """
+    needed, free = model_bytes(config, form) + cache + 2e9, available_memory()
     if needed > free:
         raise ValueError(
-            f"--form {form} needs {needed / 1e9:.1f} GB of memory for this shape, and "
-            f"{free / 1e9:.1f} GB are free; take a smaller form, or fewer --layers"
+            f"--form {form} needs {needed / 1e9:.1f} GB of memory for this shape, "
+            f"{cache / 1e9:.1f} GB of it for caches, and {free / 1e9:.1f} GB are free; take a "
+            "smaller form, fewer --layers, or a smaller --batch"
         )
 
 
@@ -325,19 +354,21 @@ def available_memory(meminfo: Path = Path("/proc/meminfo")) -> float:
 
 def format_table(rows: Sequence[Row]) -> str:
     """The rows as a Markdown table."""
-    head = """form | plan | vision s | prefill s | first token s | per token ms | speed-up | ideal |
-        FastV's FLOPs | GFLOPs | choosing ms | layers alone s | tokens entering | cache MB |
-        weights GB | process's peak GB | of bandwidth"""
+    head = """form | plan | batch | vision s | prefill s | first token s | per token ms |
+        requests/s | speed-up | ideal | FastV's FLOPs | GFLOPs | choosing ms | layers alone s |
+        tokens entering | cache MB | weights GB | process's peak GB | of bandwidth"""
     names = [" ".join(name.split()) for name in head.split("|")]
     lines = ["| " + " | ".join(names) + " |", "|---|---" + "|---:" * (len(names) - 2) + "|"]
     for r in rows:
         cells = [
             r.form,
             f"`{r.plan}`",
+            str(r.batch),
             f"{r.vision.median:.3f}",
             f"{r.prefill.median:.3f}",
             f"{r.first_token.median:.3f}",
             f"{1e3 * r.per_token.median:.1f}",
+            f"{r.requests_per_second.median:.3g}",
             f"{r.speedup:.2f}",
             f"{r.ideal_speedup:.2f}",
             f"{100 * r.fastv_share:.1f} %",
@@ -397,6 +428,14 @@ def main(argv: Sequence[str] | None = None) -> int:
         help="text tokens of the prompt, default 44",
     )
     add("--new-tokens", type=parse_positive_int, default=8)
+    add(
+        "--batch",
+        type=parse_positive_int,
+        nargs="+",
+        default=[1],
+        metavar="B",
+        help="requests at a time, default 1",
+    )
     add("--repeats", type=parse_positive_int, default=3, help="measured rounds, default 3")
     add("--device", default="cpu")
     add("--json", action="store_true", help="print one JSON object with every number")
@@ -410,7 +449,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             if not row.pays:
                 print(
                     f"warning: {row.plan} does not pay off here: its prefill takes "
-                    f"{1 / row.speedup:.2f} times as long as the unpruned one",
+                    f"{1 / row.speedup:.2f} times as long as the unpruned one"
+                    + (f" in batches of {row.batch}" if len(args.batch) > 1 else ""),
                     file=sys.stderr,
                 )
 

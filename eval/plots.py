@@ -1,4 +1,8 @@
-"""Plots of results as PNG files: heat maps, curves and bars. They need the extra `eval`."""
+"""Plots of results as PNG files: heat maps, curves and bars. They need the extra `eval`.
+
+Series differ in colour, in marker or hatching, and in the style of their lines, so that they can be
+told apart in grey and by colour-blind people.
+"""
 
 from __future__ import annotations
 
@@ -7,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from .cost import Spread
+from .statistics import Estimate
 
 SIZE = (6.4, 4.2)  # inches
 DPI = 130
@@ -19,9 +24,22 @@ LINE_STYLES = (
     "x--",
     "P-.",
     "*:",
-)  # they differ without colour, too
+)
+# Okabe and Ito's colours without yellow, which is too light for lines, and a grey
+COLOURS = ("#0072B2", "#D55E00", "#009E73", "#000000", "#CC79A7", "#56B4E9", "#E69F00", "#808080")
+HATCHES = ("", "///", "...", "\\\\\\", "xxx", "---", "ooo", "+++")
 
-Curve = Sequence[tuple[float, float]]
+Height = float | Spread | Estimate
+Curve = Sequence[tuple[float, Height]]
+
+
+def span(height: Height) -> tuple[float, float, float]:
+    """The value with the ends of its line: quartiles of a Spread, bounds of an Estimate."""
+    if isinstance(height, Spread):
+        return height.median, height.low, height.high
+    if isinstance(height, Estimate):
+        return height.value, *(height.bounds or (height.value, height.value))
+    return height, height, height
 
 
 def require_matplotlib() -> None:
@@ -60,18 +78,48 @@ def curves(
     lines: Mapping[str, Curve],
     title: str,
     labels: tuple[str, str],
-    level: tuple[str, float] | None = None,
+    level: tuple[str, Height] | None = None,
     log: bool = False,
+    ticks: Mapping[float, str] | None = None,
+    log_x: bool = False,
 ) -> None:
-    """Plot a line for each name. level: a horizontal line with its name, for the unpruned model."""
+    """Plot a line for each name, with vertical lines between the bounds of its points.
+
+    Lines are shifted sideways by a hair, so that these do not cover each other. level: a horizontal
+    line with its name and a band between its bounds, for the unpruned model. ticks: places on the
+    x axis with their labels; by default matplotlib's. log, log_x: logarithmic axes.
+    """
     plt = _pyplot()
     figure, axes = plt.subplots(figsize=SIZE, layout="constrained")
+    every = [x for points in lines.values() for x, _ in points]
+    step = 0.003 * (max(every, default=0.0) - min(every, default=0.0))
     for i, (name, points) in enumerate(lines.items()):
-        axes.plot(*zip(*points, strict=True), LINE_STYLES[i % len(LINE_STYLES)], label=name)
+        aside = i - (len(lines) - 1) / 2
+        values, lows, highs = zip(*(span(y) for _, y in points), strict=True)
+        axes.errorbar(
+            [x * 1.006**aside if log_x else x + step * aside for x, _ in points],
+            values,
+            [_distances(values, lows), _distances(highs, values)],
+            fmt=LINE_STYLES[i % len(LINE_STYLES)],
+            color=COLOURS[i % len(COLOURS)],
+            markersize=5,
+            elinewidth=0.9,
+            capsize=2,
+            label=name,
+        )
     if level is not None:
-        axes.axhline(level[1], color="0.4", linestyle=":", label=level[0])
+        value, low, high = span(level[1])
+        axes.axhline(value, color="0.35", linestyle=(0, (1, 1)), label=level[0])
+        if low < high:
+            axes.axhspan(low, high, color="0.35", alpha=0.13, linewidth=0)
     if log:
         axes.set_yscale("log")
+    if log_x:
+        axes.set_xscale("log", base=2)
+        axes.xaxis.set_major_formatter("{x:g}")
+    if ticks is not None:
+        axes.minorticks_off()
+        axes.set_xticks(list(ticks), ticks.values(), fontsize="small")
     axes.grid(alpha=0.3)
     axes.margins(y=0.08)
     _legend(figure)
@@ -80,7 +128,7 @@ def curves(
 
 def bars(
     path: Path,
-    groups: Mapping[str, Mapping[str, float | Spread]],
+    groups: Mapping[str, Mapping[str, Height]],
     title: str,
     label: str,
     log: bool = False,
@@ -88,7 +136,7 @@ def bars(
     """Plot groups of bars with their heights as labels.
 
     groups: group -> bar -> height; every group has the same bars. A Spread is drawn as its median
-    with a line between its quartiles.
+    with a line between its quartiles, an Estimate with a line between its bounds.
     """
     plt = _pyplot()
     figure, axes = plt.subplots(
@@ -99,13 +147,40 @@ def bars(
     for i, name in enumerate(names):
         places = [g + (i - (len(names) - 1) / 2) * width for g in range(len(groups))]
         heights = [group[name] for group in groups.values()]
-        spreads = [h if isinstance(h, Spread) else Spread(h, h, h, 1) for h in heights]
-        medians = [s.median for s in spreads]
-        drawn = axes.bar(places, medians, width, label=name)
-        if any(s.low < s.high for s in spreads):
-            lines = [[s.median - s.low for s in spreads], [s.high - s.median for s in spreads]]
-            axes.errorbar(places, medians, lines, fmt="none", ecolor="k", capsize=3)
-        axes.bar_label(drawn, fmt="%.3g", fontsize="x-small")
+        values, lows, highs = zip(*map(span, heights), strict=True)
+        axes.bar(
+            places,
+            values,
+            width,
+            label=name,
+            color=COLOURS[i % len(COLOURS)],
+            hatch=HATCHES[i % len(HATCHES)],
+            edgecolor="w",
+            linewidth=0.5,
+        )
+        if lows != highs:
+            ends = [_distances(values, lows), _distances(highs, values)]
+            for colour, wide in (("w", 2.6), ("k", 1.0)):  # black with a light edge, on any bar
+                axes.errorbar(
+                    places,
+                    values,
+                    ends,
+                    fmt="none",
+                    ecolor=colour,
+                    capsize=3,
+                    elinewidth=wide,
+                    capthick=wide,
+                )
+        for place, value, high in zip(places, values, highs, strict=True):
+            axes.annotate(
+                f"{value:.3g}",
+                (place, high),
+                (0, 2),
+                textcoords="offset points",
+                ha="center",
+                va="bottom",
+                fontsize="x-small",
+            )
     axes.set_xticks(range(len(groups)), groups, fontsize="small")
     if log:
         axes.set_yscale("log")
@@ -113,6 +188,11 @@ def bars(
     if len(names) > 1:
         _legend(figure)
     _save(plt, figure, axes, path, title, ("", label))
+
+
+def _distances(tops: Sequence[float], bottoms: Sequence[float]) -> list[float]:
+    """The lengths of lines; rounding makes none negative."""
+    return [max(0.0, top - bottom) for top, bottom in zip(tops, bottoms, strict=True)]
 
 
 def _legend(figure: Any) -> None:

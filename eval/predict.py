@@ -19,6 +19,9 @@ from minillava.pruning.base import Plan
 from minillava.request import Settings, check_plan, prompts_of
 
 from . import cost, store
+from .downsample import budget_of, shrink
+from .first_token import Distribution, FirstLogits, distribution, divergence
+from .plans import NONE
 from .tasks.base import Item
 
 WARM_UP = 2  # first batches of a process, whose times are left out of the costs
@@ -65,8 +68,12 @@ def predict(
     path: Path,
     batch_size: int = 1,
     ranks: Ranks = ALONE,
+    unpruned: Mapping[int, Distribution] | None = None,
 ) -> list[store.Row]:
     """Answer the questions that have no answer in the file `path` yet; return all rows of the file.
+
+    unpruned: by index of the question, the unpruned model's distribution of the first new token,
+    from which the rows state the KL.
 
     Each answer is the same as if the question were asked alone. So the batch size, the number of
     processes and earlier interruptions make no difference. Rank 0 must hold the folder's lock.
@@ -83,7 +90,7 @@ def predict(
         with store.open_to_append(own) as out, _bar(run.plan, groups, ranks) as bar:
             for i, group in enumerate(groups):
                 asked, warm = [items[n] for n in group], i >= WARM_UP
-                new = _answer(model, processor, asked, group[0], run, plan, warm)
+                new = _answer(model, processor, asked, group[0], run, plan, warm, unpruned or {})
                 store.append_rows(out, new)
                 rows += new
                 bar.update(len(group))
@@ -149,6 +156,9 @@ def batch_of(processor: Processor, items: Sequence[Item], run: Run) -> Batch:
         except ValueError as error:
             raise ValueError(f"question {item.question_id}: {error}") from None
         prompts.append(conversation(run.template, item.text, (), len(item.images)))
+    if keep := budget_of(run.plan):
+        side = round((keep / processor.num_image_tokens) ** 0.5 * processor.image.crop)
+        images = [[shrink(image, side, run.aspect) for image in own] for own in images]
     try:
         return processor(prompts, images, run.aspect, run.tokens, run.focus)
     except ValueError as error:
@@ -163,17 +173,19 @@ def _answer(
     run: Run,
     plan: Plan,
     warm: bool,
+    unpruned: Mapping[int, Distribution],
 ) -> list[store.Row]:
     batch, clock = batch_of(processor, items, run), cost.Clock()
     try:
-        result = generate(
-            model,
-            batch,
-            cost.with_timed_choices(plan, model, clock),
-            max_new_tokens=run.max_new_tokens,
-            seed=run.seed + number,
-            use_cache=run.use_cache,
-        )
+        with FirstLogits(model.llama.lm_head) as first:
+            result = generate(
+                model,
+                batch,
+                cost.with_timed_choices(plan, model, clock),
+                max_new_tokens=run.max_new_tokens,
+                seed=run.seed + number,
+                use_cache=run.use_cache,
+            )
     except ValueError as error:
         raise ValueError(f"{_describe(items)}: {error}") from None
     return [
@@ -188,10 +200,23 @@ def _answer(
                 "plan": run.plan,
                 "warm": warm,
                 **_measurements(model, result, b, clock.seconds),
+                "drew": clock.drew,
+                **_first_token(run, first, b, unpruned.get(number + b)),
             },
         }
         for b, item in enumerate(items)
     ]
+
+
+def _first_token(
+    run: Run, first: FirstLogits, b: int, unpruned: Distribution | None
+) -> store.Further:
+    """The entries about the first new token of sample b."""
+    if first.logits is None:
+        return {}
+    if run.plan == NONE:
+        return {"first": distribution(first.logits[b])}
+    return {"kl": divergence(unpruned, first.logits[b])} if unpruned else {}
 
 
 def _measurements(model: LLaVA, result: Result, b: int, choosing: float) -> store.Measurements:

@@ -44,6 +44,7 @@ class _Content(TypedDict):
     questions: str
     machine: str
     processes: int
+    draws: bool
 
 
 @dataclass(frozen=True)
@@ -56,6 +57,7 @@ class PlanResult:
     questions: str  # from digest_questions
     machine: str
     processes: int
+    draws: bool = False  # whether the plan drew random numbers
 
     def json(self) -> dict[str, Any]:
         """The content of PLAN.json."""
@@ -63,6 +65,7 @@ class PlanResult:
             **settings(self.run),
             "machine": self.machine,
             "processes": self.processes,
+            "draws": self.draws,
             "questions": self.questions,
             "score": self.scored.json(),
             "costs": asdict(self.costs),
@@ -87,6 +90,7 @@ class PlanResult:
             found["questions"],
             found["machine"],
             found["processes"],
+            found["draws"],
         )
 
     def conditions(self) -> dict[str, object]:
@@ -95,6 +99,24 @@ class PlanResult:
         asked = f"{self.costs.questions} ({self.questions[:12]})"
         measured = {"batch": self.costs.batch, "machine": self.machine}
         return {**run, "questions": asked, **measured, "processes": self.processes}
+
+    def find_mismatch(self, other: PlanResult) -> str | None:
+        """Why these answers cannot be paired with another's, question by question; None if they
+        can. Batches, machines and processes make no difference to answers."""
+        ours, theirs = (
+            {n: v for n, v in asdict(r.run).items() if n not in BY_PLAN} for r in (self, other)
+        )
+        if not (self.draws and other.draws):  # otherwise the seed of one of them has no effect
+            ours["seed"] = theirs["seed"]
+        ours["questions"], theirs["questions"] = self.questions[:12], other.questions[:12]
+        unequal = [name for name, value in ours.items() if value != theirs[name]]
+        if not unequal:
+            return None
+        name = unequal[0]
+        return (
+            f"{self.run.plan} was asked with {name}={ours[name]}, and {other.run.plan} with "
+            f"{name}={theirs[name]}: their answers cannot be paired"
+        )
 
 
 def digest_questions(items: Sequence[Item]) -> str:
@@ -164,12 +186,11 @@ def check_resume(path: Path, run: Run) -> None:
         before = _read(file)["run"]
     except ValueError as error:
         raise _not_a_result(file, str(error)) from None
-    for name, value in asdict(run).items():
-        if name != "method_files" and before.get(name) != value:
-            raise ValueError(
-                f"{path} was begun with {name}={before.get(name)!r}, not {value!r}; give another "
-                "--out, or the same settings"
-            )
+    if name := _other_setting(before, run):
+        raise ValueError(
+            f"{path} was begun with {name}={before.get(name)!r}, not {asdict(run)[name]!r}; give "
+            "another --out, or the same settings"
+        )
     recorded = before.get("method_files") or {}
     if reason := find_type_error(recorded, Mapping[str, str], "run.method_files"):
         raise _not_a_result(file, reason)
@@ -178,6 +199,23 @@ def check_resume(path: Path, run: Run) -> None:
             f"{path} has answers of the plan {run.plan} from before {edited[0]} was edited; give "
             f"another --out, or delete {path.name} and {file.name}"
         )
+
+
+def find_other_setting(path: Path, run: Run) -> str | None:
+    """The name of a setting but the seed in which the answers of a file differ; None if none does.
+
+    A file without readable settings differs in its plan.
+    """
+    try:
+        before = _read(json_path(path))["run"]
+    except (ValueError, OSError):
+        return "plan"
+    return _other_setting({**before, "seed": run.seed}, run)
+
+
+def _other_setting(before: Mapping[str, Any], run: Run) -> str | None:
+    entries = asdict(run).items()
+    return next((n for n, v in entries if n != "method_files" and before.get(n) != v), None)
 
 
 def _read(file: Path) -> _Settings:
@@ -195,7 +233,24 @@ def _not_a_result(file: Path, reason: str) -> ValueError:
     )
 
 
-# ---------------------------------------------------------------- earlier results of a folder
+# ---------------------------------------------------------------- results of a folder
+
+
+def read_result(path: Path) -> PlanResult:
+    """The finished result of PLAN.json for the path of PLAN.jsonl.
+
+    Raises ValueError for a file that is not there, not finished, or damaged.
+    """
+    file = json_path(path)
+    if not file.exists():
+        raise ValueError(f"there is no {file}; ask the plan with eval.run first")
+    try:
+        found = _read(file)
+        if "score" not in found:
+            raise ValueError("not all of its questions are answered")
+        return PlanResult.from_json(found)
+    except ValueError as error:
+        raise _not_a_result(file, str(error)) from None
 
 
 def add_earlier(

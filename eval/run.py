@@ -1,6 +1,7 @@
 """Ask a model the questions of a benchmark under one or more plans, score and compare them.
 
     python -m eval.run --task demo --limit 100 --prune none fastv:k=3,r=0.5 --out results/demo
+    python -m eval.run --prune none random:keep=16 --seeds 0 1 2 --out results/demo
     python -m eval.run --task scienceqa --data DIR --model llava-hf/llava-1.5-7b-hf \\
         --prune none simignore-7b --out results/scienceqa
     torchrun --nproc-per-node 2 -m eval.run --task gqa --data DIR --model M --out DIR
@@ -8,53 +9,107 @@
 For each plan, --out receives PLAN.jsonl with one line for each answer, in the format of LLaVA's
 answer files, and PLAN.json with the settings, the score and the costs. Each answer is written at
 once, and the same command continues after an interruption. summary.md holds the printed table,
-with the plans of earlier calls that answered the same questions under the same settings.
+with the plans of earlier calls that answered the same questions under the same settings: every
+score with its 95 % interval, and the plans compared with each other on the same questions.
+
+--seeds asks the plans that draw at random once for each seed; the answers of the second and further
+seeds go to --out/seed-SEED. Their score is the mean over the seeds.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import math
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
+from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 
-from minillava.app.command import CommandParser, run_command
+from minillava.app.command import CommandParser, parse_int, run_command
 from minillava.app.ranks import Ranks, process_group
 
-from . import cost, published, results, store
+from . import comparison, cost, published, results, store
+from .answers import Answers, read_answers
 from .bench import Bench, add_options
-from .plans import NONE, read_plans
+from .downsample import NAME, budget_of, read_downsampling
+from .plans import NONE, TypedPlan, read_plan
 from .results import PlanResult
+from .statistics import CONFIDENCE, describe_too_few
 from .summary import Costs
 
 
-def run(args: argparse.Namespace, ranks: Ranks) -> list[PlanResult]:
-    """Ask and score all plans of --prune, in their order."""
-    plans = list(read_plans(args.prune).values())  # before anything is loaded
+@dataclass(frozen=True)
+class Asked:
+    """The results of all plans of --prune, in their order, and the benchmark they are of."""
+
+    bench: Bench
+    results: list[PlanResult]
+
+
+def run(args: argparse.Namespace, ranks: Ranks) -> Asked:
+    """Ask and score all plans of --prune; those that draw at random with every seed."""
+    first, *more = _read_seeds(args)
+    args = argparse.Namespace(**{**vars(args), "seed": first})
+    plans = _read_plans(args.prune)  # before anything is loaded
     bench = Bench.open(args, ranks)
-    ranks.gather(lambda: bench.check(plans))
-    return [bench.ask(plan) for plan in plans]
+    others = [bench.with_seed(seed) for seed in more]
+    for each in (bench, *others):
+        ranks.gather(lambda each=each: each.check(list(plans.values())))  # type: ignore[misc]
+    found: dict[str, PlanResult] = {}
+    for text in sorted(plans, key=lambda text: text != NONE):  # KLs are from the unpruned answers
+        found[text] = bench.ask(plans[text])
+        for other in others if found[text].draws else ():
+            Path(other.args.out).mkdir(exist_ok=True)
+            other.ask(plans[text])
+    return Asked(bench, [found[text] for text in plans])
+
+
+def _read_plans(texts: Sequence[str]) -> dict[str, TypedPlan]:
+    """The plans by text, `downsample:keep=T` among them."""
+    return {text: read_downsampling(text) or read_plan(text) for text in dict.fromkeys(texts)}
+
+
+def _read_seeds(args: argparse.Namespace) -> list[int]:
+    """The seeds of --seeds, or the one of --seed. Raises ValueError for mistakes."""
+    if args.seeds is None:
+        return [args.seed]
+    seeds = list(dict.fromkeys(args.seeds))
+    if len(seeds) < len(args.seeds) or len(seeds) < 2:
+        raise ValueError(
+            f"--seeds {' '.join(map(str, args.seeds))}: give two or more different seeds, such as "
+            "--seeds 0 1 2, or one with --seed"
+        )
+    if args.seed not in (0, seeds[0]):
+        raise ValueError(f"--seed {args.seed} and --seeds cannot both be given; give --seeds alone")
+    return seeds
 
 
 # ---------------------------------------------------------------- output
 
 
-def format_table(found: Sequence[PlanResult]) -> str:
-    """The results as a Markdown table, a line for each plan."""
+def format_table(found: Sequence[PlanResult], plans: Sequence[Answers] = ()) -> str:
+    """The results as a Markdown table, a line for each plan.
+
+    plans: their answers, for scores that are means over seeds.
+    """
     score = found[0].scored.score
-    head = """plan | {metric} | questions | unparsed | image tokens a layer | FastV's FLOPs |
+    means = {answers.plan: answers.estimate() for answers in plans}
+    head = """plan | {metric} | 95 % | questions | unparsed | image tokens a layer | FastV's FLOPs |
         SparseVLM's FLOPs | GFLOPs | vision s | prefill s | first token s | per token ms |
         choosing | cache MB | peak GB"""
     names = [" ".join(name.split()) for name in head.format(metric=score.metric).split("|")]
     lines = ["| " + " | ".join(names) + " |", "|---" + "|---:" * (len(names) - 1) + "|"]
     for result in found:
         c, score = result.costs, result.scored.score
+        estimate = means.get(result.run.plan, result.scored.estimate())
         cells = [
             f"`{result.run.plan}`",
-            f"{score.value:.2f}",
+            f"{estimate.value:.2f}",
+            str(estimate),
             str(score.n),
             str(score.unparsed),
             _image_tokens(c),
@@ -89,10 +144,13 @@ def _time(spread: cost.Spread | None, unit: float = 1.0) -> str:
     return f"{spread.median * unit:.4g} ({spread.low * unit:.4g}-{spread.high * unit:.4g})"
 
 
-def format_summary(found: Sequence[PlanResult], left_out: Mapping[str, str]) -> str:
+def format_summary(
+    found: Sequence[PlanResult], left_out: Mapping[str, str], plans: Sequence[Answers] = ()
+) -> str:
     """What was asked and how, the table, its notes, and published figures for comparison.
 
-    left_out: plan -> why the folder's result of this plan is not in the table.
+    left_out: plan -> why the folder's result of this plan is not in the table. plans: the answers
+    of the results, which are compared.
     """
     run, c = found[0].run, found[0].costs
     processes = found[0].processes
@@ -109,10 +167,22 @@ def format_summary(found: Sequence[PlanResult], left_out: Mapping[str, str]) -> 
         for result in found
         for file, sha256 in (result.run.method_files or {}).items()
     ]
-    parts = [head, format_table(found), *notes]
+    if few := describe_too_few(found[0].scored.score.n, CONFIDENCE):
+        notes.append(few)
+    parts = [head, format_table(found, plans), *notes, *_comparisons(found, plans)]
     parts += [result.scored.text() for result in found]
     parts += format_published(found)
     return "\n\n".join(parts)
+
+
+def _comparisons(found: Sequence[PlanResult], plans: Sequence[Answers]) -> list[str]:
+    """The plans compared, their spread over seeds and their agreement with the unpruned model."""
+    metric, ordered = found[0].scored.score.metric, comparison.unpruned_first(plans)
+    parts = [comparison.format_seeds(plans, metric)]
+    if len(plans) > 1:
+        parts.append(comparison.format_pairs(comparison.compare_all(ordered), metric))
+        parts.append(comparison.format_agreement(ordered))
+    return list(filter(None, parts))
 
 
 def format_published(found: Sequence[PlanResult]) -> list[str]:
@@ -133,6 +203,7 @@ def format_published(found: Sequence[PlanResult]) -> list[str]:
             result.scored.score.value,
         )
         for result in found
+        if not budget_of(result.run.plan)
     ]
     return published.format_comparison(measured)
 
@@ -146,7 +217,10 @@ def describe_slow_plans(found: Sequence[PlanResult]) -> list[str]:
         f"{r.run.plan} does not pay off here: its prefill takes "
         f"{r.costs.prefill.median / unpruned.median:.2f} times as long as the unpruned one"
         for r in found
-        if r.run.plan != NONE and r.costs.prefill and r.costs.prefill.median >= unpruned.median
+        if r.run.plan != NONE
+        and not budget_of(r.run.plan)
+        and r.costs.prefill
+        and r.costs.prefill.median >= unpruned.median
     ]
 
 
@@ -167,7 +241,15 @@ def main(argv: Sequence[str] | None = None) -> int:
         nargs="+",
         default=[NONE],
         metavar="PLAN",
-        help=f"plans to compare; {NONE} is the unpruned model",
+        help=f"plans to compare; {NONE} is the unpruned model, {NAME}:keep=T the unpruned model on "
+        "a picture shrunk to the detail of T tokens",
+    )
+    parser.add_argument(
+        "--seeds",
+        type=parse_int,
+        nargs="+",
+        metavar="S",
+        help="two or more seeds, instead of --seed, for plans that draw at random",
     )
     parser.add_argument("--json", action="store_true", help="print a JSON list with every number")
 
@@ -178,11 +260,21 @@ def _run_and_report(args: argparse.Namespace, ranks: Ranks) -> None:
     asked = run(args, ranks)
     if ranks.rank:
         return
-    text = format_summary(*results.add_earlier(args.out, asked))
+    found, left_out = results.add_earlier(args.out, asked.results)
+    text = format_summary(found, left_out, _read_all(args.out, found, asked.bench))
     store.write_atomically(args.out / "summary.md", text + "\n")
-    print(json.dumps([result.json() for result in asked]) if args.json else text, flush=True)
-    for line in describe_slow_plans(asked):
+    print(
+        json.dumps([result.json() for result in asked.results]) if args.json else text, flush=True
+    )
+    for line in describe_slow_plans(asked.results):
         print(f"warning: {line}", file=sys.stderr)
+
+
+def _read_all(folder: Path, found: Sequence[PlanResult], bench: Bench) -> list[Answers]:
+    """The answers of results; none for a benchmark without right answers (VQAv2's test split)."""
+    if math.isnan(found[0].scored.score.value):
+        return []
+    return [read_answers(folder, result, bench.task, bench.items) for result in found]
 
 
 def run_locked(

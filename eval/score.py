@@ -17,17 +17,19 @@ import json
 import math
 import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, TypedDict
 
 from minillava import parse_plan
 from minillava.app.command import CommandParser, parse_path, parse_positive_int, run_command
 
-from . import predictions, published, store
+from . import ids, predictions, published, statistics, store
 from .plans import NONE, files_of
 from .tasks import TASKS
 from .tasks.base import Item, Score, Task
+
+NOT_IN_JSON = {"split", "credits", "parts"}  # entries of Score
 
 
 class ScoredContent(TypedDict):
@@ -41,6 +43,7 @@ class ScoredContent(TypedDict):
     unparsed: int
     more: dict[str, Any]
     notes: list[str]
+    intervals: Mapping[str, list[float] | None]
     task: str
     title: str
     split: str
@@ -52,7 +55,11 @@ class ScoredContent(TypedDict):
 
 @dataclass(frozen=True)
 class Scored:
-    """A score with the task, split and protocol that it belongs to."""
+    """A score with the task, split and protocol that it belongs to.
+
+    intervals: 95 % intervals (low, high) of the score, under the name of its metric, and of the
+    figures in `more` that have one; None if there are too few questions.
+    """
 
     task: str
     title: str
@@ -62,13 +69,15 @@ class Scored:
     missing: int = 0
     unknown: tuple[str, ...] = ()  # where predictions stand that belong to no question
     duplicates: int = 0
+    intervals: Mapping[str, Sequence[float] | None] = field(default_factory=dict)
 
     def json(self) -> dict[str, Any]:
         """A flat object: `value` as a number, `figure` as text with two decimals."""
-        rest = asdict(self)
+        rest = asdict(replace(self, score=replace(self.score, credits=None, parts={})))
         score = rest.pop("score")
         rest["unknown"] = len(self.unknown)
-        del score["split"]
+        for name in NOT_IN_JSON:
+            del score[name]
         if math.isnan(self.score.value):  # JSON has no NaN
             score["value"] = None
         return {"figure": f"{self.score.value:.2f}", **score, **rest}
@@ -78,7 +87,7 @@ class Scored:
         """The inverse of json(), except for `unknown`, of which JSON has only the number."""
         entries = {k: v for k, v in found.items() if k not in ("figure", "unknown")}
         entries["value"] = math.nan if entries["value"] is None else entries["value"]
-        names = {field.name for field in fields(Score)} - {"split"}
+        names = {field.name for field in fields(Score)} - NOT_IN_JSON
         score = Score(**{name: entries.pop(name) for name in names})
         return cls(score=score, **entries)
 
@@ -87,10 +96,12 @@ class Scored:
         s = self.score
         counts = f"{s.right:g} of {s.n}" if s.right is not None else f"{s.n} questions"
         lines = [
-            f"{self.title}, {self.split}, {self.protocol} protocol: {s.metric} {s.value:.2f} "
-            f"({counts}; {s.unparsed} unparsed, {self.missing} missing)"
+            f"{self.title}, {self.split}, {self.protocol} protocol: {s.metric} {s.value:.2f}"
+            f"{self._bounds(s.metric)} ({counts}; {s.unparsed} unparsed, {self.missing} missing)"
         ]
-        lines += [f"  {name}: {_figure(value)}" for name, value in s.more.items()]
+        lines += [
+            f"  {name}: {_figure(value)}{self._bounds(name)}" for name, value in s.more.items()
+        ]
         if self.duplicates:
             lines.append(
                 f"  {self.duplicates} questions have several predictions: the last one counts"
@@ -100,7 +111,19 @@ class Scored:
                 f"  {len(self.unknown)} predictions belong to no question and do not count; the "
                 f"first is {self.unknown[0]}"
             )
+        if too_few := statistics.describe_too_few(s.n, statistics.CONFIDENCE):
+            lines.append(f"  {too_few}")
         return "\n".join([*lines, *(f"  note: {note}" for note in s.notes)])
+
+    def estimate(self, name: str | None = None) -> statistics.Estimate:
+        """The score, or the figure `name` of `more`, with its interval."""
+        value = self.score.value if name is None else self.score.more[name]
+        low, high = self.intervals.get(name or self.score.metric) or (None, None)
+        return statistics.Estimate(value, low, high)
+
+    def _bounds(self, name: str) -> str:
+        found = self.intervals.get(name)
+        return f" [{found[0]:.1f}, {found[1]:.1f}]" if found else ""
 
 
 def score(
@@ -111,6 +134,8 @@ def score(
     """
     matched = predictions.match(items, found)
     result = task.score(matched.answers, protocol)
+    main = {} if result.credits is None else {result.metric: result.credits}
+    parts = {**result.parts, **main}
     return Scored(
         task.name,
         task.title,
@@ -120,6 +145,7 @@ def score(
         matched.missing,
         matched.unknown,
         matched.duplicates,
+        {name: statistics.estimate(made).bounds for name, made in parts.items()},
     )
 
 
@@ -201,6 +227,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     add("--predictions", type=parse_path, required=True, metavar="FILE")
     add("--protocol", metavar="P", help="llava (default) or lmms; a few tasks have others")
     add("--limit", type=parse_positive_int, metavar="N", help="score only the first N questions")
+    add("--ids", type=parse_path, metavar="FILE", help="only these questions; see eval.analyse")
     add("--model", choices=published.LAYERS, help="also print its published figures")
     add("--prune", default=NONE, metavar="PLAN", help="with --model: the plan that was measured")
     add(
@@ -220,6 +247,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         if args.submission and task.submission([]) is None:
             raise ValueError(f"--submission: there is no server for {task.name}; leave it out")
         items = read_questions(task, args.questions, protocol, args.limit)
+        if args.ids:
+            items = ids.choose_items(items, ids.read_ids(args.ids), args.ids)
         found = predictions.read(args.predictions)
         scored = score(task, items, found, protocol)
         if args.submission:

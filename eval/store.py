@@ -19,6 +19,7 @@ from typing import BinaryIO, TypedDict, cast
 
 from filelock import FileLock, Timeout
 
+from .first_token import Distribution
 from .typed import find_type_error, parse_json, refuse_special_file
 
 
@@ -40,7 +41,15 @@ class Measurements(TypedDict):
     batch: int  # its number of questions
 
 
-class Metadata(Measurements):
+class Further(TypedDict, total=False):
+    """What files of earlier versions lack."""
+
+    drew: bool  # whether the plan drew random numbers
+    first: Distribution  # of the first new token; under the unpruned plan only
+    kl: float | None  # of the first new token, from the unpruned model's
+
+
+class Metadata(Measurements, Further):
     number: int  # the index of the question
     plan: str
     warm: bool  # not one of the first batches of a process

@@ -12,6 +12,7 @@ import math
 import sys
 import types
 from collections.abc import Mapping
+from functools import lru_cache
 from pathlib import Path
 from typing import Any, Union, get_args, get_origin, get_type_hints, is_typeddict
 
@@ -84,8 +85,12 @@ def find_type_error(value: object, kind: Any, name: str = "it") -> str | None:
 def _find_entry_error(value: object, kind: Any, name: str) -> str | None:
     if not isinstance(value, dict):
         return _wrong_type(value, kind, name)
-    hints, strict = get_type_hints(kind), dataclasses.is_dataclass(kind)
-    optional = {f.name for f in dataclasses.fields(kind) if _has_default(f)} if strict else ()
+    hints, strict = _hints_of(kind), dataclasses.is_dataclass(kind)
+    optional = (
+        {f.name for f in dataclasses.fields(kind) if _has_default(f)}
+        if strict
+        else kind.__optional_keys__
+    )
     for entry, inner in hints.items():
         if entry in value:
             full = entry if name == "it" else f"{name}.{entry}"
@@ -95,6 +100,12 @@ def _find_entry_error(value: object, kind: Any, name: str) -> str | None:
             return f"{name} has no {entry}"
     more = value.keys() - hints.keys() if strict else ()
     return f"{name} has {min(more)}, which is not known" if more else None
+
+
+@lru_cache
+def _hints_of(kind: type) -> dict[str, Any]:
+    """get_type_hints, once for each type: files have a row for each of thousands of questions."""
+    return get_type_hints(kind)
 
 
 def _has_default(field: dataclasses.Field[Any]) -> bool:

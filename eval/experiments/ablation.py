@@ -11,6 +11,11 @@ nothing becomes faster; the FLOPs are those of the same plan if it dropped the t
 
 Any other method with the options layer and keep can be given, also one in a file of your own. It
 runs as `METHOD:layer=K,keep=1-R` in its own mode, and the FLOPs are those of the run.
+
+    python -m eval.experiments.ablation --method divprune --vary keep=8,16,32 --out DIR
+    python -m eval.experiments.ablation --method fastv:mode=mask --vary k=1,2,4 r=0.5,0.75 --out DIR
+
+--vary takes one or two options of any method with their values, in the place of K and R.
 """
 
 from __future__ import annotations
@@ -27,9 +32,10 @@ from ..bench import Bench
 from ..plans import NONE, read_plan, read_plans
 from ..results import PlanResult
 from ..run import format_published
-from . import base
+from . import base, varied
 
 MASKED = ("fastv", "simignore")
+SHARES = [0.25, 0.5, 0.75, 0.9]
 LEFT = 0.785  # share of tokens that Simignore's released 7B setting keeps, 452 of 576
 
 
@@ -44,6 +50,11 @@ def plan(method: str, layer: int, r: float) -> str:
 
 
 def run(args: argparse.Namespace) -> str:
+    if args.vary:
+        if args.layers or args.r:
+            raise ValueError("--vary stands in the place of --layers and --r; leave these out")
+        return varied.run(args)
+    args.r = args.r or SHARES
     _check_method(args.method)  # before anything is loaded
     began, bench = time.perf_counter(), base.open_bench(args)
     layers = args.layers or _layers(bench)
@@ -56,6 +67,7 @@ def run(args: argparse.Namespace) -> str:
             "K": k,
             "R, %": round(100 * r),
             unpruned.metric: values[k, r],
+            base.INTERVAL: done[text].scored.estimate(),
             "of unpruned, %": 100 * values[k, r] / unpruned.value if unpruned.value else None,
             **_flops(bench, args.method, k, r, done[text]),
             "visible image tokens a layer": done[text].costs.image_tokens,
@@ -74,10 +86,13 @@ def run(args: argparse.Namespace) -> str:
     )
     plots.curves(
         args.out / "curves.png",
-        {f"K={k}": [(100 * r, values[k, r]) for r in args.r] for k in layers},
+        {
+            f"K={k}": [(100 * r, done[plans[k, r]].scored.estimate()) for r in args.r]
+            for k in layers
+        },
         title,
         ("R, % of the image tokens pruned", unpruned.metric),
-        ("unpruned", unpruned.value),
+        ("unpruned", done[NONE].scored.estimate()),
     )
     return base.write_report(
         args.out,
@@ -87,6 +102,7 @@ def run(args: argparse.Namespace) -> str:
         ["heat_map.png", "curves.png"],
         began,
         published=format_published(list(done.values())),
+        comparisons=base.compare_with_unpruned(bench, done),
     )
 
 
@@ -125,10 +141,18 @@ def add_ablation_options(parser: argparse.ArgumentParser) -> None:
         "--method",
         default="fastv",
         metavar="M",
-        help="fastv (default), simignore, or METHOD with the options layer and keep",
+        help="fastv (default), simignore, METHOD with the options layer and keep, or with --vary "
+        "any method",
     )
     add("--layers", type=parse_positive_int, nargs="+", metavar="K")
-    add("--r", type=share, nargs="+", default=[0.25, 0.5, 0.75, 0.9], metavar="R")
+    add("--r", type=share, nargs="+", metavar="R", help="default 0.25 0.5 0.75 0.9")
+    add(
+        "--vary",
+        type=varied.Axis.read,
+        nargs="+",
+        metavar="OPTION=V,V",
+        help="one or two options with their values, instead of --layers and --r",
+    )
 
 
 def share(text: str) -> float:

@@ -36,7 +36,7 @@ PLANS = {NONE: None, **{f"fastv:k=2,r={r / 100:g}": r for r in (25, 50, 75)}}  #
 
 
 def run(args: argparse.Namespace) -> str:
-    began, rows, published = time.perf_counter(), [], []
+    began, rows, published, comparisons = time.perf_counter(), [], [], []
     plans = read_plans([*PLANS, *args.prune])
     for form, settings in FORMATS.items():
         own = base.with_format(args, **settings)
@@ -48,6 +48,9 @@ def run(args: argparse.Namespace) -> str:
             for (text, plan), peak in zip(plans.items(), measured, strict=True)
         ]
         published += format_published(list(done.values()))
+        comparisons += [
+            f"{form} weights\n\n{text}" for text in base.compare_with_unpruned(bench, done)
+        ]
         metric = done[NONE].scored.score.metric
         del bench, done
     title = f"FastV at K=2 on {args.task}"
@@ -56,12 +59,24 @@ def run(args: argparse.Namespace) -> str:
     shown = {"score": [metric], "memory": [f"{m}, MB" for m in MEMORIES]}
     for plot, columns in shown.items():
         there = [c for c in columns if all(row[c] is not None for row in rows)]
-        heights = {name: {c: row[c] for c in there} for name, row in named_rows.items()}
+        heights = {
+            name: {c: row[base.INTERVAL if c == metric else c] for c in there}
+            for name, row in named_rows.items()
+        }
         label = "MB" if plot == "memory" else columns[0]
         plots.bars(args.out / f"{plot}.png", heights, below, label)
     tables = {"One question at a time": rows}
     plot_files = ["score.png", *base.time_plots(args.out, named_rows, below), "memory.png"]
-    return base.write_report(args.out, args, title, tables, plot_files, began, published=published)
+    return base.write_report(
+        args.out,
+        args,
+        title,
+        tables,
+        plot_files,
+        began,
+        published=published,
+        comparisons=comparisons,
+    )
 
 
 MEMORIES = ("memory computed", "memory measured")

@@ -20,14 +20,18 @@ import torch
 from minillava.app.command import CommandParser
 from minillava.app.ranks import Ranks
 
-from .. import cost, plots, store
+from .. import comparison, cost, plots, store
+from ..answers import read_answers
 from ..bench import Bench, add_options
-from ..plans import TypedPlan
+from ..plans import NONE, TypedPlan
 from ..results import PlanResult
 from ..run import run_locked
 from ..score import find_task
+from ..statistics import Estimate
 
 Row = Mapping[str, Any]
+
+INTERVAL = "95 %"  # the column of intervals
 
 
 def experiment(
@@ -79,6 +83,22 @@ def with_format(args: argparse.Namespace, **form: str | None) -> argparse.Namesp
     return argparse.Namespace(**{**vars(args), **form, "out": folder})
 
 
+def compare_with_unpruned(bench: Bench, done: Mapping[str, PlanResult]) -> list[str]:
+    """Tables of the plans minus the unpruned one, and of their agreement with it, as text.
+
+    done: the results by plan, from ask_all. Empty without right answers.
+    """
+    results = [done[NONE], *(result for text, result in done.items() if text != NONE)]
+    if results[0].scored.estimate().low is None:
+        return []
+    folder = Path(bench.args.out)
+    plans = [read_answers(folder, result, bench.task, bench.items) for result in results]
+    pairs = comparison.compare_all(plans, all_pairs=False)
+    metric = results[0].scored.score.metric
+    tables = [comparison.format_pairs(pairs, metric), comparison.format_agreement(plans)]
+    return list(filter(None, tables))
+
+
 def ask_all(bench: Bench, plans: Mapping[str, TypedPlan]) -> dict[str, PlanResult]:
     """The results of plans, by text. All are checked before the first is asked (ValueError)."""
     bench.check(list(plans.values()))
@@ -109,11 +129,12 @@ def write_report(
     began: float,
     notes: Sequence[str] = (),
     published: Sequence[str] = (),
+    comparisons: Sequence[str] = (),
 ) -> str:
     """Write results.json and results.md, and return the text of results.md.
 
     tables: title -> rows, which have the same columns. published: tables of comparable published
-    figures, as text.
+    figures, as text. comparisons: tables of plans compared on the same questions, as text.
     """
     name, (_, protocol) = Path(args.model).name, find_task(args.task, args.protocol)
     threads = torch.get_num_threads()
@@ -125,12 +146,15 @@ def write_report(
     parts = [f"# {title}", setting, *notes]
     for heading, rows in tables.items():
         parts += [f"## {heading}", format_table(rows)]
+    if comparisons:
+        parts += ["## Plans compared on the same questions", *comparisons]
     if published:
         parts += ["## Beside published figures", *(f"```\n{t}\n```" for t in published)]
     parts += [f"![{Path(p).stem}]({p})" for p in plot_files]
     text = "\n\n".join(parts) + "\n"
     found = {"title": title, "setting": setting, "notes": list(notes), "tables": tables}
     found |= {"published": list(published)} if published else {}
+    found |= {"comparisons": list(comparisons)} if comparisons else {}
     store.write_atomically(
         out / "results.json", json.dumps(found, indent=1, ensure_ascii=False, default=asdict) + "\n"
     )
@@ -141,7 +165,7 @@ def write_report(
 def format_table(rows: Sequence[Row]) -> str:
     """Rows as a Markdown table. Numbers have two decimals; below 1 they have three digits.
 
-    A Spread is its median and, in brackets, its quartiles.
+    A Spread is its median and, in brackets, its quartiles; an Estimate is its interval.
     """
     names = list(rows[0])
     lines = ["| " + " | ".join(names) + " |", "|---" + "|---:" * (len(names) - 1) + "|"]
@@ -154,6 +178,8 @@ def _cell(value: object) -> str:
         return ""
     if isinstance(value, cost.Spread):
         return f"{_cell(value.median)} [{_cell(value.low)}, {_cell(value.high)}]"
+    if isinstance(value, Estimate):
+        return str(value)
     if isinstance(value, float):
         return f"{value:.2f}" if abs(value) >= 1 or not value else f"{value:.3g}"
     return str(value)
@@ -193,4 +219,9 @@ def time_plots(out: Path, rows: Mapping[str, Row], title: str) -> list[str]:
 def score_columns(result: PlanResult) -> dict[str, Any]:
     """The columns of the score that every table has."""
     score = result.scored.score
-    return {score.metric: score.value, "unparsed": score.unparsed, "questions": score.n}
+    return {
+        score.metric: score.value,
+        INTERVAL: result.scored.estimate(),
+        "unparsed": score.unparsed,
+        "questions": score.n,
+    }

@@ -23,6 +23,7 @@ from ..plans import NONE, TypedPlan, read_plans
 from ..results import PlanResult
 from ..run import format_published
 from ..score import find_task, read_questions
+from ..statistics import Estimate
 from ..tasks.base import Item
 from . import base
 
@@ -32,44 +33,72 @@ TASKS = ("nocaps", "flickr30k", "coco2014", "coco2017", "mmmu", "gqa", "mme", "s
 def run(args: argparse.Namespace) -> str:
     began = time.perf_counter()
     plans = read_plans([NONE, *args.prune])  # before anything is loaded
+    comparisons: list[str] = []
     if args.data is None:
         bench = base.open_bench(args)
         done = base.ask_all(bench, plans)
         scores = {plan: _kinds(d) for plan, d in done.items()}
         costs = {plan: base.cost_columns(d) for plan, d in done.items()}
+        comparisons = base.compare_with_unpruned(bench, done)
         notes: list[str] = []
         published: list[str] = []
     else:
-        scores, costs, notes, published = _ask_benchmarks(args, plans)
+        scores, costs, notes, published, comparisons = _ask_benchmarks(args, plans)
     columns = list(scores[NONE])
     heights = {name: {plan: scores[plan][name] for plan in plans} for name in columns}
     if args.data is None:
         title, label = f"{len(columns)} kinds of question", "score"
-        means = {plan: {"mean": sum(scores[plan].values()) / len(columns)} for plan in plans}
+        means = {
+            plan: {"mean": sum(e.value for e in scores[plan].values()) / len(columns)}
+            for plan in plans
+        }
     else:  # the scales differ: no mean, and bars relative to no pruning
         title, label = f"{len(columns)} benchmarks", "% of unpruned"
         means = {plan: {} for plan in plans}
         heights = {
-            name: {plan: 100 * v / bars[NONE] if bars[NONE] else 0.0 for plan, v in bars.items()}
+            name: {plan: _percent_of(e, bars[NONE].value) for plan, e in bars.items()}
             for name, bars in heights.items()
         }
-    rows = [{"plan": f"`{plan}`", **scores[plan], **means[plan], **costs[plan]} for plan in plans]
+    rows = [
+        {
+            "plan": f"`{plan}`",
+            **{name: e.value for name, e in scores[plan].items()},
+            **means[plan],
+            **costs[plan],
+        }
+        for plan in plans
+    ]
+    intervals = [{"plan": f"`{plan}`", **scores[plan]} for plan in plans]
     plots.bars(args.out / "nine.png", heights, title, label)
-    tables = {"Scores": rows}
-    return base.write_report(args.out, args, title, tables, ["nine.png"], began, notes, published)
+    tables = {"Scores": rows, "95 % intervals of the scores": intervals}
+    return base.write_report(
+        args.out, args, title, tables, ["nine.png"], began, notes, published, comparisons
+    )
 
 
-def _kinds(done: PlanResult) -> dict[str, float]:
-    return {name: v for name, v in done.scored.score.more.items() if isinstance(v, float)}
+def _kinds(done: PlanResult) -> dict[str, Estimate]:
+    figures = done.scored.score.more.items()
+    return {name: done.scored.estimate(name) for name, v in figures if isinstance(v, float)}
+
+
+def _percent_of(estimate: Estimate, whole: float) -> Estimate:
+    """The estimate in percent of `whole`; 0 if that is 0."""
+    if not whole:
+        return Estimate(0.0, None, None)
+    low, high = (None if b is None else 100 * b / whole for b in (estimate.low, estimate.high))
+    return Estimate(100 * estimate.value / whole, low, high)
 
 
 def _ask_benchmarks(
     args: argparse.Namespace, plans: Mapping[str, TypedPlan]
-) -> tuple[dict[str, dict[str, float]], dict[str, dict[str, Any]], list[str], list[str]]:
+) -> tuple[
+    dict[str, dict[str, Estimate]], dict[str, dict[str, Any]], list[str], list[str], list[str]
+]:
     """Ask the real benchmarks.
 
     Returns scores by plan and column, costs of the first benchmark by plan, notes on missing
-    benchmarks, and published figures as text. Raises ValueError if all benchmarks are missing.
+    benchmarks, published figures and comparisons as text. Raises ValueError if all benchmarks are
+    missing.
     """
     there, notes = {}, []
     for name in TASKS:
@@ -83,20 +112,21 @@ def _ask_benchmarks(
     benches = _open_benches(args, there)
     for bench in benches.values():  # before any question is asked
         bench.check(list(plans.values()))
-    published: list[str] = []
-    scores: dict[str, dict[str, float]] = {plan: {} for plan in plans}
+    published, comparisons = list[str](), list[str]()
+    scores: dict[str, dict[str, Estimate]] = {plan: {} for plan in plans}
     costs: dict[str, dict[str, Any]] = {}
     for name, bench in benches.items():
         done = base.ask_all(bench, plans)
         for plan, d in done.items():
-            scores[plan][f"{name} {d.scored.score.metric}"] = d.scored.score.value
+            scores[plan][f"{name} {d.scored.score.metric}"] = d.scored.estimate()
             if name == "mme":
-                scores[plan]["mme cognition"] = d.scored.score.more["cognition"]
+                scores[plan]["mme cognition"] = d.scored.estimate("cognition")
             costs.setdefault(plan, base.cost_columns(d))
         published += format_published(list(done.values()))
+        comparisons += [f"{name}\n\n{t}" for t in base.compare_with_unpruned(bench, done)]
         if name == "mme":
             published += format_published([_cognition(d) for d in done.values()])
-    return scores, costs, notes, published
+    return scores, costs, notes, published, comparisons
 
 
 def _open_benches(

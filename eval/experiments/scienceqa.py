@@ -61,12 +61,21 @@ def run(args: argparse.Namespace) -> str:
     ]
     metric = done[NONE].scored.score.metric
     title, named_rows = f"Simignore on {args.task}", {row[""]: row for row in rows}
-    heights = {name: {metric: row[metric]} for name, row in named_rows.items()}
+    heights = {name: {metric: row[base.INTERVAL]} for name, row in named_rows.items()}
     plots.bars(args.out / "score.png", heights, title, metric)
     plot_files = ["score.png", *base.time_plots(args.out, named_rows, title)]
     tables = {"One question at a time": rows}
     published = format_published(list(done.values()))
-    return base.write_report(args.out, args, title, tables, plot_files, began, published=published)
+    return base.write_report(
+        args.out,
+        args,
+        title,
+        tables,
+        plot_files,
+        began,
+        published=published,
+        comparisons=base.compare_with_unpruned(bench, done),
+    )
 
 
 def main(argv: Sequence[str] | None = None) -> int:

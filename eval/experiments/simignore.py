@@ -49,15 +49,22 @@ def run(args: argparse.Namespace) -> str:
     title = f"Simignore: measure and budget, {len(bench.items)} questions of {args.task}"
     plots.curves(
         args.out / "budget.png",
-        {n: [(k, done[plans[n, k]].scored.score.value) for k in counts] for n in lines},
+        {n: [(k, done[plans[n, k]].scored.estimate()) for k in counts] for n in lines},
         title,
         ("image tokens kept", unpruned.metric),
-        ("unpruned", unpruned.value),
+        ("unpruned", done[NONE].scored.estimate()),
     )
     table = {f"unpruned: {unpruned.metric} {unpruned.value:.2f}, {N} image tokens": rows}
     published = format_published(list(done.values()))
     return base.write_report(
-        args.out, args, title, table, ["budget.png"], began, published=published
+        args.out,
+        args,
+        title,
+        table,
+        ["budget.png"],
+        began,
+        published=published,
+        comparisons=base.compare_with_unpruned(bench, done),
     )
 
 

@@ -119,5 +119,10 @@ def circular(rows: Iterable[Row]) -> tuple[int, int]:
     """
     groups: dict[int, list[bool]] = defaultdict(list)
     for row in rows:
-        groups[row.index % _ROTATION].append(row.inferred == row.gold)
+        groups[question_of(row)].append(row.inferred == row.gold)
     return sum(map(all, groups.values())), len(groups)
+
+
+def question_of(row: Row) -> int:
+    """The index of the question that a row is a rotation of."""
+    return row.index % _ROTATION

@@ -48,6 +48,10 @@ def parse(text: str) -> str:
     return next((word for word in ("yes", "no") if word in text[:4]), "other")
 
 
+def is_right(row: Row) -> bool:
+    return parse(row.said) == _plain(row.gold)
+
+
 def scores(rows: Sequence[Row]) -> dict[str, float]:
     """Category -> 0..200: 100 * share of right answers + 100 * share of images with both right.
 
@@ -59,7 +63,7 @@ def scores(rows: Sequence[Row]) -> dict[str, float]:
         gold = _plain(row.gold)
         if gold not in ("yes", "no"):
             raise ValueError(f"{row.image} has the answer {row.gold!r}; it must be Yes or No")
-        right[row.category][row.image].append(parse(row.said) == gold)
+        right[row.category][row.image].append(is_right(row))
     for category, images in right.items():
         for image, pair in images.items():
             if len(pair) != 2:

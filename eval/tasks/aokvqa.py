@@ -80,4 +80,4 @@ class AOKVQA(Task):
         return items[:limit]
 
     def score(self, answers: Sequence[Answer], protocol: str) -> Score:
-        return accuracy([metric.correct(a.said, gold_of(a)) for a in answers])
+        return accuracy(answers, [metric.correct(a.said, gold_of(a)) for a in answers])

@@ -15,6 +15,7 @@ from PIL import Image
 
 from minillava.app.open_image import open_header
 
+from ..credits import Credits
 from ..metrics.vqa import soft_accuracy
 from ..typed import refuse_special_file
 
@@ -101,7 +102,9 @@ class Score:
 
     value: the figure, in percent unless `metric` says otherwise. right: the number of right answers
     or the sum of their credits, out of n. unparsed: the number of answers that have none of the
-    expected forms; they are never guessed. more: further figures by name.
+    expected forms; they are never guessed. more: further figures by name. credits: what the value
+    is made of, for intervals and comparisons; None without gold answers. parts: those of figures
+    in `more`, by name.
     """
 
     metric: str
@@ -112,6 +115,8 @@ class Score:
     more: Mapping[str, Any] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
     split: str | None = None  # if it depends on the questions; otherwise the task's
+    credits: Credits | None = field(default=None, repr=False, compare=False)
+    parts: Mapping[str, Credits] = field(default_factory=dict, repr=False, compare=False)
 
 
 @dataclass(frozen=True)
@@ -168,7 +173,9 @@ def percent(right: Sequence[bool | float]) -> float | None:
     return 100 * sum(right) / len(right) if right else None
 
 
-def accuracy(right: Sequence[bool | float], unparsed: int = 0, **more: Any) -> Score:
+def accuracy(
+    answers: Sequence[Answer], right: Sequence[bool | float], unparsed: int = 0, **more: Any
+) -> Score:
     """A Score of the share of right answers or the mean credit. more: further fields of the Score.
 
     Raises ValueError if there are no questions.
@@ -176,7 +183,13 @@ def accuracy(right: Sequence[bool | float], unparsed: int = 0, **more: Any) -> S
     value = percent(right)
     if value is None:
         raise ValueError("there are no questions to score; give a file that has some")
-    return Score("accuracy", value, len(right), float(sum(right)), unparsed, **more)
+    made, total = Credits.of(names_of(answers), right), float(sum(right))
+    return Score("accuracy", value, len(right), total, unparsed, credits=made, **more)
+
+
+def names_of(answers: Sequence[Answer]) -> list[str]:
+    """The names of the questions in Credits: ids with questions, because ids may repeat."""
+    return [question_key(a.item.question_id, a.item.text) for a in answers]
 
 
 def count_unparsed(answers: Sequence[Answer], parse: Callable[[str], object]) -> int:

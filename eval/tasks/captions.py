@@ -9,9 +9,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from ..credits import Credits
 from ..metrics import ptb
 from ..metrics.cider import cider_d
-from .base import Answer, ImageSource, Item, Score, Setup, Task, golds_of
+from .base import Answer, ImageSource, Item, Score, Setup, Task, golds_of, names_of
 from .files import (
     Row,
     field,
@@ -98,7 +99,7 @@ class Captions(Task):
         rest = iter(gold_tokens)
         names = [f"{i}" for i in range(len(answers))]
         references = {n: [next(rest) for _ in g] for n, g in zip(names, golds, strict=True)}
-        value, _ = cider_d(dict(zip(names, said, strict=True)), references)
+        value, each = cider_d(dict(zip(names, said, strict=True)), references)
         notes = [f"tokenised by {which}"]
         if len(answers) == 1:
             notes.append(
@@ -108,7 +109,8 @@ class Captions(Task):
             f"document frequencies are counted over these {len(answers)} images: part of a "
             "benchmark is not comparable with all of it"
         )
-        return Score("CIDEr", 100 * value, len(answers), notes=tuple(notes))
+        credits = Credits.of(names_of(answers), [each[name] for name in names])
+        return Score("CIDEr", 100 * value, len(answers), notes=tuple(notes), credits=credits)
 
 
 def _item(number: object, image: ImageSource, captions: Any, name: str) -> Item:

@@ -6,9 +6,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
+
 from weights import scenes
 
-from .base import Answer, ImageSource, Item, Score, Setup, Task, percent
+from ..credits import Credits
+from .base import Answer, ImageSource, Item, Score, Setup, Task, names_of
 
 N = 900
 
@@ -45,12 +48,18 @@ class Demo(Task):
 
     def score(self, answers: Sequence[Answer], protocol: str) -> Score:
         """The accuracy of all kinds but captions, whose accuracy is in `more`."""
-        right: dict[str, list[bool]] = {}
-        for a in answers:
-            kind = right.setdefault(a.item.gold["kind"], [])
-            kind.append(a.said.strip() == a.item.gold["answer"])
-        counted = [x for kind, xs in right.items() if kind != "caption" for x in xs]
-        kinds = {kind: percent(right[kind]) for kind in scenes.KINDS if kind in right}
-        notes = ("captions are not in the figure; a caption is right if the whole sentence is",)
-        value = percent(counted) or 0.0
-        return Score("accuracy", value, len(counted), sum(counted), more=kinds, notes=notes)
+        right = [a.said.strip() == a.item.gold["answer"] for a in answers]
+        every = Credits.of(names_of(answers), right)
+        kinds = np.array([a.item.gold["kind"] for a in answers])
+        parts = {kind: every.select(kinds == kind) for kind in scenes.KINDS if kind in kinds}
+        counted = every.select(kinds != "caption")
+        return Score(
+            "accuracy",
+            counted.score if len(counted) else 0.0,
+            len(counted),
+            int(counted.credit.sum()),
+            more={kind: part.score for kind, part in parts.items()},
+            notes=("captions are not in the figure; a caption is right if the whole sentence is",),
+            credits=counted,
+            parts=parts,
+        )

@@ -63,7 +63,7 @@ class GQA(Task):
 
     def score(self, answers: Sequence[Answer], protocol: str) -> Score:
         correct = metric.lmms_correct if protocol == "lmms" else metric.llava_correct
-        return accuracy([correct(a.said, gold_of(a)) for a in answers])
+        return accuracy(answers, [correct(a.said, gold_of(a)) for a in answers])
 
 
 def _row(row: Row, path: Path, i: int, images: dict[str, ImageSource], where: Path) -> Item:

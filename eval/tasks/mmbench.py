@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
+from ..credits import Credits
 from ..metrics import mmbench as metric
 from .base import (
     LETTER,
@@ -17,6 +18,7 @@ from .base import (
     accuracy,
     gold_of,
     letter_options,
+    names_of,
     percent,
 )
 from .files import Row, first_existing, int_field, option_field, read_table, text_field
@@ -85,9 +87,11 @@ class MMBench(Task):
             more["judged"] = judged
             note = f"{judged} answers were read by lmms-eval's offline judge, which is lenient"
         if not questions:
-            return accuracy([])
+            return accuracy([], [])
         value = 100 * right / questions
-        return Score("accuracy", value, questions, right, unparsed, more, (note,))
+        rotations = [metric.question_of(row) for row in rows]
+        share = Credits.merged(names_of(answers), rotations, alone, lambda r: float(all(r)))
+        return Score("accuracy", value, questions, right, unparsed, more, (note,), credits=share)
 
 
 def _choices(answer: Answer) -> dict[str, str]:

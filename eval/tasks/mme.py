@@ -5,8 +5,22 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
+import numpy as np
+
+from ..credits import Credits
 from ..metrics import mme as metric
-from .base import SHORT, Answer, ImageSource, Item, Score, Setup, Task, count_unparsed, gold_of
+from .base import (
+    SHORT,
+    Answer,
+    ImageSource,
+    Item,
+    Score,
+    Setup,
+    Task,
+    count_unparsed,
+    gold_of,
+    names_of,
+)
 from .files import id_field, image_folder, tab_rows, text_field
 from .tables import find_table
 
@@ -75,9 +89,38 @@ class MME(Task):
         }
         missing = [c for c in CATEGORIES if c not in scores]
         notes = (f"without {', '.join(missing)}: not a figure of the whole MME",) if missing else ()
-        right = sum(metric.parse(row.said) == row.gold.strip().lower() for row in rows)
+        right = sum(map(metric.is_right, rows))
         unparsed = count_unparsed(answers, lambda t: {"other": None}.get(metric.parse(t), t))
-        return Score("perception", parts["perception"], len(rows), right, unparsed, more, notes)
+        credits = _credits(answers, rows)
+        return Score(
+            "perception",
+            parts["perception"],
+            len(rows),
+            right,
+            unparsed,
+            more,
+            notes,
+            credits=credits["perception"],
+            parts={name: credits[name] for name in ("cognition", "perception + cognition")},
+        )
+
+
+def _credits(answers: Sequence[Answer], rows: Sequence[metric.Row]) -> dict[str, Credits]:
+    """The credits of images with their two questions, by figure: categories are summed."""
+    every = Credits.merged(
+        names_of(answers),
+        [(row.category, row.image) for row in rows],
+        [metric.is_right(row) for row in rows],
+        lambda pair: 50.0 * sum(pair) + 100.0 * all(pair),
+        [row.category for row in rows],
+        scale=1.0,
+    )
+    seen = np.array([rows[own[0]].category in metric.PERCEPTION for own in every.members])
+    return {
+        "perception": every.select(seen),
+        "cognition": every.select(~seen),
+        "perception + cognition": every,
+    }
 
 
 def _item(

@@ -107,7 +107,7 @@ class MMMU(Task):
                 f"{bare} multiple-choice questions have no options: only answers that are a letter "
                 "already count, as in main_eval_only.py"
             )
-        return accuracy(right, guessed + unparsed, more=more, notes=tuple(notes))
+        return accuracy(answers, right, guessed + unparsed, more=more, notes=tuple(notes))
 
 
 def _table(table: Table, protocol: str) -> list[Item]:

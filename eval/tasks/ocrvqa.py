@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
+from ..credits import Credits
 from ..metrics.rouge import clean, rouge_l
-from .base import Answer, ImageSource, Item, Score, Setup, Task, gold_of, percent
+from .base import Answer, ImageSource, Item, Score, Setup, Task, gold_of, names_of, percent
 from .files import field, first_existing, id_field, image_folder, list_field, read_json, text_field
 from .tables import find_table
 
@@ -71,4 +72,5 @@ class OCRVQA(Task):
         value = percent(credits)
         if value is None:
             raise ValueError("there are no questions to score; give a file that has some")
-        return Score("ROUGE-L", value, len(answers), sum(credits))
+        made = Credits.of(names_of(answers), credits)
+        return Score("ROUGE-L", value, len(answers), sum(credits), credits=made)

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 
+import numpy as np
+
+from ..credits import Credits
 from ..metrics import pope as metric
-from .base import SHORT, Answer, ImageSource, Item, Score, Setup, Task, gold_of
+from .base import SHORT, Answer, ImageSource, Item, Score, Setup, Task, gold_of, names_of
 from .files import first_existing, id_field, image_folder, json_rows, text_field
 from .tables import find_table
 
@@ -112,14 +115,30 @@ class POPE(Task):
             a.text is not None and metric.lmms_parse(a.text) not in ("yes", "no") for a in answers
         )
         value = 100 * sum(defined) / len(defined) if defined else 0.0
-        right = sum(
-            (metric.lmms_parse(_said(a)) if protocol == "lmms" else metric.parse(_said(a)))
-            == gold_of(a).strip().lower()
-            for a in answers
-        )
+        credits = _credits(answers, protocol)
+        right = credits.credit.sum()
         unparsed = strange if protocol == "lmms" else 0
         split = self.split if set(groups) == set(SPLITS) else ", ".join(groups)
-        return Score("F1", value, len(answers), right, unparsed, more, tuple(notes), split)
+        return Score("F1", value, len(answers), right, unparsed, more, tuple(notes), split, credits)
+
+
+def _credits(answers: Sequence[Answer], protocol: str) -> Credits:
+    """The credits of the mean F1 over splits, F1 = 2 tp / (2 tp + fp + fn)."""
+    parse = metric.lmms_parse if protocol == "lmms" else metric.parse
+    said = [parse(_said(a)) for a in answers]
+    gold = [gold_of(a).strip().lower() for a in answers]
+    splits = [a.item.gold.get("split") or "all" for a in answers]
+    numbers = {split: i for i, split in enumerate(dict.fromkeys(splits))}
+    right = [float(s == g) for s, g in zip(said, gold, strict=True)]
+    return replace(
+        Credits.of(names_of(answers), right),
+        numerator=np.array([2.0 * (s == g == "yes") for s, g in zip(said, gold, strict=True)]),
+        denominator=np.array(
+            [float((s == "yes") + (g == "yes")) for s, g in zip(said, gold, strict=True)]
+        ),
+        group=np.array([numbers[split] for split in splits]),
+        mean=True,
+    )
 
 
 def _said(answer: Answer) -> str:

@@ -183,7 +183,7 @@ class ScienceQA(Task):
                 "without image, questions": len(blind),
             }
         split = self.split if all(has_image) else "test"
-        return accuracy(right, given.count(None), more=more, notes=notes, split=split)
+        return accuracy(answers, right, given.count(None), more=more, notes=notes, split=split)
 
 
 def _parts(row: Row, path: Path, where: str) -> tuple[str, str, list[str]]:

@@ -89,7 +89,7 @@ class SEEDBench(Task):
             return next((x for x in "ABCD" if correct(text, x)), None)
 
         unparsed = count_unparsed(answers, parse)
-        return accuracy(right, unparsed, more=more, notes=tuple(notes), split=split)
+        return accuracy(answers, right, unparsed, more=more, notes=tuple(notes), split=split)
 
 
 def _item(row: Row, path: Path, i: int, images: tuple[ImageSource, ...]) -> Item:

@@ -90,7 +90,7 @@ class TextVQA(Task):
     def score(self, answers: Sequence[Answer], protocol: str) -> Score:
         credits = [vqa_credit(a, "textvqa") for a in answers]
         split = "val with OCR tokens" if protocol == "llava" else self.split
-        return accuracy(credits, split=split)
+        return accuracy(answers, credits, split=split)
 
 
 def _row(table: Table, i: int) -> Item:

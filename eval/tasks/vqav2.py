@@ -83,7 +83,7 @@ class VQAv2(Task):
             nothing = float("nan")
             return Score("accuracy", nothing, len(answers), notes=(note,), split="test-dev")
         rule = "vqav2" if protocol == "lmms" else "vqav2-original"
-        return accuracy([vqa_credit(a, rule) for a in answers])
+        return accuracy(answers, [vqa_credit(a, rule) for a in answers])
 
     def submission(self, answers: Sequence[Answer]) -> list[dict[str, Any]]:
         """The rows of all questions; "" for those without an answer."""

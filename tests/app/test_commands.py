@@ -38,6 +38,7 @@ ROOT = Path(__file__).parents[2]
 TINY = ROOT / "tests" / "goldens" / "checkpoints" / "tiny-a" / "hub-sharded"
 COMMANDS = (
     "minillava.app.cli",
+    "eval.analyse",
     "eval.check",
     "eval.compare.__main__",
     "eval.demo",

@@ -63,6 +63,28 @@ def test_counts_are_exact(found: Any) -> None:
     assert found["rows"][2]["weight_bytes"] < plain["weight_bytes"]
 
 
+def test_batches_are_compared_with_the_unpruned_batch(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([*WORDS, "--batch", "1", "3", "--json"]) == 0
+    rows = json.loads(capsys.readouterr().out)["rows"]
+    assert [row["batch"] for row in rows] == [1, 1, 3, 3]
+    for one, three in zip(rows[:2], rows[2:], strict=True):
+        assert three["tokens_entering"] == one["tokens_entering"]
+        assert three["cache_bytes"] == 3 * one["cache_bytes"]
+    for row in rows:  # two new tokens: the first, and one more
+        assert row["requests_per_second"]["n"] == 2
+        low = row["batch"] / (row["first_token"]["high"] + row["per_token"]["high"])
+        high = row["batch"] / (row["first_token"]["low"] + row["per_token"]["low"])
+        assert low <= row["requests_per_second"]["median"] <= high
+
+
+def test_caches_of_a_batch_that_do_not_fit_are_refused(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(latency, "available_memory", lambda: 12e9)
+    assert main(["--shape", "7b", "--form", "int4", "--batch", "1", "16"]) == 2
+    assert "10.5 GB of it for caches" in capsys.readouterr().err
+
+
 @pytest.mark.slow
 def test_times_belong_together(found: Any) -> None:
     for row in found["rows"]:
@@ -77,7 +99,7 @@ def test_a_table_is_printed_with_the_machine(capsys: pytest.CaptureFixture[str])
     assert main(WORDS) == 0
     first, _, head, _, *rows = capsys.readouterr().out.splitlines()
     assert "memory reads 10.0 GB/s" in first
-    assert head.startswith("| form | plan | vision s |")
+    assert head.startswith("| form | plan | batch | vision s |")
     assert [row.split(" | ")[1] for row in rows] == ["`none`", "`fastv:k=2,keep=9`"]
     assert "2 x 84, 6 x 29" in rows[1]
 
@@ -142,7 +164,8 @@ def test_a_shape_that_does_not_fit_is_refused(
     monkeypatch.setattr(latency, "available_memory", lambda: 4.3e9)
     assert main(["--shape", "7b", "--form", "int4"]) == 2
     err = capsys.readouterr().err
-    assert "--form int4 needs 7.3 GB" in err
+    assert "--form int4 needs 8.0 GB" in err
+    assert "0.7 GB of it for caches" in err
     assert "and 4.3 GB are free" in err
 
 

@@ -1,0 +1,168 @@
+"""The answers under one plan, with one seed or several, ready to be compared with another's."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+from pathlib import Path
+
+from . import statistics
+from .credits import Credits, average
+from .plans import file_name
+from .results import PlanResult, digest_questions, read_result
+from .statistics import Difference, Estimate
+from .tasks.base import Answer, Item, Task
+from .typed import parse_json, refuse_special_file
+
+
+@dataclass(frozen=True)
+class SeedAnswers:
+    """The answers under one plan with one seed."""
+
+    result: PlanResult
+    credits: Credits
+    texts: tuple[str, ...]  # [question]
+    kl: tuple[float | None, ...]  # [question] of the first token, from the unpruned model's
+
+
+@dataclass(frozen=True)
+class Answers:
+    """The answers under one plan. Its score is the mean over its seeds, question by question."""
+
+    seeds: tuple[SeedAnswers, ...]  # the first is that of --out, the others of --out/seed-N
+
+    @property
+    def result(self) -> PlanResult:
+        return self.seeds[0].result
+
+    @property
+    def plan(self) -> str:
+        return self.result.run.plan
+
+    @cached_property
+    def credits(self) -> Credits:
+        return average([seed.credits for seed in self.seeds])
+
+    def estimate(self, confidence: float = statistics.CONFIDENCE) -> Estimate:
+        return statistics.estimate(self.credits, confidence)
+
+    def compare(self, other: Answers, confidence: float = statistics.CONFIDENCE) -> Difference:
+        """This plan minus another. Of two plans that both draw at random, the seeds that both have
+        are compared. Raises ValueError for answers of other questions, seeds or settings."""
+        ours, theirs = self._with_seeds_of(other), other._with_seeds_of(self)
+        if reason := ours.result.find_mismatch(theirs.result):
+            raise ValueError(reason)
+        return statistics.compare(theirs.credits, ours.credits, confidence)
+
+    def _with_seeds_of(self, other: Answers) -> Answers:
+        if not (self.result.draws and other.result.draws):
+            return self
+        common = {seed.result.run.seed for seed in other.seeds}
+        found = tuple(seed for seed in self.seeds if seed.result.run.seed in common)
+        if not found:
+            raise ValueError(
+                f"{self.plan} was asked with seed {self.result.run.seed}, and {other.plan} with "
+                f"{', '.join(map(str, sorted(common)))}: answers of other seeds cannot be paired"
+            )
+        return Answers(found)
+
+    def agreement(self, unpruned: Answers, confidence: float = statistics.CONFIDENCE) -> Estimate:
+        """Percent of the answers that equal the unpruned model's, character by character."""
+        said = unpruned.seeds[0].texts
+        names = [str(i) for i in range(len(said))]
+        same = [
+            Credits.of(names, [a == b for a, b in zip(seed.texts, said, strict=True)])
+            for seed in self.seeds
+        ]
+        return statistics.estimate(average(same), confidence)
+
+    @property
+    def mean_kl(self) -> float | None:
+        """The mean KL of the first token in nats; None if a question has none."""
+        every = [kl for seed in self.seeds for kl in seed.kl]
+        known = [kl for kl in every if kl is not None]
+        return sum(known) / len(known) if known and len(known) == len(every) else None
+
+
+def read_answers(folder: Path, result: PlanResult, task: Task, items: Sequence[Item]) -> Answers:
+    """The answers of a result that stands in --out, with all its seeds there.
+
+    items: the questions that were asked. Raises ValueError if the answers belong to other ones, and
+    for damaged files.
+    """
+    if digest_questions(items) != result.questions:
+        raise ValueError(
+            f"{result.run.plan} in {folder} answers other questions than the {len(items)} of "
+            f"{task.name} that are read now; give the same --data, --limit and --ids"
+        )
+    name = f"{file_name(result.run.plan)}.jsonl"
+    others = sorted(folder.glob(f"seed-*/{name}")) if result.draws else []
+    found = [_read_seed(folder / name, result, task, items)]
+    for path in others:
+        other = read_result(path)
+        if reason := replace(other, draws=False).find_mismatch(result):
+            raise ValueError(f"{path}: {reason}; ask it again with the settings of {folder}")
+        if other.run.seed != result.run.seed:
+            found.append(_read_seed(path, other, task, items))
+    return Answers(tuple(found))
+
+
+def _read_seed(path: Path, result: PlanResult, task: Task, items: Sequence[Item]) -> SeedAnswers:
+    rows = read_rows(path)
+    asked = [(i, str(item.question_id)) for i, item in enumerate(items)]
+    if [(row.number, str(row.question_id)) for row in rows] != asked:
+        raise ValueError(
+            f"{path} has {len(rows)} answers, but not one to each of the {len(items)} questions in "
+            "their order; give the command of eval.run again"
+        )
+    credits = result.scored.score.credits
+    if credits is None:  # it was read from its file
+        answers = [Answer(item, row.text) for item, row in zip(items, rows, strict=True)]
+        credits = task.score(answers, result.run.protocol).credits
+    if credits is None:
+        raise ValueError(f"{task.name} has no right answers here, so plans cannot be compared")
+    texts, kl = tuple(row.text for row in rows), tuple(row.kl for row in rows)
+    return SeedAnswers(result, credits, texts, kl)
+
+
+@dataclass(frozen=True)
+class AnswerRow:
+    """What comparisons need of a line of an answer file."""
+
+    number: int
+    question_id: str | int
+    prompt: str
+    text: str
+    kl: float | None
+
+
+def read_rows(path: Path) -> list[AnswerRow]:
+    """The lines of a file that eval.run has finished. Raises ValueError for a damaged one.
+
+    Entries that only eval.run needs, when it continues, are not checked: 10,000 lines take less
+    than a second.
+    """
+    refuse_special_file(path)
+    return [
+        _read_row(line, f"{path}, line {i}")
+        for i, line in enumerate(path.read_bytes().split(b"\n")[:-1], 1)
+    ]
+
+
+def _read_row(line: bytes, where: str) -> AnswerRow:
+    try:
+        row = parse_json(line)
+        more = row["metadata"]
+        found = AnswerRow(
+            more["number"], row["question_id"], row["prompt"], row["text"], more.get("kl")
+        )
+        texts = isinstance(found.prompt, str) and isinstance(found.text, str)
+        numbers = isinstance(found.number, int) and isinstance(found.kl, float | int | None)
+        named = isinstance(found.question_id, str | int)
+        reason = "" if texts and numbers and named else "an entry has another type"
+    except (ValueError, TypeError, KeyError, AttributeError) as error:
+        reason = str(error)
+    if reason:
+        raise ValueError(f"{where} is not an answer of eval.run: {reason}; give its command again")
+    return found
