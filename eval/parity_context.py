@@ -117,7 +117,9 @@ class GivenContext(Context):
     def features(self) -> Tensor:
         return self._given("features", along=0)
 
-    def before(self) -> Tensor:
+    def before(self, rows: Tensor | None = None) -> Tensor:
+        if rows is not None:
+            raise self._error("it reads rows that are no candidates; give the whole model's inputs")
         return self._given("before", along=0)
 
     def entered(self) -> Tensor:
