@@ -85,8 +85,6 @@ class LlavaForConditionalGeneration(transformers.LlavaForConditionalGeneration):
                 f"from_pretrained has no argument {', '.join(unknown)}; it takes fastv_config, "
                 f"{', '.join(LOADING)}"
             )
-        if isinstance(arguments.get("torch_dtype"), torch.dtype):
-            arguments.setdefault("dtype", arguments["torch_dtype"])
         loaded = super().from_pretrained(pretrained_model_name_or_path, **arguments)
         model = loaded[0] if arguments.get("output_loading_info") else loaded
         model.__dict__["pruner"] = Pruner(model, None, plan, 0) if plan.methods else None
@@ -185,11 +183,6 @@ class Pruner:
 
     def __init__(self, theirs: Any, tokenizer: Words | None, plan: Plan, seed: int) -> None:
         self.theirs, self.seed = theirs, seed
-        used = theirs.config._attn_implementation
-        if used not in ATTENTION:
-            raise ValueError(
-                f"attn_implementation={used!r}; plans run with {' or '.join(ATTENTION)}"
-            )
         for name, value in (("tokens", plan.tokens), ("focus", plan.focus)):
             if value not in (None, "hf"):
                 raise ValueError(
@@ -207,9 +200,15 @@ class Pruner:
         self.ours: LLaVA = empty_model(config, tokenizer)  # type: ignore[arg-type]
         self.plan = plan.resolve(config.text.num_hidden_layers, config.vision.num_patches)
         share_modules(self.ours, theirs)
+        self.follow_model()
 
-    def check_device(self) -> None:
-        """Follow the model to its device and dtype."""
+    def follow_model(self) -> None:
+        """Follow the model to its device and dtype. Raises ValueError where a plan cannot."""
+        used = self.theirs.config._attn_implementation
+        if used not in ATTENTION:
+            raise ValueError(
+                f"attn_implementation={used!r}; plans run with {' or '.join(ATTENTION)}"
+            )
         if len(devices := {p.device for p in self.theirs.parameters()}) > 1:
             raise ValueError(
                 f"the model lies on {', '.join(sorted(map(str, devices)))}; plans need it on one "
@@ -292,7 +291,7 @@ class Words:
 
 
 class PromptCache:
-    """Keys and values of one prompt, as their layers give them; stands for KVCache and for Cache."""
+    """Keys and values of one prompt, as their layers give them. KVCache to us, Cache to them."""
 
     def __init__(self) -> None:
         self.held: dict[int, tuple[Tensor, Tensor]] = {}  # by layer, (1, Hkv, S, Dh) each
@@ -318,7 +317,7 @@ class Request:
     """
 
     def __init__(self, pruner: Pruner, n_prompts: int, pixels: Any, focus: Any, sizes: Any) -> None:
-        pruner.check_device()
+        pruner.follow_model()
         self.pruner, self.ours, self.n_prompts = pruner, pruner.ours, n_prompts
         self.pixels, self.focus, self.sizes = pixels, focus, sizes
         self.states: list[State] = []  # [prompt] of the first prefill
