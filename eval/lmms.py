@@ -5,9 +5,9 @@
         --tasks pope,mme --batch_size 8 --output_path out --log_samples
 
 All arguments go to lmms-eval unchanged; minillava/harness/lmms_eval.py lists the model arguments. A
-plan with commas needs double quotes inside the argument, as above. Plain `lmms-eval --model minillava
-…` runs the same. If a run fails, it logs that and ends with exit code 0; this command ends with one
-line `error: …` and exit code 2. `--verbosity DEBUG` shows the traceback.
+plan with commas needs double quotes inside the argument, as above. `lmms-eval --model minillava …`
+runs the same model, but logs a failure and ends with exit code 0; this command ends with one line
+`error: …` and exit code 2. `--verbosity DEBUG` shows the traceback.
 """
 
 from __future__ import annotations

@@ -7,23 +7,25 @@ from typing import TYPE_CHECKING, Any
 from ..pruning.base import Plan
 
 if TYPE_CHECKING:
-    from transformers import AutoProcessor, TextStreamer
+    from transformers import TextStreamer
 
     from .model import LlavaForConditionalGeneration
+    from .processor import AutoProcessor
 
 __all__ = ["AutoProcessor", "LlavaForConditionalGeneration", "TextStreamer", "to_transformers"]
 
 
 def __getattr__(name: str) -> Any:
-    """LlavaForConditionalGeneration is ours, AutoProcessor and TextStreamer are transformers'."""
+    """The names that FastV's example imports; TextStreamer is transformers' own."""
     if name not in __all__:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     _check_transformers()
     import transformers
 
-    from . import model
+    from . import model, processor
 
-    return getattr(model if name == "LlavaForConditionalGeneration" else transformers, name)
+    ours = {"LlavaForConditionalGeneration": model, "AutoProcessor": processor}
+    return getattr(ours.get(name, transformers), name)
 
 
 def to_transformers(hf_model: Any, processor: Any, plan: Plan, seed: int = 0) -> Any:

@@ -60,9 +60,10 @@ REFUSED = (
     *("prompt_lookup_num_tokens", "prefill_chunk_size", "cache_implementation"),
     *("output_attentions", "output_hidden_states", "vision_feature_layer"),
 )
+DYNAMIC = ("cache_implementation", "dynamic")  # the one that is allowed
 
 
-class LlavaForConditionalGeneration(transformers.LlavaForConditionalGeneration):  # type: ignore[misc,unused-ignore]
+class LlavaForConditionalGeneration(transformers.LlavaForConditionalGeneration):  # type: ignore[misc,no-untyped-call,unused-ignore]
     """transformers' LLaVA-1.5 that drops image tokens as a plan says.
 
     kept: what each step of the plan left in the last prefill that `generate` ran (report.Kept).
@@ -72,7 +73,7 @@ class LlavaForConditionalGeneration(transformers.LlavaForConditionalGeneration):
     kept: Any = ()
 
     @classmethod
-    def from_pretrained(
+    def from_pretrained(  # type: ignore[override,unused-ignore]
         cls, pretrained_model_name_or_path: Any, *, fastv_config: Any = None, **arguments: Any
     ) -> Any:
         """Load a checkpoint as transformers does. fastv_config: FastV's dict, unchanged, or None.
@@ -85,10 +86,13 @@ class LlavaForConditionalGeneration(transformers.LlavaForConditionalGeneration):
                 f"from_pretrained has no argument {', '.join(unknown)}; it takes fastv_config, "
                 f"{', '.join(LOADING)}"
             )
-        loaded = super().from_pretrained(pretrained_model_name_or_path, **arguments)
-        model = loaded[0] if arguments.get("output_loading_info") else loaded
-        model.__dict__["pruner"] = Pruner(model, None, plan, 0) if plan.methods else None
-        return loaded
+        # their class reads the files: which names it translates depends on the class
+        loaded: Any = transformers.LlavaForConditionalGeneration.from_pretrained(
+            pretrained_model_name_or_path, **arguments
+        )
+        if arguments.get("output_loading_info"):
+            return to_transformers(loaded[0], None, plan, 0), loaded[1]
+        return to_transformers(loaded, None, plan, 0)
 
     def generate(
         self,
@@ -109,12 +113,12 @@ class LlavaForConditionalGeneration(transformers.LlavaForConditionalGeneration):
         if self.pruner is None:
             pictures = {} if pixel_values is None else {"pixel_values": pixel_values}
             return super().generate(ids, generation_config, **pictures, **arguments)
+        settings = generation_config or self.generation_config
         for name in REFUSED:
-            value = arguments.get(name, getattr(generation_config, name, None))
-            if value not in (None, False) and (name, value) != ("cache_implementation", "dynamic"):
-                raise ValueError(
-                    f"generate({name}=…) does not go together with a plan; leave it out"
-                )
+            value = arguments.get(name, getattr(settings, name, None))
+            if value is None or value is False or (name, str(value)) == DYNAMIC:
+                continue
+            raise ValueError(f"generate({name}=…) does not go together with a plan; leave it out")
         if not isinstance(ids, Tensor) or ids.ndim != 2:
             raise ValueError("generate needs input_ids (B, T), as the processor makes them")
         request = Request(self.pruner, len(ids), pixel_values, focus, sizes)
@@ -147,7 +151,7 @@ class LlavaForConditionalGeneration(transformers.LlavaForConditionalGeneration):
         if cache is None and arguments.get("use_cache"):
             cache = transformers.DynamicCache()  # some versions leave this to the model
         if cache is None:
-            logits = pruning.run_again(input_ids, attention_mask)
+            logits: Any = pruning.run_again(input_ids, attention_mask)
         elif not cache.get_seq_length():
             logits = pruning.fill(input_ids, attention_mask, cache)
         else:
@@ -323,6 +327,7 @@ class Request:
         self.states: list[State] = []  # [prompt] of the first prefill
         self.encoded: Encoded | None = None
         self.memories: list[Memory] = []  # [row], without a cache
+        self.longest = 0  # rows of the longest prompt in layer 0
 
     def begin(self, ids: Tensor, mask: Tensor | None) -> None:
         """Check the prompts (rows, T) and encode their images."""
@@ -372,7 +377,7 @@ class Request:
             lengths = torch.tensor([len(r) for r in rows])
             position = torch.tensor([r.next_position for r in rows])
             most = int(lengths.max())
-            self.longest = self.longest if i else most  # in layer 0
+            self.longest = self.longest if i else most
             held = torch.arange(most) >= most - lengths[:, None]  # (prompts, most)
             ragged = bool((lengths < most).any())
             self.positions.append(position.repeat_interleave(n).to(device))  # (rows,)
