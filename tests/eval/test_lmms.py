@@ -272,7 +272,7 @@ def test_sampled_answers_do_not_depend_on_the_batch():
 def test_what_is_no_picture_is_refused():
     model = MiniLLaVA(str(DEMO))
     model.task_dict = {"t": {"test": ["doc"]}}
-    with pytest.raises(ValueError, match=r"^t, test 0: a visual of type str; minillava reads p"):
+    with pytest.raises(ValueError, match=r"^t, test 0: a visual of type str; minillava reads i"):
         model.generate_until([_request(0, visual=lambda doc: ["film.mp4"])])
     with pytest.raises(ValueError, match="t needs likelihoods"):
         model.loglikelihood([_request(0)])

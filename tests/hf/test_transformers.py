@@ -137,6 +137,8 @@ def test_positions_caches_and_several_methods(
 
 
 def test_grouped_heads_and_another_grid(tmp_path_factory: pytest.TempPathFactory) -> None:
+    if transformers.__version__ < "5":
+        pytest.skip("tiny.py writes models with transformers 5")
     folder = write_folder(tmp_path_factory, image_size=84)
     ours, theirs = load(folder)[0], read(folder)
     batch = make_batch(ours, "ttItttt", "tIttItt", seed=3)
@@ -304,9 +306,7 @@ def test_a_plan_beyond_the_model_is_refused(theirs: Any, processor: Any, one: An
 # ---------------------------------------------------------------- FastV's own call
 
 
-def test_the_call_in_the_readme(
-    ours: Any,
-) -> None:
+def test_the_call_in_the_readme(ours: Any) -> None:
     """FastV's example with one import changed, on the demo: its tokens are ours without a cache."""
     text = (ROOT / "minillava" / "hf" / "README.md").read_text()
     (code,) = (c for c in re.findall(r"```python\n(.*?)```", text, re.S) if "fastv_config" in c)
