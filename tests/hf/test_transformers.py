@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 from PIL import Image
-from tiny import PAD, choices, example, make_batch, write_clip, write_folder
+from tiny import PAD, assert_close, choices, example, make_batch, write_clip, write_folder
 
 from minillava import Batch, load, parse_plan, to_transformers
 from minillava.generate import generate
@@ -83,10 +83,14 @@ def answers(model: Any, inputs: Any, **options: Any) -> list[list[int]]:
 
 
 def assert_same(ours: Any, model: Any, inputs: Any, plan: Plan, **options: Any) -> None:
-    """Equal tokens up to the end of each answer, and equal kept sets."""
-    expected = generate(ours, batch_of(inputs), plan, NEW, **options)
-    found = answers(model, inputs, **options)
-    assert [f[: len(t)] for f, t in zip(found, expected.tokens, strict=True)] == expected.tokens
+    """Equal tokens up to the end of each answer, from the same logits, and equal kept sets."""
+    expected = generate(ours, batch_of(inputs), plan, NEW, output_logits=True, **options)
+    options |= {"output_logits": True, "return_dict_in_generate": True, "do_sample": False}
+    found = model.generate(**inputs, max_new_tokens=NEW, **options)
+    new, logits = found.sequences[:, inputs["input_ids"].shape[1] :], torch.stack(found.logits, 1)
+    for b, tokens in enumerate(expected.tokens):
+        assert new[b, : len(tokens)].tolist() == tokens
+        assert_close(logits[b, : len(tokens)], expected.logits[b, : len(tokens)])
     for mine, kept in zip(model.kept, expected.report.kept, strict=True):
         assert (mine.rule, mine.layer, mine.digest) == (kept.rule, kept.layer, kept.digest)
         assert mine.extra == kept.extra
