@@ -46,9 +46,9 @@ def inputs(processor: Any) -> Any:
     """Prompts of different lengths, with one, two and no pictures."""
     image = Image.open(DEMO / "example.png").convert("RGB")
     text = [
-        "USER: <image>\nWhat digit is red? ASSISTANT:",
+        "USER: <image>\nWhat is in the picture? ASSISTANT:",
         "USER: <image> <image>\nWhat is in the pictures, at the left? ASSISTANT:",
-        "USER: What is red? ASSISTANT:",
+        "USER: What is at the left, and what is at the right? ASSISTANT:",
     ]
     images = [image, image, image.rotate(90)]
     return processor(text=text, images=images, return_tensors="pt", padding=True)
