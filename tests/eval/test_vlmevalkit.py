@@ -15,6 +15,7 @@ from PIL import Image
 
 from minillava import load, parse_plan
 from minillava.generate import generate
+from minillava.processing.processor import Processor
 
 DEMO = Path(__file__).parents[2] / "weights" / "demo"
 PLAN = "fastv:k=3,r=0.75"
@@ -44,7 +45,16 @@ def adapter(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
     del sys.modules[name]
 
 
-def test_answers_are_those_of_generate(adapter: Any, tmp_path: Path) -> None:
+def test_answers_are_those_of_generate(
+    adapter: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    prompts, call = [], Processor.__call__
+
+    def noting(self: Any, texts: Any, *rest: Any) -> Any:
+        prompts.append(texts)
+        return call(self, texts, *rest)
+
+    monkeypatch.setattr(Processor, "__call__", noting)
     picture, turned = DEMO / "example.png", tmp_path / "turned.png"
     Image.open(picture).rotate(90).save(turned)
     asked = adapter.MiniLLaVA(str(DEMO), prune=PLAN, max_new_tokens=12)
@@ -60,6 +70,7 @@ def test_answers_are_those_of_generate(adapter: Any, tmp_path: Path) -> None:
         prompt = f"USER: {places}{question} ASSISTANT:"
         batch = processor([prompt], [[Image.open(path) for path in images]])
         result = generate(model, batch, parse_plan(PLAN), max_new_tokens=12)
+        assert prompts[-2] == prompts[-1]
         assert found == processor.decode(result.tokens[0])
 
 
