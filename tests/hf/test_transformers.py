@@ -229,10 +229,13 @@ def test_beams_do_not_depend_on_the_batch(
 ) -> None:
     model = to_transformers(theirs, processor, parse_plan("fastv:k=3,r=0.75"))
     together = answers(model, inputs, num_beams=3)
-    ids, mask = inputs["input_ids"][:1], inputs["attention_mask"][:1].bool()
-    alone = {"input_ids": ids[mask][None], "pixel_values": inputs["pixel_values"][:1]}
-    (answer,) = answers(model, alone, num_beams=3)
-    assert together[0][: len(answer)] == answer
+    for b, pictures in enumerate((slice(0, 1), slice(1, 3), None)):
+        ids = inputs["input_ids"][b][inputs["attention_mask"][b].bool()]
+        alone = {"input_ids": ids[None]}
+        if pictures is not None:
+            alone["pixel_values"] = inputs["pixel_values"][pictures]
+        (answer,) = answers(model, alone, num_beams=3)
+        assert together[b][: len(answer)] == answer
 
 
 def test_streamers_and_outputs(
