@@ -1,13 +1,13 @@
-"""The command line of lmms-eval 0.7.3, with the additional model `minillava`.
+"""The command line of lmms-eval 0.7.3, whose failures end with one line and an exit code.
 
     python -m eval.lmms --model minillava \\
         --model_args 'pretrained=weights/demo,prune="fastv:k=2,r=0.5",dtype=float32' \\
         --tasks pope,mme --batch_size 8 --output_path out --log_samples
 
-All arguments go to lmms-eval unchanged; eval/lmms_model.py lists the model arguments. A plan with
-commas needs double quotes inside the argument, as above. If a run fails, lmms-eval logs it and ends
-with exit code 0; this command ends with one line `error: …` and exit code 2. `--verbosity DEBUG`
-shows the traceback.
+All arguments go to lmms-eval unchanged; minillava/harness/lmms_eval.py lists the model arguments. A
+plan with commas needs double quotes inside the argument, as above. `lmms-eval --model minillava …`
+runs the same model, but logs a failure and ends with exit code 0; this command ends with one line
+`error: …` and exit code 2. `--verbosity DEBUG` shows the traceback.
 """
 
 from __future__ import annotations
@@ -21,8 +21,6 @@ from typing import Any
 from unittest.mock import patch
 
 from minillava.app.command import CommandParser, print_error
-
-NAME, CLASS = "minillava", "eval.lmms_model.MiniLLaVA"
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -54,14 +52,7 @@ def _run(words: list[str]) -> None:
     from lmms_eval.cli.dispatch import (  # type: ignore[import-not-found,import-untyped,unused-ignore]
         main as dispatch,
     )
-    from lmms_eval.models import (  # type: ignore[import-not-found,import-untyped,unused-ignore]
-        MODEL_REGISTRY_V2,
-    )
-    from lmms_eval.models.registry_v2 import (  # type: ignore[import-not-found,import-untyped,unused-ignore]
-        ModelManifest,
-    )
 
-    MODEL_REGISTRY_V2.register_manifest(ModelManifest(NAME, simple_class_path=CLASS))
     single = _stop_on_failure(own.cli_evaluate_single)
     with (
         patch.object(own, "cli_evaluate_single", single),

@@ -3,9 +3,9 @@
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from .app.public import Batch, load, overlay, parse_plan
+    from .app.public import Batch, load, overlay, parse_plan, to_transformers
 
-__all__ = ["Batch", "load", "overlay", "parse_plan"]
+__all__ = ["Batch", "load", "overlay", "parse_plan", "to_transformers"]
 
 
 def __getattr__(name: str) -> Any:

@@ -488,13 +488,6 @@ def main():
     parser.add_argument("--verbosity")
     own.cli_evaluate_single(parser.parse_args())
 """,
-        "models/__init__.py": """
-class MODEL_REGISTRY_V2:
-    register_manifest = print
-    def __new__(cls): ...
-MODEL_REGISTRY_V2.register_manifest = staticmethod(lambda manifest: None)
-""",
-        "models/registry_v2.py": "def ModelManifest(name, simple_class_path): ...\n",
     }.items():
         path = tmp_path / "lmms_eval" / file
         path.parent.mkdir(parents=True, exist_ok=True)

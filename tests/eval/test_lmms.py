@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import functools
 import json
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -15,9 +17,15 @@ from lmms_eval.api.instance import Instance
 from lmms_eval.utils import simple_parse_args_string
 
 from eval import lmms
-from eval.lmms_model import DELIMITER, MiniLLaVA, add_placeholders, cut_at_stop, settings
 from minillava import load, parse_plan
 from minillava.generate import generate
+from minillava.harness.lmms_eval import (
+    DELIMITER,
+    MiniLLaVA,
+    add_placeholders,
+    cut_at_stop,
+    settings,
+)
 from minillava.processing.templates import conversation
 from weights import scenes
 
@@ -125,6 +133,15 @@ def direct(rows):
         return texts
 
     return answers
+
+
+def test_lmms_eval_finds_the_model_by_itself():
+    """By the entry point of the installed package, in a new process without our command."""
+    code = "from lmms_eval.models import get_model; print(get_model('minillava'))"
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=False, cwd="/"
+    )
+    assert "minillava.harness.lmms_eval.MiniLLaVA" in done.stdout, done.stderr
 
 
 def test_template_and_numbering_of_lmms_evals_llava_class(task, rows):
@@ -255,7 +272,7 @@ def test_sampled_answers_do_not_depend_on_the_batch():
 def test_what_is_no_picture_is_refused():
     model = MiniLLaVA(str(DEMO))
     model.task_dict = {"t": {"test": ["doc"]}}
-    with pytest.raises(ValueError, match=r"^t, test 0: a visual of type str; minillava reads p"):
+    with pytest.raises(ValueError, match=r"^t, test 0: a visual of type str; minillava reads i"):
         model.generate_until([_request(0, visual=lambda doc: ["film.mp4"])])
     with pytest.raises(ValueError, match="t needs likelihoods"):
         model.loglikelihood([_request(0)])

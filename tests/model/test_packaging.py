@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import ast
+import importlib
 import re
 import subprocess
 import sys
+import types
 from pathlib import Path
 from typing import Any
 
@@ -109,6 +111,7 @@ DISTRIBUTIONS = {
     "llama_cpp": "llama-cpp-python",
     "open_clip": "open-clip-torch",
     "sklearn": "scikit-learn",
+    "vlmeval": "ms-vlmeval",
 }
 
 
@@ -130,17 +133,36 @@ def third_party_imports(folder: Path) -> dict[str, Path]:
 
 @pytest.mark.parametrize("folder", ["minillava", "weights", "eval", "tests"])
 def test_every_import_is_a_declared_dependency(folder: str) -> None:
-    """The package may import its dependencies and the optional library, which it loads when a
-    checkpoint needs it; the other folders those of the extras too."""
+    """The package may import its dependencies and optional libraries, each where one is asked for;
+    the other folders those of all extras."""
     tomllib: Any = pytest.importorskip("tomllib", reason="new in Python 3.11")
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     extras = project["optional-dependencies"]
-    optional = [extras["tokenizers"]] if folder == "minillava" else extras.values()
+    own = [extras[name] for name in ("tokenizers", "transformers", "lmms", "vlmeval")]
+    optional = own if folder == "minillava" else extras.values()
     stated = [project["dependencies"], *optional]
     declared = {re.split(r"[^\w.-]", text)[0] for texts in stated for text in texts}
     imports = third_party_imports(ROOT / folder)
     assert "torch" in imports, "this look at the source finds no imports any more"
     assert {name: path for name, path in imports.items() if name not in declared} == {}
+
+
+def test_lmms_eval_gets_the_place_of_the_model(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """The object that pyproject.toml names gives a manifest of a class that is there."""
+    tomllib: Any = pytest.importorskip("tomllib", reason="new in Python 3.11")
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    module, _, name = project["entry-points"]["lmms_eval.models"]["minillava"].partition(":")
+    registry: Any = types.ModuleType("lmms_eval.models.registry_v2")  # a stand-in for lmms-eval
+    registry.ModelManifest = lambda model_id, simple_class_path: (model_id, simple_class_path)
+    for parent in ("lmms_eval", "lmms_eval.models"):
+        monkeypatch.setitem(sys.modules, parent, types.ModuleType(parent))
+    monkeypatch.setitem(sys.modules, registry.__name__, registry)
+    model_id, path = getattr(importlib.import_module(module), name)()
+    package, _, cls = path.rpartition(".")
+    assert model_id == "minillava"
+    assert f"\nclass {cls}(" in source_of(package.removeprefix("minillava."))
 
 
 def test_the_licence_is_the_one_pyproject_names() -> None:

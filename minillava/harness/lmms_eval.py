@@ -22,13 +22,13 @@ from lmms_eval.api.model import (  # type: ignore[import-not-found,import-untype
 from PIL import Image
 from tqdm import tqdm  # type: ignore[import-untyped,unused-ignore]
 
-from minillava import load
-from minillava.generate import generate
-from minillava.processing.image import check_aspect
-from minillava.processing.processor import TOKENS
-from minillava.processing.templates import IMAGE, TEMPLATES, conversation
-from minillava.pruning import parse_plan
-from minillava.request import Settings
+from ..generate import generate
+from ..loading.checkpoint import load
+from ..processing.image import check_aspect
+from ..processing.processor import TOKENS
+from ..processing.templates import IMAGE, TEMPLATES, conversation
+from ..pruning import parse_plan
+from ..request import Settings
 
 NEW_TOKENS = 1024  # default of lmms-eval's llava classes, for tasks that set no number
 DELIMITER = "\n\n"  # lmms-eval's default `until`; LLaVA's answers may contain it
