@@ -23,7 +23,7 @@ from tiny import (
     write_hf,
 )
 
-from minillava import Batch, load, parse_plan
+from minillava import Batch, engine, load, parse_plan
 from minillava.cache import KVCache
 from minillava.config import TextConfig
 from minillava.generate import Result, encode_images, generate, stream
@@ -493,3 +493,22 @@ def test_settings_that_cannot_be(
     one = alone(model, batch, 0)
     with pytest.raises(ValueError, match=re.escape(named)):
         list(stream(model, processor, one, **({"max_new_tokens": 4} | options)))
+
+
+@pytest.mark.parametrize(("plan", "segments"), [(None, 1), ("fastv:k=1,keep=3", 2)])
+def test_angles_and_masks_are_made_once_a_token(
+    model: Any, batch: Batch, plan: str | None, segments: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """For each run of layers that hold the same rows, not for each layer."""
+    made: Counter[str] = Counter()
+    for owner, name in ((type(model.llama), "rope"), (engine, "view_cache")):
+        original = getattr(owner, name)
+        monkeypatch.setattr(
+            owner, name, lambda *args, f=original, n=name: (made.update([n]), f(*args))[1]
+        )
+    generate(model, batch, parse_plan(plan), 1, min_new_tokens=1)
+    in_the_prompt = Counter(made)
+    made.clear()
+    generate(model, batch, parse_plan(plan), 6, min_new_tokens=6)
+    made.subtract(in_the_prompt)
+    assert made == {"rope": 5 * segments, "view_cache": 5 * segments}
