@@ -1,0 +1,142 @@
+"""Ask the model for a page: the answers as they come, then the sheet that compares them."""
+
+from __future__ import annotations
+
+import queue
+import sys
+import threading
+import traceback
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field, replace
+
+from PIL import Image
+
+from eval.compare import Comparison, compare, draw_sheet
+from minillava.app.canvas import Drawing
+from minillava.llava import LLaVA
+from minillava.processing.processor import Processor
+from minillava.pruning.parsing import write_value
+
+from . import limits
+
+NONE = "none"  # the plan of the unpruned model
+PATIENCE = 60.0  # seconds after which a page that takes no more text is given up
+FAULT = "the program has made a mistake; its terminal says which"
+
+
+@dataclass(frozen=True)
+class Request:
+    """What a visitor asks, checked."""
+
+    image: Image.Image
+    question: str
+    plans: Sequence[str]  # without the unpruned one
+    new_tokens: int
+    budgets: bool  # whether each plan is asked at several budgets, too
+
+
+@dataclass(frozen=True)
+class Progress:
+    """What can be shown so far."""
+
+    texts: dict[str, str]  # plan -> its answer as far as it has come
+    comparison: Comparison | None = None  # when all have answered
+    sheet: Drawing | None = None
+
+
+class Abandoned(BaseException):
+    """Nobody waits for the answer any more. No Exception, so that nothing takes it for a mistake in
+    a plan."""
+
+
+@dataclass
+class Asker:
+    """The model that all visitors share. It answers one request at a time."""
+
+    model: LLaVA
+    processor: Processor
+    name: str  # of the checkpoint, as given
+    _turn: threading.Lock = field(default_factory=threading.Lock)
+
+    def ask(self, request: Request) -> Iterator[Progress]:
+        """Answer a request. Raises ValueError, in one sentence, for what cannot be done.
+
+        The work is done in a thread of its own. It ends at the next token after this iterator is
+        closed, or if nothing was taken from it for PATIENCE seconds.
+        """
+        work = _Work(self, request)
+        thread = threading.Thread(target=work.run, daemon=True)
+        thread.start()
+        progress = Progress(dict.fromkeys((NONE, *request.plans), ""))
+        yield progress
+        try:
+            while True:
+                event = work.events.get()
+                if isinstance(event, BaseException):
+                    raise event
+                if isinstance(event, Progress):
+                    yield event
+                    return
+                plan, piece = event
+                progress.texts[plan] += piece
+                if work.events.empty():  # of pieces that came together, only the last is shown
+                    yield replace(progress, texts=dict(progress.texts))
+        finally:
+            work.abandoned.set()
+
+    def patches_left(self, comparison: Comparison) -> dict[str, str]:
+        """The patches that each plan has left, as a list such as 3/7-12."""
+        runs = [run for run in comparison.runs if run.result is not None]
+        return {run.plan: str(write_value(tuple(sorted(run.kept(0))))) for run in runs}
+
+
+class _Work:
+    """One request while it is answered. events: (plan, piece of its answer), then the last
+    Progress or the exception that ended it."""
+
+    def __init__(self, asker: Asker, request: Request) -> None:
+        self.asker, self.request = asker, request
+        self.events: queue.Queue[tuple[str, str] | Progress | BaseException] = queue.Queue(256)
+        self.abandoned = threading.Event()
+
+    def run(self) -> None:
+        try:
+            with self.asker._turn:
+                self._put(self._compare())
+        except Abandoned:
+            pass
+        except BaseException as error:
+            if limits.describe_error(error) is None:
+                traceback.print_exc(file=sys.stderr)
+            self._put(error)
+
+    def _compare(self) -> Progress:
+        self.listen("", "")
+        request, asker = self.request, self.asker
+        comparison = compare(
+            asker.model,
+            asker.processor,
+            request.image,
+            request.question,
+            list(request.plans),
+            budgets=None if request.budgets else (),
+            max_new_tokens=request.new_tokens,
+            read=limits.read_plan,
+            about={"Model": asker.name},
+            listen=self.listen,
+        )
+        texts = {run.plan: run.answer for run in comparison.runs}
+        return Progress(texts, comparison, draw_sheet(comparison))
+
+    def listen(self, plan: str, piece: str) -> None:
+        """Pass on a piece of a plan's answer; the empty one only asks whether to go on."""
+        if self.abandoned.is_set():
+            raise Abandoned
+        if piece:
+            self._put((plan, piece))
+
+    def _put(self, event: tuple[str, str] | Progress | BaseException) -> None:
+        try:
+            self.events.put(event, timeout=PATIENCE)
+        except queue.Full:
+            raise Abandoned from None

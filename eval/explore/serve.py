@@ -1,0 +1,64 @@
+"""Load the model and serve the page until the process is told to end."""
+
+from __future__ import annotations
+
+import argparse
+import socket
+from pathlib import Path
+
+import fastapi
+import gradio as gr
+import uvicorn
+
+from minillava import load
+
+from . import limits
+from .asking import Asker
+from .page import HERE, Page, build
+from .pictures import DEMO, Uploads, bundled_pictures
+from .server import Gate
+
+
+def serve(
+    args: argparse.Namespace,
+    listening: socket.socket,
+    folder: Path,
+    hosts: tuple[str, ...],
+    address: str,
+) -> None:
+    """Answer requests at a socket. folder: for everything that is written."""
+    name = str(DEMO) if args.model is None else args.model
+    model, processor = load(
+        name, args.device, args.dtype, args.quantize, args.revision, progress=True
+    )
+    uploads = Uploads(folder)
+    shown = "the demo" if args.model is None else Path(args.model).name
+    page = Page(Asker(model, processor, shown), bundled_pictures(), uploads)
+    gate = Gate(make_app(page), uploads, hosts)
+    config = uvicorn.Config(
+        gate, log_level="critical", timeout_graceful_shutdown=1, limit_concurrency=256
+    )
+    print(f"The page is at {address} (Ctrl-C ends it)", flush=True)
+    uvicorn.Server(config).run([listening])
+
+
+def make_app(page: Page) -> fastapi.FastAPI:
+    """Gradio's server of the page, without what it would send to others or show to strangers."""
+    blocks = build(page)
+    blocks.state_session_capacity = limits.MAX_SESSIONS
+    blocks.queue(max_size=limits.MAX_WAITING, default_concurrency_limit=4)
+    fonts = {"font": ["Helvetica", "Arial", "sans-serif"], "font_mono": ["monospace"]}
+    return gr.mount_gradio_app(
+        fastapi.FastAPI(docs_url=None, redoc_url=None, openapi_url=None),
+        blocks,
+        path="/",
+        footer_links=[],
+        run_history=False,
+        show_error=False,
+        max_file_size=1,
+        ssr_mode=False,
+        enable_monitoring=False,
+        mcp_server=False,
+        theme=gr.themes.Default(**fonts),
+        css=(HERE / "page.css").read_text("utf-8"),
+    )
