@@ -65,7 +65,7 @@ class Chat:
         encoded, questions = None, _read_questions(first)
         while (question := self.ranks.run_in_first(lambda: next(questions, None))) is not None:
             try:
-                self._check_length(question)
+                check_length(self.model, question)
                 prompt = self.processor.prompt(question, len(self.images), turns)
                 batch = self._make_batch(prompt)
                 encoded = encoded or encode_images(self.model, batch, self.plan)
@@ -74,17 +74,6 @@ class Chat:
                 if not _is_terminal():
                     raise
                 print_error(error)  # a person at the terminal can ask something else
-
-    def _check_length(self, question: str) -> None:
-        """Refuse a question that is certainly too long before it is tokenised, which takes seconds
-        for a million characters."""
-        positions = self.model.config.text.max_position_embeddings
-        most = positions * LONGEST_PIECE
-        if len(question) > most:
-            raise ValueError(
-                f"the question has more than {most} characters, which do not fit into the model's "
-                f"{positions} positions; ask a shorter one"
-            )
 
     def _make_batch(self, prompt: str) -> Batch:
         aspect = self.args.image_aspect
@@ -141,6 +130,18 @@ class Chat:
             },
             "report": dataclasses.asdict(result.report),
         }
+
+
+def check_length(model: LLaVA, question: str) -> None:
+    """Refuse a question that is certainly too long before it is tokenised, which takes seconds for
+    a million characters (ValueError)."""
+    positions = model.config.text.max_position_embeddings
+    most = positions * LONGEST_PIECE
+    if len(question) > most:
+        raise ValueError(
+            f"the question has more than {most} characters, which do not fit into the model's "
+            f"{positions} positions; ask a shorter one"
+        )
 
 
 def _collect(pieces: Iterable[str], printing: bool) -> str:

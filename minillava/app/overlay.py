@@ -10,52 +10,40 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from itertools import groupby
+from typing import Any
 
 from PIL import Image
 
+from ..config import Config
 from ..processing.image import ImageConfig
 from ..pruning.parsing import name_plan
-from ..report import Result
-from .canvas import Drawing, Shape, Text, move, wrap_text
+from ..report import Report, Result
+from .canvas import Drawing, move
 from .fate import Fate, count_layers, count_tokens, list_fates
-from .frame import INK, PANEL, Frame, make_frame
-from .panels import (
-    LINE,
-    NORMAL,
-    Panel,
-    draw_choice,
-    draw_lives,
-    draw_scores,
-    draw_tokens,
-)
+from .frame import PANEL, Frame, make_frame
+from .layout import Block, fill_rows, stack, write_lines
+from .panels import Panel, draw_choice, draw_lives, draw_scores, draw_tokens
 
 PAGE = 1900  # pixels that a page may be wide, unless one panel is wider
-MARGIN, GAP = 16, 20
+MARGIN = 16
 MOST_STEPS = 4  # that are drawn by themselves, unless all are asked for
 DIGITS = 12  # of a digest in the caption
 
 
 def overlay(
-    result: Result,
-    images: Image.Image | Sequence[Image.Image],
-    *,
-    sample: int = 0,
-    text: str | None = None,
-    aspect: str | None = None,
-    config: ImageConfig | None = None,
-    question: str | None = None,
-    about: Mapping[str, str] | None = None,
-    every_step: bool = False,
+    result: Result, images: Image.Image | Sequence[Image.Image], **options: Any
 ) -> Image.Image:
-    """Draw one prompt of a batch, as a PIL image; see draw_overlay, which also gives an SVG."""
-    given = (images, sample, text, aspect, config, question, about, every_step)
-    return draw_overlay(result, *given).image()
+    """Draw one prompt of a batch, as a PIL image. It takes the options of draw_overlay, which also
+    gives an SVG."""
+    return draw_overlay(result, images, **options).image()
 
 
 def draw_overlay(
     result: Result,
     images: Image.Image | Sequence[Image.Image],
+    *,
     sample: int = 0,
     text: str | None = None,
     aspect: str | None = None,
@@ -75,20 +63,18 @@ def draw_overlay(
     if not 0 <= sample < len(result.tokens):
         raise ValueError(f"sample={sample} must be from 0 to {len(result.tokens) - 1}")
     given = [images] if isinstance(images, Image.Image) else list(images)
-    vision, starts = result.config.vision, result.starts[sample]
-    if not starts:
+    n_images = len(result.starts[sample])
+    if not n_images:
         raise ValueError(f"prompt {sample} has no image; an overlay needs one")
-    if len(given) != len(starts):
+    if len(given) != n_images:
         raise ValueError(
-            f"prompt {sample} has {len(starts)} images, not {len(given)}; give all of them"
+            f"prompt {sample} has {n_images} images, not {len(given)}; give all of them"
         )
-    config = config or ImageConfig(vision.image_size, vision.image_size)
-    aspect = aspect or result.config.image_aspect
-    pages = []
-    for i, image in enumerate(given):
-        frame = make_frame(image, vision, config, aspect)
-        square = make_frame(image, vision, config, aspect, outside=0.0)
-        pages.append(_draw_image(result, sample, i, (frame, square), every_step))
+    frames = frame_images(given, result.config, config, aspect)
+    pages = [
+        fill_rows(draw_panels(result, sample, i, frames[i], every_step), PAGE - 2 * MARGIN)
+        for i in range(n_images)
+    ]
     answer = result.texts[sample] if text is None and result.texts else text
     caption = _make_caption(result, sample, question, answer)
     facts = dict(about or {}) | {
@@ -98,35 +84,62 @@ def draw_overlay(
         "Digest": ", ".join(f"{k.rule} {k.digest[sample]}" for k in result.report.kept),
     }
     told = {name: value for name, value in facts.items() if value}
-    width, height, shapes = _lay_out(pages, caption)
+    widest = max(PANEL, *(page.width for page in pages))
+    page = stack([*pages, write_lines(caption, widest)])
     title = f"Patches left by the plan {facts['Plan']}"
-    return Drawing(width, height, shapes, title, _describe(result, sample, caption), told)
+    return draw_page(page, title, _describe(result, sample, caption), told)
 
 
 # ---------------------------------------------------------------- the page
 
 
-def _draw_image(
-    result: Result, sample: int, image: int, frames: tuple[Frame, Frame], every_step: bool
+@dataclass(frozen=True)
+class Frames:
+    """One image in two frames: as far as a crop leaves it in sight, and its square alone."""
+
+    whole: Frame
+    square: Frame
+
+
+def frame_images(
+    images: Sequence[Image.Image],
+    model: Config,
+    config: ImageConfig | None = None,
+    aspect: str | None = None,
+) -> list[Frames]:
+    """The frames of images that a processor made square with this config and aspect."""
+    vision = model.vision
+    config = config or ImageConfig(vision.image_size, vision.image_size)
+    return [
+        Frames(
+            make_frame(image, vision, config, aspect or model.image_aspect),
+            make_frame(image, vision, config, aspect or model.image_aspect, outside=0.0),
+        )
+        for image in images
+    ]
+
+
+def draw_panels(
+    result: Result, sample: int, image: int, frames: Frames, every_step: bool = False
 ) -> list[Panel]:
-    """The panels of one image: the map on the whole picture, the others on its square."""
-    whole, frame = frames
+    """The panels of one image: first how long each patch lives, on the whole picture, then the
+    reasons of each step, on the square."""
     which = f"image {image + 1}: " if len(result.starts[sample]) > 1 else ""
     last = image == len(result.starts[sample]) - 1
     n_layers = result.config.text.num_hidden_layers
     lives = count_layers(result, sample, image)
     title = f"{which}decoder layers that each patch lives in, of {n_layers}"
-    panels = [draw_lives(whole, title, lives, n_layers)]
+    panels = [draw_lives(frames.whole, title, lives, n_layers)]
     fates = list_fates(result, sample, image)
     for fate in fates if every_step else fates[:MOST_STEPS]:
         unmerged = fate.step.extra[sample] - len(fate.added)
         chips = [f"rows without a patch: {unmerged}"] if last and unmerged > 0 else []
         if fate.into or chips or (fate.picks and not fate.scores):
-            panels.append(draw_choice(frame, fate, chips))
+            panels.append(draw_choice(frames.square, fate, chips))
         if fate.scores:
-            panels.append(draw_scores(frame, fate, _note_margin(fate, sample)))
+            panels.append(draw_scores(frames.square, fate, _note_margin(fate, sample)))
     for step, tokens in count_tokens(result, sample, image):
-        panels.append(draw_tokens(frame, step, tokens))
+        panels.append(draw_tokens(frames.square, step, tokens))
     return panels
 
 
@@ -143,39 +156,11 @@ def _note_margin(fate: Fate, sample: int) -> list[str]:
     return notes
 
 
-def _lay_out(
-    pages: Sequence[Sequence[Panel]], caption: Sequence[str]
-) -> tuple[int, int, list[Shape]]:
-    """Panels in rows, each image on its own, and the caption below: width, height, shapes."""
-    shapes: list[Shape] = []
-    y, widest = MARGIN, PANEL
-    for panels in pages:
-        for row in _fill_rows(panels):
-            x = MARGIN
-            head = max(len(panel.title) for panel in row) * LINE
-            for panel in row:
-                for n, line in enumerate(reversed(panel.title), 1):  # directly above the picture
-                    shapes.append(Text(x, y + head - n * LINE - 3, line, NORMAL, INK))
-                shapes += [move(shape, x, y + head) for shape in panel.shapes]
-                x += panel.width + GAP
-            y += head
-            widest = max(widest, x - GAP - MARGIN)
-            y += max(panel.height for panel in row) + GAP
-    for line in (line for text in caption for line in wrap_text(text, widest, NORMAL)):
-        shapes.append(Text(MARGIN, y, line, NORMAL, INK))
-        y += LINE + 3
-    return widest + 2 * MARGIN, y + MARGIN, shapes
-
-
-def _fill_rows(panels: Sequence[Panel]) -> list[list[Panel]]:
-    """As many panels next to each other as a page is wide, at least one."""
-    rows: list[list[Panel]] = [[]]
-    for panel in panels:
-        width = sum(p.width + GAP for p in rows[-1]) + panel.width
-        if rows[-1] and width > PAGE - 2 * MARGIN:
-            rows.append([])
-        rows[-1].append(panel)
-    return rows
+def draw_page(block: Block, title: str, description: str, about: Mapping[str, str]) -> Drawing:
+    """A block on paper, with a margin."""
+    shapes = [move(shape, MARGIN, MARGIN) for shape in block.shapes]
+    width, height = block.width + 2 * MARGIN, block.height + 2 * MARGIN
+    return Drawing(width, height, shapes, title, description, about)
 
 
 # ---------------------------------------------------------------- words
@@ -186,28 +171,37 @@ def _make_caption(
 ) -> list[str]:
     """Paragraphs: question, answer, plan, the tokens that enter each layer, times, digests."""
     report = result.report
-    entering = zip(report.tokens_entering, report.image_tokens_entering, strict=True)
-    layers, first = [], 0
-    for (rows, image), same in groupby((all_[sample], image[sample]) for all_, image in entering):
-        last = first + len(list(same)) - 1
-        which = f"layer {first}" if first == last else f"layers {first}-{last}"
-        layers.append(f"{which}: {rows} ({image} of images)")
-        first = last + 1
     times = [f"vision tower {report.vision:.3g} s", f"prompt {report.prefill:.3g} s"]
     times.append(f"first token after {report.first_token:.3g} s")
     if report.per_token:
         times.append(f"{1000 * report.per_token:.3g} ms for each later one")
-    steps = [f"{k.rule} {k.digest[sample][:DIGITS]}" for k in report.kept[:MOST_STEPS]]
-    more = len(report.kept) - MOST_STEPS
-    steps += [f"and {more} more steps, in the file's metadata"] if more > 0 else []
     return [
         *([f"question: {question}"] if question else []),
         f"answer: {f'tokens {result.tokens[sample]}' if answer is None else answer}",
         f"plan: {name_plan(result.plan)}",
-        f"tokens: {report.prompt_tokens[sample]} in the prompt; {', '.join(layers)}",
+        f"tokens: {describe_tokens(report, sample)}",
         f"times: {', '.join(times)}",
-        *([f"kept sets (SHA-256): {', '.join(steps)}"] if steps else []),
+        *([f"kept sets (SHA-256): {describe_digests(report, sample)}"] if report.kept else []),
     ]
+
+
+def describe_tokens(report: Report, sample: int) -> str:
+    """How many tokens enter each layer."""
+    entering = zip(report.tokens_entering, report.image_tokens_entering, strict=True)
+    words, first = [f"{report.prompt_tokens[sample]} in the prompt"], 0
+    for (rows, image), same in groupby((all_[sample], image[sample]) for all_, image in entering):
+        last = first + len(list(same)) - 1
+        which = f"layer {first}" if first == last else f"layers {first}-{last}"
+        words.append(f"{which}: {rows} ({image} of images)")
+        first = last + 1
+    return f"{words[0]}; {', '.join(words[1:])}"
+
+
+def describe_digests(report: Report, sample: int) -> str:
+    """The beginning of the digest of each step's kept set, of the first MOST_STEPS steps."""
+    words = [f"{k.rule} {k.digest[sample][:DIGITS]}" for k in report.kept[:MOST_STEPS]]
+    more = len(report.kept) - MOST_STEPS
+    return ", ".join([*words, *([f"and {more} more steps, in the metadata"] if more > 0 else [])])
 
 
 def _describe(result: Result, sample: int, caption: Sequence[str]) -> str:
