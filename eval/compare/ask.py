@@ -16,7 +16,7 @@ from tqdm import tqdm  # type: ignore[import-untyped,unused-ignore]
 
 from minillava.app.chat import check_length
 from minillava.app.command import MAX_LINE, cut_middle
-from minillava.generate import Answer, generate
+from minillava.generate import Answer, Result, stream
 from minillava.llava import Encoded, LLaVA
 from minillava.processing.processor import Processor
 from minillava.pruning import parse_plan
@@ -48,13 +48,16 @@ def compare(
     about: Mapping[str, str] | None = None,
     read: Callable[[str], Plan] = parse_plan,
     progress: bool = False,
+    listen: Callable[[str, str], object] | None = None,
 ) -> Comparison:
     """Ask one question about one or more images without pruning and under each plan (greedily).
 
     budgets: numbers of patches of an image to be left, at which each plan is asked again; None:
     SHARES of all patches; (): none. focus: the text for text-guided methods, unless a preset states
     one. image_aspect: "crop", "pad", or None for the checkpoint's. about: words for files. read:
-    makes a plan of a text; parse_plan never runs a file. progress: a bar, on a terminal. Raises
+    makes a plan of a text; parse_plan never runs a file. progress: a bar, on a terminal. listen: is
+    called with a plan and each piece of its answer, as it comes (with "" for a plan at a budget);
+    what it raises, if it is no Exception, ends the comparison. Raises
     ValueError for no image, an empty or too long question, and if not even the unpruned model or
     one of the plans can run.
     """
@@ -69,7 +72,7 @@ def compare(
     able = [one for one in ready if isinstance(one, _Ready)]
     if not able:
         raise ValueError(next(one.error for one in ready if isinstance(one, Run)))
-    asker = _Asker.encode(model, able, settings)
+    asker = _Asker.encode(model, processor, able, settings, listen or _ignore)
     varied = {one.name: _vary(model, one, tried) for one in able if one.plan.methods}
     total = len(able) + sum(len(v.trials) for v in varied.values())
     with tqdm(total=total, unit="run", leave=False, disable=None if progress else True) as bar:
@@ -89,6 +92,10 @@ def compare(
         processor.image,
         about or {},
     )
+
+
+def _ignore(plan: str, piece: str) -> None:
+    """Nobody listens."""
 
 
 def _check_question(
@@ -218,18 +225,28 @@ class _Asker:
     """The model with the encoded images."""
 
     model: LLaVA
+    processor: Processor
     settings: Settings
     encoded: Encoded
     tower: float  # seconds that it took
+    listen: Callable[[str, str], object]
 
     @classmethod
-    def encode(cls, model: LLaVA, asked: Sequence[_Ready], settings: Settings) -> _Asker:
+    def encode(
+        cls,
+        model: LLaVA,
+        processor: Processor,
+        asked: Sequence[_Ready],
+        settings: Settings,
+        listen: Callable[[str, str], object],
+    ) -> _Asker:
         """Run the vision tower once, for the hidden states that any of the plans reads."""
         pixels, start = asked[0].batch.pixels, read_clock(model.device)
         assert pixels is not None
         with torch.inference_mode():
             encoded = model.encode(pixels, frozenset[int]().union(*(one.states for one in asked)))
-        return cls(model, settings, encoded, read_clock(model.device) - start)
+        seconds = read_clock(model.device) - start
+        return cls(model, processor, settings, encoded, seconds, listen)
 
     def run_all(
         self, asked: Sequence[_Ready | Run], bar: tqdm
@@ -246,11 +263,19 @@ class _Asker:
     def _ask(self, one: _Ready, reference: _Reference | None) -> tuple[Run, _Reference | None]:
         """The run of a plan, and its answer."""
         try:
-            result = generate(
-                self.model, one.batch, one.plan, encoded=self.encoded, **asdict(self.settings)
+            pieces = stream(
+                self.model,
+                self.processor,
+                one.batch,
+                one.plan,
+                encoded=self.encoded,
+                **asdict(self.settings),
             )
+            for piece in pieces:
+                self.listen(one.name, piece)
         except Exception as error:
             return Run(one.name, error=_explain(error)), None
+        result: Result = pieces.result
         assert result.logits is not None
         logits, tower = result.logits[0, 0].clone(), None if one.own_tower else self.tower
         kl = None if reference is None else divergence(reference.logits, logits)
@@ -266,7 +291,7 @@ class _Asker:
         for trial in trials.trials:
             found = run
             if trial.plan.methods != one.plan.methods:
-                found, _ = short._ask(replace(one, plan=trial.plan), reference)
+                found, _ = short._ask(replace(one, name="", plan=trial.plan), reference)
             same = found.result is not None and found.result.tokens[0] == reference.tokens
             plan = write_plan(trial.plan)
             cells.append(

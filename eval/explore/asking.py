@@ -125,14 +125,16 @@ class _Work:
             about={"Model": asker.name},
             listen=self.listen,
         )
+        if not request.budgets:
+            comparison = replace(comparison, drifts=())  # which would be drawn without answers
         texts = {run.plan: run.answer for run in comparison.runs}
         return Progress(texts, comparison, draw_sheet(comparison))
 
     def listen(self, plan: str, piece: str) -> None:
-        """Pass on a piece of a plan's answer; the empty one only asks whether to go on."""
+        """Pass on a piece of a plan's answer, and end the work if nobody waits for it."""
         if self.abandoned.is_set():
             raise Abandoned
-        if piece:
+        if plan:
             self._put((plan, piece))
 
     def _put(self, event: tuple[str, str] | Progress | BaseException) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import base64
-import io
 import sys
 import traceback
 from collections.abc import Iterator, Mapping
@@ -37,6 +36,7 @@ class Page:
     asker: Asker
     bundled: Mapping[str, Bundled]
     uploads: Uploads
+    budgets: bool = False  # whether plans are asked at several budgets, unless a visitor says
 
     # ------------------------------------------------------------ what the model has
 
@@ -69,7 +69,7 @@ class Page:
     def default(self) -> State:
         sizes = (self.n_layers, self.n_patches)
         plans = tuple(suggest_plan(name, SHARE, *sizes) for name in FIRST_PLANS)
-        return State("example", self.bundled["example"].question, plans)
+        return State("example", self.bundled["example"].question, plans, budgets=self.budgets)
 
     # ------------------------------------------------------------ events
 
@@ -236,9 +236,7 @@ def format_answers(progress: Progress) -> str:
 def format_sheet(progress: Progress) -> str:
     """The sheet as HTML, with its description for those who do not see it."""
     assert progress.sheet is not None
-    content = io.BytesIO()
-    progress.sheet.image().save(content, "PNG")
-    data = base64.b64encode(content.getvalue()).decode()
+    data = base64.b64encode(progress.sheet.png()).decode()
     words = escape(progress.sheet.description, quote=True)
     return (
         '<div class="sheet" tabindex="0" role="region" aria-label="The sheet; scroll to see all">'

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import asyncio
 import socket
 from pathlib import Path
 
@@ -16,7 +17,7 @@ from . import limits
 from .asking import Asker
 from .page import HERE, Page, build
 from .pictures import DEMO, Uploads, bundled_pictures
-from .server import Gate
+from .server import Gate, Message
 
 
 def serve(
@@ -33,13 +34,37 @@ def serve(
     )
     uploads = Uploads(folder)
     shown = "the demo" if args.model is None else Path(args.model).name
-    page = Page(Asker(model, processor, shown), bundled_pictures(), uploads)
+    asker = Asker(model, processor, shown)
+    page = Page(asker, bundled_pictures(), uploads, budgets=args.model is None)
     gate = Gate(make_app(page), uploads, hosts)
     config = uvicorn.Config(
         gate, log_level="critical", timeout_graceful_shutdown=1, limit_concurrency=256
     )
+    asyncio.run(_serve(uvicorn.Server(config), gate, listening, address))
+
+
+async def _serve(
+    server: uvicorn.Server, gate: Gate, listening: socket.socket, address: str
+) -> None:
+    await request_page(gate)
     print(f"The page is at {address} (Ctrl-C ends it)", flush=True)
-    uvicorn.Server(config).run([listening])
+    await server.serve([listening])
+
+
+async def request_page(gate: Gate) -> None:
+    """Ask for the page once, since the first answer takes five times as long as the others."""
+    host = gate.hosts[0] if gate.hosts else "localhost"
+    scope = {"type": "http", "method": "GET", "path": "/", "raw_path": b"/", "query_string": b""}
+    scope |= {"http_version": "1.1", "scheme": "http", "root_path": "", "client": None}
+    headers = [(b"host", host.encode())]
+
+    async def receive() -> Message:
+        return {"type": "http.request"}
+
+    async def send(message: Message) -> None:
+        pass
+
+    await gate({**scope, "server": (host, 80), "headers": headers}, receive, send)
 
 
 def make_app(page: Page) -> fastapi.FastAPI:
@@ -47,6 +72,7 @@ def make_app(page: Page) -> fastapi.FastAPI:
     blocks = build(page)
     blocks.state_session_capacity = limits.MAX_SESSIONS
     blocks.queue(max_size=limits.MAX_WAITING, default_concurrency_limit=4)
+    # blue, since white letters on Gradio's own orange are hard to read; fonts of the visitor's system
     fonts = {"font": ["Helvetica", "Arial", "sans-serif"], "font_mono": ["monospace"]}
     return gr.mount_gradio_app(
         fastapi.FastAPI(docs_url=None, redoc_url=None, openapi_url=None),
@@ -59,6 +85,6 @@ def make_app(page: Page) -> fastapi.FastAPI:
         ssr_mode=False,
         enable_monitoring=False,
         mcp_server=False,
-        theme=gr.themes.Default(**fonts),
+        theme=gr.themes.Default(primary_hue="blue", **fonts),
         css=(HERE / "page.css").read_text("utf-8"),
     )
