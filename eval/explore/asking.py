@@ -67,9 +67,9 @@ class Asker:
         work = _Work(self, request)
         thread = threading.Thread(target=work.run, daemon=True)
         thread.start()
-        progress = Progress(dict.fromkeys((NONE, *request.plans), ""))
-        yield progress
+        texts = dict.fromkeys((NONE, *request.plans), "")
         try:
+            yield Progress(dict(texts))
             while True:
                 event = work.events.get()
                 if isinstance(event, BaseException):
@@ -78,9 +78,9 @@ class Asker:
                     yield event
                     return
                 plan, piece = event
-                progress.texts[plan] += piece
+                texts[plan] += piece
                 if work.events.empty():  # of pieces that came together, only the last is shown
-                    yield replace(progress, texts=dict(progress.texts))
+                    yield Progress(dict(texts))
         finally:
             work.abandoned.set()
 

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import fields
 
 from minillava import parse_plan
 from minillava.app.command import MAX_LINE, cut_middle, is_out_of_memory
 from minillava.pruning.base import Plan
+from minillava.pruning.hand import Hand
 
 MAX_UPLOAD = 16 << 20  # bytes of a file
 MAX_PIXELS = 25_000_000  # of an uploaded picture: 100 MB while it is decoded
@@ -80,12 +82,12 @@ def check_patches(text: str, n_patches: int) -> tuple[int, ...]:
         raise ValueError("no patch is kept; keep at least one, or use the plan text-only")
     if len(text) > MAX_PATCHES:
         raise ValueError(f"the list of patches has {len(text)} characters; at most {MAX_PATCHES}")
-    (hand,) = parse_plan(f"hand:patches={text}").methods if text.isascii() else (None,)
-    found: tuple[int, ...] = getattr(hand, "patches", ())
-    if hand is None or "," in text or "+" in text or not found:
+    if not re.fullmatch(r"[0-9][0-9/-]*", text):
         raise ValueError(f"patches={shorten(text)} must be numbers, for example 3/7-12")
+    (hand,) = parse_plan(f"hand:patches={text}").methods
+    assert isinstance(hand, Hand)
     hand.check(1, n_patches, (0,))
-    return tuple(sorted(found))
+    return tuple(sorted(hand.patches))
 
 
 def describe_error(error: BaseException) -> str | None:

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import base64
-import sys
-import traceback
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from html import escape
@@ -19,7 +16,8 @@ from minillava import parse_plan
 from minillava.pruning import METHODS
 
 from . import limits
-from .asking import FAULT, NONE, Asker, Progress, Request
+from .asking import NONE, Asker, Request
+from .markup import explain, format_answers, format_sheet, say
 from .pictures import PREFIX, THUMBNAIL, Bundled, Uploads, data_uri, show_pixels
 from .state import UPLOAD, State, read_query, write_query
 
@@ -199,51 +197,6 @@ class Page:
         return show_pixels(image, processor.image, processor.aspect)
 
 
-# ---------------------------------------------------------------- text
-
-
-def say(text: str) -> str:
-    """A message as HTML."""
-    kind = "error" if text.startswith("error: ") else "note"
-    return f'<p class="{kind}">{escape(text)}</p>' if text else ""
-
-
-def explain(error: BaseException) -> str:
-    """An error as one sentence. A fault of the program is told to the terminal only."""
-    if (sentence := limits.describe_error(error)) is None:
-        traceback.print_exception(error, file=sys.stderr)
-    return f"error: {sentence or FAULT}"
-
-
-def format_answers(progress: Progress) -> str:
-    """A table of plans and answers as HTML."""
-    done = progress.comparison
-    errors = {run.plan: run.error for run in done.runs if run.error} if done else {}
-    reference = progress.texts[NONE]
-    rows = []
-    for plan, text in progress.texts.items():
-        shown = escape(text) or ("" if done else "…")
-        if plan in errors:
-            shown = f'<span class="error">error: {escape(errors[plan])}</span>'
-        elif done and plan != NONE and text == reference:
-            shown += ' <span class="same">(as unpruned)</span>'
-        name = "unpruned" if plan == NONE else escape(plan)
-        rows.append(f'<tr><th scope="row">{name}</th><td>{shown}</td></tr>')
-    head = '<tr><th scope="col">plan</th><th scope="col">answer</th></tr>'
-    return f'<table class="answers"><thead>{head}</thead><tbody>{"".join(rows)}</tbody></table>'
-
-
-def format_sheet(progress: Progress) -> str:
-    """The sheet as HTML, with its description for those who do not see it."""
-    assert progress.sheet is not None
-    data = base64.b64encode(progress.sheet.png()).decode()
-    words = escape(progress.sheet.description, quote=True)
-    return (
-        '<div class="sheet" tabindex="0" role="region" aria-label="The sheet; scroll to see all">'
-        f'<img src="data:image/png;base64,{data}" alt="{words}"></div>'
-    )
-
-
 # ---------------------------------------------------------------- layout
 
 
@@ -385,7 +338,7 @@ def _shrink(image: Any) -> Any:
 def _connect(page: Page, app: gr.Blocks, parts: Parts) -> None:
     """Which event does what. Only `ask` uses the model; light events run beside it."""
     message, light = parts.message, {"api_visibility": "private", "show_progress": "hidden"}
-    app.load(
+    loaded = app.load(
         page.open_link,
         parts.query,
         [*parts.state, message],
@@ -415,6 +368,7 @@ def _connect(page: Page, app: gr.Blocks, parts: Parts) -> None:
     changes = [part.change for part in (parts.picture, parts.plans, parts.board, parts.tokens)]
     changes += [parts.budgets.change, parts.question.blur, parts.ask.click, parts.question.submit]
     gr.on(changes, page.write_link, parts.state, parts.query, trigger_mode="always_last", **light)
-    replace = "(query) => { if (query) window.history.replaceState(null, '', query); }"
+    loaded.then(page.write_link, parts.state, parts.query, **light)
+    replace = "(query) => { if (query) window.history.replaceState('written', '', query); }"
     parts.query.change(None, parts.query, None, js=replace)
     app.unload(page.end_session)

@@ -24,7 +24,7 @@ import pytest
 from PIL import Image
 
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "chrome"))), None)
-WAIT = 60_000  # milliseconds, on a busy machine
+WAIT = 15_000  # milliseconds, on a busy machine
 
 pytestmark = [pytest.mark.slow, pytest.mark.skipif(CHROMIUM is None, reason="needs Chromium")]
 
@@ -89,7 +89,7 @@ def open_page(browser: Any, server: str) -> Iterator[Callable[..., Any]]:
         page.on("pageerror", lambda error: faults.append(str(error)))
         page.goto(server + "/" + query)
         page.wait_for_selector(".board [aria-checked]")
-        page.wait_for_function("location.search")  # its state has arrived in the address
+        page.wait_for_function("history.state === 'written'")  # the state in the address
         pages.append(page)
         return page
 
