@@ -58,7 +58,7 @@ def _run(args: argparse.Namespace) -> None:
         hosts = allowed_hosts(args.host)
         if not hosts:
             print(
-                f"note: everybody who reaches {shown} can use the page and see its bundled pictures",
+                f"note: everybody who can reach {shown}, port {port}, can use the page",
                 file=sys.stderr,
             )
         serve(args, socket, folder, hosts, f"http://{shown}:{port}")

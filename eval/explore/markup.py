@@ -1,4 +1,4 @@
-"""What the page says, as HTML: messages, answers, the sheet. Whatever came from outside is escaped."""
+"""What the page says, as HTML: messages, answers, the sheet. What came from outside is escaped."""
 
 from __future__ import annotations
 

@@ -258,7 +258,7 @@ def _make_question(page: Page, state: State) -> dict[str, Any]:
     found["question"] = gr.Textbox(state.question, label="Question", lines=2, max_lines=6)
     found["plans"] = gr.Textbox(
         "\n".join(state.plans),
-        label=f"Plans, one per line, {limits.MAX_PLANS} at most; the unpruned model is always asked",
+        label=f"Plans, one per line, {limits.MAX_PLANS} at most (beside the unpruned model)",
         lines=3,
         max_lines=6,
     )
@@ -337,7 +337,8 @@ def _shrink(image: Any) -> Any:
 
 def _connect(page: Page, app: gr.Blocks, parts: Parts) -> None:
     """Which event does what. Only `ask` uses the model; light events run beside it."""
-    message, light = parts.message, {"api_visibility": "private", "show_progress": "hidden"}
+    message = parts.message
+    light = {"queue": False, "api_visibility": "private", "show_progress": "hidden"}
     loaded = app.load(
         page.open_link,
         parts.query,

@@ -54,9 +54,9 @@ async def _serve(
 async def request_page(gate: Gate) -> None:
     """Ask for the page once, since the first answer takes five times as long as the others."""
     host = gate.hosts[0] if gate.hosts else "localhost"
-    scope = {"type": "http", "method": "GET", "path": "/", "raw_path": b"/", "query_string": b""}
-    scope |= {"http_version": "1.1", "scheme": "http", "root_path": "", "client": None}
-    headers = [(b"host", host.encode())]
+    scope: Message = {"type": "http", "method": "GET", "path": "/", "query_string": b""}
+    scope |= {"http_version": "1.1", "scheme": "http", "root_path": "", "raw_path": b"/"}
+    scope |= {"client": None, "server": (host, 80), "headers": [(b"host", host.encode())]}
 
     async def receive() -> Message:
         return {"type": "http.request"}
@@ -64,7 +64,7 @@ async def request_page(gate: Gate) -> None:
     async def send(message: Message) -> None:
         pass
 
-    await gate({**scope, "server": (host, 80), "headers": headers}, receive, send)
+    await gate(scope, receive, send)
 
 
 def make_app(page: Page) -> fastapi.FastAPI:
@@ -72,7 +72,7 @@ def make_app(page: Page) -> fastapi.FastAPI:
     blocks = build(page)
     blocks.state_session_capacity = limits.MAX_SESSIONS
     blocks.queue(max_size=limits.MAX_WAITING, default_concurrency_limit=4)
-    # blue, since white letters on Gradio's own orange are hard to read; fonts of the visitor's system
+    # blue, since white letters on Gradio's own orange are hard to read; and the system's fonts
     fonts = {"font": ["Helvetica", "Arial", "sans-serif"], "font_mono": ["monospace"]}
     return gr.mount_gradio_app(
         fastapi.FastAPI(docs_url=None, redoc_url=None, openapi_url=None),

@@ -6,6 +6,7 @@ Neither Gradio nor a browser is needed; test_explore_browser.py has the page its
 from __future__ import annotations
 
 import asyncio
+import itertools
 import json
 import os
 import re
@@ -126,7 +127,10 @@ def test_an_error_is_one_sentence(capsys: pytest.CaptureFixture[str]) -> None:
     assert explain(ValueError("a\nb")) == "error: a b"
     assert "out of memory" in explain(MemoryError())
     assert capsys.readouterr().err == ""
-    assert explain(KeyError("secret")) == "error: the program has made a mistake; its terminal says which"
+    assert (
+        explain(KeyError("secret"))
+        == "error: the program has made a mistake; its terminal says which"
+    )
     assert "KeyError: 'secret'" in capsys.readouterr().err
 
 
@@ -365,13 +369,20 @@ def test_bodies_that_are_too_long_or_incomplete_leave_nothing(gate: server.Gate)
 def test_everything_is_written_to_a_folder_that_is_removed(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("GRADIO_TEMP_DIR", raising=False)
     before = dict(os.environ), tempfile.tempdir
-    with pytest.raises(KeyboardInterrupt), server.temporary_folder() as folder:
-        assert tempfile.gettempdir() == str(folder)
-        assert os.environ["GRADIO_TEMP_DIR"].startswith(str(folder))
-        (folder / "sub").mkdir()
-        (folder / "sub" / "file").touch()
-        raise KeyboardInterrupt
-    assert not folder.exists()
+    folders: list[Path] = []
+
+    def write() -> None:
+        with server.temporary_folder() as folder:
+            folders.append(folder)
+            assert tempfile.gettempdir() == str(folder)
+            assert os.environ["GRADIO_TEMP_DIR"].startswith(str(folder))
+            (folder / "sub").mkdir()
+            (folder / "sub" / "file").touch()
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        write()
+    assert not folders[0].exists()
     assert (dict(os.environ), tempfile.tempdir) == before
 
 
@@ -398,7 +409,7 @@ def test_answers_come_in_pieces_and_then_the_sheet(asker: Asker) -> None:
     steps = list(asker.ask(request))
     texts = [step.texts for step in steps[:-1]]
     assert texts[0] == {NONE: "", "uniform:keep=16": "", "x": ""}
-    assert all(a[p] == b[p][: len(a[p])] for a, b in zip(texts, texts[1:], strict=False) for p in a)
+    assert all(a[p] == b[p][: len(a[p])] for a, b in itertools.pairwise(texts) for p in a)
     last = steps[-1]
     assert last.comparison is not None
     assert last.sheet is not None

@@ -24,7 +24,7 @@ import pytest
 from PIL import Image
 
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "chrome"))), None)
-WAIT = 15_000  # milliseconds, on a busy machine
+WAIT = 60_000  # milliseconds, on a busy machine
 
 pytestmark = [pytest.mark.slow, pytest.mark.skipif(CHROMIUM is None, reason="needs Chromium")]
 
@@ -106,7 +106,9 @@ def ask(page: Any) -> None:
 
 
 def wait_for_answer(page: Any) -> None:
-    page.wait_for_function("document.querySelector('#message').textContent.includes('Done.')")
+    """Wait until the question that was just asked is answered."""
+    message(page, "The model is asked.")
+    message(page, "Done.")
 
 
 def answers(page: Any) -> dict[str, str]:
@@ -116,10 +118,9 @@ def answers(page: Any) -> dict[str, str]:
 
 def message(page: Any, words: str) -> str:
     """The page's message, when it has these words."""
-    page.wait_for_function(
-        "words => document.querySelector('#message').textContent.includes(words)", arg=words
-    )
-    return page.locator("#message").inner_text()
+    said = "document.querySelector('#message p')?.textContent ?? ''"
+    page.wait_for_function(f"words => ({said}).includes(words)", arg=words)
+    return page.evaluate(said)
 
 
 def kept(page: Any) -> list[int]:
@@ -211,7 +212,9 @@ def test_the_keyboard_alone(open_page: Callable[..., Any]) -> None:
     def tab_to(condition: str) -> None:
         for _ in range(60):
             page.keyboard.press("Tab")
-            if page.evaluate(f"(() => {{ const e = document.activeElement; return {condition} }})()"):
+            if page.evaluate(
+                f"(() => {{ const e = document.activeElement; return {condition} }})()"
+            ):
                 return
         raise AssertionError(f"Tab reaches nothing with {condition}")
 
@@ -245,7 +248,7 @@ def test_a_window_of_400_pixels(open_page: Callable[..., Any]) -> None:
     assert page.evaluate("document.documentElement.scrollWidth") <= 400
     for selector in ("#ask", ".board", "#picker .pictures", ".answers"):
         box = page.locator(selector).bounding_box()
-        assert 0 <= box["x"]
+        assert box["x"] >= 0
         assert box["x"] + box["width"] <= 400, selector
 
 
@@ -284,11 +287,16 @@ def test_an_upload_is_asked_about_and_removed_with_its_session(
     other.click("#ask")
     message(other, "error: no picture is chosen")
     page.close()
-    for _ in range(100):
+    wait_until_empty(temporary, other)
+
+
+def wait_until_empty(temporary: Path, page: Any) -> None:
+    """Wait until no uploaded file is held; the page only keeps time."""
+    for _ in range(150):
         if not held_files(temporary):
-            break
-        other.wait_for_timeout(200)
-    assert held_files(temporary) == []
+            return
+        page.wait_for_timeout(200)
+    raise AssertionError(f"{held_files(temporary)} is still there")
 
 
 def held_files(temporary: Path) -> list[Path]:
@@ -312,7 +320,7 @@ def test_uploads_that_are_no_pictures(
         ("empty.png", "empty"),
         ("zip.png", "not an image"),
         ("wide.png", "6000 x 6000"),
-        ("half.jpg", "the file"),
+        ("half.jpg", "cannot be read"),
     ):
         page.set_input_files("input[type=file]", tmp_path / name)
         found = message(page, words)
@@ -322,9 +330,8 @@ def test_uploads_that_are_no_pictures(
     page.wait_for_function(
         "document.querySelector('#picker .status').textContent.includes('make it smaller')"
     )
-    assert held_files(temporary) == []
+    wait_until_empty(temporary, page)
     page.locator("#picker img").nth(0).click()
-    message(page, "")
     ask(page)
 
 
@@ -347,7 +354,11 @@ def test_plans_and_questions_that_are_refused(
     assert "error" not in found["uniform:keep=8"]
     assert not (tmp_path / "ran").exists()
     fill(page, "Plans", "")
-    for question, words in (("<image> what?", "<image>"), ("  ", "no question"), ("x" * 3000, "3000")):
+    for question, words in (
+        ("<image> what?", "<image>"),
+        ("  ", "no question"),
+        ("x" * 3000, "3000"),
+    ):
         fill(page, "Question", question)
         page.click("#ask")
         assert message(page, words).startswith("error: ")
