@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import queue
-import sys
 import threading
-import traceback
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
-
-from PIL import Image
 
 from eval.compare import Comparison, compare, draw_sheet
 from minillava.app.canvas import Drawing
@@ -18,8 +15,10 @@ from minillava.processing.processor import Processor
 from minillava.pruning.parsing import write_value
 
 from . import limits
+from .pictures import Pictures
 
 NONE = "none"  # the plan of the unpruned model
+POLL = 0.2  # seconds after which a request that waits looks whether it is still wanted
 PATIENCE = 60.0  # seconds after which a page that takes no more text is given up
 FAULT = "the program has made a mistake; its terminal says which"
 
@@ -28,7 +27,8 @@ FAULT = "the program has made a mistake; its terminal says which"
 class Request:
     """What a visitor asks, checked."""
 
-    image: Image.Image
+    picture: object  # name of a picture, see Pictures
+    session: str
     question: str
     plans: Sequence[str]  # without the unpruned one
     new_tokens: int
@@ -49,6 +49,11 @@ class Abandoned(BaseException):
     a plan."""
 
 
+def _make_places() -> threading.BoundedSemaphore:
+    """Places for the request that is answered and those that wait."""
+    return threading.BoundedSemaphore(limits.MAX_WAITING + 1)
+
+
 @dataclass
 class Asker:
     """The model that all visitors share. It answers one request at a time."""
@@ -56,14 +61,21 @@ class Asker:
     model: LLaVA
     processor: Processor
     name: str  # of the checkpoint, as given
+    pictures: Pictures
     _turn: threading.Lock = field(default_factory=threading.Lock)
+    _places: threading.BoundedSemaphore = field(default_factory=_make_places)
 
     def ask(self, request: Request) -> Iterator[Progress]:
-        """Answer a request. Raises ValueError, in one sentence, for what cannot be done.
+        """Answer a request. Raises ValueError, in one sentence, for what cannot be done, and if
+        too many requests wait.
 
         The work is done in a thread of its own. It ends at the next token after this iterator is
         closed, or if nothing was taken from it for PATIENCE seconds.
         """
+        if not self._places.acquire(blocking=False):
+            raise ValueError(
+                f"{limits.MAX_WAITING} requests wait for the model, and no more may; try later"
+            )
         work = _Work(self, request)
         thread = threading.Thread(target=work.run, daemon=True)
         thread.start()
@@ -101,22 +113,32 @@ class _Work:
 
     def run(self) -> None:
         try:
-            with self.asker._turn:
-                self._put(self._compare())
+            self._wait_for_turn()
+            try:
+                event: Progress | BaseException = self._compare()
+            finally:
+                self.asker._turn.release()
         except Abandoned:
-            pass
+            return
         except BaseException as error:
-            if limits.describe_error(error) is None:
-                traceback.print_exc(file=sys.stderr)
-            self._put(error)
+            event = error
+        finally:
+            self.asker._places.release()
+        with contextlib.suppress(Abandoned):
+            self._put(event)
+
+    def _wait_for_turn(self) -> None:
+        while not self.asker._turn.acquire(timeout=POLL):
+            self.listen("", "")
 
     def _compare(self) -> Progress:
-        self.listen("", "")
         request, asker = self.request, self.asker
+        self.listen("", "")
+        image = asker.pictures.open(request.picture, request.session)
         comparison = compare(
             asker.model,
             asker.processor,
-            request.image,
+            image,
             request.question,
             list(request.plans),
             budgets=None if request.budgets else (),

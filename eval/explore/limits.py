@@ -48,6 +48,12 @@ def check_new_tokens(value: object) -> int:
     return value
 
 
+def check_number(what: str, value: object, low: float, high: float) -> float:
+    if not isinstance(value, int | float) or not low <= value <= high:
+        raise ValueError(f"{what} is {shorten(value)}, but must be from {low} to {high}")
+    return float(value)
+
+
 def split_plans(text: str) -> tuple[str, ...]:
     """The plans that are typed one per line, without empty lines and repetitions."""
     plans = tuple(dict.fromkeys(line.strip() for line in text.splitlines() if line.strip()))

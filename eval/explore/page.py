@@ -18,7 +18,7 @@ from minillava.pruning import METHODS
 from . import limits
 from .asking import NONE, Asker, Request
 from .markup import explain, format_answers, format_sheet, say
-from .pictures import PREFIX, THUMBNAIL, Bundled, Uploads, data_uri, show_pixels
+from .pictures import THUMBNAIL, Bundled, data_uri, show_pixels
 from .state import UPLOAD, State, read_query, write_query
 
 HERE = Path(__file__).parent
@@ -32,11 +32,13 @@ class Page:
     """What all sessions share, and what is done at each event of the page."""
 
     asker: Asker
-    bundled: Mapping[str, Bundled]
-    uploads: Uploads
     budgets: bool = False  # whether plans are asked at several budgets, unless a visitor says
 
     # ------------------------------------------------------------ what the model has
+
+    @property
+    def bundled(self) -> Mapping[str, Bundled]:
+        return self.asker.pictures.bundled
 
     @property
     def n_patches(self) -> int:
@@ -95,44 +97,48 @@ class Page:
         return shown, state.question, plans, board, state.new_tokens, state.budgets, say(message)
 
     def choose_picture(
-        self, picture: object, question: str, patches: object, request: gr.Request
+        self, picture: object, question: object, patches: object, request: gr.Request
     ) -> tuple[Any, Any, str]:
         """Board, question and message after a picture was chosen or uploaded."""
+        pictures = self.asker.pictures
         try:
-            image = self._open(picture, request)
+            with pictures.uploads.decoding:
+                image = pictures.open(picture, str(request.session_hash))
+                board = self._board(image, patches)
         except Exception as error:
             return gr.skip(), gr.skip(), say(explain(error))
-        typed = question.strip()
-        if typed in ("", *(b.question for b in self.bundled.values())) and picture in self.bundled:
-            question = self.bundled[str(picture)].question
-        return self._board(image, patches), question, say("")
+        typed, new = str(question).strip(), self.bundled.get(str(picture))
+        if new is not None and typed in ("", *(b.question for b in self.bundled.values())):
+            question = new.question
+        return board, question, say("")
 
-    def add_plan(self, plans: str, name: str, share: float, layer: float) -> tuple[str, str]:
+    def add_plan(
+        self, plans: object, name: object, share: object, layer: object
+    ) -> tuple[Any, str]:
         """The plans with a suggested one more, and a message."""
         try:
             if name not in METHODS:
                 raise ValueError(f"there is no method {limits.shorten(name)}; choose one")
-            sizes = (self.n_layers, self.n_patches)
-            plan = suggest_plan(name, float(share), *sizes, int(layer))
+            part = limits.check_number("the share of patches", share, 0, 1)
+            first = int(limits.check_number("the layer", layer, 0, self.n_layers))
+            plan = suggest_plan(str(name), part, self.n_layers, self.n_patches, first)
             return "\n".join(limits.split_plans(f"{plans}\n{plan}")), say("")
         except Exception as error:
-            return plans, say(explain(error))
+            return gr.skip(), say(explain(error))
 
-    def write_link(
-        self, picture: object, question: str, plans: str, patches: object, *more: Any
-    ) -> str:
+    def write_link(self, *given: object) -> str:
         """The state as the part of an address after the "?". Nothing is checked."""
-        tokens, budgets = more
-        name = UPLOAD if str(picture).startswith(UPLOAD) else str(picture)
-        by_hand = "" if patches == self.all_patches else str(patches)
+        picture, question, plans, patches, tokens, budgets = map(str, given)
+        name = UPLOAD if picture.startswith(UPLOAD) else picture
+        by_hand = "" if patches == self.all_patches else patches
         typed = tuple(line.strip() for line in plans.splitlines() if line.strip())
-        return write_query(State(name, question, typed, by_hand, tokens, bool(budgets)))
+        return write_query(State(name, question, typed, by_hand, tokens, budgets == "True"))
 
     def ask(
         self,
         picture: object,
-        question: str,
-        plans: str,
+        question: object,
+        plans: object,
         patches: object,
         new_tokens: object,
         budgets: object,
@@ -142,9 +148,10 @@ class Page:
         yield say("The model is asked."), gr.skip(), gr.skip(), gr.skip()
         try:
             asked = Request(
-                self._open(picture, request),
-                limits.check_question(question),
-                self._list_plans(plans, patches),
+                picture,
+                str(request.session_hash),
+                limits.check_question(str(question)),
+                self._list_plans(str(plans), patches),
                 limits.check_new_tokens(new_tokens),
                 bool(budgets),
             )
@@ -165,19 +172,9 @@ class Page:
         return patches if isinstance(patches, str) and patches else gr.skip()
 
     def end_session(self, request: gr.Request) -> None:
-        self.uploads.end_session(str(request.session_hash))
+        self.asker.pictures.uploads.end_session(str(request.session_hash))
 
     # ------------------------------------------------------------ parts
-
-    def _open(self, picture: object, request: gr.Request) -> Image.Image:
-        if isinstance(picture, str) and picture in self.bundled:
-            return self.bundled[picture].image
-        if not isinstance(picture, str) or not picture.startswith(PREFIX):
-            raise ValueError("no picture is chosen; choose one, or upload yours")
-        token, session = picture.removeprefix(PREFIX), str(request.session_hash)
-        image = self.uploads.open(token, session)
-        self.uploads.keep_only(token, session)
-        return image
 
     def _list_plans(self, plans: str, patches: object) -> list[str]:
         """The plans that are typed, and the one that is chosen by hand."""
@@ -338,7 +335,9 @@ def _shrink(image: Any) -> Any:
 def _connect(page: Page, app: gr.Blocks, parts: Parts) -> None:
     """Which event does what. Only `ask` uses the model; light events run beside it."""
     message = parts.message
-    light = {"queue": False, "api_visibility": "private", "show_progress": "hidden"}
+    # without `preprocess`, what a page sends is checked here alone, and refused in a sentence
+    shared = {"preprocess": False, "api_visibility": "private", "show_progress": "hidden"}
+    light = {"queue": False, **shared}
     loaded = app.load(
         page.open_link,
         parts.query,
@@ -360,10 +359,9 @@ def _connect(page: Page, app: gr.Blocks, parts: Parts) -> None:
         page.ask,
         parts.state,
         [message, parts.answers, parts.sheet, parts.again],
-        concurrency_limit=1,
-        api_visibility="private",
-        show_progress="hidden",
+        concurrency_limit=limits.MAX_WAITING + 2,  # Asker lets one at a time use the model
         trigger_mode="once",
+        **shared,
     )
     parts.stop.click(lambda: say("Stopped."), None, message, cancels=[asking], **light)
     changes = [part.change for part in (parts.picture, parts.plans, parts.board, parts.tokens)]

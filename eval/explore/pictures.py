@@ -9,7 +9,7 @@ import json
 import secrets
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -65,7 +65,8 @@ class Uploads:
         self.folder = folder
         self._held: dict[str, Upload] = {}
         self._lock = threading.Lock()
-        self._decoding = threading.Lock()  # one at a time: for memory, and for quiet_decoders
+        # one picture at a time is decoded: for memory, and for quiet_decoders
+        self.decoding = threading.RLock()
 
     def reserve(self) -> tuple[str, Path]:
         """A token and the path of a file to be written. Raises ValueError if too many are held."""
@@ -86,7 +87,7 @@ class Uploads:
         or too large; its file is removed then."""
         path = self.find(token, session)
         try:
-            with self._decoding, quiet_decoders():
+            with self.decoding, quiet_decoders():
                 check_file(path)
                 return open_image(path)
         except FileNotFoundError:
@@ -127,6 +128,26 @@ class Uploads:
             for token, upload in list(self._held.items()):
                 if chosen(token, upload):
                     self._held.pop(token).path.unlink(missing_ok=True)
+
+
+@dataclass(frozen=True)
+class Pictures:
+    """All that a visitor can choose from."""
+
+    bundled: Mapping[str, Bundled]
+    uploads: Uploads
+
+    def open(self, name: object, session: str) -> Image.Image:
+        """A bundled picture by its name, or a session's own by PREFIX and its token. Raises
+        ValueError for others."""
+        if isinstance(name, str) and name in self.bundled:
+            return self.bundled[name].image
+        if not isinstance(name, str) or not name.startswith(PREFIX):
+            raise ValueError("no picture is chosen; choose one, or upload yours")
+        token = name.removeprefix(PREFIX)
+        image = self.uploads.open(token, session)
+        self.uploads.keep_only(token, session)
+        return image
 
 
 def check_file(path: Path) -> None:

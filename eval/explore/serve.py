@@ -16,7 +16,7 @@ from minillava import load
 from . import limits
 from .asking import Asker
 from .page import HERE, Page, build
-from .pictures import DEMO, Uploads, bundled_pictures
+from .pictures import DEMO, Pictures, Uploads, bundled_pictures
 from .server import Gate, Message
 
 
@@ -34,8 +34,8 @@ def serve(
     )
     uploads = Uploads(folder)
     shown = "the demo" if args.model is None else Path(args.model).name
-    asker = Asker(model, processor, shown)
-    page = Page(asker, bundled_pictures(), uploads, budgets=args.model is None)
+    pictures = Pictures(bundled_pictures(), uploads)
+    page = Page(Asker(model, processor, shown, pictures), budgets=args.model is None)
     gate = Gate(make_app(page), uploads, hosts)
     config = uvicorn.Config(
         gate, log_level="critical", timeout_graceful_shutdown=1, limit_concurrency=256
@@ -54,9 +54,19 @@ async def _serve(
 async def request_page(gate: Gate) -> None:
     """Ask for the page once, since the first answer takes five times as long as the others."""
     host = gate.hosts[0] if gate.hosts else "localhost"
-    scope: Message = {"type": "http", "method": "GET", "path": "/", "query_string": b""}
-    scope |= {"http_version": "1.1", "scheme": "http", "root_path": "", "raw_path": b"/"}
-    scope |= {"client": None, "server": (host, 80), "headers": [(b"host", host.encode())]}
+    scope: Message = {
+        "type": "http",
+        "http_version": "1.1",
+        "method": "GET",
+        "scheme": "http",
+        "path": "/",
+        "raw_path": b"/",
+        "root_path": "",
+        "query_string": b"",
+        "headers": [(b"host", host.encode())],
+        "client": None,
+        "server": (host, 80),
+    }
 
     async def receive() -> Message:
         return {"type": "http.request"}
@@ -71,7 +81,7 @@ def make_app(page: Page) -> fastapi.FastAPI:
     """Gradio's server of the page, without what it would send to others or show to strangers."""
     blocks = build(page)
     blocks.state_session_capacity = limits.MAX_SESSIONS
-    blocks.queue(max_size=limits.MAX_WAITING, default_concurrency_limit=4)
+    blocks.queue(max_size=limits.MAX_SESSIONS)  # Asker has its own bound, and says so
     # blue, since white letters on Gradio's own orange are hard to read; and the system's fonts
     fonts = {"font": ["Helvetica", "Arial", "sans-serif"], "font_mono": ["monospace"]}
     return gr.mount_gradio_app(

@@ -22,7 +22,7 @@ class State:
     question: str
     plans: tuple[str, ...] = ()
     patches: str = ""  # list of patches that are kept by hand; empty: all, and no plan by hand
-    new_tokens: int = 48
+    new_tokens: int | str = 48  # text as it was given, if it was not checked
     budgets: bool = False  # whether each plan is asked at several budgets, too
 
 

@@ -23,7 +23,7 @@ from eval.compare import Comparison, Run
 from eval.explore import limits, server
 from eval.explore.asking import NONE, Asker, Progress, Request
 from eval.explore.markup import explain, format_answers, say
-from eval.explore.pictures import Uploads, bundled_pictures, data_uri, show_pixels
+from eval.explore.pictures import Pictures, Uploads, bundled_pictures, data_uri, show_pixels
 from eval.explore.state import UPLOAD, State, read_query, write_query
 from eval.suggest import suggest_plan
 from minillava import load, parse_plan
@@ -399,13 +399,14 @@ def test_a_port_that_is_taken_is_one_sentence() -> None:
 
 
 @pytest.fixture(scope="module")
-def asker() -> Asker:
-    return Asker(*load(str(ROOT / "weights" / "demo")), "the demo")
+def asker(tmp_path_factory: pytest.TempPathFactory) -> Asker:
+    model, processor = load(str(ROOT / "weights" / "demo"))
+    pictures = Pictures(bundled_pictures(), Uploads(tmp_path_factory.mktemp("uploads")))
+    return Asker(model, processor, "the demo", pictures)
 
 
 def test_answers_come_in_pieces_and_then_the_sheet(asker: Asker) -> None:
-    picture = bundled_pictures()["example"]
-    request = Request(picture.image, "Describe the picture.", ["uniform:keep=16", "x"], 8, False)
+    request = Request("example", "", "Describe the picture.", ["uniform:keep=16", "x"], 8, False)
     steps = list(asker.ask(request))
     texts = [step.texts for step in steps[:-1]]
     assert texts[0] == {NONE: "", "uniform:keep=16": "", "x": ""}
@@ -424,8 +425,7 @@ def test_answers_come_in_pieces_and_then_the_sheet(asker: Asker) -> None:
 
 
 def test_an_answer_that_nobody_reads_ends(asker: Asker, monkeypatch: pytest.MonkeyPatch) -> None:
-    picture = bundled_pictures()["example"]
-    long = Request(picture.image, "Describe the picture.", ["uniform:keep=16"], 128, True)
+    long = Request("example", "", "Describe the picture.", ["uniform:keep=16"], 128, True)
     threads = set(threading.enumerate())
     answer = asker.ask(long)
     next(answer)
@@ -437,6 +437,24 @@ def test_an_answer_that_nobody_reads_ends(asker: Asker, monkeypatch: pytest.Monk
 
 
 def test_a_refusal_is_raised_to_the_reader(asker: Asker) -> None:
-    picture = bundled_pictures()["example"]
-    with pytest.raises(ValueError, match="<image>"):
-        list(asker.ask(Request(picture.image, "<image> what?", [], 8, False)))
+    for picture, question, words in (
+        ("example", "<image> what?", "<image>"),
+        ("/etc/passwd", "What?", "no picture is chosen"),
+        ("upload:x", "What?", "not held any more"),
+        (None, "What?", "no picture is chosen"),
+    ):
+        with pytest.raises(ValueError, match=words):
+            list(asker.ask(Request(picture, "", question, [], 8, False)))
+
+
+def test_the_number_of_requests_that_wait_is_bounded(asker: Asker) -> None:
+    request = Request("example", "", "What digit is red?", [], 8, False)
+    with asker._turn:  # as if a request was answered
+        waiting = [asker.ask(request) for _ in range(limits.MAX_WAITING + 1)]
+        for answer in waiting:
+            next(answer)
+        with pytest.raises(ValueError, match="8 requests wait"):
+            next(asker.ask(request))
+        waiting.pop().close()
+    assert all(list(answer)[-1].texts == {NONE: "8"} for answer in waiting)
+    assert list(asker.ask(request))[-1].texts == {NONE: "8"}
