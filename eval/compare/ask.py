@@ -29,6 +29,7 @@ from minillava.request import Batch, Settings
 
 from .runs import NONE, Cell, Comparison, Drift, Run
 
+Listen = Callable[[str, str], object]  # see compare
 NEW_TOKENS = 64
 SHARES = (1 / 2, 1 / 4, 1 / 8, 1 / 16, 1 / 32)  # of the patches: the budgets by default
 
@@ -48,40 +49,28 @@ def compare(
     about: Mapping[str, str] | None = None,
     read: Callable[[str], Plan] = parse_plan,
     progress: bool = False,
-    listen: Callable[[str, str], object] | None = None,
+    listen: Listen | None = None,
 ) -> Comparison:
     """Ask one question about one or more images without pruning and under each plan (greedily).
 
-    budgets: numbers of patches of an image to be left, at which each plan is asked again; None:
-    SHARES of all patches; (): none. focus: the text for text-guided methods, unless a preset states
-    one. image_aspect: "crop", "pad", or None for the checkpoint's. about: words for files. read:
-    makes a plan of a text; parse_plan never runs a file. progress: a bar, on a terminal. listen: is
-    called with a plan and each piece of its answer, as it comes (with "" for a plan at a budget);
-    what it raises, if it is no Exception, ends the comparison. Raises
-    ValueError for no image, an empty or too long question, and if not even the unpruned model or
-    one of the plans can run.
+    budgets: numbers of image tokens of an image that are to be left, at which each plan is asked
+    again; None: SHARES of all; (): none. focus: the text for text-guided methods; None: the
+    preset's, or the question. image_aspect: "crop", "pad", or None for the checkpoint's. about:
+    words for files. read: makes a plan of a text; parse_plan never runs a file. progress: a bar, on
+    a terminal. listen: is called with a plan and each piece of its answer as it comes (with "" for
+    a plan at a budget); what it raises, if it is no Exception, ends the comparison. Raises
+    ValueError for no image, for an empty or too long question, for settings out of range, and if
+    neither the unpruned model nor any plan can run.
     """
     given = [images] if isinstance(images, Image.Image) else list(images)
     _check_question(model, given, question, max_new_tokens)
     tried = _check_budgets(model.config.vision.num_patches, budgets)
     settings = Settings(max_new_tokens, seed=seed, output_logits=True)
     prompt = _Prompt(processor, given, question, focus, image_aspect)
-    ready = [
-        _prepare(model, prompt, settings, plan, read) for plan in dict.fromkeys((NONE, *plans))
-    ]
-    able = [one for one in ready if isinstance(one, _Ready)]
-    if not able:
-        raise ValueError(next(one.error for one in ready if isinstance(one, Run)))
-    asker = _Asker.encode(model, processor, able, settings, listen or _ignore)
-    varied = {one.name: _vary(model, one, tried) for one in able if one.plan.methods}
-    total = len(able) + sum(len(v.trials) for v in varied.values())
-    with tqdm(total=total, unit="run", leave=False, disable=None if progress else True) as bar:
-        runs, reference = asker.run_all(ready, bar)
-        drifts = [
-            asker.vary(one, run, reference, varied[one.name], bar)
-            for one, run in zip(ready, runs, strict=True)
-            if reference is not None and isinstance(one, _Ready) and one.name in varied
-        ]
+    named = {_name(plan): plan for plan in (Plan(), *plans)}
+    ready = [_prepare(model, prompt, settings, name, plan, read) for name, plan in named.items()]
+    listener = listen or _ignore
+    runs, drifts = _run_all(model, processor, ready, tried, settings, progress, listener)
     return Comparison(
         tuple(given),
         question,
@@ -166,13 +155,22 @@ class _Trials:
     reason: str = ""
 
 
+def _name(plan: str | Plan) -> str:
+    """A plan as it was written; NONE is the one that prunes nothing."""
+    return plan.strip() or NONE if isinstance(plan, str) else name_plan(plan)
+
+
 def _prepare(
-    model: LLaVA, prompt: _Prompt, settings: Settings, plan: str | Plan, read: Callable[[str], Plan]
+    model: LLaVA,
+    prompt: _Prompt,
+    settings: Settings,
+    name: str,
+    plan: str | Plan,
+    read: Callable[[str], Plan],
 ) -> _Ready | Run:
     """Read and check a plan."""
-    name = plan if isinstance(plan, str) else name_plan(plan)
     try:
-        parsed = read("" if plan == NONE else plan) if isinstance(plan, str) else plan
+        parsed = read(plan) if isinstance(plan, str) else plan
         batch = prompt.batch(parsed)
         answer = Answer(model, batch, parsed, settings, None)
     except Exception as error:
@@ -212,6 +210,43 @@ def _vary(model: LLaVA, one: _Ready, budgets: Sequence[int]) -> _Trials:
 # ---------------------------------------------------------------- the runs
 
 
+def _run_all(
+    model: LLaVA,
+    processor: Processor,
+    ready: Sequence[_Ready | Run],
+    budgets: Sequence[int],
+    settings: Settings,
+    progress: bool,
+    listen: Listen,
+) -> tuple[list[Run], list[Drift]]:
+    """Ask every plan, and every plan over budgets if there is an unpruned answer to compare."""
+    able = [one for one in ready if isinstance(one, _Ready)]
+    if not able:
+        raise ValueError(next(one.error for one in ready if isinstance(one, Run)))
+    encoded, tower = _encode(model, able)
+    asker = _Asker(model, processor, settings, encoded, tower, listen)
+    varied = {one.name: _vary(model, one, budgets) for one in able if one.plan.methods}
+    total = len(able) + sum(len(v.trials) for v in varied.values())
+    with tqdm(total=total, unit="run", leave=False, disable=None if progress else True) as bar:
+        runs, reference = asker.run_all(ready, bar)
+        drifts = [
+            asker.vary(one, reference, varied[one.name], bar)
+            for one in able
+            if reference is not None and one.name in varied
+        ]
+    return runs, drifts
+
+
+def _encode(model: LLaVA, asked: Sequence[_Ready]) -> tuple[Encoded, float]:
+    """Run the vision tower once, for the hidden states that any of the plans reads; and how many
+    seconds that took."""
+    pixels, start = asked[0].batch.pixels, read_clock(model.device)
+    assert pixels is not None
+    with torch.inference_mode():
+        encoded = model.encode(pixels, frozenset[int]().union(*(one.states for one in asked)))
+    return encoded, read_clock(model.device) - start
+
+
 @dataclass(frozen=True)
 class _Reference:
     """What the unpruned model answered."""
@@ -229,24 +264,7 @@ class _Asker:
     settings: Settings
     encoded: Encoded
     tower: float  # seconds that it took
-    listen: Callable[[str, str], object]
-
-    @classmethod
-    def encode(
-        cls,
-        model: LLaVA,
-        processor: Processor,
-        asked: Sequence[_Ready],
-        settings: Settings,
-        listen: Callable[[str, str], object],
-    ) -> _Asker:
-        """Run the vision tower once, for the hidden states that any of the plans reads."""
-        pixels, start = asked[0].batch.pixels, read_clock(model.device)
-        assert pixels is not None
-        with torch.inference_mode():
-            encoded = model.encode(pixels, frozenset[int]().union(*(one.states for one in asked)))
-        seconds = read_clock(model.device) - start
-        return cls(model, processor, settings, encoded, seconds, listen)
+    listen: Listen
 
     def run_all(
         self, asked: Sequence[_Ready | Run], bar: tqdm
@@ -282,28 +300,23 @@ class _Asker:
         run = Run(one.name, replace(result, logits=None), tower=tower, kl=kl)
         return run, _Reference(logits, result.tokens[0])
 
-    def vary(
-        self, one: _Ready, run: Run, reference: _Reference, trials: _Trials, bar: tqdm
-    ) -> Drift:
+    def vary(self, one: _Ready, reference: _Reference, trials: _Trials, bar: tqdm) -> Drift:
         """A plan's answers over budgets. None is longer than the reference, which tells enough."""
         settings = replace(self.settings, max_new_tokens=len(reference.tokens))
         short, cells = replace(self, settings=settings), list[Cell]()
         for trial in trials.trials:
-            found = run
-            if trial.plan.methods != one.plan.methods:
-                found, _ = short._ask(replace(one, name="", plan=trial.plan), reference)
-            same = found.result is not None and found.result.tokens[0] == reference.tokens
-            plan = write_plan(trial.plan)
+            run, _ = short._ask(replace(one, name="", plan=trial.plan), reference)
+            same = run.result is not None and run.result.tokens[0] == reference.tokens
             cells.append(
                 Cell(
                     trial.budget,
                     trial.left,
-                    plan,
-                    found.answer,
-                    found.cut,
+                    write_plan(trial.plan),
+                    run.answer,
+                    run.cut,
                     same,
-                    found.kl,
-                    found.error,
+                    run.kl,
+                    run.error,
                 )
             )
             bar.update()

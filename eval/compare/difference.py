@@ -14,8 +14,8 @@ from minillava.app.panels import (
     EDGE,
     FAINT,
     WASH,
+    WHITE,
     Panel,
-    flow,
     lines_of_grid,
     make_panel,
     outline,
@@ -27,7 +27,7 @@ from .sets import Difference
 # Okabe and Ito 2008
 ONLY_A: Color = (0, 114, 178)
 ONLY_B: Color = (213, 94, 0)
-TINT = 0.5  # how much of a patch that one plan keeps is covered
+VEIL, TINT = 0.65, 0.55  # how much of a patch that one plan keeps is covered, by white and colour
 
 
 def draw_difference(
@@ -44,6 +44,7 @@ def draw_difference(
     ]
     for patches, kind, color in ((only_a, "only-a", ONLY_A), (only_b, "only-b", ONLY_B)):
         for p in sorted(patches):
+            shapes.append(frame.box(p, fill=WHITE, alpha=VEIL))
             shapes.append(frame.box(p, fill=color, alpha=TINT, tags=tag(kind, p)))
             shapes += _strokes(*frame.place(p), frame.cell, frame.cell, mirrored=kind == "only-b")
     shapes += lines_of_grid(frame) + outline(frame, both)
@@ -57,7 +58,7 @@ def draw_difference(
     title = f"{a} and {b}"
     if len(difference.both) > 1:
         title += f", image {image + 1}"
-    return make_panel(title, frame, [*frame.shapes, *shapes], flow(frame.width, entries))
+    return make_panel(title, frame, [*frame.shapes, *shapes], legend=entries)
 
 
 def _strokes(x: float, y: float, w: float, h: float, mirrored: bool) -> list[Line]:

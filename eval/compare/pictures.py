@@ -11,6 +11,8 @@ from .difference import draw_difference
 from .runs import Comparison, Run
 from .sets import Difference, label_runs, list_differences
 
+OUTSIDE = 0.15  # of a cropped image, on either side, in sides of the square: columns are many
+
 
 @dataclass(frozen=True)
 class Pictures:
@@ -32,7 +34,7 @@ class Pictures:
 def draw_pictures(comparison: Comparison) -> Pictures:
     _, first = comparison.answered[0]
     config, aspect = comparison.image_config, comparison.aspect
-    frames = frame_images(comparison.images, first.config, config, aspect)
+    frames = frame_images(comparison.images, first.config, config, aspect, OUTSIDE)
     labels = label_runs(comparison)
     overlays = [
         [draw_panels(run.result, 0, i, frame) for i, frame in enumerate(frames)]

@@ -18,13 +18,17 @@ from minillava.app.panels import FAINT, LINE, NORMAL, SMALL, WHITE, Panel
 from .pictures import Pictures, draw_pictures
 from .record import record
 from .runs import Cell, Comparison, Run
-from .words import describe, describe_cell, describe_costs, describe_overlap, title_of
+from .words import LIVES, describe, describe_cell, describe_costs, describe_overlap, title_of
 
-PAGE = 3200  # pixels that a page may be wide, unless one column is wider
+PAGE = 4000  # pixels that a page may be wide, unless one column is wider
 LEAST = 1200  # pixels that the texts of a page may be wide, however few columns there are
 HEADING = 20  # size of letters
 SAME: Color = (120, 170, 215)  # of answers that equal the unpruned one
-NAMES, CELL, INSET = 260, 150, 8  # pixels of a strip: names of its rows, a cell, room around text
+NAMES, CELL, INSET = (
+    260,
+    300,
+    8,
+)  # pixels of a strip: names of its rows, a cell at most, room around text
 
 
 def draw(comparison: Comparison) -> Image.Image:
@@ -40,7 +44,7 @@ def draw_sheet(comparison: Comparison) -> Drawing:
     strip = _draw_strip(pictures, page)
     blocks = [
         write_lines([f"question: {comparison.question}"], page),
-        columns,
+        *_under(LIVES, columns),
         *_under("Patches that two plans keep", _draw_differences(pictures, page)),
         *_under("Answers over budgets of image tokens", strip),
         *_under("Why each patch stayed", _draw_reasons(pictures, page)),
@@ -48,7 +52,7 @@ def draw_sheet(comparison: Comparison) -> Drawing:
     facts = dict(comparison.about) | {
         "Question": comparison.question,
         "Plans": ", ".join(run.plan for run in comparison.runs[1:]),
-        "Comparison": json.dumps(record(comparison, reports=False), ensure_ascii=False),
+        "Comparison": json.dumps(record(comparison, reports=False)),
     }
     return draw_page(stack(blocks, 2 * GAP), title_of(comparison), describe(comparison), facts)
 
@@ -148,7 +152,8 @@ def _draw_strip(pictures: Pictures, width: int) -> Block:
     comparison = pictures.comparison
     if not comparison.drifts:
         return Block(0, 0, [])
-    across = max(CELL, (min(width, 2 * LEAST) - NAMES) // max(1, len(comparison.budgets)) - 4)
+    across = min(CELL, (width - NAMES) // max(1, len(comparison.budgets)) - 4)
+    across = max(across, CELL // 2)
     head = [Block(NAMES, LINE, [])]
     for budget in comparison.budgets:
         head.append(Block(across, LINE, [Text(INSET, 0, f"{budget} left", SMALL, FAINT)]))

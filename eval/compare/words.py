@@ -7,6 +7,8 @@ from minillava.app.overlay import describe_digests, describe_tokens
 from .runs import Cell, Comparison, Run
 from .sets import Difference, list_differences
 
+LIVES = "Plans, and how many decoder layers each patch lives in"
+
 
 def title_of(comparison: Comparison) -> str:
     n = len(comparison.runs) - 1
@@ -50,18 +52,20 @@ def describe_overlap(difference: Difference) -> str:
     )
 
 
+def describe_sets(difference: Difference, a: str, b: str) -> str:
+    """How many patches two plans keep, which are called a and b."""
+    sets = (difference.both, difference.only_a, difference.only_b)
+    both, only_a, only_b = (sum(map(len, images)) for images in sets)
+    return f"{a} and {b} both keep {both} patches, only {a} {only_a}, only {b} {only_b}."
+
+
 def describe(comparison: Comparison) -> str:
     """The whole sheet in words."""
     words = [f"Question: {comparison.question}"]
     for run in comparison.runs:
         words.append(f"{run.plan}: {_describe_run(comparison, run)}")
     for d in list_differences(comparison):
-        counts = (sum(map(len, sets)) for sets in (d.both, d.only_a, d.only_b))
-        both, only_a, only_b = counts
-        words.append(
-            f"{d.a.plan} and {d.b.plan}: both keep {both} patches, only the first {only_a}, only "
-            f"the second {only_b}; {describe_overlap(d)}."
-        )
+        words.append(f"{describe_sets(d, d.a.plan, d.b.plan)} {describe_overlap(d)}.")
     for drift in comparison.drifts:
         if drift.cells:
             same = ", ".join(str(cell.budget) for cell in drift.cells if cell.same)
@@ -76,3 +80,18 @@ def _describe_run(comparison: Comparison, run: Run) -> str:
     N = run.result.config.vision.num_patches
     words = f"answer {run.answer!r}, {' and '.join(map(str, kept))} of {N} patches left at the end"
     return words + (f", KL {run.kl:.3g} nats." if run.kl is not None else ".")
+
+
+def format_table(comparison: Comparison) -> str:
+    """A line of Markdown for each run."""
+    lines = ["| plan | answer | patches left | first token, s | KL |", "|---|---|---:|---:|---:|"]
+    for run in comparison.runs:
+        name = run.plan.replace("|", "\\|")
+        if run.result is None:
+            lines.append(f"| `{name}` | cannot run: {run.error} | | | |")
+            continue
+        answer = " ".join(run.answer.replace("|", "\\|").split()) + (" ..." if run.cut else "")
+        kept = ", ".join(str(len(run.kept(i))) for i in range(len(comparison.images)))
+        kl = "" if run.kl is None else f"{run.kl:.3g}"
+        lines.append(f"| `{name}` | {answer} | {kept} | {run.first_token:.3g} | {kl} |")
+    return "\n".join(lines)

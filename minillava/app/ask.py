@@ -4,22 +4,20 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import sys
 import time
-from collections.abc import Sequence
-from pathlib import Path
 
 from ..loading.checkpoint import load
 from ..loading.compiled import asks_again
 from ..processing.image import check_aspect
 from ..pruning import parse_plan_with_files
 from ..request import Settings
-from .chat import Chat, part_of
+from .chat import Chat
 from .cli import DEMO
 from .command import quiet_decoders
 from .method_table import list_methods
 from .open_image import open_image
+from .output_file import check_output
 from .ranks import Ranks, answer_together
 
 
@@ -45,7 +43,7 @@ def _choose_question(args: argparse.Namespace) -> tuple[list[str], str]:
     if args.raw_prompt and (question is None or args.chat):
         raise ValueError("--raw-prompt goes with --prompt and without --chat; give --prompt TEXT")
     if not files and question is None:
-        return _read_demo_question()
+        return read_demo_question()
     if question is None and not args.chat:
         raise ValueError(f"--image {files[0]} has no question; add --prompt TEXT, or --chat")
     if question is not None and not question.strip():
@@ -53,7 +51,7 @@ def _choose_question(args: argparse.Namespace) -> tuple[list[str], str]:
     return files, question or ""
 
 
-def _read_demo_question() -> tuple[list[str], str]:
+def read_demo_question() -> tuple[list[str], str]:
     example = DEMO / "example.json"
     if not example.is_file():
         raise ValueError(
@@ -76,14 +74,16 @@ def _load_chat(args: argparse.Namespace, files: list[str], ranks: Ranks) -> Chat
         use_cache=not args.no_cache,
     )
     if args.overlay:
-        _check_overlay(args.overlay, files)
+        check_output("--overlay", args.overlay, (".png", ".svg"))
+        if not files:
+            raise ValueError(f"--overlay {args.overlay} draws on an image; give --image FILE")
     if args.image_aspect is not None:
         check_aspect(args.image_aspect)
     if args.compile and args.no_cache:
         raise ValueError("--compile prepares decoding from the cache; leave it out, or --no-cache")
     with quiet_decoders():
         images = [open_image(file) for file in files]
-    name = _find_demo() if args.model is None else args.model
+    name = find_demo() if args.model is None else args.model
     mesh, device = ranks.mesh(args.device), ranks.device(args.device)
     start = time.perf_counter()
     model, processor = load(
@@ -105,29 +105,10 @@ def _load_chat(args: argparse.Namespace, files: list[str], ranks: Ranks) -> Chat
     return Chat(args, model, processor, images, plan, settings, name, load_seconds, ranks)
 
 
-def _find_demo() -> str:
+def find_demo() -> str:
     if not (DEMO / "config.json").is_file():
         raise ValueError(
             f"there is no demo checkpoint in {DEMO}: it comes with the repository, not with the "
             "wheel; give --model a folder, or a hub id such as llava-hf/llava-1.5-7b-hf"
         )
     return str(DEMO)
-
-
-def _check_overlay(path: Path, files: Sequence[str]) -> None:
-    try:
-        part_of(path).lstat()
-    except FileNotFoundError:
-        pass
-    except (OSError, ValueError) as error:  # a name that is too long, or with a zero byte
-        raise ValueError(
-            f"--overlay {path} cannot be written ({error}); give another name"
-        ) from error
-    if path.suffix.lower() not in (".png", ".svg") or path.is_dir():
-        raise ValueError(f"--overlay {path} must be a file; give a name that ends in .png or .svg")
-    if not path.parent.is_dir():
-        raise ValueError(f"--overlay {path}: there is no folder {path.parent}; create it first")
-    if not os.access(path.parent, os.W_OK):
-        raise ValueError(f"--overlay {path}: {path.parent} is not writable; choose another folder")
-    if not files:
-        raise ValueError(f"--overlay {path} draws on an image; give one with --image FILE")

@@ -11,7 +11,7 @@ import base64
 import io
 import json
 import unicodedata
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from functools import cache
 from hashlib import sha256
@@ -113,17 +113,15 @@ class Drawing:
         size: dict[str, object] = {"width": self.width, "height": self.height}
         view = {"viewBox": f"0 0 {self.width} {self.height}", "role": "img"}
         names = {"aria-labelledby": f"t{unique} d{unique}", "font-family": FAMILY}
-        # each picture once, however often it is drawn
-        pictures = {id(s.image): s.image for s in self.shapes if isinstance(s, Picture)}
-        ids = {key: f"p{unique}{n}" for n, key in enumerate(pictures)}
+        ids, pictures = embed_pictures(self.shapes, f"p{unique}")
         lines = [
             f'<svg xmlns="http://www.w3.org/2000/svg" {_attributes(size | view | names)}>',
-            f'<title id="t{unique}">{_xml(self.title)}</title>',
-            f'<desc id="d{unique}">{_xml(self.description)}</desc>',
-            f"<metadata>{_xml(json.dumps(dict(self.about), ensure_ascii=False))}</metadata>",
+            f'<title id="t{unique}">{escape_text(self.title)}</title>',
+            f'<desc id="d{unique}">{escape_text(self.description)}</desc>',
+            f"<metadata>{escape_text(json.dumps(dict(self.about), ensure_ascii=False))}</metadata>",
             f'<rect width="100%" height="100%" fill="{_hex(PAPER)}"/>',
-            *("<defs>", *(_embed(ids[key], image) for key, image in pictures.items()), "</defs>"),
-            *(_write(shape, ids) for shape in self.shapes),
+            *("<defs>", *pictures, "</defs>"),
+            *write_shapes(self.shapes, ids),
             "</svg>\n",
         ]
         return "\n".join(lines)
@@ -222,8 +220,20 @@ def _paint_text(pen: ImageDraw.ImageDraw, shape: Text) -> None:
 # ---------------------------------------------------------------- SVG
 
 
+def embed_pictures(shapes: Iterable[Shape], prefix: str) -> tuple[dict[int, str], list[str]]:
+    """Names for the pictures among shapes, by their id(), and an element that defines each, once
+    however often it is drawn. The names begin with a prefix."""
+    pictures = {id(s.image): s.image for s in shapes if isinstance(s, Picture)}
+    ids = {key: f"{prefix}{n}" for n, key in enumerate(pictures)}
+    return ids, [_embed(ids[key], image) for key, image in pictures.items()]
+
+
+def write_shapes(shapes: Iterable[Shape], pictures: Mapping[int, str]) -> list[str]:
+    """The elements that draw shapes; pictures: the names of those that were defined."""
+    return [_write(shape, pictures) for shape in shapes]
+
+
 def _write(shape: Shape, pictures: Mapping[int, str]) -> str:
-    """One shape; pictures: the names of the pictures that were defined, by their id()."""
     if isinstance(shape, Picture):
         place = {"href": f"#{pictures[id(shape.image)]}", "x": shape.x, "y": shape.y}
         return f"<use {_attributes(place)}/>"
@@ -240,7 +250,9 @@ def _write(shape: Shape, pictures: Mapping[int, str]) -> str:
     edge = {"stroke": _hex(shape.edge), "stroke-width": shape.width} if shape.edge else {}
     faint = _faint("fill", shape.alpha) if shape.fill else {}
     start = f"<rect {_attributes(place | size | fill | faint | edge | dict(shape.tags))}"
-    return f"{start}><title>{_xml(shape.hint)}</title></rect>" if shape.hint else f"{start}/>"
+    return (
+        f"{start}><title>{escape_text(shape.hint)}</title></rect>" if shape.hint else f"{start}/>"
+    )
 
 
 def _embed(name: str, image: Image.Image) -> str:
@@ -264,7 +276,7 @@ def _write_text(shape: Text) -> str:
             "textLength": text_width(shape.text, shape.size),
             "lengthAdjust": "spacingAndGlyphs",
         }
-    return f"<text {_attributes(place | look | halo | room)}>{_xml(shape.text)}</text>"
+    return f"<text {_attributes(place | look | halo | room)}>{escape_text(shape.text)}</text>"
 
 
 def _faint(what: str, alpha: float) -> dict[str, object]:
@@ -273,7 +285,7 @@ def _faint(what: str, alpha: float) -> dict[str, object]:
 
 def _attributes(values: Mapping[str, object]) -> str:
     return " ".join(
-        f'{name}="{value:g}"' if isinstance(value, float) else f'{name}="{_xml(str(value))}"'
+        f'{name}="{value:g}"' if isinstance(value, float) else f'{name}="{escape_text(str(value))}"'
         for name, value in values.items()
     )
 
@@ -282,7 +294,8 @@ def _hex(color: Color) -> str:
     return "#" + "".join(f"{level:02x}" for level in color)
 
 
-def _xml(text: str) -> str:
+def escape_text(text: str) -> str:
+    """Text for XML and HTML."""
     return escape(_xml_characters(text))
 
 

@@ -8,7 +8,6 @@ import json
 import sys
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from PIL import Image
@@ -22,6 +21,7 @@ from ..request import Settings
 from ..sample import Batch
 from .canvas import Drawing
 from .command import print_error
+from .output_file import replace_whole
 from .overlay import draw_overlay
 from .ranks import ALONE, Ranks
 
@@ -93,7 +93,9 @@ class Chat:
         if self.args.json:
             print(json.dumps(self._make_record(text, result)), flush=True)
         if self.args.overlay and self.ranks.rank == 0:
-            _save(self._draw(result, text, question), self.args.overlay)
+            path = self.args.overlay
+            with replace_whole(path) as part:
+                self._draw(result, text, question).save(part, path.suffix.lower().lstrip("."))
         return text
 
     def _draw(self, result: Result, text: str, question: str) -> Drawing:
@@ -177,18 +179,3 @@ def _read_questions(first: str | None) -> Iterator[str]:
 
 def _is_terminal() -> bool:
     return bool(sys.stdin and sys.stdin.isatty())
-
-
-def _save(drawing: Drawing, path: Path) -> None:
-    """Save completely or not at all: an existing file is only replaced by a finished one."""
-    part = part_of(path)
-    try:
-        drawing.save(part, path.suffix.lower().lstrip("."))
-        part.replace(path)
-    finally:
-        part.unlink(missing_ok=True)
-
-
-def part_of(path: Path) -> Path:
-    """The file that is written before it replaces `path`."""
-    return path.with_name(f"{path.name}.part")

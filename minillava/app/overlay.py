@@ -22,7 +22,7 @@ from ..pruning.parsing import name_plan
 from ..report import Report, Result
 from .canvas import Drawing, move
 from .fate import Fate, count_layers, count_tokens, list_fates
-from .frame import PANEL, Frame, make_frame
+from .frame import OUTSIDE, PANEL, Frame, make_frame
 from .layout import Block, fill_rows, stack, write_lines
 from .panels import Panel, draw_choice, draw_lives, draw_scores, draw_tokens
 
@@ -60,20 +60,11 @@ def draw_overlay(
     caption, and for the file's metadata. every_step: draw more than the first MOST_STEPS steps.
     Raises ValueError for a prompt without images and for a wrong number of images.
     """
-    if not 0 <= sample < len(result.tokens):
-        raise ValueError(f"sample={sample} must be from 0 to {len(result.tokens) - 1}")
-    given = [images] if isinstance(images, Image.Image) else list(images)
-    n_images = len(result.starts[sample])
-    if not n_images:
-        raise ValueError(f"prompt {sample} has no image; an overlay needs one")
-    if len(given) != n_images:
-        raise ValueError(
-            f"prompt {sample} has {n_images} images, not {len(given)}; give all of them"
-        )
+    given = _check_images(result, sample, images)
     frames = frame_images(given, result.config, config, aspect)
     pages = [
         fill_rows(draw_panels(result, sample, i, frames[i], every_step), PAGE - 2 * MARGIN)
-        for i in range(n_images)
+        for i in range(len(given))
     ]
     answer = result.texts[sample] if text is None and result.texts else text
     caption = _make_caption(result, sample, question, answer)
@@ -88,6 +79,23 @@ def draw_overlay(
     page = stack([*pages, write_lines(caption, widest)])
     title = f"Patches left by the plan {facts['Plan']}"
     return draw_page(page, title, _describe(result, sample, caption), told)
+
+
+def _check_images(
+    result: Result, sample: int, images: Image.Image | Sequence[Image.Image]
+) -> list[Image.Image]:
+    """The images of a prompt."""
+    if not 0 <= sample < len(result.tokens):
+        raise ValueError(f"sample={sample} must be from 0 to {len(result.tokens) - 1}")
+    given = [images] if isinstance(images, Image.Image) else list(images)
+    n_images = len(result.starts[sample])
+    if not n_images:
+        raise ValueError(f"prompt {sample} has no image; an overlay needs one")
+    if len(given) != n_images:
+        raise ValueError(
+            f"prompt {sample} has {n_images} images, not {len(given)}; give all of them"
+        )
+    return given
 
 
 # ---------------------------------------------------------------- the page
@@ -106,15 +114,14 @@ def frame_images(
     model: Config,
     config: ImageConfig | None = None,
     aspect: str | None = None,
+    outside: float = OUTSIDE,
 ) -> list[Frames]:
-    """The frames of images that a processor made square with this config and aspect."""
-    vision = model.vision
+    """The frames of images that a processor made square with this config and aspect; outside: see
+    make_frame, for the whole images."""
+    vision, aspect = model.vision, aspect or model.image_aspect
     config = config or ImageConfig(vision.image_size, vision.image_size)
     return [
-        Frames(
-            make_frame(image, vision, config, aspect or model.image_aspect),
-            make_frame(image, vision, config, aspect or model.image_aspect, outside=0.0),
-        )
+        Frames(*(make_frame(image, vision, config, aspect, part) for part in (outside, 0.0)))
         for image in images
     ]
 
@@ -206,16 +213,20 @@ def describe_digests(report: Report, sample: int) -> str:
 
 def _describe(result: Result, sample: int, caption: Sequence[str]) -> str:
     """The drawing in words, for those who do not see it."""
-    n_layers, N = result.config.text.num_hidden_layers, result.config.vision.num_patches
-    words = []
-    for image in range(len(result.starts[sample])):
-        counts = Counter(count_layers(result, sample, image))
-        parts = (
-            f"{counts[n]} live {'all' if n == n_layers else n or 'none'} of {n_layers} layers"
-            for n in sorted(counts, reverse=True)
-        )
-        words.append(f"Image {image + 1}: of {N} patches, {', '.join(parts)}.")
+    images = range(len(result.starts[sample]))
+    words = [f"Image {i + 1}: {describe_lives(result, sample, i)}" for i in images]
     for number, kept in enumerate(result.report.kept, 1):
         left = len(kept.positions[sample])
         words.append(f"Step {number}, {kept.rule} at layer {kept.layer}, leaves {left} patches.")
     return " ".join(words) + "\n" + "\n".join(caption)
+
+
+def describe_lives(result: Result, sample: int, image: int) -> str:
+    """How many patches of an image live how long."""
+    n_layers, N = result.config.text.num_hidden_layers, result.config.vision.num_patches
+    counts = Counter(count_layers(result, sample, image))
+    parts = (
+        f"{counts[n]} live {'all' if n == n_layers else n or 'none'} of {n_layers} layers"
+        for n in sorted(counts, reverse=True)
+    )
+    return f"of {N} patches, {', '.join(parts)}."

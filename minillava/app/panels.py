@@ -46,14 +46,19 @@ HUES: Sequence[Color] = (
 )
 
 
+Entry = tuple[Sequence[Shape], str]  # of a legend: a swatch of 16 x 14 pixels, and its words
+
+
 @dataclass(frozen=True)
 class Panel:
-    """A picture with patches, and what explains it: shapes from 0, 0 on, and the lines above."""
+    """A picture with patches, and what explains it: the lines above, and shapes from 0, 0 on."""
 
     width: int
     height: int
     title: list[str]
     shapes: list[Shape]
+    picture: int = 0  # height of the picture, which comes first
+    legend: Sequence[Entry] = ()  # what is below it, if that is swatches with words
 
 
 def make_panel(
@@ -61,12 +66,14 @@ def make_panel(
     frame: Frame,
     marks: Iterable[Shape],
     below: tuple[Sequence[Shape], int] = ((), 0),
+    legend: Sequence[Entry] = (),
 ) -> Panel:
-    """A frame with the marks on it, and below it some shapes and their height."""
-    shapes, height = below
+    """A frame with the marks on it, and below it a legend, or some shapes and their height."""
+    shapes, height = flow(frame.width, legend) if legend else below
     under = [move(shape, 0, frame.height + 8) for shape in shapes]
     lines = wrap_text(title, frame.width, NORMAL, 3)
-    return Panel(frame.width, frame.height + 8 + height, lines, [*marks, *under])
+    height += frame.height + 8
+    return Panel(frame.width, height, lines, [*marks, *under], frame.height, legend)
 
 
 # ---------------------------------------------------------------- marks on patches
@@ -160,21 +167,19 @@ def _draw_levels(frame: Frame, title: str, levels: Sequence[int], most: int, uni
         elif n:
             marks.append(frame.box(p, tags=tag("level", p, level=n)))
     marks += lines_of_grid(frame) + outline(frame, {p for p, n in enumerate(levels) if n == most})
-    below = _explain_levels(frame.width, Counter(levels), most, unit)
-    return make_panel(title, frame, [*frame.shapes, *marks], below)
-
-
-def _explain_levels(
-    width: int, counts: Counter[int], most: int, unit: str
-) -> tuple[list[Shape], int]:
-    """What the shades mean: swatches with the number of patches, or one long ramp."""
+    counts = Counter(levels)
     if len(counts) > MOST_SWATCHES:
-        return _draw_ramp(width, most, unit)
-    entries = []
-    for n in sorted(counts, reverse=True):
-        words = f"all {most} {unit}" if n == most else f"{n} of {most} {unit}" if n else "none"
-        entries.append((_swatch(n, most), f"{words}: {counts[n]}"))
-    return flow(width, entries)
+        ramp = _draw_ramp(frame.width, most, unit)
+        return make_panel(title, frame, [*frame.shapes, *marks], ramp)
+    legend = [
+        (_swatch(n, most), f"{name_level(n, most, unit)}: {counts[n]}")
+        for n in sorted(counts, reverse=True)
+    ]
+    return make_panel(title, frame, [*frame.shapes, *marks], legend=legend)
+
+
+def name_level(n: int, most: int, unit: str) -> str:
+    return f"all {most} {unit}" if n == most else f"{n} of {most} {unit}" if n else "none"
 
 
 def _swatch(n: int, most: int) -> list[Shape]:
@@ -198,8 +203,8 @@ def _draw_ramp(width: int, most: int, unit: str) -> tuple[list[Shape], int]:
     return shapes, 32
 
 
-def flow(width: int, entries: Sequence[tuple[Sequence[Shape], str]]) -> tuple[list[Shape], int]:
-    """Swatches of 16 x 14 pixels with words, in as many lines as they need; and their height."""
+def flow(width: int, entries: Sequence[Entry]) -> tuple[list[Shape], int]:
+    """A legend in as many lines as it needs; and their height."""
     shapes: list[Shape] = []
     x = y = 0.0
     for swatch, words in entries:
@@ -314,13 +319,12 @@ def draw_choice(frame: Frame, fate: Fate, chips: Sequence[str]) -> Panel:
             shapes.append(number(frame, row, str(n), WHITE, INK))
     shapes += [frame.box(p, tags=tag("kept", p)) for p in sorted(fate.kept)]
     shapes += [number(frame, p, str(n)) for p, n in fate.picks.items()]
-    entries: list[tuple[Sequence[Shape], str]] = []
+    entries: list[Entry] = []
     for row, count in sorted(fate.added.items()):
         n = targets[row]
         chip = [Box(0, 0, 16, 14, HUES[(n - 1) % len(HUES)], 0.62, INK)]
         entries.append((chip, f"{n}: added row, {count} patches"))
     entries += [([Box(0, 0, 16, 14, WHITE, edge=INK)], chip) for chip in chips]
-    below = flow(frame.width, entries) if entries else ([], 0)
     merged = f", {len(fate.into)} merged into {len(counts)}" if fate.into else ""
     title = f"{fate.title}: {len(fate.kept)} of {fate.patches} left{merged}"
-    return make_panel(title, frame, [*frame.shapes, *shapes], below)
+    return make_panel(title, frame, [*frame.shapes, *shapes], legend=entries)

@@ -16,6 +16,7 @@ from typing import Any
 import pytest
 import tiny
 import torch
+from drawings import SVG, check_layout, panels_of
 from PIL import Image, ImageChops
 
 from minillava import Batch
@@ -36,7 +37,6 @@ from minillava.pruning.fastv import FastV
 SIZE, GRID = 56, 4  # image size and patches per side of the model in conftest
 N = GRID**2
 START = 2  # of the first image in the prompt
-SVG = "{http://www.w3.org/2000/svg}"
 
 
 def make_image(n: int, size: tuple[int, int] = (SIZE, SIZE)) -> Image.Image:
@@ -62,19 +62,6 @@ def run(
     )
     parsed = parse_plan(plan) if isinstance(plan, str) else plan
     return generate(model, batch, parsed, max_new_tokens=n, **options)
-
-
-def panels_of(drawing: Drawing) -> list[dict[str, dict[int, dict[str, str]]]]:
-    """What an SVG says about patches: for each panel, by class and patch, the data-... of it."""
-    found: list[dict[str, dict[int, dict[str, str]]]] = []
-    for element in ElementTree.fromstring(drawing.svg()).iter():
-        if element.tag == f"{SVG}use":  # a panel begins with its picture
-            found.append({})
-        patch = element.get("data-patch")
-        if patch is not None:
-            data = {k[5:]: v for k, v in element.items() if k.startswith("data-")}
-            found[-1].setdefault(str(element.get("class")), {})[int(patch)] = data
-    return found
 
 
 def patches(positions: Sequence[int], image: int = 0) -> set[int]:
@@ -402,26 +389,6 @@ def test_patches_are_large_enough_for_a_number() -> None:
 def texts_of(result: Result, **options: Any) -> list[str]:
     drawing = draw_overlay(result, make_image(0), **options)
     return [shape.text for shape in drawing.shapes if isinstance(shape, Text)]
-
-
-def check_layout(drawing: Drawing) -> None:
-    """No text leaves the page, and no two overlap."""
-    boxes = []
-    for shape in drawing.shapes:
-        if isinstance(shape, Text):
-            text = to_ascii(shape.text)
-            width = font(shape.size).getlength(text)
-            left = shape.x - {"start": 0, "middle": width / 2, "end": width}[shape.at]
-            boxes.append((left, shape.y, left + width, shape.y + shape.size, text))
-    for left, top, right, bottom, text in boxes:
-        assert left >= 0, text
-        assert top >= 0, text
-        assert right <= drawing.width, text
-        assert bottom <= drawing.height, text
-    for i, (a1, b1, a2, b2, first) in enumerate(boxes):
-        for c1, d1, c2, d2, second in boxes[i + 1 :]:
-            apart = a2 <= c1 or c2 <= a1 or b2 <= d1 or d2 <= b1
-            assert apart, f"{first!r} and {second!r}"
 
 
 @pytest.mark.parametrize("plan", [*PLANS, ""])
