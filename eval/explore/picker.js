@@ -4,6 +4,7 @@ const status = element.querySelector(".status");
 
 function choose(name) {
   props.value = name;
+  mark(); // watch() hears only of changes that come from the server
   trigger("input");
 }
 

@@ -210,11 +210,12 @@ def listen(address: str, port: int) -> socket.socket:
 def temporary_folder() -> Iterator[Path]:
     """A folder for everything that the page and its libraries write, removed at the end.
 
-    Gradio reads its name from the environment when it is imported, Python's tempfile from TMPDIR.
+    Gradio and matplotlib, which it imports, read their folders' names from the environment.
     """
     with tempfile.TemporaryDirectory(prefix="minillava-explore-", ignore_cleanup_errors=True) as at:
         folder = Path(at)
-        names = {"TMPDIR": at, "GRADIO_TEMP_DIR": str(folder / "gradio"), "HF_HOME": str(folder)}
+        names = {"TMPDIR": at, "GRADIO_TEMP_DIR": str(folder / "gradio")}
+        names["MPLCONFIGDIR"] = str(folder / "matplotlib")
         before = {name: os.environ.get(name) for name in names}
         os.environ.update(names)
         was, tempfile.tempdir = tempfile.tempdir, at

@@ -101,14 +101,22 @@ def open_page(browser: Any, server: str) -> Iterator[Callable[..., Any]]:
 
 
 def ask(page: Any) -> None:
+    before = sheet(page)
     page.click("#ask")
-    wait_for_answer(page)
+    wait_for_answer(page, before)
 
 
-def wait_for_answer(page: Any) -> None:
-    """Wait until the question that was just asked is answered."""
-    message(page, "The model is asked.")
+def wait_for_answer(page: Any, before: str | None = None) -> None:
+    """Wait until there is another sheet than before. It has times on it, so no two are equal."""
+    page.wait_for_function(
+        "before => (document.querySelector('#sheet img')?.src ?? null) !== before", arg=before
+    )
     message(page, "Done.")
+
+
+def sheet(page: Any) -> str | None:
+    found: str | None = page.evaluate("document.querySelector('#sheet img')?.src ?? null")
+    return found
 
 
 def answers(page: Any) -> dict[str, str]:
