@@ -167,6 +167,9 @@ class Page:
         except Exception as error:
             yield say(explain(error)), gr.skip(), gr.skip(), gr.skip()
 
+    def say_stopped(self) -> str:
+        return say("Stopped.")
+
     def take_over(self, patches: object) -> Any:
         """The patches that a plan has left, on the board."""
         return patches if isinstance(patches, str) and patches else gr.skip()
@@ -363,7 +366,8 @@ def _connect(page: Page, app: gr.Blocks, parts: Parts) -> None:
         trigger_mode="once",
         **shared,
     )
-    parts.stop.click(lambda: say("Stopped."), None, message, cancels=[asking], **light)
+    stopping = parts.stop.click(None, cancels=[asking])
+    stopping.then(page.say_stopped, None, message, **light)
     changes = [part.change for part in (parts.picture, parts.plans, parts.board, parts.tokens)]
     changes += [parts.budgets.change, parts.question.blur, parts.ask.click, parts.question.submit]
     gr.on(changes, page.write_link, parts.state, parts.query, trigger_mode="always_last", **light)

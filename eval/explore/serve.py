@@ -32,7 +32,8 @@ def serve(
     model, processor = load(
         name, args.device, args.dtype, args.quantize, args.revision, progress=True
     )
-    uploads = Uploads(folder)
+    (folder / "uploads").mkdir()
+    uploads = Uploads(folder / "uploads")
     shown = "the demo" if args.model is None else Path(args.model).name
     pictures = Pictures(bundled_pictures(), uploads)
     page = Page(Asker(model, processor, shown, pictures), budgets=args.model is None)

@@ -308,7 +308,7 @@ def wait_until_empty(temporary: Path, page: Any) -> None:
 
 
 def held_files(temporary: Path) -> list[Path]:
-    return [path for path in temporary.rglob("*") if path.is_file()]
+    return list(temporary.glob("*/uploads/*"))
 
 
 def test_uploads_that_are_no_pictures(
