@@ -16,12 +16,13 @@ from collections.abc import Sequence
 
 from minillava.app.command import (
     CommandParser,
+    end_at_once,
     end_program,
     parse_non_negative_int,
     run_command,
 )
 
-from .server import allowed_hosts, listen, temporary_folder
+NEEDED = ("gradio", "fastapi", "uvicorn", "numpy", "sklearn")  # of the extra `explore`
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -46,10 +47,13 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _run(args: argparse.Namespace) -> None:
     if args.port > 65535:
         raise ValueError(f"--port {args.port} must be from 0 to 65535")
-    if missing := [p for p in ("gradio", "uvicorn", "sklearn") if not _is_installed(p)]:
+    if missing := [package for package in NEEDED if not _is_installed(package)]:
         raise ValueError(
             f"{missing[0]} is not installed; the page needs pip install 'minillava[explore]'"
         )
+    with end_at_once():  # these import torch, which takes seconds
+        from .server import allowed_hosts, listen, temporary_folder
+
     with temporary_folder() as folder, listen(args.host, args.port) as socket:
         from .serve import serve  # imports Gradio, which reads the folder's name
 

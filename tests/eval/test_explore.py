@@ -20,7 +20,8 @@ import pytest
 from PIL import Image
 
 from eval.compare import Comparison, Run
-from eval.explore import limits, server
+from eval.explore import __main__ as command
+from eval.explore import asking, limits, server
 from eval.explore.asking import NONE, Asker, Progress, Request
 from eval.explore.markup import explain, format_answers, say
 from eval.explore.pictures import Pictures, Uploads, bundled_pictures, data_uri, show_pixels
@@ -201,8 +202,7 @@ def test_an_upload_belongs_to_the_first_session_that_uses_it(uploads: Uploads) -
     with pytest.raises(ValueError, match="not held any more"):
         uploads.open(token, "b")
     again = put(uploads, Image.new("RGB", (20, 10)))
-    uploads.open(again, "a")
-    uploads.keep_only(again, "a")
+    Pictures({}, uploads).open(f"upload:{again}", "a")
     assert len(list(uploads.folder.iterdir())) == 1
     uploads.end_session("b")
     assert len(list(uploads.folder.iterdir())) == 1
@@ -395,6 +395,27 @@ def test_a_port_that_is_taken_is_one_sentence() -> None:
         server.listen("256.0.0.1", 0)
 
 
+# ---------------------------------------------------------------- command line
+
+
+def test_bad_command_lines_are_one_line(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for argv, words in (
+        (["--port", "65536"], "--port 65536 must be from 0 to 65535"),
+        (["--port", "x"], "'x'"),
+        (["--share"], "--share"),
+    ):
+        assert command.main(argv) == 2
+        error = capsys.readouterr().err
+        assert error.startswith("error: ")
+        assert words in error
+        assert error.count("\n") == 1
+    monkeypatch.setattr(command, "NEEDED", ("no_such_package",))
+    assert command.main([]) == 2
+    assert "no_such_package is not installed; the page needs pip install" in capsys.readouterr().err
+
+
 # ---------------------------------------------------------------- asking
 
 
@@ -425,15 +446,27 @@ def test_answers_come_in_pieces_and_then_the_sheet(asker: Asker) -> None:
 
 
 def test_an_answer_that_nobody_reads_ends(asker: Asker, monkeypatch: pytest.MonkeyPatch) -> None:
+    drawn: list[Comparison] = []
+    monkeypatch.setattr(asking, "draw_sheet", drawn.append)
     long = Request("example", "", "Describe the picture.", ["uniform:keep=16"], 128, True)
     threads = set(threading.enumerate())
     answer = asker.ask(long)
-    next(answer)
-    answer.close()
+    with asker._turn:  # so that the model has not answered before nobody waits any more
+        next(answer)
+        answer.close()
     for thread in set(threading.enumerate()) - threads:
         thread.join(30)
         assert not thread.is_alive()
     assert not asker._turn.locked()
+    assert drawn == []
+
+
+def test_a_plan_is_not_asked_further_when_nobody_listens(asker: Asker) -> None:
+    work = asking._Work(asker, Request("example", "", "Describe the picture.", [], 128, True))
+    work.abandoned.set()
+    with pytest.raises(asking.Abandoned):
+        work.listen("none", "white")
+    assert not issubclass(asking.Abandoned, Exception), "compare takes one for a mistake in a plan"
 
 
 def test_a_refusal_is_raised_to_the_reader(asker: Asker) -> None:
