@@ -43,12 +43,11 @@ from weights import scenes
 from . import fit, statistics, store
 from .credits import Credits
 from .plans import read_plan, read_plans
+from .suggest import suggest_plan
 
 BATCH = 32
 LENGTH = 48  # new tokens; the longest answer is a caption
 SHARES = (0.5, 0.25, 0.11)
-# these have no option for a budget
-ADAPTIVE = ("prumerge", "prumerge-plus", "border", "text-only")
 BY_HAND = ("hand",)  # a person's choice of patches is no method
 NEED_MORE = ("trim", "cdpruner", "mustdrop")  # than the demo's vision tower has
 
@@ -64,36 +63,13 @@ def default_plans(model: LLaVA, processor: Processor) -> list[str]:
     which needs a grid of patches that is divisible by 3.
     """
     n_tokens, n_layers = model.config.vision.num_patches, model.config.text.num_hidden_layers
-    side_of_cells = model.config.vision.grid // 2  # Nuwa's
     found = [""]
     for share in SHARES:
-        k = round(n_tokens * share)
-        steps = [round(n_tokens * share ** (i / 3)) for i in (1, 2, 3)]
-        side = max(1, round(k**0.5))
-        halves = f"layer={n_layers // 2},keep={k + k // 2},final={k - k // 2}"
-        special = {
-            "fastv": f"fastv:k=2,keep={k}",
-            "dart": f"dart:layer=2,keep={k}",
-            "vtw": f"vtw:layer={round(n_layers * share)}",
-            "fitprune": _fitted(model, processor, round(100 * (1 - share))),
-            "pyramiddrop": "pyramiddrop:layers=2/4/6,ratios="
-            + "/".join(f"{s / n_tokens:.3f}" for s in steps),
-            "sparsevlm": f"sparsevlm:layers=2/4/6,keep={'/'.join(map(str, steps))}",
-            "visionzip": f"visionzip:dominant={k - k // 6},contextual={k // 6}",
-            "v2drop": "v2drop:layers=2/4/6,ratios=" + "/".join([f"{share ** (1 / 3):.3f}"] * 3),
-            "vscan": f"vscan:{halves}",
-            "nuwa": f"nuwa:{halves},cell={-(-(k + k // 2) // (side_of_cells**2))}",
-            "apet": f"apet:{halves},basis={min(10, k - k // 2 - 1)}",
-            "autoprune": f"autoprune:depth={n_layers},target={k}",
-            "ivcprune": f"ivcprune:layer=2,foreground={k - 2 * (k // 8)},axes={k // 8}",
-            "grid": f"grid:h={side},w={side}",
-            "pool": f"pool:h={side},w={side}",
-        }
         for name in METHODS:
-            if name in ADAPTIVE:
-                found.append(name)
+            if name == "fitprune":
+                found.append(_fitted(model, processor, round(100 * (1 - share))))
             elif name not in NEED_MORE + BY_HAND:
-                found.append(special.get(name, f"{name}:keep={k}"))
+                found.append(suggest_plan(name, share, n_layers, n_tokens))
     return list(dict.fromkeys(found))
 
 

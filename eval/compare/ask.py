@@ -16,7 +16,7 @@ from tqdm import tqdm  # type: ignore[import-untyped,unused-ignore]
 
 from minillava.app.chat import check_length
 from minillava.app.command import MAX_LINE, cut_middle
-from minillava.generate import Answer, generate
+from minillava.generate import Answer, Result, stream
 from minillava.llava import Encoded, LLaVA
 from minillava.processing.processor import Processor
 from minillava.pruning import parse_plan
@@ -29,6 +29,7 @@ from minillava.request import Batch, Settings
 
 from .runs import NONE, Cell, Comparison, Drift, Run
 
+Listen = Callable[[str, str], object]  # see compare
 NEW_TOKENS = 64
 SHARES = (1 / 2, 1 / 4, 1 / 8, 1 / 16, 1 / 32)  # of the patches: the budgets by default
 
@@ -48,6 +49,7 @@ def compare(
     about: Mapping[str, str] | None = None,
     read: Callable[[str], Plan] = parse_plan,
     progress: bool = False,
+    listen: Listen | None = None,
 ) -> Comparison:
     """Ask one question about one or more images without pruning and under each plan (greedily).
 
@@ -55,8 +57,10 @@ def compare(
     again; None: SHARES of all; (): none. focus: the text for text-guided methods; None: the
     preset's, or the question. image_aspect: "crop", "pad", or None for the checkpoint's. about:
     words for files. read: makes a plan of a text; parse_plan never runs a file. progress: a bar, on
-    a terminal. Raises ValueError for no image, for an empty or too long question, for settings out
-    of range, and if neither the unpruned model nor any plan can run.
+    a terminal. listen: is called with a plan and each piece of its answer as it comes (with "" for
+    a plan at a budget); what it raises, if it is no Exception, ends the comparison. Raises
+    ValueError for no image, for an empty or too long question, for settings out of range, and if
+    neither the unpruned model nor any plan can run.
     """
     given = [images] if isinstance(images, Image.Image) else list(images)
     _check_question(model, given, question, max_new_tokens)
@@ -65,7 +69,8 @@ def compare(
     prompt = _Prompt(processor, given, question, focus, image_aspect)
     named = {_name(plan): plan for plan in (Plan(), *plans)}
     ready = [_prepare(model, prompt, settings, name, plan, read) for name, plan in named.items()]
-    runs, drifts = _run_all(model, ready, tried, settings, progress)
+    listener = listen or _ignore
+    runs, drifts = _run_all(model, processor, ready, tried, settings, progress, listener)
     return Comparison(
         tuple(given),
         question,
@@ -76,6 +81,10 @@ def compare(
         processor.image,
         about or {},
     )
+
+
+def _ignore(plan: str, piece: str) -> None:
+    """Nobody listens."""
 
 
 def _check_question(
@@ -203,16 +212,19 @@ def _vary(model: LLaVA, one: _Ready, budgets: Sequence[int]) -> _Trials:
 
 def _run_all(
     model: LLaVA,
+    processor: Processor,
     ready: Sequence[_Ready | Run],
     budgets: Sequence[int],
     settings: Settings,
     progress: bool,
+    listen: Listen,
 ) -> tuple[list[Run], list[Drift]]:
     """Ask every plan, and every plan over budgets if there is an unpruned answer to compare."""
     able = [one for one in ready if isinstance(one, _Ready)]
     if not able:
         raise ValueError(next(one.error for one in ready if isinstance(one, Run)))
-    asker = _Asker.encode(model, able, settings)
+    encoded, tower = _encode(model, able)
+    asker = _Asker(model, processor, settings, encoded, tower, listen)
     varied = {one.name: _vary(model, one, budgets) for one in able if one.plan.methods}
     total = len(able) + sum(len(v.trials) for v in varied.values())
     with tqdm(total=total, unit="run", leave=False, disable=None if progress else True) as bar:
@@ -223,6 +235,16 @@ def _run_all(
             if reference is not None and one.name in varied
         ]
     return runs, drifts
+
+
+def _encode(model: LLaVA, asked: Sequence[_Ready]) -> tuple[Encoded, float]:
+    """Run the vision tower once, for the hidden states that any of the plans reads; and how many
+    seconds that took."""
+    pixels, start = asked[0].batch.pixels, read_clock(model.device)
+    assert pixels is not None
+    with torch.inference_mode():
+        encoded = model.encode(pixels, frozenset[int]().union(*(one.states for one in asked)))
+    return encoded, read_clock(model.device) - start
 
 
 @dataclass(frozen=True)
@@ -238,18 +260,11 @@ class _Asker:
     """The model with the encoded images."""
 
     model: LLaVA
+    processor: Processor
     settings: Settings
     encoded: Encoded
     tower: float  # seconds that it took
-
-    @classmethod
-    def encode(cls, model: LLaVA, asked: Sequence[_Ready], settings: Settings) -> _Asker:
-        """Run the vision tower once, for the hidden states that any of the plans reads."""
-        pixels, start = asked[0].batch.pixels, read_clock(model.device)
-        assert pixels is not None
-        with torch.inference_mode():
-            encoded = model.encode(pixels, frozenset[int]().union(*(one.states for one in asked)))
-        return cls(model, settings, encoded, read_clock(model.device) - start)
+    listen: Listen
 
     def run_all(
         self, asked: Sequence[_Ready | Run], bar: tqdm
@@ -266,11 +281,19 @@ class _Asker:
     def _ask(self, one: _Ready, reference: _Reference | None) -> tuple[Run, _Reference | None]:
         """The run of a plan, and its answer."""
         try:
-            result = generate(
-                self.model, one.batch, one.plan, encoded=self.encoded, **asdict(self.settings)
+            pieces = stream(
+                self.model,
+                self.processor,
+                one.batch,
+                one.plan,
+                encoded=self.encoded,
+                **asdict(self.settings),
             )
+            for piece in pieces:
+                self.listen(one.name, piece)
         except Exception as error:
             return Run(one.name, error=_explain(error)), None
+        result: Result = pieces.result
         assert result.logits is not None
         logits, tower = result.logits[0, 0].clone(), None if one.own_tower else self.tower
         kl = None if reference is None else divergence(reference.logits, logits)
@@ -282,7 +305,7 @@ class _Asker:
         settings = replace(self.settings, max_new_tokens=len(reference.tokens))
         short, cells = replace(self, settings=settings), list[Cell]()
         for trial in trials.trials:
-            run, _ = short._ask(replace(one, plan=trial.plan), reference)
+            run, _ = short._ask(replace(one, name="", plan=trial.plan), reference)
             same = run.result is not None and run.result.tokens[0] == reference.tokens
             cells.append(
                 Cell(

@@ -126,15 +126,20 @@ class Drawing:
         ]
         return "\n".join(lines)
 
+    def png(self) -> bytes:
+        """The drawing as a complete PNG file, with title, description and metadata."""
+        texts, file = PngImagePlugin.PngInfo(), io.BytesIO()
+        for name, text in self.texts().items():
+            texts.add_text(name, _xml_characters(text))  # as UTF-8 if it is not Latin-1
+        self.image().save(file, "PNG", pnginfo=texts, compress_level=COMPRESSION)
+        return file.getvalue()
+
     def save(self, path: Path, kind: str) -> None:
         """Write a file of kind "png" or "svg"."""
         if kind == "svg":
             path.write_text(self.svg(), "utf-8")
-            return
-        texts = PngImagePlugin.PngInfo()
-        for name, text in self.texts().items():
-            texts.add_text(name, _xml_characters(text))  # as UTF-8 if it is not Latin-1
-        self.image().save(path, "PNG", pnginfo=texts, compress_level=COMPRESSION)
+        else:
+            path.write_bytes(self.png())
 
 
 # ---------------------------------------------------------------- text

@@ -281,7 +281,7 @@ def print_error(error: Exception) -> None:
     A RuntimeError is raised again, since it is a fault of the program and not of its input, unless
     it says that memory ran out.
     """
-    if isinstance(error, MemoryError) or _OUT_OF_MEMORY.search(str(error)):
+    if is_out_of_memory(error):
         text = "out of memory; try --dtype float16, fewer images, or --prune before the decoder"
     elif isinstance(error, RuntimeError):
         raise error
@@ -296,6 +296,10 @@ def print_error(error: Exception) -> None:
     except OSError:  # nobody can be told
         if sys.stderr is sys.__stderr__:
             os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    return isinstance(error, MemoryError) or bool(_OUT_OF_MEMORY.search(str(error)))
 
 
 def cut_middle(text: str, most: int) -> str:

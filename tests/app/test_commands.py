@@ -42,6 +42,7 @@ COMMANDS = (
     "eval.check",
     "eval.compare.__main__",
     "eval.demo",
+    "eval.explore.__main__",
     "eval.fit",
     "eval.forms",
     "eval.latency",
@@ -120,6 +121,8 @@ BAD = [
     ("eval.rivals", "--prune fastvv", "'fastvv'"),
     ("eval.rivals", "--prune pyramiddrop", "--prune pyramiddrop prunes at layer 24"),
     ("eval.compare.__main__", "--out a.png", "--prune"),
+    ("eval.explore.__main__", "--port 65536", "--port 65536 must be from 0 to 65535"),
+    ("eval.explore.__main__", "--port -1", "--port: '-1' must be a whole number, 0 or more"),
     ("eval.compare.__main__", "--prune fastv --out a.gif", "ends in .png, .svg or .html"),
     ("eval.compare.__main__", "--prune fastv --out no/such/a.svg", "there is no folder no/such"),
     (

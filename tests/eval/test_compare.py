@@ -26,7 +26,7 @@ from eval.compare.page import write_page
 from eval.compare.record import record
 from eval.compare.sets import expect_jaccard, list_differences, subtract
 from minillava import load, parse_plan
-from minillava.generate import generate
+from minillava.generate import generate, stream
 from minillava.pruning import Plan, parse_plan_with_files
 from minillava.pruning.fastv import FastV
 
@@ -82,11 +82,11 @@ def test_the_images_are_encoded_once_and_each_plan_runs_once(
     towers, runs = [], []
     hook = demo[0].vision.register_forward_hook(lambda *_: towers.append(1))
 
-    def count(model: Any, batch: Any, plan: Plan, **options: Any) -> Any:
+    def count(model: Any, processor: Any, batch: Any, plan: Plan, **options: Any) -> Any:
         runs.append(plan)
-        return generate(model, batch, plan, **options)
+        return stream(model, processor, batch, plan, **options)
 
-    monkeypatch.setattr(ask, "generate", count)
+    monkeypatch.setattr(ask, "stream", count)
     compare(*demo, image, QUESTION, [*PLANS[:2], PLANS[0], "none", "nonsense"], budgets=[16, 8])
     hook.remove()
     assert len(towers) == 1
@@ -94,6 +94,20 @@ def test_the_images_are_encoded_once_and_each_plan_runs_once(
     runs.clear()
     compare(*demo, image, QUESTION, PLANS[:1], budgets=())
     assert len(runs) == 2
+
+
+def test_who_listens_hears_each_answer_in_pieces(demo: Any, image: Image.Image) -> None:
+    heard: dict[str, list[str]] = {}
+
+    def listen(plan: str, piece: str) -> None:
+        heard.setdefault(plan, []).append(piece)
+
+    question, plan = "Describe the picture.", "uniform:keep=32"
+    found = compare(*demo, image, question, [plan], budgets=[16], listen=listen)
+    assert set(heard) == {"none", plan, ""}
+    for run in found.runs:
+        assert "".join(heard[run.plan]).strip() == run.answer
+        assert len(heard[run.plan]) > 1
 
 
 def test_a_run_is_what_the_plan_gives_alone(
