@@ -14,8 +14,8 @@ def suggest_plan(
     layer: whose input methods in the decoder prune. By default it is 2, and the middle for methods
     that also prune before the decoder. Methods with several layers prune the input of three,
     `layer` and two more in equal steps (of fewer, if there are not so many), and reduce the tokens
-    by equal ratios. VTW drops all tokens at one layer, which follows from the share. A method without a budget is given by its
-    name. The plan may be one that the model refuses.
+    by equal ratios. VTW drops all tokens at one layer, which follows from the share. A method
+    without a budget is given by its name. The plan may be one that the model refuses.
     """
     k = round(n_tokens * share)
     first, middle = (2, n_layers // 2) if layer is None else (layer, layer)
