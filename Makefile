@@ -12,7 +12,7 @@ demo: $(VENV)/.installed
 	@$(RUN) minillava.generate
 
 test: $(VENV)/.installed-test
-	@$(RUN) pytest -q
+	@OMP_NUM_THREADS=1 $(RUN) pytest -q -n auto
 
 $(VENV)/.installed: pyproject.toml | $(VENV)/bin/pip
 	@$(RUN) pip install --quiet --disable-pip-version-check --editable .
