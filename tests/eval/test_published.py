@@ -94,6 +94,7 @@ def test_no_figure_stands_there_twice(figures):
         ("vscan", "gqa", "accuracy", "vscan:average=192", 60.6),
         ("vtc-cls", "seed_bench", "accuracy", "fastervlm:keep=128", 62.2),
         ("nuwa", "mmmu", "accuracy", "nuwa-64", 36.4),
+        ("nuwa-grounding", "refcoco+", "Acc@0.5", "none", 59.43),
     ],
 )
 def test_figures_as_the_sources_print_them(figures, source, task, metric, plan, value):
@@ -132,6 +133,8 @@ DIGESTS = {
     "naive-baselines": "8cfd1600febe3c00",
     "vtc-cls": "a532eeb658f007e4",
     "nuwa": "1575056108953e36",
+    "nuwa-grounding": "d0bc3a3c69cdf2ed",
+    "lmms-pull-52": "dabd4b19bc29648d",
     "fastv-lmms": "17d1c09ba7ecd944",
     "fastv-aokvqa": "d84c8f68a2de0743",
     "fastv-aokvqa-4bit": "afe22a01fc16f789",
