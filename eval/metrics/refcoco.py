@@ -1,7 +1,7 @@
 """RefCOCO, RefCOCO+ and RefCOCOg: the box in an answer, and its IoU with the right box.
 
-LLaVA's repository has no script for them. Sources: for llava, that of ConvLLaVA, which asks as in
-LLaVA-1.5's training data and knows its padding (github.com/alibaba/conv-llava at ba805b0,
+LLaVA's repository has no script for them. Sources: for llava, that of ConvLLaVA, which reads boxes
+in LLaVA-1.5's padded square (github.com/alibaba/conv-llava at ba805b0,
 llava/eval/evaluate_grounding.py); for lmms, lmms-eval 0.7.3's tasks/refcoco/utils_rec.py. An answer
 is right if its IoU is at least 0.5. Without a box the answer is the box 0, 0, 0, 0. Boxes are not
 clipped to the image, and one with reversed corners overlaps nothing.

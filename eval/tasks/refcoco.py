@@ -33,13 +33,16 @@ FORMAT = (
     "Bounding box coordinates are specified in the format (top-left x, top-left y, bottom-right x, "
     "bottom-right y). All values are floating point numbers bounded between 0 and 1. "
 )
+NOT_UNDONE = (
+    "boxes are compared in the image as it is, though LLaVA-1.5 gives them in the padded square"
+)
 
 
 @dataclass(frozen=True)
 class RefCOCO(Task):
     """One of the three benchmarks. All splits that are in --data are asked.
 
-    llava asks as LLaVA-1.5 was trained, lmms as lmms-eval's refcoco_bbox_rec.
+    llava asks as ConvLLaVA's evaluate_grounding.py, lmms as lmms-eval's refcoco_bbox_rec.
     """
 
     name: str  # type: ignore[misc]
@@ -103,16 +106,13 @@ class RefCOCO(Task):
         parts = {n: made.select(splits == n) for n in names if len(names) > 1}
         more = {name: part.score for name, part in parts.items()}
         more["mean IoU"] = 100 * float(np.nan_to_num(ious).mean())
-        notes = (
-            ["boxes are compared in the image as it is, but LLaVA-1.5 gives those of the square"]
-            if protocol == "lmms" and any(len(set(a.item.gold["size"])) > 1 for a in answers)
-            else []
-        )
+        is_padded = any(len(set(a.item.gold["size"])) > 1 for a in answers)
+        notes = (NOT_UNDONE,) if protocol == "lmms" and is_padded else ()
         return replace(
             scored,
             metric="Acc@0.5",
             more=more,
-            notes=tuple(notes),
+            notes=notes,
             split=", ".join(names),
             parts=parts,
         )

@@ -82,6 +82,7 @@ def error_of(source: Path, protocol: str = "llava", task: str = "refcoco") -> st
 def test_a_list_begins_at_the_first_bracket_of_a_line_as_the_original_pattern_does() -> None:
     assert metric.llava_box("[1] is at [0, 0, 1, 1]") is None
     assert metric.llava_box("[1] is at\n[[0, .5, 1e0, 1]]") == (0, 0.5, 1, 1)
+    assert metric.llava_box("at [0, 0, 1, 1], a cup, red") == (0, 0, 1, 1)
     assert metric.llava_box("[0, 0, 1, 1, 1]") is None  # the fourth entry is "1, 1"
     assert metric.lmms_box("[1] is at [0, 0, 1, 1]") == (0, 0, 1, 1)
     assert metric.lmms_box("[0, 0, 1, 1, 1]") is None
