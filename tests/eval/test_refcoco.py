@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from PIL import Image
+from PIL import Image, JpegImagePlugin
 from tiny import refusal
 
 from eval import score
@@ -157,6 +157,15 @@ def test_the_size_is_that_of_the_image_turned_by_exif(tmp_path: Path) -> None:
     table(tmp_path / "val-0.parquet", image=[{"bytes": jpeg(120, 160, 6), "path": None}])
     item = read_questions(TASKS["refcoco"], tmp_path, "lmms")[0]
     assert item.gold["size"] == item.images[0].open().size == (160, 120)
+
+
+def test_sizes_are_read_without_decoding(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(image: Image.Image) -> None:
+        raise OSError("decoded")
+
+    table(tmp_path / "val-0.parquet")
+    monkeypatch.setattr(JpegImagePlugin.JpegImageFile, "load", refuse)
+    assert len(read_questions(TASKS["refcoco"], tmp_path, "llava")) == 2
 
 
 @pytest.mark.parametrize(
