@@ -33,6 +33,7 @@ from .metrics import (
     mmmu,
     pope,
     ptb,
+    refcoco,
     rouge,
     scienceqa,
     seed_bench,
@@ -195,6 +196,17 @@ def _seed_bench(case: Case) -> Result:
     }
 
 
+def _refcoco(case: Case) -> Result:
+    text, box = case["text"], case["box"]
+    width, height = case["size"]
+    ious = {
+        "llava": refcoco.llava_iou(text, box, (width, height)),
+        "lmms": refcoco.lmms_iou(text, box, (width, height)),
+    }
+    correct = {f"{rule}_correct": iou >= refcoco.ENOUGH for rule, iou in ious.items()}
+    return {f"{rule}_iou": iou for rule, iou in ious.items()} | correct
+
+
 def _aokvqa(case: Case) -> Result:
     return {"correct": aokvqa.correct(case["output"], case["label"])}
 
@@ -295,6 +307,14 @@ def _text_or_texts(value: Any) -> bool:
     return _text(value) or _texts(value)
 
 
+def _numbers(many: int) -> Callable[[Any], bool]:
+    return lambda values: (
+        isinstance(values, list)
+        and len(values) == many
+        and all(isinstance(v, int | float) and abs(v) < 1e9 for v in values)
+    )
+
+
 def _choices(value: Any) -> bool:
     return isinstance(value, dict) and all(map(_text, value.values()))
 
@@ -366,6 +386,11 @@ KINDS = {
     "pope_parse": Kind({"text": _text}, ("llava",), _each(_pope_parse), {"lmms_prediction": None}),
     "pope_score": Kind({"rows": _rows_of("label", "text")}, ("llava", "lmms"), _each(_pope_score)),
     "ptb_tokens": Kind({"text": _text}, ("tokens",), _ptb_tokens, captions=True),
+    "refcoco": Kind(
+        {"text": _text, "box": _numbers(4), "size": _numbers(2)},
+        ("llava_iou", "llava_correct", "lmms_iou", "lmms_correct"),
+        _each(_refcoco),
+    ),
     "scienceqa_parse": Kind(
         {"text": _text},
         ("llava", "simignore"),

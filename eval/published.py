@@ -46,6 +46,9 @@ TASKS = (
     "coco2014",
     "coco2017",
     "flickr30k",
+    "refcoco",
+    "refcoco+",
+    "refcocog",
 )
 CONVENTIONS = ("llava", "lmms", "own", "unknown")
 LAYERS = {"llava-1.5-7b": 32, "llava-1.5-13b": 40}

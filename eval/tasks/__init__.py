@@ -12,6 +12,7 @@ from .mme import MME
 from .mmmu import MMMU
 from .ocrvqa import OCRVQA
 from .pope import POPE
+from .refcoco import REFCOCO, REFCOCO_PLUS, REFCOCOG
 from .scienceqa import ScienceQA
 from .seed_bench import SEEDBench
 from .textvqa import TextVQA
@@ -36,5 +37,8 @@ TASKS: dict[str, Task] = {
         COCO2014,
         COCO2017,
         FLICKR30K,
+        REFCOCO,
+        REFCOCO_PLUS,
+        REFCOCOG,
     )
 }

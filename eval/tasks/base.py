@@ -59,8 +59,18 @@ class ImageSource:
         try:
             return self.read().convert("RGB")
         except Exception as error:  # decoders raise many types on damaged data
-            why = " ".join(str(error).split()) or type(error).__name__
-            raise ValueError(f"the image {self.name} cannot be read ({why})") from None
+            raise self._unreadable(error) from None
+
+    def size(self) -> tuple[int, int]:
+        """Width and height, of which most formats need the header alone. Raises as `open` does."""
+        try:
+            return self.read().size
+        except Exception as error:
+            raise self._unreadable(error) from None
+
+    def _unreadable(self, error: Exception) -> ValueError:
+        why = " ".join(str(error).split()) or type(error).__name__
+        return ValueError(f"the image {self.name} cannot be read ({why})")
 
 
 def _refuse_missing() -> Image.Image:

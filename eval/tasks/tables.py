@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any, Protocol
 from urllib.parse import unquote
 
-from PIL import Image, ImageOps
+from PIL import ExifTags, Image, ImageOps
 
 from minillava.app.open_image import open_header
 
@@ -73,7 +73,9 @@ class Table:
             value = self._read_file(value)
         if not isinstance(value, bytes):
             raise ValueError(f"{type(value).__name__} is neither bytes nor the path of a file")
-        return ImageOps.exif_transpose(open_header(io.BytesIO(value)))
+        image = open_header(io.BytesIO(value))
+        upright = image.getexif().get(ExifTags.Base.Orientation, 1) == 1
+        return image if upright else ImageOps.exif_transpose(image)
 
     def _read_file(self, name: str) -> bytes:
         if "://" in name:

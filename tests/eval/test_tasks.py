@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import io
 import json
+import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -208,8 +209,19 @@ def token_file(folder: Path) -> None:
         picture(folder / "flickr30k-images" / f"{i}.jpg")
 
 
+def refcoco(name: str) -> Write:
+    def write(folder: Path) -> None:
+        box = {"bbox": [1, 2, 5, 6], "width": 8, "height": 6}
+        row = {"image": "data/coco/train2014/1.jpg", "sent": "a cup", **box}
+        lines(folder / f"{name}_val.jsonl", [row, row])
+        picture(folder / "train2014" / "1.jpg")
+
+    return write
+
+
 CHOICE = f"Context: N/A\nQuestion: Who?\n{OPTIONS}{LETTER}"
 LISTED = f"A. a dog\nB. a cat{LETTER}"
+BOX = "Please provide the bounding box coordinate of the region this sentence describes: "
 CAPTION = "Provide a one-sentence caption for the provided image."
 # task, protocol, data, and the first question's text as EVAL's sources have it
 CASES: list[tuple[str, str, Write, str]] = [
@@ -254,6 +266,10 @@ CASES: list[tuple[str, str, Write, str]] = [
     ("coco2017", "lmms", coco("captions_val2017.json", "val2017"), CAPTION),
     ("flickr30k", "lmms", flickr30k, CAPTION),
     ("flickr30k", "lmms", token_file, CAPTION),
+    *(
+        (name, "llava", refcoco(name), f"{BOX}a cup.")
+        for name in ("refcoco", "refcoco+", "refcocog")
+    ),
 ]
 IDS = [f"{name}-{protocol}-{write.__name__}" for name, protocol, write, _ in CASES]
 
@@ -296,7 +312,7 @@ def test_damaged_files_are_named(
     files = sorted(f for f in tmp_path.rglob("*") if f.suffix in kinds)
     main = next((f for f in files if f.name != "pid_splits.json"), files[0])
     main.write_bytes(damage.encode("utf-8", "surrogateescape"))
-    with pytest.raises(ValueError, match=main.name) as error:
+    with pytest.raises(ValueError, match=re.escape(main.name)) as error:
         TASKS[name].items(tmp_path, protocol)
     assert "\n" not in str(error.value)
 
@@ -573,6 +589,8 @@ def test_a_missing_answer_is_wrong_and_not_unparsed(name: str, tmp_path: Path) -
         "category": "existence",
         "split": "random",
         "data_type": "image",
+        "box": (1, 2, 5, 6),
+        "size": (8, 6),
     }
     if name == "ocrvqa":
         gold["answer"] = "The"
