@@ -189,6 +189,8 @@ def _vary(model: LLaVA, one: _Ready, budgets: Sequence[int]) -> _Trials:
     except Exception as error:
         return _Trials(reason=_explain(error))
     if len(set(left)) < 2:
+        if last.adaptive:
+            return _Trials(reason=f"how many image tokens {last.label} leaves depends on the image")
         return _Trials(reason=f"no option of {last.label} sets how many image tokens are left")
     trials = list[_Trial]()
     for budget in budgets:

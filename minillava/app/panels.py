@@ -275,11 +275,17 @@ def _draw_histogram(width: int, fate: Fate, rank: dict[int, float]) -> tuple[lis
 
 def find_cut(fate: Fate) -> float | None:
     """Half way from the best dropped candidate to the lowest kept one that beats it."""
+    edges = find_edges(fate)
+    return None if edges is None else sum(edges) / 2
+
+
+def find_edges(fate: Fate) -> tuple[float, float] | None:
+    """The score of the best dropped candidate, and of the lowest kept one that beats it."""
     dropped = [s for p, s in fate.scores.items() if p not in fate.kept]
     if not dropped:
         return None
     above = [s for p, s in fate.scores.items() if p in fate.kept and s >= max(dropped)]
-    return (min(above) + max(dropped)) / 2 if above else None
+    return (max(dropped), min(above)) if above else None
 
 
 @dataclass(frozen=True)
