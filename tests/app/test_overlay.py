@@ -223,6 +223,18 @@ def test_picks_are_numbered_in_their_order(model: LLaVA) -> None:
     assert found == {p: str(n) for n, p in enumerate(order, 1)}
 
 
+def test_a_target_that_was_picked_has_one_number(model: LLaVA) -> None:
+    image = make_image(0)
+    result = run(model, [image], "vlmpruner:layer=2,keep=6")
+    (fate,) = list_fates(result, 0, 0)
+    assert set(fate.into.values()) & set(fate.picks)
+    drawing = draw_overlay(result, image)
+    check_layout(drawing)
+    found = numbers_in(drawing, 1, frame_of(image, "crop"))
+    merged = {p: str(fate.picks[row]) for p, row in fate.into.items()}
+    assert found == {p: str(n) for p, n in fate.picks.items()} | merged
+
+
 def test_picks_and_margin_of_two_images(model: LLaVA) -> None:
     """Each image has its own, unless the choice was one of both."""
     images = [make_image(0), make_image(1)]
