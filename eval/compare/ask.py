@@ -38,7 +38,7 @@ def compare(
     processor: Processor,
     images: Image.Image | Sequence[Image.Image],
     question: str,
-    plans: Sequence[str | Plan],
+    plans: str | Plan | Sequence[str | Plan],
     *,
     budgets: Sequence[int] | None = None,
     max_new_tokens: int = NEW_TOKENS,
@@ -63,7 +63,8 @@ def compare(
     tried = _check_budgets(model.config.vision.num_patches, budgets)
     settings = Settings(max_new_tokens, seed=seed, output_logits=True)
     prompt = _Prompt(processor, given, question, focus, image_aspect)
-    named = {_name(plan): plan for plan in (Plan(), *plans)}
+    asked = [plans] if isinstance(plans, str | Plan) else plans
+    named = {_name(plan): plan for plan in (Plan(), *asked)}
     ready = [_prepare(model, prompt, settings, name, plan, read) for name, plan in named.items()]
     runs, drifts = _run_all(model, ready, tried, settings, progress)
     return Comparison(

@@ -163,6 +163,8 @@ def _note_margin(fate: Fate, sample: int, n_images: int) -> list[str]:
     if closest is not None:
         apart = f"between numbers that are {100 * closest:.2g} % apart"
         notes.append(f"closest decision{of_all}: {apart}")
+    elif fate.among - fate.kept:
+        notes.append("closest decision: not known, another machine may choose otherwise")
     if fate.step.within_rounding[sample]:
         notes.append("within rounding: another machine or batch size may choose otherwise")
     return notes

@@ -235,6 +235,14 @@ def test_a_target_that_was_picked_has_one_number(model: LLaVA) -> None:
     assert found == {p: str(n) for p, n in fate.picks.items()} | merged
 
 
+def test_a_choice_of_unknown_margin_says_so(model: LLaVA) -> None:
+    image, said = make_image(0), []
+    for plan in ("flowcut:keep=6", "fastv:k=2,keep=6", "fastv:k=2,keep=16"):
+        shapes = draw_overlay(run(model, [image], plan), image).shapes
+        said.append(" ".join(shape.text for shape in shapes if isinstance(shape, Text)))
+    assert ["closest decision: not known" in words for words in said] == [True, False, False]
+
+
 def test_picks_and_margin_of_two_images(model: LLaVA) -> None:
     """Each image has its own, unless the choice was one of both."""
     images = [make_image(0), make_image(1)]

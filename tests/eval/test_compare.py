@@ -191,7 +191,8 @@ def test_answers_over_budgets(demo: Any, image: Image.Image, four: Comparison) -
 
 
 def test_without_budgets_there_is_no_heading_for_them(demo: Any, image: Image.Image) -> None:
-    found = compare(*demo, image, QUESTION, ["grid:keep=4"], budgets=())
+    found = compare(*demo, image, QUESTION, "grid:keep=4", budgets=())  # one plan need be no list
+    assert [run.plan for run in found.runs] == ["none", "grid:keep=4"]
     heading = "Answers over budgets"
     assert not any(
         heading in shape.text for shape in draw_sheet(found).shapes if isinstance(shape, Text)
