@@ -127,8 +127,8 @@ def attention(
     if not 0 <= image < images:
         raise ValueError(f"image={image}: the prompt has {images} images, numbered from 0")
     given = [rows] if isinstance(rows, int) else [*rows]
-    if not given or min(given) < -T:
-        raise ValueError(f"rows={rows!r} must name at least one row, from {-T}")
+    if not given or not all(isinstance(row, int) for row in given) or min(given) < -T:
+        raise ValueError(f"rows={rows!r} must be one row or more, by numbers from {-T}")
     numbers = [row + T if row < 0 else row for row in given]
     new = max(1, max(numbers) - T + 2)
     result, seen = watch(model, batch, [numbers], plan, new, sample, **options)

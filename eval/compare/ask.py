@@ -39,7 +39,7 @@ def compare(
     processor: Processor,
     images: Image.Image | Sequence[Image.Image],
     question: str,
-    plans: Sequence[str | Plan],
+    plans: str | Plan | Sequence[str | Plan],
     *,
     budgets: Sequence[int] | None = None,
     max_new_tokens: int = NEW_TOKENS,
@@ -67,7 +67,8 @@ def compare(
     tried = _check_budgets(model.config.vision.num_patches, budgets)
     settings = Settings(max_new_tokens, seed=seed, output_logits=True)
     prompt = _Prompt(processor, given, question, focus, image_aspect)
-    named = {_name(plan): plan for plan in (Plan(), *plans)}
+    asked = [plans] if isinstance(plans, str | Plan) else plans
+    named = {_name(plan): plan for plan in (Plan(), *asked)}
     ready = [_prepare(model, prompt, settings, name, plan, read) for name, plan in named.items()]
     listener = listen or _ignore
     runs, drifts = _run_all(model, processor, ready, tried, settings, progress, listener)
@@ -198,6 +199,8 @@ def _vary(model: LLaVA, one: _Ready, budgets: Sequence[int]) -> _Trials:
     except Exception as error:
         return _Trials(reason=_explain(error))
     if len(set(left)) < 2:
+        if last.adaptive:
+            return _Trials(reason=f"how many image tokens {last.label} leaves depends on the image")
         return _Trials(reason=f"no option of {last.label} sets how many image tokens are left")
     trials = list[_Trial]()
     for budget in budgets:

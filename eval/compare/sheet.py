@@ -150,7 +150,7 @@ def _draw_strip(pictures: Pictures, width: int) -> Block:
     """A row for each plan, a column for each budget, on colour where the answer is the unpruned
     one."""
     comparison = pictures.comparison
-    if not comparison.drifts:
+    if not comparison.drifts or not comparison.budgets:
         return Block(0, 0, [])
     across = min(CELL, (width - NAMES) // max(1, len(comparison.budgets)) - 4)
     across = max(across, CELL // 2)

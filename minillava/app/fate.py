@@ -20,9 +20,10 @@ class Fate:
     among: set[int]  # patches that the method chose among
     kept: set[int]  # patches that are left
     scores: dict[int, float]  # of those of `among` that have one
-    picks: dict[int, int]  # patch -> number of its pick, from 1
+    picks: dict[int, int]  # patch -> number of its pick, from 1, among all that it competed with
     into: dict[int, int]  # patch that did not stay -> row that it went into
     added: Counter[int]  # added row -> how many patches went into it
+    alone: bool  # the choice was made for this image, not for all images of the sample at once
 
     @property
     def title(self) -> str:
@@ -46,6 +47,8 @@ def _read_step(result: Result, step: Kept, number: int, sample: int, image: int)
     scores = dict(zip(rows, step.scores[sample], strict=False))
     into = dict(zip(rows, step.merged_into[sample], strict=False))
     gone = {row - start: to for row, to in into.items() if row in own and to >= 0}
+    alone = result.plan.steps[number - 1].method.scope == "image"
+    order = [row for row in step.order[sample] if row in own or not alone]
     # rows of this image have targets in it, or added ones
     return Fate(
         step,
@@ -54,9 +57,10 @@ def _read_step(result: Result, step: Kept, number: int, sample: int, image: int)
         among={row - start for row in rows if row in own},
         kept=patches_of(step, sample, own),
         scores={r - start: s for r, s in scores.items() if s is not None and r in own},
-        picks={r - start: n for n, r in enumerate(step.order[sample], 1) if r in own},
+        picks={r - start: n for n, r in enumerate(order, 1) if r in own},
         into={p: to - start if to in own else to for p, to in gone.items()},
         added=Counter(to for to in gone.values() if to not in own),
+        alone=alone,
     )
 
 

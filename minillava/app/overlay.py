@@ -24,7 +24,7 @@ from .canvas import Drawing, move
 from .fate import Fate, count_layers, count_tokens, list_fates
 from .frame import OUTSIDE, PANEL, Frame, make_frame
 from .layout import Block, fill_rows, stack, write_lines
-from .panels import Panel, draw_choice, draw_lives, draw_scores, draw_tokens
+from .panels import Panel, draw_choice, draw_lives, draw_scores, draw_tokens, find_edges
 
 PAGE = 1900  # pixels that a page may be wide, unless one panel is wider
 MARGIN = 16
@@ -144,20 +144,27 @@ def draw_panels(
         if fate.into or chips or (fate.picks and not fate.scores):
             panels.append(draw_choice(frames.square, fate, chips))
         if fate.scores:
-            panels.append(draw_scores(frames.square, fate, _note_margin(fate, sample)))
+            notes = _note_margin(fate, sample, len(result.starts[sample]))
+            panels.append(draw_scores(frames.square, fate, notes))
     for step, tokens in count_tokens(result, sample, image):
         panels.append(draw_tokens(frames.square, step, tokens))
     return panels
 
 
-def _note_margin(fate: Fate, sample: int) -> list[str]:
-    """How near the choice was to another one."""
+def _note_margin(fate: Fate, sample: int, n_images: int) -> list[str]:
+    """How near the choice was to another one. The report has the least of all images."""
     margin, closest = fate.step.margin[sample], fate.step.closest[sample]
-    notes = []
+    of_all, notes = " of all images" if n_images > 1 else "", []
+    if n_images > 1 and fate.alone:
+        edges = find_edges(fate)
+        margin = None if edges is None else edges[1] - edges[0]
     if margin is not None:
         notes.append(f"margin, last kept to first dropped: {margin:.3g}")
     if closest is not None:
-        notes.append(f"closest decision: between numbers that are {100 * closest:.2g} % apart")
+        apart = f"between numbers that are {100 * closest:.2g} % apart"
+        notes.append(f"closest decision{of_all}: {apart}")
+    elif fate.among - fate.kept:
+        notes.append("closest decision: not known, another machine may choose otherwise")
     if fate.step.within_rounding[sample]:
         notes.append("within rounding: another machine or batch size may choose otherwise")
     return notes

@@ -275,11 +275,17 @@ def _draw_histogram(width: int, fate: Fate, rank: dict[int, float]) -> tuple[lis
 
 def find_cut(fate: Fate) -> float | None:
     """Half way from the best dropped candidate to the lowest kept one that beats it."""
+    edges = find_edges(fate)
+    return None if edges is None else sum(edges) / 2
+
+
+def find_edges(fate: Fate) -> tuple[float, float] | None:
+    """The score of the best dropped candidate, and of the lowest kept one that beats it."""
     dropped = [s for p, s in fate.scores.items() if p not in fate.kept]
     if not dropped:
         return None
     above = [s for p, s in fate.scores.items() if p in fate.kept and s >= max(dropped)]
-    return (min(above) + max(dropped)) / 2 if above else None
+    return (max(dropped), min(above)) if above else None
 
 
 @dataclass(frozen=True)
@@ -302,28 +308,31 @@ class _Axis:
 def draw_choice(frame: Frame, fate: Fate, chips: Sequence[str]) -> Panel:
     """What is kept, with the number of its pick; and what the others went into."""
     counts = Counter(fate.into.values())
-    targets = {row: n for n, row in enumerate(sorted(counts), 1)}  # added rows come last
+    targets = sorted(counts)  # added rows come last
+    hues = {row: HUES[n % len(HUES)] for n, row in enumerate(targets)}
+    # a target that was picked has one number, that of its pick
+    names = {row: fate.picks.get(row, len(fate.picks) + n) for n, row in enumerate(targets, 1)}
     gone = set(range(fate.patches)) - fate.kept - set(fate.into)
     shapes = lines_of_grid(frame) + wash_out(frame, gone, "dropped")
     for p, row in sorted(fate.into.items()):
         look = tag("merged", p, into=row)
-        fill = HUES[(targets[row] - 1) % len(HUES)]
-        shapes.append(frame.box(p, fill=fill, alpha=0.62, tags=look, hint=f"patch {p} into {row}"))
-        shapes.append(number(frame, p, str(targets[row])))
+        shapes.append(
+            frame.box(p, fill=hues[row], alpha=0.62, tags=look, hint=f"patch {p} into {row}")
+        )
+        shapes.append(number(frame, p, str(names[row])))
     shapes += outline(frame, fate.kept)
-    for row, n in targets.items():
+    for row in targets:
         if row < fate.patches:
-            hue, width = HUES[(n - 1) % len(HUES)], 3 + round(min(3.0, counts[row] ** 0.5 / 2))
+            width = 3 + round(min(3.0, counts[row] ** 0.5 / 2))
             shapes.append(frame.box(row, edge=INK, width=width + 2, tags=tag("target", row)))
-            shapes.append(frame.box(row, edge=hue, width=width))
-            shapes.append(number(frame, row, str(n), WHITE, INK))
+            shapes.append(frame.box(row, edge=hues[row], width=width))
+            shapes.append(number(frame, row, str(names[row]), WHITE, INK))
     shapes += [frame.box(p, tags=tag("kept", p)) for p in sorted(fate.kept)]
-    shapes += [number(frame, p, str(n)) for p, n in fate.picks.items()]
+    shapes += [number(frame, p, str(n)) for p, n in fate.picks.items() if p not in counts]
     entries: list[Entry] = []
     for row, count in sorted(fate.added.items()):
-        n = targets[row]
-        chip = [Box(0, 0, 16, 14, HUES[(n - 1) % len(HUES)], 0.62, INK)]
-        entries.append((chip, f"{n}: added row, {count} patches"))
+        chip = [Box(0, 0, 16, 14, hues[row], 0.62, INK)]
+        entries.append((chip, f"{names[row]}: added row, {count} patches"))
     entries += [([Box(0, 0, 16, 14, WHITE, edge=INK)], chip) for chip in chips]
     merged = f", {len(fate.into)} merged into {len(counts)}" if fate.into else ""
     title = f"{fate.title}: {len(fate.kept)} of {fate.patches} left{merged}"

@@ -63,21 +63,28 @@ def nearest_variant(method: Method, average: float, n_layers: int, n_tokens: int
             f"{method.label}: average={average} needs to know how many image tokens stay; define "
             "left(n_tokens), a tuple with one number for each stage"
         )
-    if not hasattr(method, method.strength):
-        raise ValueError(f"{method.label}: strength={method.strength!r} must name an option of it")
     found = [(average_entering(variant, n_layers, n_tokens), variant) for variant in variants]
     reached, nearest = min(found, key=lambda pair: abs(pair[0] - average))
     averages = [reached for reached, _ in found]
     if not min(averages) <= average <= max(averages) and abs(reached - average) > SLACK:
-        value = getattr(nearest, method.strength)
-        values = value if isinstance(value, tuple) else (value,)
-        said = "/".join(f"{v:.4f}" if isinstance(v, float) else str(v) for v in values)
         raise ValueError(
             f"{method.name}: average={average} is out of reach with {n_layers} layers and "
             f"{n_tokens} image tokens; the nearest is average={reached:.1f} "
-            f"({method.strength}={said})"
+            f"({describe_options(nearest, method)})"
         )
     return nearest
+
+
+def describe_options(variant: Method, method: Method) -> str:
+    """The options in which a variant differs from its method: "keep=16"."""
+    words = []
+    for name in (f.name for f in fields(cast(Any, variant))):
+        value = getattr(variant, name)
+        if repr(value) != repr(getattr(method, name)):  # 1 is a number of tokens, 1.0 a share
+            values = value if isinstance(value, tuple) else (value,)
+            said = "/".join(f"{v:.4f}" if isinstance(v, float) else str(v) for v in values)
+            words.append(f"{name}={said}")
+    return ", ".join(words) or "with these options"
 
 
 def variants_of(method: Method, n_layers: int, n_tokens: int) -> list[Method]:

@@ -15,7 +15,8 @@ Deviations: attention is float32, ties go to the lower index, and contextual=0 i
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -51,6 +52,13 @@ class VisionZip(Method):
 
     def left(self, n_tokens: int) -> tuple[int, ...]:
         return (self.dominant + self.contextual,)
+
+    def variants(self, n_layers: int, n_tokens: int) -> Iterator[VisionZip]:
+        # the two in the same proportion, as in the paper: 54 + 10, 108 + 20, 162 + 30
+        share = self.contextual / (self.dominant + self.contextual)
+        for k in range(1, n_tokens + 2):  # with the class token
+            contextual = min(round(k * share), k - 1)
+            yield replace(self, dominant=k - contextual, contextual=contextual)
 
     def check(self, n_layers: int, n_tokens: int, starts: tuple[int, ...]) -> None:
         super().check(n_layers, n_tokens, starts)

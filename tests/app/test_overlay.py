@@ -25,7 +25,7 @@ from minillava.app.canvas import Box, Drawing, Line, Picture, Text, font, to_asc
 from minillava.app.fate import count_layers, count_tokens, list_fates
 from minillava.app.frame import CELL, OUTSIDE, PALE, hatch, make_frame
 from minillava.app.overlay import MARGIN, PAGE, draw_overlay, overlay
-from minillava.app.panels import EDGE, HUES, find_cut
+from minillava.app.panels import EDGE, HUES, find_cut, find_edges
 from minillava.config import VisionConfig
 from minillava.generate import Result, generate
 from minillava.llava import LLaVA
@@ -221,6 +221,45 @@ def test_picks_are_numbered_in_their_order(model: LLaVA) -> None:
     found = numbers_in(draw_overlay(result, image), 1, frame)
     order = [i - START for i in result.report.kept[0].order[0]]
     assert found == {p: str(n) for n, p in enumerate(order, 1)}
+
+
+def test_a_target_that_was_picked_has_one_number(model: LLaVA) -> None:
+    image = make_image(0)
+    result = run(model, [image], "vlmpruner:layer=2,keep=6")
+    (fate,) = list_fates(result, 0, 0)
+    assert set(fate.into.values()) & set(fate.picks)
+    drawing = draw_overlay(result, image)
+    check_layout(drawing)
+    found = numbers_in(drawing, 1, frame_of(image, "crop"))
+    merged = {p: str(fate.picks[row]) for p, row in fate.into.items()}
+    assert found == {p: str(n) for p, n in fate.picks.items()} | merged
+
+
+def test_a_choice_of_unknown_margin_says_so(model: LLaVA) -> None:
+    image, said = make_image(0), []
+    for plan in ("flowcut:keep=6", "fastv:k=2,keep=6", "fastv:k=2,keep=16"):
+        shapes = draw_overlay(run(model, [image], plan), image).shapes
+        said.append(" ".join(shape.text for shape in shapes if isinstance(shape, Text)))
+    assert ["closest decision: not known" in words for words in said] == [True, False, False]
+
+
+def test_picks_and_margin_of_two_images(model: LLaVA) -> None:
+    """Each image has its own, unless the choice was one of both."""
+    images = [make_image(0), make_image(1)]
+    result = run(model, images, "divprune:keep=6")
+    fates = [list_fates(result, 0, i)[0] for i in range(2)]
+    assert [sorted(fate.picks.values()) for fate in fates] == [[*range(1, 7)]] * 2
+    shapes = draw_overlay(result, images).shapes
+    said = " ".join(shape.text for shape in shapes if isinstance(shape, Text))
+    margins = [low - high for high, low in (find_edges(fate) or (0, 0) for fate in fates)]
+    assert min(margins) == pytest.approx(result.report.kept[0].margin[0])
+    assert margins[0] != margins[1]
+    assert said.count("closest decision of all") == 2
+    for margin in margins:
+        assert f"first dropped: {margin:.3g}" in said
+    together = run(model, images, "divprune:keep=6,scope=all")
+    picks = [list_fates(together, 0, i)[0].picks.values() for i in range(2)]
+    assert sorted([*picks[0], *picks[1]]) == [*range(1, 7)]
 
 
 def test_merged_patches_have_number_and_hue_of_their_target(model: LLaVA) -> None:

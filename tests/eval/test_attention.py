@@ -261,7 +261,8 @@ def test_a_drawing_has_all_pictures_layers_and_groups(model: Any) -> None:
     [
         ({"layer": 8}, "layer=8 must be from 0 to 7"),
         ({"layer": 1, "image": 1}, "image=1: the prompt has 1 images"),
-        ({"layer": 1, "rows": []}, "at least one row"),
+        ({"layer": 1, "rows": []}, "must be one row or more"),
+        ({"layer": 1, "rows": "answer"}, "rows='answer' must be one row or more, by numbers"),
         ({"layer": 1, "rows": -78}, "from -77"),
         ({"layer": 1, "rows": 99}, "there is no row 99: 77 are the prompt's, 1 the answer's"),
         ({"layer": 1, "sample": 1}, "sample=1 must be from 0 to 0"),

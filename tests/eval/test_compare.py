@@ -26,6 +26,7 @@ from eval.compare.page import write_page
 from eval.compare.record import record
 from eval.compare.sets import expect_jaccard, list_differences, subtract
 from minillava import load, parse_plan
+from minillava.app.canvas import Text
 from minillava.generate import generate, stream
 from minillava.pruning import Plan, parse_plan_with_files
 from minillava.pruning.fastv import FastV
@@ -203,6 +204,25 @@ def test_answers_over_budgets(demo: Any, image: Image.Image, four: Comparison) -
     assert same == {False, True}
 
 
+def test_without_budgets_there_is_no_heading_for_them(demo: Any, image: Image.Image) -> None:
+    found = compare(*demo, image, QUESTION, "grid:keep=4", budgets=())  # one plan need be no list
+    assert [run.plan for run in found.runs] == ["none", "grid:keep=4"]
+    heading = "Answers over budgets"
+    assert not any(
+        heading in shape.text for shape in draw_sheet(found).shapes if isinstance(shape, Text)
+    )
+    assert heading not in write_page(found)
+
+
+def test_visionzips_budgets_keep_its_proportion(demo: Any, image: Image.Image) -> None:
+    plan = "visionzip:dominant=9,contextual=3"
+    (drift,) = compare(*demo, image, QUESTION, [plan], budgets=[32, 8, 1]).drifts
+    assert [cell.left for cell in drift.cells] == [32, 8, 1]
+    wanted = ["dominant=24,contextual=8", "dominant=6,contextual=2", "dominant=1,contextual=0"]
+    assert [cell.plan for cell in drift.cells] == [f"visionzip:{options}" for options in wanted]
+    assert not any(cell.error for cell in drift.cells)
+
+
 def test_a_plan_without_a_budget_says_so(demo: Any, image: Image.Image) -> None:
     plans = [
         "vtw:layer=4",
@@ -214,7 +234,8 @@ def test_a_plan_without_a_budget_says_so(demo: Any, image: Image.Image) -> None:
     by_plan = {drift.plan: drift for drift in found.drifts}
     for plan in plans[:2]:
         assert by_plan[plan].cells == ()
-        assert f"no option of {plan.partition(':')[0]}" in by_plan[plan].reason
+    assert "no option of vtw sets" in by_plan[plans[0]].reason
+    assert "tokens border leaves depends on the image" in by_plan[plans[1]].reason
     (cell,) = by_plan[plans[2]].cells  # the method that acts last is varied
     assert cell.plan == "uniform:keep=32+fastv:layer=2,keep=8"
     (cell,) = by_plan[plans[3]].cells

@@ -337,6 +337,15 @@ def resolved(plan: str, n_layers: int = 32, n_tokens: int = 576) -> Any:
     return method
 
 
+def test_visionzips_averages_are_the_papers() -> None:
+    for dominant, contextual in ((54, 10), (108, 20), (162, 30)):
+        plan = f"visionzip-64:average={dominant + contextual}"
+        method = resolved(plan)
+        assert (method.dominant, method.contextual) == (dominant, contextual)
+    with pytest.raises(ValueError, match=r"577\.0 \(dominant=487, contextual=90\)"):
+        resolved("visionzip-64:average=600")
+
+
 def test_fastv_averages_are_the_papers() -> None:
     assert [resolved(f"fastv:k=2,average={a}").keep for a in (192, 128, 64)] == [166, 98, 30]
     assert [resolved(f"fastv:k=3,average={a}").keep for a in (192, 128, 64)] == [152, 82, 11]
