@@ -100,7 +100,9 @@ def _load_chat(args: argparse.Namespace, files: list[str], ranks: Ranks) -> Chat
     if plan.methods and not images:
         _print_note(f"there is no image, so --prune {args.prune} has nothing to prune")
     if args.compile and asks_again(plan, model):
-        _print_note("the plan chooses again for every token (mode=mask), so --compile has no effect")
+        _print_note(
+            "the plan chooses again for every token (mode=mask), so --compile has no effect"
+        )
     return Chat(args, model, processor, images, plan, settings, name, load_seconds, ranks)
 
 
