@@ -46,6 +46,7 @@ FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 INTEGERS = (torch.bool, torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
 NAME = re.compile(r"(?P<what>[a-z_]+?)(_(?P<number>-?\d+))?(\.(?P<step>\d+))?")
 KEPT_IN_GOLDENS = ("kept_image_index", "selected_sorted", "kept_sorted")
+WINDOWS = ("stage_tower_place", "stage_tower_patches_in_row")  # of MustDrop
 LLAVA_IMAGE = -200  # the placeholder of an image in prompts of the original LLaVA
 
 
@@ -174,7 +175,10 @@ def rename_golden(
         raise ValueError(f"{path.stem}.meta.json has no object `parameters`")
     stages = sorted(name for name in tensors if re.fullmatch(r"stage\d+_kept_image_index", name))
     kept = stages or [name for name in KEPT_IN_GOLDENS if name in tensors][:1]
-    new = {f"kept.{i}" if len(kept) > 1 else "kept": tensors[k] for i, k in enumerate(kept)}
+    sets = [tensors[name] for name in kept]
+    if {*WINDOWS} <= tensors.keys():
+        sets = patches_of_rows(sets, *(tensors[name] for name in WINDOWS))
+    new = {f"kept.{i}" if len(sets) > 1 else "kept": x for i, x in enumerate(sets)}
     header = {"plan": golden_plan(parameters)} if "plan" in parameters else {}
     if str(meta.get("model", "none")).startswith("none"):
         names = {"features": "features", "image_embeds": "features", "text_embeds": "focus"}
@@ -196,6 +200,18 @@ def rename_golden(
     folders = [p / "checkpoints" / meta["model"] / "hub" for p in path.resolve().parents[:4]]
     folders = [f for hub in folders for f in (hub, hub.with_name("hub-sharded")) if f.is_dir()]
     return header | ({"model": str(folders[0])} if folders else {}), new
+
+
+def patches_of_rows(sets: list[Tensor], place: Tensor, size: Tensor) -> list[Tensor]:
+    """MustDrop's kept sets, which name rows behind the tower, as patches; the tower's own is first.
+
+    place (n,): a row's patch, of a merged window the last. size (n,): how many patches a row has.
+    """
+    side = round(float(size.sum()) ** 0.5)  # of the grid
+    patches = place - (size > 1) * (2 * side + 2)  # ours of a window: the first of its 3 x 3
+    if any(len(x) and not 0 <= int(x.min()) <= int(x.max()) < len(patches) for x in sets):
+        raise ValueError(f"a kept set names rows beyond the {len(patches)} behind the tower")
+    return [patches, *(patches[x] for x in sets)]
 
 
 def golden_plan(parameters: Mapping[str, Any]) -> str:

@@ -97,12 +97,17 @@ def _load_chat(args: argparse.Namespace, files: list[str], ranks: Ranks) -> Chat
         compile=args.compile,
     )
     load_seconds = time.perf_counter() - start
+    if plan.methods and not images:
+        _print_note(f"there is no image, so --prune {args.prune} has nothing to prune")
     if args.compile and asks_again(plan, model):
-        note = (
-            "note: the plan chooses again for every token (mode=mask), so --compile has no effect"
+        _print_note(
+            "the plan chooses again for every token (mode=mask), so --compile has no effect"
         )
-        print(note, file=sys.stderr, flush=True)
     return Chat(args, model, processor, images, plan, settings, name, load_seconds, ranks)
+
+
+def _print_note(note: str) -> None:
+    print(f"note: {note}", file=sys.stderr, flush=True)
 
 
 def find_demo() -> str:

@@ -82,6 +82,8 @@ class Nuwa(TwoStages):
             score = c.attention(c.newest).mean(0)  # (H, n) -> (n,)
             return Keep(top(score, k, c.where), scores=score)
         check_whole_grid(c, self.name)
+        if not k:
+            return Keep(torch.arange(0))
         score, depth = c.vision_attention(-2).sum(0), len(c.model.vision.blocks)  # (N,)
         candidates, closest = best_of_cells(score, self.cell)
         kept = candidates[top(score[candidates], k, c.where)].sort().values  # (K,)

@@ -182,6 +182,15 @@ def test_stop_strings_sampling_and_limits_reach_the_loop(run: Run) -> None:
     assert read_record(run(*flags, "--no-cache"))["report"]["cache_lengths"][0] == [0]
 
 
+def test_a_plan_without_an_image_is_noted(run: Run, photo: Path) -> None:
+    flags = ("--prompt", "Hi", "--max-new-tokens", 2)
+    plain, noted = run(*flags), run(*flags, "--prune", "fastv:k=1,r=0.5")
+    assert (noted.code, noted.out, plain.err) == (0, plain.out, "")
+    assert noted.err == "note: there is no image, so --prune fastv:k=1,r=0.5 has nothing to prune\n"
+    assert run(*flags, "--prune", "none").err == ""
+    assert run(*flags, "--image", photo, "--prune", "fastv:k=1,r=0.5").err == ""
+
+
 def test_compiled_decoding_is_asked_for_and_a_plan_that_prevents_it_is_noted(
     run: Run, photo: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

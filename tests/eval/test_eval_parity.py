@@ -108,6 +108,28 @@ def test_places_in_the_prompt_are_kept_sets_too(capsys, tmp_path):
     assert judge(capsys, path)[0]["verdict"] == "differs"
 
 
+def test_mustdrops_rows_are_read_as_patches(tmp_path):
+    """Of the 28 rows of a 6 x 6 grid the first is a window, whose last patch is number 17."""
+    places = torch.tensor([17, *({*range(36)} - {3, 4, 5, 9, 10, 11, 15, 16, 17})])
+    tensors = {
+        "pixel_u8": torch.zeros(1, 3, 84, 84, dtype=torch.uint8),
+        "input_ids": torch.tensor([1, -200, 7]),
+        "stage_tower_place": places,
+        "stage_tower_patches_in_row": torch.tensor([9.0] + [1.0] * 27),
+        "stage0_kept_image_index": torch.arange(0, 28, 3),
+    }
+    path = write(tmp_path / "a.safetensors", tensors)
+    meta = {"model": "tiny-x", "parameters": {"plan": "mustdrop:layers=3"}}
+    path.with_suffix(".meta.json").write_text(json.dumps(meta))
+    kept = [{*numbers} for numbers in read_case(path, None).kept]
+    patches = [3, *places[1:].tolist()]
+    assert kept == [{*patches}, {*patches[::3]}]
+    tensors["stage0_kept_image_index"][0] = 28
+    write(path, tensors)
+    with pytest.raises(ValueError, match="names rows beyond the 28 behind the tower"):
+        read_case(path, None)
+
+
 # ---------------------------------------------------------------- differences
 
 

@@ -112,7 +112,7 @@ def with_attention(model: Any, name: str) -> Iterator[None]:
 @pytest.mark.parametrize("name", sorted(METHODS.keys() - OTHER_SIZES))
 def test_methods(name: str, theirs: Any, ours: Any, processor: Any, inputs: Any, clip: Any) -> None:
     special = {
-        "autoprune": "autoprune:depth=8,target=9",
+        "autoprune": "autoprune:depth=8,target=5",
         "fitprune": "fitprune:delete=4/0/15/0/3/0/12/0",
         "trim": f"trim:keep=5,clip={clip}",
         "cdpruner": f"cdpruner:keep=5,clip={clip}",

@@ -454,6 +454,17 @@ def test_more_directions_than_channels_are_refused(tmp_path: Any) -> None:
         generate(model, tiny.make_batch(model, "ttItt"), parse_plan("prunesid:keep=100"), 1)
 
 
+@pytest.mark.parametrize(
+    "plan", ["scope:keep=0", "mmtok:keep=0", "flowcut:keep=0", "nuwa:keep=0,final=0"]
+)
+def test_keeping_nothing_is_the_plain_text(model: Any, plan: str) -> None:
+    batch = tiny.make_batch(model, "ttItt", "tIttIt")
+    expected = generate(model, batch, parse_plan("uniform:keep=0"), 2, output_logits=True)
+    result = generate(model, batch, parse_plan(plan + ",positions=original"), 2, output_logits=True)
+    assert result.report.kept[0].positions == [[], []]
+    tiny.assert_close(result.logits, expected.logits)
+
+
 @pytest.mark.parametrize("plan", ["prunesid:keep=12", "apet:keep=6,basis=2,final=0"])
 def test_draws_come_from_the_seed_or_from_what_is_given(model: Any, plan: str) -> None:
     batch = tiny.make_batch(model, "ttItt")
