@@ -127,9 +127,10 @@ class Bench:
         return Path(self.args.out) / f"{file_name(plan.text)}.jsonl"
 
     def answered(self, plan: TypedPlan) -> int:
-        """How many of the first questions have an answer in --out."""
+        """How many questions, from the first on, have an answer in --out."""
         layers = self.model.config.text.num_hidden_layers
-        return 1 + max(store.AnswerFile(self.path(plan), plan.text, layers).merge(), default=-1)
+        rows = store.AnswerFile(self.path(plan), plan.text, layers).merge()
+        return next((n for n in range(len(rows)) if n not in rows), len(rows))
 
     def check(self, plans: Sequence[TypedPlan]) -> None:
         """Refuse plans that cannot run, before any plan is run (ValueError)."""

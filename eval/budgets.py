@@ -37,9 +37,10 @@ def count_tokens(budgets: Sequence[float], n_tokens: int) -> list[int]:
 
 
 def with_budget(plan: TypedPlan, model: LLaVA, budget: int) -> TypedPlan:
-    """The plan with as many image tokens left at the end as its options allow, near to `budget`.
+    """The plan with `budget` image tokens of an image left at the end.
 
-    The options of the method that acts last are changed. Raises ValueError if none of them says how
+    The options of the method that acts last are changed. Where they allow no such number, it is the
+    next lower one, or the lowest. Raises ValueError if none of them says how
     many tokens are left.
     """
     layers, patches = model.config.text.num_hidden_layers, model.config.vision.num_patches
@@ -55,11 +56,16 @@ def with_budget(plan: TypedPlan, model: LLaVA, budget: int) -> TypedPlan:
         raise ValueError(reason) from None
     if len(set(left)) < 2:
         raise ValueError(reason)
-    near = variants[min(range(len(left)), key=lambda i: abs(left[i] - budget))]
+    near = variants[min(range(len(left)), key=lambda i: (left[i] > budget, abs(left[i] - budget)))]
     methods = tuple(near if method is last else method for method in solved.methods)
     varied = replace(solved, methods=methods)
     text = write_plan(varied)
     return TypedPlan(text, replace(varied, text=text), plan.method_files)
+
+
+def tokens_left(plan: TypedPlan, model: LLaVA) -> float:
+    """The image tokens of an image that a plan of with_budget leaves at the end."""
+    return plan.plan.steps[-1].method.left(model.config.vision.num_patches)[-1]
 
 
 def at_budgets(

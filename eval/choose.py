@@ -36,11 +36,13 @@ from minillava.app.command import CommandParser, parse_float
 from minillava.app.ranks import Ranks
 
 from . import budgets, choosing, comparison, cost, plots, store
+from .answers import read_rows
 from .bench import Bench, add_options
 from .choosing import LOSSY, SAFE, Choice, Rule, Standing, Step
 from .credits import Array, Credits
 from .plans import NONE, TypedPlan, read_plan, read_plans
-from .predict import WARM_UP
+from .predict import WARM_UP, predict
+from .results import begin_result
 from .run import run_locked
 from .statistics import Estimate
 from .summary import summarise
@@ -93,7 +95,7 @@ class Found:
         The unpruned model ends it, so dearer plans are not on it.
         """
         found, least = list[str](), np.inf
-        for plan in sorted(self.plans, key=self.cost_of):
+        for plan in sorted(self.plans, key=lambda p: (self.cost_of(p), self.standing(p).loss)):
             loss = self.standing(plan).loss
             if loss < least and self.cost_of(plan) < self.cost_of(NONE):
                 found.append(plan)
@@ -120,19 +122,48 @@ class Asker:
         self.bench, self.plans = replace(bench, items=items), plans
         self.unpruned = read_plan(NONE)
 
+    def begin(self) -> None:
+        """Check all plans, and write the settings of their answers (ValueError for other ones)."""
+        every = [self.unpruned, *self.plans]
+        self.bench.check(every)
+        for plan in every:
+            begin_result(self.bench.path(plan), self.bench.run(plan))
+
+    def answer(self, plan: TypedPlan, n: int) -> None:
+        """Ask those of the first n questions that have no answer yet."""
+        b, last = self.bench, self.ends[n - 1]
+        if b.answered(plan) < last:
+            predict(
+                b.model,
+                b.processor,
+                b.items[:last],
+                b.run(plan),
+                plan.plan,
+                b.path(plan),
+                b.args.batch,
+            )
+
     def credits(self, plan: TypedPlan, n: int) -> Credits:
-        """The credits of the first n questions, after asking those that have no answer yet."""
-        there = self.bench.answered(plan)
-        items = self.bench.items[: max(self.ends[n - 1], there)]
-        result = replace(self.bench, items=items).ask(plan)
-        credits = result.scored.score.credits
+        """The credits of the first n questions."""
+        self.answer(plan, n)
+        b, last = self.bench, self.ends[n - 1]
+        answers = [Answer(i, text) for i, text in zip(b.items, self._texts(plan), strict=False)]
+        credits = b.task.score(answers[:last], b.args.protocol).credits
         assert credits is not None  # with right answers, as `blank`
         if not ((credits.credit >= 0) & (credits.credit <= 1)).all():
             raise ValueError(
-                f"the credits of {self.bench.task.name} are not from 0 to 1, so its loss has no "
-                "points; choose on another task"
+                f"the credits of {b.task.name} are not from 0 to 1, so its loss has no points; "
+                "choose on another task"
             )
-        return credits.select(np.arange(len(credits)) < n)
+        return credits
+
+    def _texts(self, plan: TypedPlan) -> list[str]:
+        """The answers there are, whose questions are checked."""
+        path, rows = self.bench.path(plan), read_rows(self.bench.path(plan))
+        asked = [(n, str(item.question_id)) for n, item in enumerate(self.bench.items)]
+        if [(row.number, str(row.question_id)) for row in rows] != asked[: len(rows)]:
+            raise ValueError(f"{path} answers other questions; give another --out")
+        return [row.text for row in rows]
 
     def ask(self, step: Step) -> list[Array]:
         """The differences of each plan of a step."""
@@ -153,7 +184,7 @@ class Asker:
         sizes = [*range(self.bench.args.batch, n, self.bench.args.batch), n]
         for size in sizes:
             for plan in (self.unpruned, *self.plans):
-                self.credits(plan, size)
+                self.answer(plan, size)
         return self.ask(Step(tuple(range(len(self.plans))), n))
 
     def measure(self, plan: TypedPlan, n: int) -> PlanCost:
@@ -197,7 +228,7 @@ def run(args: argparse.Namespace) -> Found:
     rule = Rule(args.loss / 100, args.confidence, len(plans), len(asker.ends))
     if few := rule.describe_too_few():
         raise ValueError(f"{few}; raise --limit or --loss, or give fewer plans")
-    asker.bench.check([asker.unpruned, *plans])
+    asker.begin()
     first = asker.ask_in_turns(rule.first)
     costs = {p.text: asker.measure(p, rule.first) for p in (asker.unpruned, *plans)}
     found = Found(tuple(p.text for p in plans), costs, args.cost, rule, _nothing())
@@ -363,7 +394,9 @@ def _run_and_report(args: argparse.Namespace, ranks: Ranks) -> None:
         raise ValueError("eval.choose runs in one process; use torchrun with eval.run only")
     plots.require_matplotlib()
     found = run(args)
-    title = f"{args.task}, {Path(args.model).name}, batches of {args.batch} on {args.device}"
+    title = (
+        f"task {args.task}, model {Path(args.model).name}, batches of {args.batch} on {args.device}"
+    )
     text = format_found(found, title)
     draw(found, args.out / "pareto.png", title)
     store.write_atomically(args.out / "choose.json", as_json(found, title))

@@ -214,20 +214,23 @@ def next_step(
 
     The best plan is the cheapest of those whose loss so far is within the bound; without any, the
     one with the least loss. Of the contenders that have as many answers as the best, the better
-    half goes on. It depends on the data alone, so an interrupted choice goes on as it would have.
+    half goes on, as far as the answers that may be asked allow. It depends on the data alone, so an
+    interrupted choice goes on as it would have.
     """
     _, contenders = find_contenders(rule, costs, unpruned, data)
     able = [p for p in contenders if len(data[p]) < rule.questions]
     if not able:
         return None
     ranked = sorted(able, key=lambda p: (max(0.0, data[p].mean() - rule.bound), costs[p], p))
-    size = len(data[ranked[0]])
+    size, deepest = len(data[ranked[0]]), max(map(len, data))
     level = [p for p in ranked if len(data[p]) == size]
-    n = min(rule.questions, 2 * size)
-    more = max(0, n - max(map(len, data)))  # of the unpruned model
-    room = (rule.most - count_asked(data) - more) // (n - size)
-    chosen = level[: min(-(-len(level) // 2), max(0, room))]
-    return Step(tuple(chosen), n) if chosen else None
+    left = rule.most - count_asked(data)
+    affordable = size + left if size + left <= deepest else (size + left + deepest) // 2
+    n = min(rule.questions, 2 * size, affordable)  # at least the best plan goes on until n
+    if n <= size:
+        return None
+    room = (left - max(0, n - deepest)) // (n - size)
+    return Step(tuple(level[: min(-(-len(level) // 2), room)]), n)
 
 
 def race(
