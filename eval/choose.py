@@ -206,8 +206,7 @@ def seconds_each(rows: Sequence[store.Row]) -> list[float]:
     return [
         (
             own[0]["first_token"]
-            + (own[0]["per_token"] or max(t["per_token"] or 0.0 for t in own))
-            * (max(t["new_tokens"] for t in own) - 1)
+            + max(t["per_token"] or 0.0 for t in own) * (max(t["new_tokens"] for t in own) - 1)
         )
         / own[0]["batch"]
         for own in every[WARM_UP:] or every
@@ -268,7 +267,7 @@ def format_found(found: Found, title: str) -> str:
         f"{choice.asked} answers were asked, {100 * choice.asked / rule.grid:.0f} % of the "
         f"{rule.grid} of the full grid ({rule.plans} plans and the unpruned model, "
         f"{rule.questions} questions)"
-        + ("; no more may be asked before it would be over a third" if choice.spent else "")
+        + (f"; at most {rule.most} are asked" if choice.spent else "")
     )
     parts.append(
         f"safe: the loss is below {bound}; with the probability {percent} no plan is called safe "
