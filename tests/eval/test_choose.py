@@ -84,7 +84,7 @@ def test_the_bounds_hold_at_all_looks_together() -> None:
 def test_plans_over_the_bound_are_hardly_ever_chosen(losses: list[float], share: float) -> None:
     found = runs(losses, 300, 40, share=share)
     assert sum(choice.chosen is not None for choice in found) <= 2  # 5 % of 40
-    assert all(choice.asked <= share * 7 * 300 for choice in found)
+    assert max(choice.asked for choice in found) <= round(share * 7 * 300)
 
 
 def test_the_cheapest_plan_below_the_bound_is_chosen() -> None:
