@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import itertools
 import json
 import math
@@ -15,6 +16,7 @@ from tiny import refusal
 
 from eval import choose as command
 from eval import predict
+from eval.bench import Bench
 from eval.choosing import (
     LOSSY,
     OPEN,
@@ -28,6 +30,8 @@ from eval.choosing import (
     next_step,
     upper_bound,
 )
+from eval.score import find_task
+from eval.tasks.base import Item
 
 BOUND = 0.1
 
@@ -225,3 +229,18 @@ def test_the_command_refuses_in_one_line(
 ) -> None:
     assert command.main(["--limit", "9", *options, "--out", str(tmp_path / "new")]) == 2
     assert said in refusal(capsys)
+
+
+def test_questions_of_several_answers_stay_together() -> None:
+    """MME: an image with its two questions counts as one."""
+    task, _ = find_task("mme", "llava")
+    pairs = [(image, gold) for image in "abcd" for gold in ("yes", "no")]
+    golds = [{"category": "count", "image": i, "answer": gold} for i, gold in pairs]
+    items = [Item(f"{g['image']}.png", f"Is it {g['answer']}?", gold=g) for g in golds]
+    args = argparse.Namespace(protocol="llava", seed=0)
+    asker = command.Asker(Bench(args, task, items, None, None), [])  # type: ignore[arg-type]
+    assert asker.ends == [2, 4, 6, 8]
+    order = [item.gold["image"] for item in asker.bench.items]
+    assert order[::2] == order[1::2]
+    assert {*order} == {*"abcd"}
+    assert order[::2] != [*"abcd"]
