@@ -214,16 +214,32 @@ def next_step(
 
     The best plan is the cheapest of those whose loss so far is within the bound; without any, the
     one with the least loss. Of the contenders that have as many answers as the best, the better
-    half goes on, as far as the answers that may be asked allow. It depends on the data alone, so an
-    interrupted choice goes on as it would have.
+    half goes on, as far as the answers that may be asked allow. While no plan is safe, enough of
+    them are kept for the surest one, which has the most evidence, to answer all questions. It
+    depends on the data alone, so an interrupted choice goes on as it would have.
     """
-    _, contenders = find_contenders(rule, costs, unpruned, data)
+    safe, contenders = find_contenders(rule, costs, unpruned, data)
     able = [p for p in contenders if len(data[p]) < rule.questions]
     if not able:
         return None
     ranked = sorted(able, key=lambda p: (max(0.0, data[p].mean() - rule.bound), costs[p], p))
-    size, deepest = len(data[ranked[0]]), max(map(len, data))
-    level = [p for p in ranked if len(data[p]) == size]
+    level = [p for p in ranked if len(data[p]) == len(data[ranked[0]])]
+    step = _go_on(rule, data, level)
+    if safe is not None or step is None:
+        return step
+    surest = max(able, key=lambda p: (evidence(data[p], rule.bound), costs[p]))
+    deepest, size = max(map(len, data)), len(data[level[0]])
+    price = len(step.plans) * (step.n - size) + max(0, step.n - deepest)
+    reserve = 2 * rule.questions - len(data[surest]) - max(deepest, step.n)
+    if count_asked(data) + price + reserve > rule.most:
+        return _go_on(rule, data, [surest])
+    return step
+
+
+def _go_on(rule: Rule, data: Sequence[Array], level: Sequence[int]) -> Step | None:
+    """The better half of plans with equally many answers, the best first, goes on with twice as
+    many; or fewer plans or answers, if no more may be asked."""
+    size, deepest = len(data[level[0]]), max(map(len, data))
     left = rule.most - count_asked(data)
     affordable = size + left if size + left <= deepest else (size + left + deepest) // 2
     n = min(rule.questions, 2 * size, affordable)  # at least the best plan goes on until n
