@@ -126,6 +126,12 @@ class Bench:
         """The path of PLAN.jsonl, which holds the answers under a plan."""
         return Path(self.args.out) / f"{file_name(plan.text)}.jsonl"
 
+    def answered(self, plan: TypedPlan) -> int:
+        """How many questions, from the first on, have an answer in --out."""
+        layers = self.model.config.text.num_hidden_layers
+        rows = store.AnswerFile(self.path(plan), plan.text, layers).merge()
+        return next((n for n in range(len(rows)) if n not in rows), len(rows))
+
     def check(self, plans: Sequence[TypedPlan]) -> None:
         """Refuse plans that cannot run, before any plan is run (ValueError)."""
         names = [self.path(plan).name for plan in plans]

@@ -126,6 +126,50 @@ def curves(
     _save(plt, figure, axes, path, title, labels)
 
 
+def points(
+    path: Path,
+    groups: Mapping[str, Curve],
+    title: str,
+    labels: tuple[str, str],
+    front: Mapping[str, tuple[float, float]],
+    level: tuple[str, float],
+    end: tuple[str, float],
+) -> None:
+    """Plot points with vertical lines between their bounds, a marker for each group.
+
+    front: places by name, which are joined by a line and named. level: a horizontal line with its
+    name and height, around which the y axis is linear, while it is logarithmic far from it. end: a
+    vertical line.
+    """
+    plt = _pyplot()
+    figure, axes = plt.subplots(figsize=(8.0, 5.4), layout="constrained")
+    for i, (name, places) in enumerate(groups.items()):
+        values, lows, highs = zip(*(span(y) for _, y in places), strict=True)
+        axes.errorbar(
+            [x for x, _ in places],
+            values,
+            [_distances(values, lows), _distances(highs, values)],
+            fmt=LINE_STYLES[i % len(LINE_STYLES)][0],
+            color=COLOURS[i % len(COLOURS)],
+            markersize=6,
+            elinewidth=0.7,
+            capsize=2,
+            label=name,
+        )
+    if front:
+        axes.plot(*zip(*front.values(), strict=True), color="0.35", linewidth=1, label="front")
+    for name, place in front.items():
+        axes.annotate(name, place, (6, 5), textcoords="offset points", fontsize="x-small")
+    axes.axhline(level[1], color="0.35", linestyle=(0, (1, 1)), label=level[0])
+    axes.axvline(end[1], color="0.35", linestyle="-.", label=end[0])
+    axes.set_yscale("symlog", linthresh=2 * level[1])
+    axes.yaxis.set_major_formatter("{x:g}")
+    axes.grid(alpha=0.3)
+    axes.margins(y=0.08, x=0.12)
+    _legend(figure)
+    _save(plt, figure, axes, path, title, labels)
+
+
 def bars(
     path: Path,
     groups: Mapping[str, Mapping[str, Height]],

@@ -12,6 +12,7 @@ import platform
 import subprocess
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
+from functools import cache
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, TypedDict, cast
@@ -146,8 +147,12 @@ def describe_machine() -> str:
     return f"{platform.machine()}, {torch.get_num_threads()} threads, {platform.system()}"
 
 
+@cache
 def code_version() -> str:
-    """The package's version, and the commit if git knows this checkout."""
+    """The package's version, and the commit if git knows this checkout.
+
+    Of the code that runs: it is asked for once.
+    """
     try:
         found = version("minillava")
     except PackageNotFoundError:  # a checkout that nobody has installed
