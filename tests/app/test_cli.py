@@ -328,11 +328,13 @@ def test_a_failed_overlay_keeps_the_old_file(
     path = tmp_path / "kept.png"
     path.write_text("old")
 
-    def fail(self: Image.Image, target: Path, kind: str, **options: Any) -> None:
-        Path(target).write_bytes(b"half")
+    write = Path.write_bytes
+
+    def fail(self: Path, data: bytes) -> int:
+        write(self, data[:4])
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(Image.Image, "save", fail)
+    monkeypatch.setattr(Path, "write_bytes", fail)
     output = run("--image", photo, "--prompt", "Hi", "--overlay", path)
     assert output.code == 2
     assert output.err == "error: [Errno 28] No space left on device\n"
