@@ -10,7 +10,7 @@ class_attention   the class token's attention in the second-last block, mean ove
            salience of the patches: equal for all things, half of it in a thing's middle
 asked      the first head of blocks 1 to 9, from an answer's rows: to the things it is about
 salience   the second head of blocks 0 to 9, from all text rows: against the same salience
-drop       no loss: from a random layer on, image tokens are hidden, at least one of each thing stays
+drop       no loss: from a random layer on, image tokens are hidden; one of each thing stays
 """
 
 from __future__ import annotations
@@ -54,7 +54,7 @@ A = len(prefix_ids())  # rows of the prefix
 FIRST = A - N  # row of the first image token
 DEPTH = TEXT.num_hidden_layers
 ASKED = range(1, 10)
-SALIENCE = range(0, 10)
+SALIENCE = range(10)
 
 
 @dataclass(frozen=True)

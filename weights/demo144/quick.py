@@ -18,7 +18,7 @@ from torch import Tensor
 from minillava.pruning.divprune import choose_farthest
 
 from .data import LANE, Batch, Mix, make_batch, single_questions
-from .model import DEPTH, A, Demo, Drop, N, noisy_features, patch_loss, salience_loss
+from .model import A, Demo, Drop, N, noisy_features, patch_loss, salience_loss
 
 
 @lru_cache
@@ -74,10 +74,8 @@ def quick_accuracy(model: Demo, n: int, draw: bool) -> list[str]:
     for name, (score, keep, layer) in plans.items():
         drop = hide(score, keep, layer)
         ok = correct(model, model.decode(image, batch, drop)[0], batch)
-        parts.append(
-            f"{name} {float(ok[plain].float().mean()):.3f} "
-            f"({float(ok[small].float().mean()):.2f} small, {float(ok[~plain].float().mean()):.2f} captions)"
-        )
+        every, detail, long = (float(ok[part].float().mean()) for part in (plain, small, ~plain))
+        parts.append(f"{name} {every:.3f} ({detail:.2f} small, {long:.2f} captions)")
     lines.append(f"none {float(right[plain].float().mean()):.3f}; " + "; ".join(parts))
     later = held_out(n, draw, True)
     image, _ = features(model, later, draw)
@@ -142,5 +140,4 @@ def tower_figures(model: Demo) -> str:
     figures["class"] = float(salience_loss(seen, batch.salience))
     thing = batch.owners >= 0
     figures["class on things"] = float(((seen * thing).sum(1) / seen.sum(1)).mean())
-    assert DEPTH
     return " ".join(f"{key} {value:.3f}" for key, value in figures.items())

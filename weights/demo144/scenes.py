@@ -3,9 +3,9 @@
 A scene is a 168 x 168 image of two to five things on a noisy canvas of one of four tones, at most
 one in each cell of a 3 x 3 grid. Big things cover about ten patches of 14 x 14 pixels; small ones,
 six of ten shapes, cover one or two, so that a question about them needs detail. A question about
-the background needs none. A question is text with exactly one right answer for its scene. The digits are real
-handwriting from scikit-learn's `load_digits`; the "train" split never contains an image of the
-"held-out" split. Everything is a pure function of the random generator passed in.
+the background needs none. A question is text with exactly one right answer for its scene. The
+digits are real handwriting from scikit-learn's `load_digits`; the "train" split never contains an
+image of the "held-out" split. Everything is a pure function of the random generator passed in.
 """
 
 from __future__ import annotations

@@ -25,7 +25,6 @@ import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, Dataset
 
 from minillava.app.command import (
     CommandParser,
@@ -125,7 +124,7 @@ class Run:
         return replace(stage, steps=self.steps) if self.steps else stage
 
 
-class Steps(Dataset[Batch]):
+class Steps:
     """One process's share of a stage's batches, from step `first` on."""
 
     def __init__(self, run: Run, first: int) -> None:
@@ -238,14 +237,9 @@ def run_stage(run: Run) -> None:
         log(run, f"{run.losses}")
     began, last_saved = time.monotonic() - training.seconds, time.monotonic()
     figures: dict[str, float] = {}
-    loader = DataLoader(
-        Steps(run, training.step),
-        batch_size=None,
-        num_workers=1,
-        prefetch_factor=6,
-        multiprocessing_context="spawn",
-    )
-    for batch in loader:
+    batches = Steps(run, training.step)
+    for i in range(len(batches)):
+        batch = batches[i]
         noise_seed = run.seed * 1_000_003 + training.step * run.workers + run.rank
         found = train_step(run, training, batch, noise_seed)
         if run.rank:
