@@ -40,11 +40,11 @@ def test_conversations_in_lanes_give_what_separate_prompts_give(model, folder, p
     asked = scenes.questions(things, rng, ["where", "count", "colour"])
     rows = data.pack(asked[:1] if plan else asked, things, rng, follow=0.0)
     later = data.pack(asked[:2], things, rng, follow=1.0)
-    patches: tuple[list, list, list] = ([], [], [])
+    patches = data.Patches()
     for _ in range(2):
-        data.add_patches(things, *patches)
+        data.add_patches(things, patches)
     image = scenes.draw(things, rng)
-    batch = data.collate([rows, later], *patches, [np.asarray(image)] * 2)
+    batch = data.collate([rows, later], patches, [np.asarray(image)] * 2)
     with torch.no_grad():
         state, _ = model.encode_images(batch.pixels)
         features = model.projector(state[:, 1:])

@@ -8,9 +8,10 @@ prefix, so hidden states and gradients are those of separate prompts, at a fract
 
 from __future__ import annotations
 
+import io
 from collections import defaultdict
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path
 
@@ -54,8 +55,6 @@ CONFIG = Config(vision=VISION, text=TEXT, image_token_id=IMAGE_ID)
 
 def train_tokenizer() -> bytes:
     """Train a Llama-style BPE with byte fallback on the words of the questions and answers."""
-    import io
-
     words: dict[str, int] = defaultdict(int)
     rng = np.random.default_rng(0)
     for _ in range(600):
@@ -110,7 +109,7 @@ def encode(text: str) -> tuple[int, ...]:
 
 # Batches: pure functions of the random generator.
 
-LANES, LANE = 3, 64  # a multiple-choice question with its answer has up to 50 rows
+LANES, LANE = 4, 64  # a multiple-choice question with its answer has up to 50 rows
 
 
 @dataclass(frozen=True)
@@ -129,6 +128,22 @@ class Batch:
     salience: Tensor  # (P, N) where attention should be: sums to 1
     asked: list[list[tuple[int, str, bool, bool]]]  # of each image and answer: row of its first
     # target, kind of question, whether it follows another in its conversation, needs detail
+
+
+# (6, T): ids, segments, positions, targets, weights and things, as in Batch; and `asked`
+Packed = tuple[NDArray[np.int64], list[tuple[int, str, bool, bool]]]
+
+
+@dataclass(frozen=True)
+class Patches:
+    """What is known of the patches of each image of a batch."""
+
+    codes: list[NDArray[np.float32]] = field(
+        default_factory=list
+    )  # (N, N_CODES): its words, 0 or 1
+    owners: list[NDArray[np.int64]] = field(default_factory=list)  # (N,): the thing on it, or -1
+    # (N,): where attention should be, equal for all things, half of it on the patch in the middle
+    salience: list[NDArray[np.float32]] = field(default_factory=list)
 
 
 @dataclass(frozen=True)
@@ -158,22 +173,23 @@ def make_batch(
     rng: np.random.Generator, images: int, draw: bool, split: scenes.Split, mix: Mix
 ) -> Batch:
     """A random batch of scenes. draw=False leaves out the pixels."""
-    packed, codes, owners, centres, drawn = [], [], [], [], []
+    packed, patches, drawn = [], Patches(), []
     for _ in range(images):
         things = scenes.make_things(rng, split)
-        kinds = ["choice"] * mix.choices + [*rng.choice([*_SHARES], 16, p=_CHANCES)]
+        kinds = ["choice"] * mix.choices + [*rng.choice([*_SHARES], 28, p=_CHANCES)]
         if rng.random() < mix.captions:
             kinds.insert(0, "caption")
         packed.append(pack(scenes.questions(things, rng, kinds), things, rng, mix.follow))
-        add_patches(things, codes, owners, centres)
+        add_patches(things, patches)
         if draw:
             drawn.append(np.asarray(scenes.draw(things, rng)))
-    return collate(packed, codes, owners, centres, drawn)
+    return collate(packed, patches, drawn)
 
 
 def single_questions(rng: np.random.Generator, n: int, draw: bool, follow: bool = False) -> Batch:
     """n held-out images with one question each, the kinds in turn; follow: after another one."""
-    packed, codes, owners, centres, drawn = [], [], [], [], []
+    packed: list[Packed] = []
+    patches, drawn = Patches(), []
     kinds = [*scenes.KINDS]
     while len(packed) < n:
         things = scenes.make_things(rng, "held-out")
@@ -187,10 +203,10 @@ def single_questions(rng: np.random.Generator, n: int, draw: bool, follow: bool 
         if len(rows[1]) < len(wanted):
             continue
         packed.append(rows)
-        add_patches(things, codes, owners, centres)
+        add_patches(things, patches)
         if draw:
             drawn.append(np.asarray(scenes.draw(things, rng)))
-    return collate(packed, codes, owners, centres, drawn)
+    return collate(packed, patches, drawn)
 
 
 def pack(
@@ -198,11 +214,8 @@ def pack(
     things: Sequence[scenes.Thing],
     rng: np.random.Generator,
     follow: float,
-) -> tuple[NDArray[np.int64], list[tuple[int, str, bool, bool]]]:
-    """Pack as many examples as fit into the lanes after one prefix.
-
-    Returns (6, T): ids, segments, positions, targets, weights and things, as in Batch; and `asked`.
-    """
+) -> Packed:
+    """Pack as many examples as fit into the lanes after one prefix."""
     prefix = prefix_ids()
     A = len(prefix)
     rows = np.full((6, A + LANES * LANE), -1, dtype=np.int64)
@@ -253,17 +266,17 @@ def things_of_answer(
 
 
 def collate(
-    packed: Sequence[tuple[NDArray[np.int64], list[tuple[int, str, bool, bool]]]],
-    codes: Sequence[NDArray[np.float32]],
-    owners: Sequence[NDArray[np.int64]],
-    centres: Sequence[NDArray[np.float32]],
+    packed: Sequence[Packed],
+    patches: Patches,
     drawn: Sequence[NDArray[np.uint8]],
 ) -> Batch:
     """Stack the rows of `pack`, and what is known of each image's patches."""
     rows = torch.from_numpy(np.stack([rows for rows, _ in packed], axis=1))  # (6, P, T)
     pixels = torch.from_numpy(np.stack(drawn)).permute(0, 3, 1, 2) if drawn else None
     ids, segments, positions, targets, weights, about = rows
-    coded, owned, salient = (torch.from_numpy(np.stack(x)) for x in (codes, owners, centres))
+    coded, owned, salient = (
+        torch.from_numpy(np.stack(x)) for x in (patches.codes, patches.owners, patches.salience)
+    )
     return Batch(
         coded,
         pixels,
@@ -290,15 +303,8 @@ N_CODES = CELL + len(scenes.PLACES)
 N_LABELS = len(NAMES) + len(scenes.COLOURS)
 
 
-def add_patches(
-    things: Sequence[scenes.Thing],
-    codes: list[NDArray[np.float32]],
-    owners: list[NDArray[np.int64]],
-    salience: list[NDArray[np.float32]],
-) -> None:
-    """Append, for one image: (N, N_CODES) of 0 and 1, the words of each patch; (N,) the thing on
-    each patch or -1; and (N,) where attention should be: equal for all things, half of it on the
-    patch in the thing's middle."""
+def add_patches(things: Sequence[scenes.Thing], patches: Patches) -> None:
+    """Append what is known of one image's patches."""
     grid, size = VISION.grid, VISION.patch_size
     code = np.zeros((grid, grid, N_CODES), np.float32)
     owner = np.full((grid, grid), -1)
@@ -322,6 +328,6 @@ def add_patches(
         code[centre][CENTRE] = 1
         salient[owner == i] += 0.5 / (owner == i).sum() / len(things)
         salient[centre] += 0.5 / len(things)
-    codes.append(code.reshape(-1, N_CODES))
-    owners.append(owner.reshape(-1))
-    salience.append(salient.reshape(-1))
+    patches.codes.append(code.reshape(-1, N_CODES))
+    patches.owners.append(owner.reshape(-1))
+    patches.salience.append(salient.reshape(-1))

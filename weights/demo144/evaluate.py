@@ -13,7 +13,7 @@ from __future__ import annotations
 import argparse
 import json
 from collections import defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -119,15 +119,10 @@ def detail(scene: scenes.Scene, example: scenes.Example) -> str:
     return "small" if any(thing.is_small for thing in about) else "big"
 
 
-def share(
-    found: dict[str, Any], wanted: Callable[[str, str], bool] = lambda kind, _: True
-) -> float:
-    """Right answers in per cent among those whose kind and detail are wanted; no captions."""
-    chosen = [
-        ok
-        for ok, kind, what in zip(found["right"], found["kinds"], found["detail"], strict=True)
-        if kind != "caption" and wanted(kind, what)
-    ]
+def share(found: dict[str, Any], what: str | None = None) -> float:
+    """Right answers in per cent, without captions; what: "none", "small" or "big" detail only."""
+    rows = zip(found["right"], found["kinds"], found["detail"], strict=True)
+    chosen = [ok for ok, kind, need in rows if kind != "caption" and what in (None, need)]
     return 100 * float(np.mean(chosen)) if chosen else float("nan")
 
 
@@ -138,10 +133,7 @@ def captions(found: dict[str, Any]) -> float:
 
 def line(name: str, found: dict[str, Any]) -> str:
     """One row of the table."""
-    parts = [
-        f"{share(found, lambda _, d, what=what: d == what):.1f}"
-        for what in ("none", "big", "small")
-    ]
+    parts = [f"{share(found, what):.1f}" for what in ("none", "big", "small")]
     kinds: dict[str, list[int]] = defaultdict(list)
     for ok, kind in zip(found["right"], found["kinds"], strict=True):
         kinds[kind].append(ok)

@@ -167,7 +167,10 @@ class Demo(nn.Module):
                 now = drop.layer <= i  # (P,)
                 gone = hidden * now[:, None]  # (P, A)
                 other = (now & drop.compact).repeat_interleave(T)[:, None, None]
-                turn = tuple(torch.where(other, b, a) for a, b in zip(rope, compact, strict=True))
+                turn = (
+                    torch.where(other, compact[0], rope[0]),
+                    torch.where(other, compact[1], rope[1]),
+                )
 
             def attend(q: Tensor, k: Tensor, v: Tensor, gone: Tensor | None = gone) -> Tensor:
                 y, weights = masks.attend(q, k, v, gone)

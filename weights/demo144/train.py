@@ -72,11 +72,11 @@ class Stage:
 STAGES = {
     "tower": Stage(steps=2500, images=32, muon=0.02, adam=2e-3, mix=Mix()),
     "reader": Stage(
-        steps=3000,
+        steps=1500,
         images=8,
         muon=0.02,
         adam=2e-3,
-        mix=Mix(choices=1),
+        mix=Mix(choices=0),
         decay=0.0,
         undropped=300,
         guide=2.0,
@@ -86,7 +86,7 @@ STAGES = {
         images=16,
         muon=0.015,
         adam=2e-3,
-        mix=Mix(),
+        mix=Mix(choices=1),
         tower_scale=0.2,
         decay=0.0,
         after=("tower", "reader"),
@@ -96,7 +96,7 @@ STAGES = {
         images=16,
         muon=0.015,
         adam=2e-3,
-        mix=Mix(choices=2, captions=0.5),
+        mix=Mix(choices=2, captions=0.6),
         tower_scale=0.3,
         decay=1.0,
         after=("joint",),
@@ -112,7 +112,8 @@ class Run:
     runs: Path
     seed: int
     losses: Losses
-    save_every: float
+    save_every: float  # seconds
+    measure_every: float = 600.0
     workers: int = 1
     rank: int = 0
     address: str = ""
@@ -236,6 +237,7 @@ def run_stage(run: Run) -> None:
         log(run, f"from step {training.step}, seed {run.seed}, {run.workers} processes, {stage}")
         log(run, f"{run.losses}")
     began, last_saved = time.monotonic() - training.seconds, time.monotonic()
+    last_measured = last_saved
     figures: dict[str, float] = {}
     batches = Steps(run, training.step)
     for i in range(len(batches)):
@@ -253,8 +255,10 @@ def run_stage(run: Run) -> None:
             log(run, f"step {step} {training.seconds:.0f} s {text}")
         if time.monotonic() - last_saved > run.save_every or step == stage.steps:
             save(run, training)
-            log_accuracy(run, training)
             last_saved = time.monotonic()
+        if time.monotonic() - last_measured > run.measure_every or step == stage.steps:
+            log_accuracy(run, training)
+            last_measured = time.monotonic()
 
 
 def train_step(run: Run, training: Training, batch: Batch, noise_seed: int) -> dict[str, float]:
@@ -374,7 +378,7 @@ def log_accuracy(run: Run, training: Training) -> None:
         if run.name == "tower":
             lines = [tower_figures(model)]
         else:
-            lines = quick_accuracy(model, 120, draw=run.name != "reader")
+            lines = quick_accuracy(model, 80, draw=run.name != "reader")
     for line in lines:
         log(run, f"held out at {training.step}: {line}")
     model.load_state_dict({**current, "codes": model.codes})
@@ -395,8 +399,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "--without", nargs="+", default=[], metavar="LOSS", help="losses left out (ablation)"
     )
-    parser.add_argument("--save-every", type=parse_float, default=120.0, metavar="SECONDS")
-    parser.add_argument("--export", choices=STAGES, help="write a checkpoint from this stage")
+    parser.add_argument("--save-every", type=parse_float, default=100.0, metavar="SECONDS")
+    parser.add_argument("--measure-every", type=parse_float, default=600.0, metavar="SECONDS")
+    parser.add_argument(
+        "--export", choices=STAGES, help="write a checkpoint from this stage (reader: with tower)"
+    )
     parser.add_argument("--to", type=Path, help="folder of that checkpoint")
     return run_command(lambda: _run(parser.parse_args(argv)))
 
@@ -408,14 +415,24 @@ def _run(args: argparse.Namespace) -> None:
     losses = Losses().without(args.without)
     for name in [args.stage] if args.stage else STAGES:
         start_stage(
-            Run(name, args.runs, args.seed, losses, args.save_every, args.workers, steps=args.steps)
+            Run(
+                name,
+                args.runs,
+                args.seed,
+                losses,
+                args.save_every,
+                args.measure_every,
+                args.workers,
+                steps=args.steps,
+            )
         )
 
 
 def write_demo(runs: Path, stage: str, folder: Path, seed: int) -> None:
     """Write a checkpoint from a stage's averaged weights."""
     model = Demo(seed)
-    load_earlier_stage(model, runs, stage)
+    for earlier in STAGES["joint"].after if stage in STAGES["joint"].after else (stage,):
+        load_earlier_stage(model, runs, earlier)
     parts = ("vision.", "projector.", "llama.")
     weights = {k: p.detach() for k, p in model.named_parameters() if k.startswith(parts)}
     export(folder, CONFIG, weights, tokenizer().serialized_model_proto())
