@@ -33,7 +33,7 @@ def folder(model, tmp_path_factory) -> Path:
     return folder
 
 
-@pytest.mark.parametrize("plan", [None, "fastv:k=2,keep=30"])
+@pytest.mark.parametrize("plan", [None, "fastv:k=2,keep=30", "divprune:keep=30"])
 def test_conversations_in_lanes_give_what_separate_prompts_give(model, folder, plan):
     rng = np.random.default_rng(5)
     things = scenes.make_things(rng, "held-out")
@@ -49,10 +49,11 @@ def test_conversations_in_lanes_give_what_separate_prompts_give(model, folder, p
         state, _ = model.encode_images(batch.pixels)
         features = model.projector(state[:, 1:])
         hidden, attention = model.decode(features, batch)
-        if plan:  # what FastV keeps at the newest row of each image's last question
+        if plan:  # FastV reads the newest row of each image's last question
             newest = torch.tensor([asked[-1][0] for asked in batch.asked]) - A
-            score = attention[1][torch.arange(2), :, newest].mean(1)
-            hidden, _ = model.decode(features, batch, quick.hide(score, 30, 2))
+            fastv = attention[1][torch.arange(2), :, newest].mean(1)
+            score, layer = (fastv, 2) if "fastv" in plan else (quick.farthest(features, 30), 0)
+            hidden, _ = model.decode(features, batch, quick.hide(score, 30, layer))
         logits = model.llama.logits(hidden)
     engine, processor = load(folder)
     q = [example.question for example in asked]
@@ -71,11 +72,11 @@ def test_conversations_in_lanes_give_what_separate_prompts_give(model, folder, p
 def test_a_dropped_image_still_shows_every_thing():
     batch = data.make_batch(np.random.default_rng(1), 40, False, "train", data.Mix())
     drop = random_drop(batch, 0.5, torch.Generator().manual_seed(1))
-    for visible, owners in zip(drop.visible, batch.owners, strict=True):
-        assert {*owners[visible].tolist()} >= {*owners[owners >= 0].tolist()}
-    untouched = float((drop.layer == DEPTH).float().mean())
-    assert 0.2 < untouched < 0.8
-    assert float(drop.visible.float().mean()) < 0.8
+    for until, owners in zip(drop.until, batch.owners, strict=True):
+        assert {*owners[until == DEPTH].tolist()} >= {*owners[owners >= 0].tolist()}
+    assert 0.2 < float((drop.until == DEPTH).all(1).float().mean()) < 0.8
+    assert max(len({*until.tolist()}) for until in drop.until) == 3  # two stages
+    assert float((drop.until == DEPTH).float().mean()) < 0.8
 
 
 def test_salience_is_equal_for_all_things_and_half_of_it_is_in_the_middle():

@@ -77,11 +77,10 @@ class Losses:
 
 @dataclass(frozen=True)
 class Drop:
-    """Which image tokens are hidden from which layer on."""
+    """From which layer on image tokens are hidden."""
 
-    visible: Tensor  # (P, N) bool
-    layer: Tensor  # (P,) from which layer on; DEPTH: nowhere
-    compact: Tensor  # (P,) bool: rows are renumbered there
+    until: Tensor  # (P, N) the first layer that does not see the token; DEPTH: all see it
+    compact: Tensor  # (P,) bool: the rows that are left are renumbered
 
 
 class Heads(nn.Module):
@@ -152,32 +151,24 @@ class Demo(nn.Module):
         dtype = torch.bfloat16 if torch.is_autocast_enabled("cpu") else torch.float32
         masks = Masks(batch.segments, dtype)
         rope = self.llama.rope(batch.positions.flatten(), dtype)
-        if drop is not None:
-            shift = (~drop.visible).cumsum(1)  # (P, N) rows lost so far
-            lost = F.pad(shift, (FIRST, 0))
-            lost = torch.cat((lost, shift[:, -1:].expand(P, T - A)), dim=1)  # (P, T)
-            compact = self.llama.rope((batch.positions - lost).flatten(), dtype)
-            hidden = torch.zeros(P, A, dtype=dtype)
-            hidden[:, FIRST:].masked_fill_(~drop.visible, -1e9)
+        gone: Tensor | None = None
         attention: list[Tensor] = []
         x = x.flatten(0, 1)
         for i, block in enumerate(self.llama.blocks):
-            turn, gone = rope, None
-            if drop is not None and bool((drop.layer <= i).any()):
-                now = drop.layer <= i  # (P,)
-                gone = hidden * now[:, None]  # (P, A)
-                other = (now & drop.compact).repeat_interleave(T)[:, None, None]
-                turn = (
-                    torch.where(other, compact[0], rope[0]),
-                    torch.where(other, compact[1], rope[1]),
-                )
+            if drop is not None and bool((drop.until == i).any()):
+                hidden = drop.until <= i  # (P, N)
+                gone = torch.zeros(P, A, dtype=dtype)
+                gone[:, FIRST:].masked_fill_(hidden, -1e9)
+                lost = (hidden & drop.compact[:, None]).cumsum(1)  # (P, N) rows before each
+                lost = F.pad(torch.cat((lost, lost[:, -1:].expand(P, T - A)), 1), (FIRST, 0))
+                rope = self.llama.rope((batch.positions - lost).flatten(), dtype)
 
             def attend(q: Tensor, k: Tensor, v: Tensor, gone: Tensor | None = gone) -> Tensor:
                 y, weights = masks.attend(q, k, v, gone)
                 attention.append(weights)
                 return y
 
-            x = block(x, turn, attend)
+            x = block(x, rope, attend)
         return x.view(P, T, -1), attention
 
 
@@ -224,23 +215,36 @@ def code_vectors(embedding: Tensor, generator: torch.Generator) -> Tensor:
 
 
 def random_drop(batch: Batch, share: float, generator: torch.Generator) -> Drop:
-    """Hide tokens of a share of the images from a random layer on; of each thing at least one
-    patch stays, mostly the one in its middle."""
+    """Hide tokens of a share of the images from a random layer on, and of half of these more
+    tokens from a second layer on. At least one patch of each thing stays (see `thin`)."""
     P = len(batch.ids)
+    layer = torch.randint(0, DEPTH, (P, 2), generator=generator).sort(1).values
+    layer[:, 0] *= torch.rand(P, generator=generator) >= 0.3
+    left = torch.ones(P, N, dtype=torch.bool)
+    until = torch.full((P, N), DEPTH)
+    for stage, chance in enumerate((share, 0.5)):
+        left, before = thin(batch, left, generator), left
+        layer[torch.rand(P, generator=generator) >= chance, stage:] = DEPTH
+        until = until.where(left | ~before, layer[:, stage : stage + 1])
+    return Drop(until, torch.rand(P, generator=generator) < 0.5)
+
+
+def thin(batch: Batch, left: Tensor, generator: torch.Generator) -> Tensor:
+    """Some of the image tokens that are left (P, N): of each thing at least one, mostly the patch
+    in its middle; in one of four images no background."""
+    P = len(left)
     chance = torch.rand(P, 2, generator=generator)  # to stay: of background and of things
+    chance[:, 0] = (chance[:, 0] - 0.25).clamp(min=0) / 0.75
     owned = batch.owners >= 0
     draw = torch.rand(P, N, generator=generator)
-    visible = draw < torch.where(owned, 0.15 + 0.85 * chance[:, 1:], chance[:, :1])
+    stay = left & (draw < torch.where(owned, 0.15 + 0.85 * chance[:, 1:], chance[:, :1]))
     middle = (torch.rand(P, 1, generator=generator) < 0.6) * batch.codes[..., CENTRE]
     rank = draw - 2 * middle  # of a thing's patches the lowest stays
     for thing in range(int(batch.owners.max()) + 1):
-        mine = batch.owners == thing
+        mine = (batch.owners == thing) & left
         first = rank.masked_fill(~mine, 9).argmin(1)  # (P,)
-        visible[torch.arange(P), first] |= mine.any(1)
-    layer = torch.randint(0, DEPTH, (P,), generator=generator)
-    layer = torch.where(torch.rand(P, generator=generator) < 0.3, 0, layer)
-    layer = torch.where(torch.rand(P, generator=generator) < share, layer, DEPTH)
-    return Drop(visible, layer, torch.rand(P, generator=generator) < 0.5)
+        stay[torch.arange(P), first] |= mine.any(1)
+    return stay
 
 
 def patch_loss(model: Demo, state: Tensor, batch: Batch) -> tuple[Tensor, dict[str, float]]:
@@ -325,7 +329,7 @@ def answer_loss(
     salience = batch.salience[:, None].expand(-1, text.shape[1], -1)
     found = []
     for i in SALIENCE:
-        seen = text if drop is None else text & (drop.layer > i)[:, None]
+        seen = text if drop is None else text & (drop.until > i).all(1)[:, None]
         found.append(salience_loss(attention[i][:, 1][seen], salience[seen]))
     return (each * weight).sum() / weight.sum(), looked, torch.stack(found).mean()
 

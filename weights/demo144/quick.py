@@ -18,7 +18,7 @@ from torch import Tensor
 from minillava.pruning.divprune import choose_farthest
 
 from .data import LANE, Batch, Mix, make_batch, single_questions
-from .model import A, Demo, Drop, N, noisy_features, patch_loss, salience_loss
+from .model import DEPTH, A, Demo, Drop, N, noisy_features, patch_loss, salience_loss
 
 
 @lru_cache
@@ -95,11 +95,9 @@ def features(model: Demo, batch: Batch, draw: bool) -> tuple[Tensor, Tensor | No
 
 def hide(score: Tensor, keep: int, layer: int) -> Drop:
     """Keep the image tokens with the highest scores (P, N) from a layer on."""
-    P = len(score)
-    visible = torch.zeros_like(score, dtype=torch.bool)
-    visible.scatter_(1, score.topk(keep, dim=1).indices, True)
-    compact = torch.full((P,), layer == 0)
-    return Drop(visible, torch.full((P,), layer), compact)
+    until = torch.full(score.shape, layer)
+    until.scatter_(1, score.topk(keep, dim=1).indices, DEPTH)
+    return Drop(until, torch.full((len(score),), layer == 0))
 
 
 def farthest(image: Tensor, keep: int) -> Tensor:
