@@ -115,5 +115,5 @@ def test_a_resumed_stage_continues_where_it_stopped(tmp_path, monkeypatch):
 
 def test_an_ablation_leaves_a_loss_out():
     assert Losses().without(["salience", "drop"]) == replace(Losses(), salience=0.0, drop=0.0)
-    with pytest.raises(AssertionError):
+    with pytest.raises(ValueError, match="--without nothing: the losses are answers, patches"):
         Losses().without(["nothing"])

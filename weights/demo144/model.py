@@ -70,8 +70,11 @@ class Losses:
     drop: float = 0.5
 
     def without(self, names: list[str]) -> Losses:
-        known = {f.name for f in fields(self)}
-        assert known >= set(names), f"{names} of {known}"
+        """These losses without some. Raises ValueError for an unknown name."""
+        known = [f.name for f in fields(self)]
+        for name in names:
+            if name not in known:
+                raise ValueError(f"--without {name}: the losses are {', '.join(known)}")
         return Losses(**{f: 0.0 if f in names else getattr(self, f) for f in known})
 
 

@@ -410,6 +410,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _run(args: argparse.Namespace) -> None:
     if args.export:
+        if args.to is None:
+            raise ValueError(f"--export {args.export} needs --to FOLDER, where the checkpoint goes")
         write_demo(args.runs, args.export, args.to, args.seed)
         return
     losses = Losses().without(args.without)
