@@ -6,8 +6,8 @@ import functools
 import platform
 
 import torch
+from torch import Tensor
 
-ONEDNN_ROWS = 6  # for fewer rows oneDNN reads a weight at three quarters of the rate
 PACKED_ROWS = 64  # rows of a weight that torch's int4 kernel takes at a time
 
 
@@ -35,13 +35,21 @@ def digit_limit() -> int:
 
     Instructions older than VNNI add two products of 8 bits in 16 bits, which saturate.
     """
-    inputs = torch.full((ONEDNN_ROWS, 256), 255, dtype=torch.uint8)
-    packed = torch.ops.onednn.qlinear_prepack(torch.full((64, 256), 127, dtype=torch.int8), None)
-    y = torch.ops.onednn.qlinear_pointwise(
-        inputs, 1.0, 0, packed, torch.ones(64), torch.zeros(64, dtype=torch.int64), None, 1.0, 0,
-        torch.float32, "none", [], "",
-    )  # fmt: skip
+    inputs = torch.full((6, 256), 255, dtype=torch.uint8)
+    y = multiply_unsigned(inputs, 0, torch.full((64, 256), 127, dtype=torch.int8))
     return 127 if (y == 255 * 127 * 256).all() else 63
+
+
+def multiply_unsigned(x: Tensor, zero: int, weight: Tensor) -> Tensor:
+    """Sums (R, N) float32 of products of x - zero (R, K) and a weight (N, K) int8, by oneDNN.
+
+    x is uint8, and `zero` the number in it that means 0.
+    """
+    packed, N = torch.ops.onednn.qlinear_prepack(weight, None), len(weight)
+    return torch.ops.onednn.qlinear_pointwise(
+        x, 1.0, zero, packed, torch.ones(N), torch.zeros(N, dtype=torch.int64), None,
+        1.0, 0, torch.float32, "none", [], "",
+    )  # fmt: skip
 
 
 @functools.cache

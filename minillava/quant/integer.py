@@ -15,8 +15,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .cpu import PACKED_ROWS, digit_limit, multiplies_bfloat16, packed_block_rows
-from .native import FEW_ROWS, LANES, kernels
+from .cpu import (
+    PACKED_ROWS,
+    digit_limit,
+    multiplies_bfloat16,
+    multiply_unsigned,
+    packed_block_rows,
+)
+from .native import FEW_ROWS, LANES, TINY, kernels
 from .quantise import (
     GROUP_COLUMNS,
     ROTATED_COLUMNS,
@@ -41,7 +47,6 @@ PACKED_INPUT_ROWS = 16  # torch's int4 kernel is faster than widening up to this
 SPREAD_ROWS = 1024  # rows of an int4 weight that are widened to int8 at a time
 SINGLE_ROWS = 4  # up to this many rows oneDNN is faster with one row at a time
 NIBBLES = 0x0F0F0F0F0F0F0F0F  # the low four bits of eight bytes
-TINY = torch.finfo(torch.float32).tiny
 
 
 class IntegerLinear(StoredLinear):
@@ -308,13 +313,7 @@ def multiply_integers(codes: Tensor, weight: Tensor, limit: int) -> Tensor:
         if 1 < len(codes) <= SINGLE_ROWS:
             return torch.cat([torch._int_mm(row, weight.T) for row in codes.split(1)])
         return torch._int_mm(codes, weight.T)
-    N = len(weight)
-    packed = torch.ops.onednn.qlinear_prepack(weight, None)
-    shifted = codes.view(torch.uint8) + (limit + 1)
-    return torch.ops.onednn.qlinear_pointwise(
-        shifted, 1.0, limit + 1, packed, torch.ones(N), torch.zeros(N, dtype=torch.int64), None,
-        1.0, 0, torch.float32, "none", [], "",
-    )  # fmt: skip
+    return multiply_unsigned(codes.view(torch.uint8) + (limit + 1), limit + 1, weight)
 
 
 def scale_sums(sums: Tensor, scale: Tensor, step: Tensor, share: float = 0.0) -> Tensor:
