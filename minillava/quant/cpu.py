@@ -45,7 +45,8 @@ def multiply_unsigned(x: Tensor, zero: int, weight: Tensor) -> Tensor:
 
     x is uint8, and `zero` the number in it that means 0.
     """
-    packed, N = torch.ops.onednn.qlinear_prepack(weight, None), len(weight)
+    N = len(weight)
+    packed = torch.ops.onednn.qlinear_prepack(weight.contiguous(), None)  # it ignores strides
     return torch.ops.onednn.qlinear_pointwise(
         x, 1.0, zero, packed, torch.ones(N), torch.zeros(N, dtype=torch.int64), None,
         1.0, 0, torch.float32, "none", [], "",

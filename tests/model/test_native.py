@@ -143,6 +143,20 @@ def test_the_largest_and_smallest_integers_are_summed_exactly(rows: int) -> None
         assert torch.equal(layer.multiply_digits(given), expected)
 
 
+@pytest.mark.parametrize("limit", [63, 127])
+@pytest.mark.parametrize("rows", [1, 3, 20])
+def test_integers_are_multiplied_exactly_whatever_the_strides(limit: int, rows: int) -> None:
+    """The widened weight of PackedInt4Linear is a transposed view."""
+    if limit > digit_limit():
+        pytest.skip("no exact sums of 8-bit products")
+    generator = torch.Generator().manual_seed(0)
+    codes = torch.randint(-limit, limit + 1, (rows, 64), generator=generator, dtype=torch.int8)
+    weight = torch.randint(-127, 128, (96, 64), generator=generator, dtype=torch.int8)
+    expected = (codes.long() @ weight.T.long()).float()
+    for stored in (weight, weight.T.contiguous().T):
+        assert torch.equal(integer.multiply_integers(codes, stored, limit).float(), expected)
+
+
 # ---------------------------------------------------------------- where it cannot be compiled
 
 
