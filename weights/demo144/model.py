@@ -333,8 +333,10 @@ def answer_loss(
     found = []
     for i in SALIENCE:
         seen = text if drop is None else text & (drop.until > i).all(1)[:, None]
-        found.append(salience_loss(attention[i][:, 1][seen], salience[seen]))
-    return (each * weight).sum() / weight.sum(), looked, torch.stack(found).mean()
+        if seen.any():
+            found.append(salience_loss(attention[i][:, 1][seen], salience[seen]))
+    salient = torch.stack(found).mean() if found else looked.new_zeros(())
+    return (each * weight).sum() / weight.sum(), looked, salient
 
 
 def noisy_features(model: Demo, codes: Tensor, generator: torch.Generator) -> Tensor:
