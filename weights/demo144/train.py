@@ -188,7 +188,7 @@ def start_stage(run: Run) -> None:
     run_stage(run)
     for process in others:
         process.join()
-    if others:
+    if dist.is_initialized():  # not after a stage that was finished before
         dist.destroy_process_group()
 
 
