@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 
+from eval.conditions import detail
 from minillava.generate import generate
 from minillava.loading.checkpoint import load
 from minillava.processing.templates import conversation
@@ -48,12 +49,12 @@ def test_conversations_in_lanes_give_what_separate_prompts_give(model, folder, p
     with torch.no_grad():
         state, _ = model.encode_images(batch.pixels)
         features = model.projector(state[:, 1:])
-        hidden, attention = model.decode(features, batch)
+        hidden, attention, _ = model.decode(features, batch)
         if plan:  # FastV reads the newest row of each image's last question
             newest = torch.tensor([asked[-1][0] for asked in batch.asked]) - A
             fastv = attention[1][torch.arange(2), :, newest].mean(1)
             score, layer = (fastv, 2) if "fastv" in plan else (quick.farthest(features, 30), 0)
-            hidden, _ = model.decode(features, batch, quick.hide(score, 30, layer))
+            hidden, *_ = model.decode(features, batch, quick.hide(score, 30, layer))
         logits = model.llama.logits(hidden)
     engine, processor = load(folder)
     q = [example.question for example in asked]
@@ -90,9 +91,25 @@ def test_salience_is_equal_for_all_things_and_half_of_it_is_in_the_middle():
         assert int((codes[:, data.CENTRE] > 0).sum()) == len(things)
 
 
-def test_known_shares_of_questions_need_detail_or_none():
-    from weights.demo144.evaluate import detail
+def test_options_belong_to_their_letters_and_the_answer_to_the_right_one():
+    batch = data.make_batch(np.random.default_rng(1), 2, False, "train", data.Mix(choices=3))
+    pieces = data.tokenizer()
+    answered = 0
+    for ids, options, targets in zip(batch.ids, batch.options, batch.targets, strict=True):
+        words = [pieces.id_to_piece(int(i)) if i < 600 else "" for i in ids]
+        for row in (options < 0).nonzero().flatten().tolist():
+            (letter,) = (options == -options[row] - 1).nonzero().flatten().tolist()
+            assert "▁" + words[letter] == pieces.id_to_piece(int(targets[row]))
+            text = (options == -options[row]).nonzero().flatten().tolist()
+            assert text == [*range(letter + 2, letter + 2 + len(text))]
+            assert words[letter - 1 : letter + 2] == ["▁(", words[letter], ")"]
+            assert words[text[-1] + 1] in ("▁(", "<0x0A>")
+            answered += 1
+    kinds = [kind for asked in batch.asked for _, kind, *_ in asked]
+    assert answered == kinds.count("choice") > 0
 
+
+def test_known_shares_of_questions_need_detail_or_none():
     found = [detail(scene, example) for scene, example in scenes.held_out(4, 300)]
     assert found.count("none") == 30
     assert 60 <= found.count("small") <= 120

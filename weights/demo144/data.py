@@ -124,13 +124,14 @@ class Batch:
     targets: Tensor  # (P, T) the next id if it belongs to an answer, else -100
     weights: Tensor  # (P, T) weight of each target in the loss
     things: Tensor  # (P, T) bits: bit i is set if the target is about thing i of the image
+    options: Tensor  # (P, T) of multiple choice, see `number_options`
     owners: Tensor  # (P, N) index of the thing on each patch, or -1
     salience: Tensor  # (P, N) where attention should be: sums to 1
     asked: list[list[tuple[int, str, bool, bool]]]  # of each image and answer: row of its first
     # target, kind of question, whether it follows another in its conversation, needs detail
 
 
-# (6, T): ids, segments, positions, targets, weights and things, as in Batch; and `asked`
+# (7, T): ids, segments, positions, targets, weights, things and options, as in Batch; `asked`
 Packed = tuple[NDArray[np.int64], list[tuple[int, str, bool, bool]]]
 
 
@@ -218,8 +219,8 @@ def pack(
     """Pack as many examples as fit into the lanes after one prefix."""
     prefix = prefix_ids()
     A = len(prefix)
-    rows = np.full((6, A + LANES * LANE), -1, dtype=np.int64)
-    rows[0], rows[2], rows[3], rows[4], rows[5] = PAD_ID, 0, -100, 0, 0
+    rows = np.full((7, A + LANES * LANE), -1, dtype=np.int64)
+    rows[0], rows[2], rows[3], rows[4:] = PAD_ID, 0, -100, 0
     rows[0, :A], rows[1, :A], rows[2, :A] = prefix, 0, range(A)
     used, spoken = [0] * LANES, [0] * LANES  # rows of each lane, and of its last conversation
     asked: list[tuple[int, str, bool, bool]] = []
@@ -247,11 +248,37 @@ def pack(
         rows[3, end - len(answer) : end] = answer
         rows[4, end - len(answer) : end] = 1 if example.kind == "caption" else 4
         rows[5, end - len(answer) : end - 1] = things_of_answer(example, things, answer[:-1])
+        if example.kind == "choice":
+            rows[6, at:end] = number_options(ids, len(answer), 16 * len(asked), example.answer)
         small = any(t.is_small and t.name in example.about for t in things)
         asked.append((end - len(answer), example.kind, bool(follows), small))
         used[lane] += len(ids)
         spoken[lane] += len(ids)
     return rows, asked
+
+
+def number_options(ids: Sequence[int], n_answer: int, first: int, right: str) -> NDArray[np.int64]:
+    """(rows,) of a multiple-choice question: numbers from `first` on, for what belongs together.
+
+    The letter of an option has an odd number, and its text the next one. The row that predicts the
+    answer has minus the number of the right option's text, and other rows have 0.
+    """
+    found = np.zeros(len(ids), dtype=np.int64)
+    opening, closing, newline = (tokenizer().piece_to_id(p) for p in ("▁(", ")", "<0x0A>"))
+    now, inside = first - 1, False
+    for i, token in enumerate(ids[: len(ids) - n_answer]):
+        if token == opening:
+            now, inside = now + 2, False
+            found[i + 1] = now
+            if tokenizer().id_to_piece(ids[i + 1]) == right:
+                found[len(ids) - n_answer] = -now - 1
+        elif token == closing:
+            inside = True
+        elif token == newline:
+            inside = False
+        elif inside:
+            found[i] = now + 1
+    return found
 
 
 def things_of_answer(
@@ -271,9 +298,9 @@ def collate(
     drawn: Sequence[NDArray[np.uint8]],
 ) -> Batch:
     """Stack the rows of `pack`, and what is known of each image's patches."""
-    rows = torch.from_numpy(np.stack([rows for rows, _ in packed], axis=1))  # (6, P, T)
+    rows = torch.from_numpy(np.stack([rows for rows, _ in packed], axis=1))  # (7, P, T)
     pixels = torch.from_numpy(np.stack(drawn)).permute(0, 3, 1, 2) if drawn else None
-    ids, segments, positions, targets, weights, about = rows
+    ids, segments, positions, targets, weights, about, options = rows
     coded, owned, salient = (
         torch.from_numpy(np.stack(x)) for x in (patches.codes, patches.owners, patches.salience)
     )
@@ -286,6 +313,7 @@ def collate(
         targets,
         weights.float(),
         about,
+        options,
         owned,
         salient,
         [asked for _, asked in packed],

@@ -9,6 +9,8 @@ picture    from the class token: which names and colours the image contains
 class_attention   the class token's attention in the second-last block, mean over heads, against the
            salience of the patches: equal for all things, half of it in a thing's middle
 asked      the first head of blocks 1 to 9, from an answer's rows: to the things it is about
+options    of multiple choice: the third head of blocks 1 to 3, from the text of an option to its
+           letter, and of blocks 5 to 9, from the answer's row to the text of the right option
 salience   the second head of blocks 0 to 9, from all text rows: against the same salience
 drop       no loss: from a random layer on, image tokens are hidden; one of each thing stays
 """
@@ -55,6 +57,7 @@ FIRST = A - N  # row of the first image token
 DEPTH = TEXT.num_hidden_layers
 ASKED = range(1, 10)
 SALIENCE = range(10)
+LETTERS, CHOSEN = range(1, 4), range(5, 10)
 
 
 @dataclass(frozen=True)
@@ -67,6 +70,7 @@ class Losses:
     class_attention: float = 0.1
     asked: float = 0.1
     salience: float = 0.1
+    options: float = 0.3
     drop: float = 0.5
 
     def without(self, names: list[str]) -> Losses:
@@ -142,11 +146,11 @@ class Demo(nn.Module):
 
     def decode(
         self, image: Tensor, batch: Batch, drop: Drop | None = None
-    ) -> tuple[Tensor, list[Tensor]]:
+    ) -> tuple[Tensor, list[Tensor], list[Tensor]]:
         """Run the decoder on image features (P, N, D) and the batch's tokens.
 
         Returns the last hidden states (P, T, D) and, for each block, the attention of the text
-        rows to the patches (P, H, T - A, N).
+        rows to the patches (P, H, T - A, N) and to the rows of their lane (P, H, T - A, LANE).
         """
         P, T = batch.ids.shape
         x = self.llama.embed_tokens(batch.ids)  # (P, T, D)
@@ -156,6 +160,7 @@ class Demo(nn.Module):
         rope = self.llama.rope(batch.positions.flatten(), dtype)
         gone: Tensor | None = None
         attention: list[Tensor] = []
+        near: list[Tensor] = []
         x = x.flatten(0, 1)
         for i, block in enumerate(self.llama.blocks):
             if drop is not None and bool((drop.until == i).any()):
@@ -167,12 +172,13 @@ class Demo(nn.Module):
                 rope = self.llama.rope((batch.positions - lost).flatten(), dtype)
 
             def attend(q: Tensor, k: Tensor, v: Tensor, gone: Tensor | None = gone) -> Tensor:
-                y, weights = masks.attend(q, k, v, gone)
-                attention.append(weights)
+                y, to_image, to_lane = masks.attend(q, k, v, gone)
+                attention.append(to_image)
+                near.append(to_lane)
                 return y
 
             x = block(x, rope, attend)
-        return x.view(P, T, -1), attention
+        return x.view(P, T, -1), attention, near
 
 
 class Masks:
@@ -188,7 +194,9 @@ class Masks:
         seen &= torch.ones(LANE, LANE, dtype=torch.bool).tril()
         self.own = torch.zeros(seen.shape, dtype=dtype).masked_fill(~seen, -1e9)[:, None]
 
-    def attend(self, q: Tensor, k: Tensor, v: Tensor, gone: Tensor | None) -> tuple[Tensor, Tensor]:
+    def attend(
+        self, q: Tensor, k: Tensor, v: Tensor, gone: Tensor | None
+    ) -> tuple[Tensor, Tensor, Tensor]:
         """q, k, v (P * T, H, Dh); gone (P, A) is added to the scores of the prefix's columns.
 
         Not SDPA: with a mask, on a CPU, training through it takes twice as long.
@@ -206,7 +214,7 @@ class Masks:
         far, near = both.split((A, LANE), dim=-1)
         y = far @ v[:, :, :A] + (near.unflatten(2, (self.lanes, LANE)) @ lanes[2]).flatten(2, 3)
         y = torch.cat((first.softmax(-1) @ v[:, :, :A], y), dim=2)  # (P, H, T, Dh)
-        return y.transpose(1, 2).reshape(P * T, H, Dh), far[..., FIRST:]
+        return y.transpose(1, 2).reshape(P * T, H, Dh), far[..., FIRST:], near
 
 
 def code_vectors(embedding: Tensor, generator: torch.Generator) -> Tensor:
@@ -308,13 +316,14 @@ def salience_loss(attention: Tensor, salience: Tensor) -> Tensor:
 
 def answer_loss(
     model: Demo, image: Tensor, batch: Batch, drop: Drop | None
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Loss of the answers, of the attention to what is asked, and of the salience of attention.
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Loss of the answers, of the attention to what is asked, of the salience of attention, and of
+    the attention to options.
 
     image: (P, N, D). The second is -log of the attention that a first head pays to the patches that
     the answer's token is about, averaged over blocks and tokens.
     """
-    hidden, attention = model.decode(image, batch, drop)
+    hidden, attention, near = model.decode(image, batch, drop)
     asked = batch.targets >= 0
     logits = model.llama.logits(hidden[asked])
     each = F.cross_entropy(logits, batch.targets[asked], reduction="none")
@@ -336,7 +345,24 @@ def answer_loss(
         if seen.any():
             found.append(salience_loss(attention[i][:, 1][seen], salience[seen]))
     salient = torch.stack(found).mean() if found else looked.new_zeros(())
-    return (each * weight).sum() / weight.sum(), looked, salient
+    return (each * weight).sum() / weight.sum(), looked, salient, option_loss(near, batch)
+
+
+def option_loss(near: list[Tensor], batch: Batch) -> Tensor:
+    """-log of the attention that a third head pays from options to their letters in early blocks,
+    and from the answer's row to the right option in later ones. near: (P, H, T - A, LANE) each."""
+    rows = batch.options[:, A:]  # (P, T - A)
+    columns = rows.unflatten(1, (-1, LANE)).repeat_interleave(LANE, dim=1)  # (P, T - A, LANE)
+    total = near[0].new_zeros((), dtype=torch.float32)
+    for blocks, wanted, number in (
+        (LETTERS, (rows > 0) & (rows % 2 == 0), rows - 1),
+        (CHOSEN, rows < 0, -rows),
+    ):
+        if wanted.any():
+            meant = columns[wanted] == number[wanted][:, None]
+            seen = torch.stack([near[i][:, 2][wanted] for i in blocks]).float()
+            total = total - ((seen * meant).sum(-1) + 1e-4).log().mean()
+    return total
 
 
 def noisy_features(model: Demo, codes: Tensor, generator: torch.Generator) -> Tensor:

@@ -25,7 +25,7 @@ from .model import DEPTH, A, Demo, Drop, N, noisy_features, patch_loss, salience
 def held_out(n: int, draw: bool, follow: bool) -> Batch:
     """n single questions, cut to one lane."""
     batch = single_questions(np.random.default_rng(99), n, draw, follow)
-    names = ("ids", "segments", "positions", "targets", "weights", "things")
+    names = ("ids", "segments", "positions", "targets", "weights", "things", "options")
     return replace(batch, **{name: getattr(batch, name)[:, : A + LANE] for name in names})
 
 
@@ -34,7 +34,7 @@ def quick_accuracy(model: Demo, n: int, draw: bool) -> list[str]:
     """Lines for the log: accuracy by kind, then without captions under each plan."""
     batch = held_out(n, draw, False)
     image, seen = features(model, batch, draw)
-    hidden, attention = model.decode(image, batch)
+    hidden, attention, _ = model.decode(image, batch)
     right = correct(model, hidden, batch)
     kinds = [asked[-1][1] for asked in batch.asked]
     lines = [by_kind(right, kinds)]

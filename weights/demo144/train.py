@@ -1,7 +1,14 @@
 """Train the demo checkpoint of 144 image tokens and 12 layers from scratch, on a CPU.
 
-There are four seeded stages, as in weights/train_demo.py (tower, reader, joint, finish). Each saves
-its state to RUNS/<stage>.pt and resumes from it:
+There are five seeded stages. Each saves its state to RUNS/<stage>.pt and resumes from it:
+
+1. tower: the vision tower and the projector learn to describe each patch. The target is a fixed
+   code, the sum of the embeddings of the words that describe the patch.
+2. reader: the decoder learns to answer from such sums, also with image tokens missing; no image is
+   drawn. This stage does not need the first one.
+3. joint: both are trained together, from images to answers.
+4. settle: the same with more multiple choice, while the learning rate falls.
+5. finish: the same with still more of it, while the learning rate falls to zero.
 
     python -m weights.demo144.train --runs DIR                      all unfinished stages
     python -m weights.demo144.train --runs DIR --stage reader       one stage
@@ -63,16 +70,18 @@ class Stage:
     mix: Mix  # of questions about each image
     tower_scale: float = 1.0  # learning rates of the vision tower relative to the decoder's
     after: tuple[str, ...] = ()  # stages whose weights this one starts from
-    decay: float = 0.3  # share of the steps, at the end, in which the rates fall linearly to 0
+    decay: float = 0.3  # share of the steps, at the end, in which the rates fall linearly
+    lowest: float = 0.0  # share of the rates at the end
     warmup: int = 100  # steps in which the rates rise linearly
     undropped: int = 0  # steps before image tokens are dropped
     guide: float = 1.0  # factor of the losses of the decoder's attention
 
 
+SETTLE = 800  # steps
 STAGES = {
     "tower": Stage(steps=2500, images=32, muon=0.02, adam=2e-3, mix=Mix()),
     "reader": Stage(
-        steps=1500,
+        steps=1100,
         images=8,
         muon=0.02,
         adam=2e-3,
@@ -82,7 +91,7 @@ STAGES = {
         guide=2.0,
     ),
     "joint": Stage(
-        steps=1500,
+        steps=900,
         images=16,
         muon=0.015,
         adam=2e-3,
@@ -91,15 +100,27 @@ STAGES = {
         decay=0.0,
         after=("tower", "reader"),
     ),
-    "finish": Stage(
-        steps=3000,
+    "settle": Stage(
+        steps=SETTLE,
         images=16,
         muon=0.015,
         adam=2e-3,
         mix=Mix(choices=2, captions=0.6),
         tower_scale=0.3,
         decay=1.0,
+        lowest=1 - SETTLE / 3000,
         after=("joint",),
+    ),
+    "finish": Stage(
+        steps=1600,
+        images=16,
+        muon=0.011,
+        adam=1.5e-3,
+        mix=Mix(choices=4, captions=0.5),
+        tower_scale=0.3,
+        decay=1.0,
+        warmup=30,
+        after=("settle",),
     ),
 }
 
@@ -165,9 +186,10 @@ def make_optimizers(model: Demo, stage: Stage) -> list[torch.optim.Optimizer]:
 
 
 def rate(stage: Stage, step: int) -> float:
-    """Learning rate as a share of the full one: a linear rise, constant, a linear fall to 0."""
+    """Learning rate as a share of the full one: a linear rise, constant, a linear fall."""
     falling = stage.steps * stage.decay
     down = (stage.steps - step) / falling if falling else 1.0
+    down = stage.lowest + (1 - stage.lowest) * down
     return min(1.0, (step + 1) / stage.warmup, down)
 
 
@@ -324,13 +346,14 @@ def stage_loss(
         figures["digit"] = tower.get("digit", 0.0)
         image = model.projector(state[:, 1:])
     drop = random_drop(batch, losses.drop, generator) if dropping and losses.drop else None
-    answers, asked, salience = answer_loss(model, image, batch, drop)
+    answers, asked, salience, options = answer_loss(model, image, batch, drop)
     figures |= {
         "loss": float(answers.detach()),
         "asked": float(asked.detach()),
         "salience": float(salience.detach()),
+        "options": float(options.detach()),
     }
-    guided = losses.asked * asked + losses.salience * salience
+    guided = losses.asked * asked + losses.salience * salience + losses.options * options
     return total + losses.answers * answers + run.stage.guide * guided, figures
 
 
