@@ -6,17 +6,18 @@
 The questions are held-out ones of weights/demo144/scenes.py, the same for every plan. Each
 condition is a line with what was measured, its 95 % interval and whether it holds. A plan is
 compared with random:keep=K on the same questions, over several seeds, where K is the plan's mean
-number of image tokens that enter a layer. Captions are counted apart, and are right if the whole
-sentence is.
+number of image tokens that enter a layer, rounded up to a multiple of four. Captions are counted
+apart, and are right if the whole sentence is.
 
 Answers are kept in --out/answers, so that an interrupted command continues, and two commands with
-different --only can run at the same time. --only writes no table.
+different --only and --random can run at the same time; these write no table.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import math
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -70,7 +71,8 @@ PLANS = {
     "fastervlm-90": "fastervlm:keep=14",
     "divprune": "divprune:keep=0.098",
 }
-SMALL = {f"{name}-{k}": f"{name}:keep={k}" for name in ("random", "uniform") for k in (36, 16)}
+SMALL = (36, 16)  # tokens
+UNIFORM = {f"uniform-{k}": f"uniform:keep={k}" for k in SMALL}
 OTHERS = ("none", "grey", "nothing", "follow-up")  # no plans: how the question is asked
 LOSS = {"fastv-50": 3.0, "fastv-75": 8.0}  # points that may be lost
 
@@ -154,11 +156,11 @@ class Measurement:
         return found
 
     def named(self, name: str) -> Outcome:
-        """The outcome of a name in PLANS, SMALL or OTHERS."""
+        """The outcome of a name in PLANS, UNIFORM or OTHERS."""
         if name in OTHERS:
             shown = name if name in ("grey", "nothing") else "image"
             return self.outcome(name, Way(shown=shown, follow=name == "follow-up"))
-        return self.outcome(name, Way({**PLANS, **SMALL}[name]))
+        return self.outcome(name, Way({**PLANS, **UNIFORM}[name]))
 
     def random(self, keep: int) -> list[Outcome]:
         """A choice of `keep` tokens at random, for each seed."""
@@ -193,6 +195,11 @@ def ask(model: LLaVA, processor: Processor, questions: Questions, way: Way) -> O
     return Outcome(way.plan, tuple(right), float(np.mean(entering)))
 
 
+def budget(outcome: Outcome) -> int:
+    """Tokens of a random choice that has at least as many as a plan in the mean."""
+    return 4 * math.ceil(outcome.tokens / 4 - 1e-6)
+
+
 # The conditions.
 
 
@@ -218,7 +225,9 @@ class Condition:
         return value <= self.bound if self.at_most else value >= self.bound
 
     def row(self) -> list[str]:
-        verdict = "does not hold" if not self.holds else "holds" if self.surely else "holds, barely"
+        verdict = (
+            "does not hold" if not self.holds else "holds" if self.surely else "holds, not surely"
+        )
         sign = "at most" if self.at_most else "at least"
         return [
             self.text,
@@ -257,22 +266,25 @@ def conditions(m: Measurement) -> list[Condition]:
         found.append(Condition(f"`{PLANS[name]}` minus no pruning", change, -points))
     for name, plan in PLANS.items():
         outcome = m.named(name)
-        keep = max(1, round(outcome.tokens))
+        keep = budget(outcome)
         drawn = average([q.short(other) for other in m.random(keep)])
         gain = compare(drawn, q.short(outcome)).estimate
         found.append(Condition(f"`{plan}` ({name}) minus `random:keep={keep}`", gain, 0.0))
-    for name, plan in SMALL.items():
-        several = m.random(int(plan.partition("=")[2])) if "random" in plan else [m.named(name)]
-        fall = compare(first, average([q.short(other) for other in several])).estimate
-        found.append(Condition(f"`{plan}` minus no pruning", fall, -FALL, at_most=True))
+    for keep in SMALL:
+        for plan, several in (
+            (f"random:keep={keep}", m.random(keep)),
+            (f"uniform:keep={keep}", [m.named(f"uniform-{keep}")]),
+        ):
+            fall = compare(first, average([q.short(other) for other in several])).estimate
+            found.append(Condition(f"`{plan}` minus no pruning", fall, -FALL, at_most=True))
     return found
 
 
 def table(m: Measurement) -> list[dict[str, Any]]:
     """The accuracy of each way of asking, by the detail that answers need."""
     rows = []
-    keeps = sorted({max(1, round(m.named(name).tokens)) for name in PLANS} | {36, 16})
-    several = {name: [m.named(name)] for name in (*OTHERS, *PLANS, "uniform-36", "uniform-16")}
+    keeps = sorted({budget(m.named(name)) for name in PLANS} | {*SMALL})
+    several = {name: [m.named(name)] for name in (*OTHERS, *PLANS, *UNIFORM)}
     several |= {f"random:keep={keep}": m.random(keep) for keep in reversed(keeps)}
     for name, outcomes in several.items():
         parts = {
@@ -301,7 +313,7 @@ def report(m: Measurement, title: str) -> str:
     found, rows = conditions(m), table(m)
     notes = (
         f"Of {n} questions without captions: {shares}. `random` over {len(SEEDS)} seeds. "
-        "Intervals: 95 %. Barely: the interval reaches beyond the bound."
+        "Intervals: 95 %. Not surely: the interval reaches beyond the bound."
     )
     head = ["condition", "measured", "95 %", "bound", ""]
     first, *_ = rows
@@ -350,7 +362,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     add("--questions", type=parse_positive_int, default=1800, metavar="N", help="default 1800")
     add("--seed", type=parse_non_negative_int, default=20261201, help="of the scenes")
     add("--out", type=parse_path, required=True, metavar="DIR")
-    add("--only", nargs="+", choices=(*OTHERS, *PLANS, *SMALL), default=[], metavar="NAME")
+    add("--only", nargs="+", choices=(*OTHERS, *PLANS, *UNIFORM), default=[], metavar="NAME")
+    add("--random", nargs="+", type=parse_positive_int, default=[], metavar="K")
     return run_command(lambda: _run(parser.parse_args(argv)))
 
 
@@ -361,7 +374,9 @@ def _run(args: argparse.Namespace) -> None:
     m = Measurement(model, processor, Questions(args.seed, args.questions), folder)
     for name in args.only:
         m.named(name)
-    if not args.only:
+    for keep in args.random:
+        m.random(keep)
+    if not args.only and not args.random:
         title = f"The demo of 144 tokens: {args.questions} held-out questions, seed {args.seed}"
         print(report(m, title), flush=True)
 

@@ -112,7 +112,7 @@ STAGES = {
         after=("joint",),
     ),
     "finish": Stage(
-        steps=1600,
+        steps=1100,
         images=16,
         muon=0.011,
         adam=1.5e-3,

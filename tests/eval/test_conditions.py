@@ -1,0 +1,83 @@
+"""eval.conditions with made-up answers: its verdicts, and that kept answers are used again."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from eval import conditions
+from eval.conditions import Condition, Outcome, Way, budget
+from eval.statistics import Estimate
+
+TOKENS = {"fastv:k=2,r=0.5": 84.0, "fastv:k=2,r=0.75": 54.0}
+
+
+@pytest.fixture
+def asked(monkeypatch: pytest.MonkeyPatch) -> list[Way]:
+    """The ways in which questions were asked. FastV loses nothing, random every second answer."""
+    seen: list[Way] = []
+
+    def ask(model: Any, processor: Any, questions: Any, way: Way) -> Outcome:
+        seen.append(way)
+        bad = 1 if way.shown != "image" else 2 if "random" in (way.plan or "") else 60
+        right = tuple(bad > 1 and i % bad != way.seed % 2 for i in range(questions.n))
+        return Outcome(way.plan, right, TOKENS.get(way.plan or "", 30.0))
+
+    monkeypatch.setattr(conditions, "ask", ask)
+    monkeypatch.setattr(conditions, "load", lambda _: (SimpleNamespace(), SimpleNamespace()))
+    return seen
+
+
+def test_a_report_says_what_holds(
+    asked: list[Way], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    argv = ["--questions", "120", "--out", str(tmp_path)]
+    assert conditions.main(argv) == 0
+    text = (tmp_path / "results.md").read_text()
+    assert text in capsys.readouterr().out + "\n"
+    found = json.loads((tmp_path / "results.json").read_text())
+    verdicts = {c["condition"]: (c["holds"], c["surely"]) for c in found["conditions"]}
+    assert verdicts["accuracy without pruning, all but captions"] == (False, False)
+    assert verdicts["accuracy with the question alone"] == (True, True)
+    assert verdicts["`fastv:k=2,r=0.5` minus no pruning"] == (True, False)  # 108 questions only
+    assert verdicts["`fastv:k=2,r=0.5` (fastv-50) minus `random:keep=84`"] == (True, True)
+    assert verdicts["`uniform:keep=36` minus no pruning"] == (False, False)
+    assert "| `random:keep=16` minus no pruning | -50.0 |" in text
+    assert {way.seed for way in asked if way.plan == "random:keep=56"} == {0, 1, 2}
+    count = len(asked)
+    assert conditions.main(argv) == 0
+    assert len(asked) == count, "kept answers were asked again"
+    assert conditions.main([*argv, "--seed", "8"]) == 2
+    assert "has answers to other questions; give another --out" in capsys.readouterr().err
+
+
+def test_only_some_are_asked_and_no_table_is_written(asked: list[Way], tmp_path: Path) -> None:
+    argv = ["--questions", "20", "--out", str(tmp_path), "--only", "fastv-50", "--random", "36"]
+    assert conditions.main(argv) == 0
+    plans = [way.plan for way in asked]
+    assert plans == ["fastv:k=2,r=0.5", *["random:keep=36"] * 3]
+    assert [path.name for path in tmp_path.iterdir()] == ["answers"]
+
+
+@pytest.mark.parametrize(
+    ("bounds", "at_most", "verdict"),
+    [
+        ((99.2, 99.0, 99.4), False, "holds"),
+        ((99.2, 98.9, 99.4), False, "holds, not surely"),
+        ((98.9, 98.0, 99.4), False, "does not hold"),
+        ((98.9, 98.0, 99.0), True, "holds"),
+        ((99.1, 98.0, 99.4), True, "does not hold"),
+        ((99.2, None, None), False, "holds, not surely"),
+    ],
+)
+def test_verdicts(bounds: tuple[Any, Any, Any], at_most: bool, verdict: str) -> None:
+    assert Condition("c", Estimate(*bounds), 99.0, at_most).row()[-1] == verdict
+
+
+@pytest.mark.parametrize(("tokens", "keep"), [(84.0, 84), (52.2, 56), (14.0, 16), (0.5, 4)])
+def test_a_random_choice_has_at_least_as_many_tokens(tokens: float, keep: int) -> None:
+    assert budget(Outcome(None, (), tokens)) == keep
