@@ -5,9 +5,9 @@
 
 The questions are held-out ones of weights/demo144/scenes.py, the same for every plan. Each
 condition is a line with what was measured, its 95 % interval and whether it holds. A plan is
-compared with random:keep=K on the same questions, over several seeds, where K is the plan's mean
-number of image tokens that enter a layer, rounded up to a multiple of four. Captions are counted
-apart, and are right if the whole sentence is.
+compared with random:keep=K on the same questions, over several seeds, where K is the smallest of 16,
+36, 56 and 84 that is not below the plan's mean number of image tokens that enter a layer. Captions
+are counted apart, and are right if the whole sentence is.
 
 Answers are kept in --out/answers, so that an interrupted command continues, and two commands with
 different --only and --random can run at the same time; these write no table.
@@ -17,7 +17,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import math
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -71,7 +70,8 @@ PLANS = {
     "fastervlm-90": "fastervlm:keep=14",
     "divprune": "divprune:keep=0.098",
 }
-SMALL = (36, 16)  # tokens
+RANDOM = (16, 36, 56, 84)  # tokens of random choices
+SMALL = (36, 16)  # of these, the ones at which accuracy has to fall
 UNIFORM = {f"uniform-{k}": f"uniform:keep={k}" for k in SMALL}
 OTHERS = ("none", "grey", "nothing", "follow-up")  # no plans: how the question is asked
 LOSS = {"fastv-50": 3.0, "fastv-75": 8.0}  # points that may be lost
@@ -196,8 +196,8 @@ def ask(model: LLaVA, processor: Processor, questions: Questions, way: Way) -> O
 
 
 def budget(outcome: Outcome) -> int:
-    """Tokens of a random choice that has at least as many as a plan in the mean."""
-    return 4 * math.ceil(outcome.tokens / 4 - 1e-6)
+    """Tokens of the random choice to compare with: at least as many as the plan has in the mean."""
+    return next(keep for keep in RANDOM if keep >= outcome.tokens - 1e-6)
 
 
 # The conditions.
@@ -283,9 +283,8 @@ def conditions(m: Measurement) -> list[Condition]:
 def table(m: Measurement) -> list[dict[str, Any]]:
     """The accuracy of each way of asking, by the detail that answers need."""
     rows = []
-    keeps = sorted({budget(m.named(name)) for name in PLANS} | {*SMALL})
     several = {name: [m.named(name)] for name in (*OTHERS, *PLANS, *UNIFORM)}
-    several |= {f"random:keep={keep}": m.random(keep) for keep in reversed(keeps)}
+    several |= {f"random:keep={keep}": m.random(keep) for keep in reversed(RANDOM)}
     for name, outcomes in several.items():
         parts = {
             what: estimate(average([m.questions.credits(o, *details) for o in outcomes]))

@@ -6,6 +6,7 @@ import json
 from collections import defaultdict
 from collections.abc import Iterable, Mapping
 from pathlib import Path
+from types import ModuleType
 from typing import Any, Literal
 
 import numpy as np
@@ -49,9 +50,12 @@ def export(
         (folder / name).write_text(text + "\n")
 
 
-def write_example(folder: Path) -> None:
-    """Write example.png and example.json: a held-out image, a question about it and the answer."""
-    for scene, example in scenes.held_out(2026, 1000, ["digit"]):
+def write_example(folder: Path, drawn: ModuleType = scenes) -> None:
+    """Write example.png and example.json: a held-out image, a question about it and the answer.
+
+    drawn: the module that makes the scenes.
+    """
+    for scene, example in drawn.held_out(2026, 1000, ["digit"]):
         digits = sum(thing.is_digit for thing in scene.things)
         if len(scene.things) == 5 and digits == 3 and example.question == "What digit is red?":
             scene.image.save(folder / "example.png")

@@ -150,7 +150,7 @@ BAD = [
         "--runs r --without sight",
         "--without sight: the losses are answers",
     ),
-    ("weights.demo144.train", "--runs r --export reader", "--export reader needs --to FOLDER"),
+    ("weights.demo144.train", "--runs r --export last", "'last'"),
     ("eval.conditions", "--model no/such --out a", "no folder 'no/such'"),
     ("eval.conditions", "--only fastv --out a", "'fastv'"),
     ("eval.demo", "--questions 0", "--questions: '0' must be a whole number, 1 or more"),

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
-from eval.conditions import detail
+from eval.conditions import Questions, Way, ask, detail
+from eval.statistics import estimate
 from minillava.generate import generate
 from minillava.loading.checkpoint import load
 from minillava.processing.templates import conversation
@@ -17,6 +20,8 @@ from minillava.pruning.parsing import parse_plan
 from weights.demo144 import data, quick, scenes, train
 from weights.demo144.model import DEPTH, A, Demo, Losses, random_drop
 from weights.export_demo import export
+
+CHECKPOINT = Path(data.__file__).parent
 
 
 @pytest.fixture(scope="module")
@@ -134,3 +139,56 @@ def test_an_ablation_leaves_a_loss_out():
     assert Losses().without(["salience", "drop"]) == replace(Losses(), salience=0.0, drop=0.0)
     with pytest.raises(ValueError, match="--without nothing: the losses are answers, patches"):
         Losses().without(["nothing"])
+
+
+# The checkpoint.
+
+
+def test_the_checkpoint_is_small_and_large_enough():
+    files = [path for path in CHECKPOINT.iterdir() if path.is_file()]
+    assert sum(path.stat().st_size for path in files) <= 8_000_000
+    config = json.loads((CHECKPOINT / "config.json").read_text())
+    assert config["image_seq_length"] >= 144
+    assert config["text_config"]["num_hidden_layers"] >= 12
+
+
+def test_answers_survive_the_loss_of_tokens_that_show_nothing():
+    model, processor = load(CHECKPOINT)
+    questions = Questions(11, 60)
+    ways = {
+        "first": Way(),
+        "follow-up": Way(follow=True),
+        "fastv": Way("fastv:k=2,r=0.75"),
+        "random": Way("random:keep=16"),
+        "nothing": Way(shown="nothing"),
+    }
+    right = {
+        name: estimate(questions.short(ask(model, processor, questions, way))).value
+        for name, way in ways.items()
+    }
+    assert min(right[name] for name in ("first", "follow-up", "fastv")) >= 90, right
+    assert max(right["random"], right["nothing"]) <= 80, right
+
+
+def test_the_example_question_is_answered():
+    asked = json.loads((CHECKPOINT / "example.json").read_text())
+    model, processor = load(CHECKPOINT)
+    prompt = processor.prompt(asked["question"], 1)
+    batch = processor([prompt], images=[[Image.open(CHECKPOINT / asked["image"])]])
+    result = generate(model, batch, max_new_tokens=8)
+    assert processor.decode(result.tokens[0]) == asked["answer"]
+
+
+def test_transformers_opens_it_and_answers_the_same():
+    transformers = pytest.importorskip("transformers")
+    theirs = transformers.LlavaForConditionalGeneration.from_pretrained(CHECKPOINT).float().eval()
+    their_processor = transformers.AutoProcessor.from_pretrained(CHECKPOINT)
+    model, processor = load(CHECKPOINT)
+    for scene, example in scenes.held_out(12, 3):
+        prompt = processor.prompt(example.question, 1)
+        inputs = their_processor(images=scene.image, text=prompt, return_tensors="pt")
+        batch = processor([prompt], images=[[scene.image]])
+        assert batch.ids.tolist() == inputs["input_ids"].tolist()
+        out = theirs.generate(**inputs, max_new_tokens=8, do_sample=False)
+        expected = out[0, inputs["input_ids"].shape[1] :].tolist()
+        assert generate(model, batch, max_new_tokens=8).tokens[0] == expected

@@ -1,4 +1,4 @@
-"""Train the demo checkpoint of 144 image tokens and 12 layers from scratch, on a CPU.
+"""Train the demo of 144 image tokens and 12 layers from scratch, on a CPU.
 
 There are five seeded stages. Each saves its state to RUNS/<stage>.pt and resumes from it:
 
@@ -13,6 +13,7 @@ There are five seeded stages. Each saves its state to RUNS/<stage>.pt and resume
     python -m weights.demo144.train --runs DIR                      all unfinished stages
     python -m weights.demo144.train --runs DIR --stage reader       one stage
     python -m weights.demo144.train --runs DIR --without salience   an ablation, in its own DIR
+    python -m weights.demo144.train --runs DIR --export finish     writes the checkpoint here
     python -m weights.demo144.train --runs DIR --export joint --to FOLDER
 """
 
@@ -44,7 +45,8 @@ from minillava.app.command import (
 
 from ..demo_data import write_atomically
 from ..demo_model import Muon
-from ..export_demo import export
+from ..export_demo import export, write_example
+from . import scenes
 from .data import CONFIG, Batch, Mix, make_batch, tokenizer
 from .model import (
     Demo,
@@ -57,6 +59,8 @@ from .model import (
     salience_loss,
 )
 from .quick import quick_accuracy, tower_figures
+
+HERE = Path(__file__).parent
 
 
 @dataclass(frozen=True)
@@ -427,14 +431,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "--export", choices=STAGES, help="write a checkpoint from this stage (reader: with tower)"
     )
-    parser.add_argument("--to", type=Path, help="folder of that checkpoint")
+    parser.add_argument("--to", type=Path, default=HERE, help="its folder; default: this one")
     return run_command(lambda: _run(parser.parse_args(argv)))
 
 
 def _run(args: argparse.Namespace) -> None:
     if args.export:
-        if args.to is None:
-            raise ValueError(f"--export {args.export} needs --to FOLDER, where the checkpoint goes")
         write_demo(args.runs, args.export, args.to, args.seed)
         return
     losses = Losses().without(args.without)
@@ -461,6 +463,7 @@ def write_demo(runs: Path, stage: str, folder: Path, seed: int) -> None:
     parts = ("vision.", "projector.", "llama.")
     weights = {k: p.detach() for k, p in model.named_parameters() if k.startswith(parts)}
     export(folder, CONFIG, weights, tokenizer().serialized_model_proto())
+    write_example(folder, scenes)
 
 
 if __name__ == "__main__":
