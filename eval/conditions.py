@@ -5,9 +5,9 @@
 
 The questions are held-out ones of weights/demo144/scenes.py, the same for every plan. Each
 condition is a line with what was measured, its 95 % interval and whether it holds. A plan is
-compared with random:keep=K on the same questions, over several seeds, where K is the smallest of 16,
-36, 56 and 84 that is not below the plan's mean number of image tokens that enter a layer. Captions
-are counted apart, and are right if the whole sentence is.
+compared with random:keep=K on the same questions, over several seeds, where K is the smallest of
+16, 36, 56 and 84 that is not below the plan's mean number of image tokens that enter a layer.
+Captions are counted apart, and are right if the whole sentence is.
 
 Answers are kept in --out/answers, so that an interrupted command continues, and two commands with
 different --only and --random can run at the same time; these write no table.
