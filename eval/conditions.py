@@ -1,7 +1,7 @@
 """Whether published settings do to the demo of 144 tokens what they do to LLaVA-1.5.
 
     python -m eval.conditions --out eval/results/demo144
-    python -m eval.conditions --questions 300 --seed 7 --only none fastv-50 --out DIR
+    python -m eval.conditions --questions 300 --scenes 7 --only none fastv-50 --out DIR
 
 The questions are held-out ones of weights/demo144/scenes.py, the same for every plan. Each
 condition is a line with what was measured, its 95 % interval and whether it holds. A plan is
@@ -98,14 +98,14 @@ class Outcome:
 
 @dataclass(frozen=True)
 class Questions:
-    """n held-out questions."""
+    """n held-out questions of each of several seeds."""
 
-    seed: int
+    seeds: tuple[int, ...]
     n: int
 
     @cached_property
     def items(self) -> list[tuple[scenes.Scene, scenes.Example]]:
-        return list(scenes.held_out(self.seed, self.n))
+        return [item for seed in self.seeds for item in scenes.held_out(seed, self.n)]
 
     @cached_property
     def details(self) -> list[str]:
@@ -141,18 +141,29 @@ class Measurement:
 
     def outcome(self, name: str, way: Way) -> Outcome:
         """The kept outcome, or that of asking now."""
-        path = self.folder / f"{name}.json".replace(":", "_")
-        asked = {"questions": self.questions.n, "seed": self.questions.seed, "plan": way.plan}
+        parts = [self._of_seed(name, way, seed) for seed in self.questions.seeds]
+        right = tuple(ok for part in parts for ok in part.right)
+        return Outcome(way.plan, right, float(np.mean([part.tokens for part in parts])))
+
+    def _of_seed(self, name: str, way: Way, seed: int) -> Outcome:
+        path = self.folder / str(seed) / f"{name}.json".replace(":", "_")
+        asked = {"questions": self.questions.n, "seed": seed, "plan": way.plan}
         if path.exists():
             kept = json.loads(path.read_text())
             if {key: kept[key] for key in asked} != asked:
                 raise ValueError(f"{path} has answers to other questions; give another --out")
             return Outcome(way.plan, tuple(c == "1" for c in kept["right"]), kept["tokens"])
-        found = ask(self.model, self.processor, self.questions, way)
+        questions = Questions((seed,), self.questions.n)
+        found = ask(self.model, self.processor, questions, way)
         right = "".join("01"[ok] for ok in found.right)
+        path.parent.mkdir(exist_ok=True)
         store.write_atomically(path, json.dumps({**asked, "right": right, "tokens": found.tokens}))
-        share = estimate(self.questions.short(found))
-        print(f"{name}: {share.value:.1f}, {found.tokens:.1f} tokens", file=sys.stderr, flush=True)
+        share = estimate(questions.short(found))
+        print(
+            f"{name} on scenes of seed {seed}: {share.value:.1f}, {found.tokens:.1f} tokens",
+            file=sys.stderr,
+            flush=True,
+        )
         return found
 
     def named(self, name: str) -> Outcome:
@@ -172,8 +183,8 @@ def ask(model: LLaVA, processor: Processor, questions: Questions, way: Way) -> O
     """Ask all questions in one way."""
     right: list[bool] = []
     entering: list[float] = []
-    rng = np.random.default_rng([questions.seed, 7])
-    for at in range(0, questions.n, BATCH):
+    rng = np.random.default_rng([*questions.seeds, 7])
+    for at in range(0, len(questions.items), BATCH):
         part = questions.items[at : at + BATCH]
         prompts, pictures = [], [[scene.image] for scene, _ in part]
         for scene, example in part:
@@ -358,8 +369,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     add = parser.add_argument
     add("--model", type=Path, default=DEMO, metavar="DIR", help="default: weights/demo144")
-    add("--questions", type=parse_positive_int, default=1800, metavar="N", help="default 1800")
-    add("--seed", type=parse_non_negative_int, default=20261201, help="of the scenes")
+    add("--questions", type=parse_positive_int, default=600, metavar="N", help="of each seed: 600")
+    seeds = (20261201, 20270101, 20270102)
+    add("--scenes", nargs="+", type=parse_non_negative_int, default=seeds, metavar="SEED")
     add("--out", type=parse_path, required=True, metavar="DIR")
     add("--only", nargs="+", choices=(*OTHERS, *PLANS, *UNIFORM), default=[], metavar="NAME")
     add("--random", nargs="+", type=parse_positive_int, default=[], metavar="K")
@@ -370,13 +382,14 @@ def _run(args: argparse.Namespace) -> None:
     folder = args.out / "answers"
     folder.mkdir(parents=True, exist_ok=True)
     model, processor = load(args.model)
-    m = Measurement(model, processor, Questions(args.seed, args.questions), folder)
+    m = Measurement(model, processor, Questions(tuple(args.scenes), args.questions), folder)
     for name in args.only:
         m.named(name)
     for keep in args.random:
         m.random(keep)
     if not args.only and not args.random:
-        title = f"The demo of 144 tokens: {args.questions} held-out questions, seed {args.seed}"
+        n, seeds = args.questions * len(args.scenes), ", ".join(map(str, args.scenes))
+        title = f"The demo of 144 tokens: {n} held-out questions, scenes of seeds {seeds}"
         print(report(m, title), flush=True)
 
 

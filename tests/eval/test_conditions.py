@@ -24,7 +24,9 @@ def asked(monkeypatch: pytest.MonkeyPatch) -> list[Way]:
     def ask(model: Any, processor: Any, questions: Any, way: Way) -> Outcome:
         seen.append(way)
         bad = 1 if way.shown != "image" else 2 if "random" in (way.plan or "") else 60
-        right = tuple(bad > 1 and i % bad != way.seed % 2 for i in range(questions.n))
+        right = tuple(
+            bad > 1 and i % bad != way.seed % 2 for i in range(len(questions.seeds) * questions.n)
+        )
         return Outcome(way.plan, right, TOKENS.get(way.plan or "", 30.0))
 
     monkeypatch.setattr(conditions, "ask", ask)
@@ -35,7 +37,7 @@ def asked(monkeypatch: pytest.MonkeyPatch) -> list[Way]:
 def test_a_report_says_what_holds(
     asked: list[Way], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    argv = ["--questions", "120", "--out", str(tmp_path)]
+    argv = ["--questions", "60", "--scenes", "4", "5", "--out", str(tmp_path)]
     assert conditions.main(argv) == 0
     text = (tmp_path / "results.md").read_text()
     assert text in capsys.readouterr().out + "\n"
@@ -51,12 +53,13 @@ def test_a_report_says_what_holds(
     count = len(asked)
     assert conditions.main(argv) == 0
     assert len(asked) == count, "kept answers were asked again"
-    assert conditions.main([*argv, "--seed", "8"]) == 2
+    assert conditions.main([*argv, "--questions", "9"]) == 2
     assert "has answers to other questions; give another --out" in capsys.readouterr().err
 
 
 def test_only_some_are_asked_and_no_table_is_written(asked: list[Way], tmp_path: Path) -> None:
-    argv = ["--questions", "20", "--out", str(tmp_path), "--only", "fastv-50", "--random", "36"]
+    argv = ["--questions", "20", "--scenes", "6", "--out", str(tmp_path)]
+    argv += ["--only", "fastv-50", "--random", "36"]
     assert conditions.main(argv) == 0
     plans = [way.plan for way in asked]
     assert plans == ["fastv:k=2,r=0.5", *["random:keep=36"] * 3]

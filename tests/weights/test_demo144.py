@@ -154,7 +154,7 @@ def test_the_checkpoint_is_small_and_large_enough():
 
 def test_answers_survive_the_loss_of_tokens_that_show_nothing():
     model, processor = load(CHECKPOINT)
-    questions = Questions(11, 60)
+    questions = Questions((11,), 60)
     ways = {
         "first": Way(),
         "follow-up": Way(follow=True),
