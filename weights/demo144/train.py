@@ -1,6 +1,6 @@
 """Train the demo of 144 image tokens and 12 layers from scratch, on a CPU.
 
-There are five seeded stages. Each saves its state to RUNS/<stage>.pt and resumes from it:
+There are six seeded stages. Each saves its state to RUNS/<stage>.pt and resumes from it:
 
 1. tower: the vision tower and the projector learn to describe each patch. The target is a fixed
    code, the sum of the embeddings of the words that describe the patch.
@@ -8,12 +8,13 @@ There are five seeded stages. Each saves its state to RUNS/<stage>.pt and resume
    drawn. This stage does not need the first one.
 3. joint: both are trained together, from images to answers.
 4. settle: the same with more multiple choice, while the learning rate falls.
-5. finish: the same with still more of it, while the learning rate falls to zero.
+5. options: with still more of it, and attention is guided from options to letters and back.
+6. finish: the same, while the learning rate falls to zero.
 
     python -m weights.demo144.train --runs DIR                      all unfinished stages
     python -m weights.demo144.train --runs DIR --stage reader       one stage
     python -m weights.demo144.train --runs DIR --without salience   an ablation, in its own DIR
-    python -m weights.demo144.train --runs DIR --export finish     writes the checkpoint here
+    python -m weights.demo144.train --runs DIR --export finish      writes the checkpoint here
     python -m weights.demo144.train --runs DIR --export joint --to FOLDER
 """
 
@@ -81,7 +82,7 @@ class Stage:
     guide: float = 1.0  # factor of the losses of the decoder's attention
 
 
-SETTLE = 800  # steps
+SETTLE, OPTIONS = 800, 341  # steps
 STAGES = {
     "tower": Stage(steps=2500, images=32, muon=0.02, adam=2e-3, mix=Mix()),
     "reader": Stage(
@@ -115,16 +116,28 @@ STAGES = {
         lowest=1 - SETTLE / 3000,
         after=("joint",),
     ),
-    "finish": Stage(
-        steps=1100,
+    "options": Stage(
+        steps=OPTIONS,
         images=16,
         muon=0.011,
         adam=1.5e-3,
         mix=Mix(choices=4, captions=0.5),
         tower_scale=0.3,
         decay=1.0,
+        lowest=1 - OPTIONS / 1100,
         warmup=30,
         after=("settle",),
+    ),
+    "finish": Stage(
+        steps=300,
+        images=16,
+        muon=0.011 * (1 - OPTIONS / 1100),
+        adam=1.5e-3 * (1 - OPTIONS / 1100),
+        mix=Mix(choices=3, captions=0.8),
+        tower_scale=0.3,
+        decay=1.0,
+        warmup=10,
+        after=("options",),
     ),
 }
 
