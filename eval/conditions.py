@@ -270,8 +270,9 @@ def conditions(m: Measurement) -> list[Condition]:
     for name, text in (("grey", "an empty grey picture"), ("nothing", "the question alone")):
         blind = estimate(q.short(m.named(name)))
         found.append(Condition(f"accuracy with {text}", blind, first.score / 4, at_most=True))
-    later = compare(first, q.short(m.named("follow-up"))).estimate
-    found.append(Condition("follow-up questions minus first ones", later, -1.0))
+    for text, details in (("questions", ("none", "big", "small")), ("captions", ("caption",))):
+        both = [q.credits(m.named(name), *details) for name in ("none", "follow-up")]
+        found.append(Condition(f"follow-up {text} minus first ones", compare(*both).estimate, -1.0))
     for name, points in LOSS.items():
         change = compare(first, q.short(m.named(name))).estimate
         found.append(Condition(f"`{PLANS[name]}` minus no pruning", change, -points))
