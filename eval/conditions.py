@@ -271,8 +271,9 @@ def conditions(m: Measurement) -> list[Condition]:
         blind = estimate(q.short(m.named(name)))
         found.append(Condition(f"accuracy with {text}", blind, first.score / 4, at_most=True))
     for text, details in (("questions", ("none", "big", "small")), ("captions", ("caption",))):
-        both = [q.credits(m.named(name), *details) for name in ("none", "follow-up")]
-        found.append(Condition(f"follow-up {text} minus first ones", compare(*both).estimate, -1.0))
+        before, after = (q.credits(m.named(name), *details) for name in ("none", "follow-up"))
+        change = compare(before, after).estimate
+        found.append(Condition(f"follow-up {text} minus first ones", change, -1.0))
     for name, points in LOSS.items():
         change = compare(first, q.short(m.named(name))).estimate
         found.append(Condition(f"`{PLANS[name]}` minus no pruning", change, -points))
