@@ -41,7 +41,7 @@ def check_heads(heads: int | None, n_heads: int) -> None:
 def score_of_ones(c: Context, raters: Tensor) -> Tensor:
     """w of `raters` (r,) and the candidates: (r, n), from their positions."""
     (cos, sin), Dh = c.model.llama.rope(c.rows.position), c.model.config.text.head_dim
-    cos, sin = cos[:, 0], sin[:, 0]  # (S, Dh / 2)
+    cos, sin = cos[:, 0, Dh // 2 :], sin[:, 0, Dh // 2 :]  # (S, Dh / 2)
     own, others = on_device(raters, cos), on_device(c.candidates, cos)
     return 2 * (cos[own] @ cos[others].T + sin[own] @ sin[others].T) / Dh**0.5
 
