@@ -82,8 +82,8 @@ class IVCPrune(Method):
         both = torch.cat((question, values[seeds]))
         likest = attention_received(both, values).mean(0)[:n]
         position = c.rows.position[c.candidates]
-        half = c.model.config.text.head_dim // 2  # the rest repeats it, with the other sign
-        angles = [x[:, 0, half:].float().mean(1) for x in c.model.llama.rope(position)]
+        halves = [x[:, 0].chunk(2, -1)[1] for x in c.model.llama.rope(position)]  # (n, Dh / 2)
+        angles = [half.float().mean(1) for half in halves]
         scores = torch.stack((asked, likest, *angles)).cpu()  # (4, n)
         stays = torch.zeros(n, dtype=torch.bool)
         for score, k in zip(scores, counts, strict=True):
