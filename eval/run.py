@@ -97,21 +97,21 @@ def format_table(found: Sequence[PlanResult], plans: Sequence[Answers] = ()) -> 
     plans: their answers, for scores that are means over seeds.
     """
     score = found[0].scored.score
-    means = {answers.plan: answers.estimate() for answers in plans}
+    scores = {answers.plan: answers.scored for answers in plans}
     head = """plan | {metric} | 95 % | questions | unparsed | image tokens a layer | FastV's FLOPs |
         SparseVLM's FLOPs | GFLOPs | vision s | prefill s | first token s | per token ms |
         choosing | cache MB | peak GB"""
     names = [" ".join(name.split()) for name in head.format(metric=score.metric).split("|")]
     lines = ["| " + " | ".join(names) + " |", "|---" + "|---:" * (len(names) - 1) + "|"]
     for result in found:
-        c, score = result.costs, result.scored.score
-        estimate = means.get(result.run.plan, result.scored.estimate())
+        c, scored = result.costs, scores.get(result.run.plan, result.scored)
+        estimate, score = scored.estimate(), scored.score
         cells = [
             f"`{result.run.plan}`",
             f"{estimate.value:.2f}",
             str(estimate),
             str(score.n),
-            str(score.unparsed),
+            f"{score.unparsed:g}",
             _image_tokens(c),
             f"{100 * c.fastv_share:.1f} %",
             f"{100 * c.sparsevlm_share:.1f} %",
@@ -170,7 +170,10 @@ def format_summary(
     if few := describe_too_few(found[0].scored.score.n, CONFIDENCE):
         notes.append(few)
     parts = [head, format_table(found, plans), *notes, *_comparisons(found, plans)]
-    parts += [result.scored.text() for result in found]
+    scores = {answers.plan: answers.scored for answers in plans}
+    for result in found:
+        plan = result.run.plan
+        parts.append(f"`{plan}`: {scores.get(plan, result.scored).text()}")
     parts += format_published(found)
     return "\n\n".join(parts)
 

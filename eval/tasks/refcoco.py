@@ -24,6 +24,7 @@ from .base import (
     count_unparsed,
     names_of,
     question_key,
+    split_scores,
 )
 from .files import Row, first_existing, id_field, int_field, json_rows, list_field, text_field
 from .tables import Table, find_table
@@ -101,11 +102,13 @@ class RefCOCO(Task):
         ious = np.array([iou(a.said, a.item.gold["box"], a.item.gold["size"]) for a in answers])
         right = (ious >= metric.ENOUGH).tolist()
         scored = accuracy(answers, right, count_unparsed(answers, parse))
-        splits = np.array([a.item.gold["split"] for a in answers])
-        names, made = list(dict.fromkeys(splits.tolist())), Credits.of(names_of(answers), right)
-        parts = {n: made.select(splits == n) for n in names if len(names) > 1}
+        splits = [a.item.gold["split"] for a in answers]
+        parts = split_scores(answers, right, splits)
+        names = list(parts)
+        parts = parts if len(names) > 1 else {}
+        overlap = np.nan_to_num(ious, posinf=0.0, neginf=0.0)
+        parts["mean IoU"] = Credits.of(names_of(answers), overlap.tolist())
         more = {name: part.score for name, part in parts.items()}
-        more["mean IoU"] = 100 * float(np.nan_to_num(ious).mean())
         is_padded = any(len(set(a.item.gold["size"])) > 1 for a in answers)
         notes = (NOT_UNDONE,) if protocol == "lmms" and is_padded else ()
         return replace(
