@@ -141,6 +141,20 @@ class Credits:
         return {x: self.select(np.array([y == x for y in own])) for x in dict.fromkeys(own)}
 
 
+def average_of_groups(parts: Sequence[Credits]) -> Credits:
+    """The credits of the mean of several scores of different questions."""
+    first = parts[0]
+    names, members = (
+        tuple(x for part in parts for x in getattr(part, name)) for name in ("names", "members")
+    )
+    credit, above, below = (
+        np.concatenate([getattr(part, name) for part in parts])
+        for name in ("credit", "numerator", "denominator")
+    )
+    group = np.repeat(np.arange(len(parts)), [len(part) for part in parts])
+    return Credits(names, members, credit, above, below, group, first.scale, True, first.most)
+
+
 def average(several: Sequence[Credits]) -> Credits:
     """The mean of the credits of the same questions under several seeds."""
     first, k = several[0], len(several)

@@ -52,19 +52,15 @@ class Asked:
 
 def run(args: argparse.Namespace, ranks: Ranks) -> Asked:
     """Ask and score all plans of --prune; those that draw at random with every seed."""
-    first, *more = _read_seeds(args)
+    first, *more = read_seeds(args)
     args = argparse.Namespace(**{**vars(args), "seed": first})
     plans = _read_plans(args.prune)  # before anything is loaded
     bench = Bench.open(args, ranks)
-    others = [bench.with_seed(seed) for seed in more]
-    for each in (bench, *others):
+    for each in (bench, *map(bench.with_seed, more)):
         ranks.gather(lambda each=each: each.check(list(plans.values())))  # type: ignore[misc]
     found: dict[str, PlanResult] = {}
     for text in sorted(plans, key=lambda text: text != NONE):  # KLs are from the unpruned answers
-        found[text] = bench.ask(plans[text])
-        for other in others if found[text].draws else ():
-            Path(other.args.out).mkdir(exist_ok=True)
-            other.ask(plans[text])
+        found[text] = bench.ask_with_seeds(plans[text], more)
     return Asked(bench, [found[text] for text in plans])
 
 
@@ -73,7 +69,12 @@ def _read_plans(texts: Sequence[str]) -> dict[str, TypedPlan]:
     return {text: read_downsampling(text) or read_plan(text) for text in dict.fromkeys(texts)}
 
 
-def _read_seeds(args: argparse.Namespace) -> list[int]:
+def add_seeds(parser: argparse.ArgumentParser, text: str) -> None:
+    """Add --seeds. text: its help."""
+    parser.add_argument("--seeds", type=parse_int, nargs="+", metavar="S", help=text)
+
+
+def read_seeds(args: argparse.Namespace) -> list[int]:
     """The seeds of --seeds, or the one of --seed. Raises ValueError for mistakes."""
     if args.seeds is None:
         return [args.seed]
@@ -247,13 +248,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         help=f"plans to compare; {NONE} is the unpruned model, {NAME}:keep=T the unpruned model on "
         "a picture shrunk to the detail of T tokens",
     )
-    parser.add_argument(
-        "--seeds",
-        type=parse_int,
-        nargs="+",
-        metavar="S",
-        help="two or more seeds, instead of --seed, for plans that draw at random",
-    )
+    add_seeds(parser, "two or more seeds, instead of --seed, for plans that draw at random")
     parser.add_argument("--json", action="store_true", help="print a JSON list with every number")
 
     return run_locked(parser, argv, _run_and_report)
