@@ -105,7 +105,8 @@ def _search_one(bench: Bench, number: int, run: Run, prefills: int | None) -> Fo
     item = bench.items[number]
     try:
         batch = batch_of(bench.processor, [item], run)
-        found = smallest(bench.model, batch, None, prefills, run.max_new_tokens)
+        new = run.max_new_tokens
+        found = smallest(bench.model, batch, limit=prefills, max_new_tokens=new)
     except ValueError as error:
         raise ValueError(f"question {item.question_id}: {error}") from None
     return Found(
