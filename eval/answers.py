@@ -140,13 +140,16 @@ def read_answers(folder: Path, result: PlanResult, task: Task, items: Sequence[I
         )
     name = f"{file_name(result.run.plan)}.jsonl"
     others = sorted(folder.glob(f"seed-*/{name}")) if result.draws else []
-    found = [_read_seed(folder / name, result, task, items)]
+    found, seen = [_read_seed(folder / name, result, task, items)], {result.run.seed: folder / name}
     for path in others:
         other = read_result(path)
         if reason := replace(other, draws=False).find_mismatch(result):
             raise ValueError(f"{path}: {reason}; ask it again with the settings of {folder}")
-        if other.run.seed != result.run.seed:
-            found.append(_read_seed(path, other, task, items))
+        if (first := seen.setdefault(other.run.seed, path)) != path:
+            raise ValueError(
+                f"{path} and {first} both have seed {other.run.seed}; take one of them away"
+            )
+        found.append(_read_seed(path, other, task, items))
     return Answers(tuple(found))
 
 
@@ -158,6 +161,12 @@ def _read_seed(path: Path, result: PlanResult, task: Task, items: Sequence[Item]
             f"{path} has {len(rows)} answers, but not one to each of the {len(items)} questions in "
             "their order; give the command of eval.run again"
         )
+    for row, item in zip(rows, items, strict=True):
+        if not row.prompt.endswith(item.text):
+            raise ValueError(
+                f"{path} answers {row.prompt[-60:]!r} under the id {row.question_id}, whose "
+                f"question is {item.text[-60:]!r}; give another --out to eval.run, and ask again"
+            )
     score = result.scored.score
     if score.credits is None:  # it was read from its file
         answers = [Answer(item, row.text) for item, row in zip(items, rows, strict=True)]

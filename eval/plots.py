@@ -150,6 +150,8 @@ def points(
     vertical line.
     """
     plt = _pyplot()
+    from matplotlib.patheffects import withStroke
+
     figure, axes = plt.subplots(figsize=(8.0, 5.4), layout="constrained")
     for i, (name, places) in enumerate(groups.items()):
         values, lows, highs = zip(*(span(y) for _, y in places), strict=True)
@@ -173,7 +175,7 @@ def points(
             (6, 5),
             textcoords="offset points",
             fontsize="x-small",
-            bbox={"facecolor": "w", "alpha": 0.75, "linewidth": 0, "pad": 0.5},
+            path_effects=[withStroke(linewidth=2, foreground="w")],
         )
     axes.axhline(level[1], color="0.35", linestyle=(0, (1, 1)), label=level[0])
     axes.axvline(end[1], color="0.35", linestyle="-.", label=end[0])

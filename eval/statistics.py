@@ -20,6 +20,7 @@ from scipy import optimize, stats
 from .credits import Array, Credits
 
 CONFIDENCE = 0.95
+MOST_CONFIDENCE = 0.999  # five samples of the bootstrap are beyond each end
 SAMPLES = 10_000  # of the bootstrap
 _CELLS = 10_000_000  # counts that a bootstrap draws at most: about a second
 _BLOCK = 2_000_000  # counts that are in memory at a time

@@ -37,6 +37,7 @@ from .. import budgets, cost, plots, store
 from ..analyse import line_name
 from ..answers import read_rows
 from ..bench import Bench
+from ..comparison import SAME
 from ..credits import Credits, average
 from ..experiments import base
 from ..plans import NONE, TypedPlan, read_plan, read_plans
@@ -190,6 +191,7 @@ class Compared:
             "95 % of this": apart.estimate,
             "oracle alone": apart.lost,
             "method alone": apart.gained,
+            "": "" if apart.distinguishable else SAME,
         }
 
 
