@@ -156,7 +156,8 @@ def format_summary(
     run, c = found[0].run, found[0].costs
     processes = found[0].processes
     head = (
-        f"{found[0].scored.title}, {found[0].scored.split}: {c.questions} questions, "
+        f"{found[0].scored.title}, {found[0].scored.split}: {c.questions} "
+        f"question{'s' * (c.questions != 1)}, "
         f"{run.protocol} protocol ({run.template}, {run.aspect}, {run.max_new_tokens} new tokens); "
         f"{run.model}, {run.quantize or run.dtype or 'default dtype'} on {run.device}, "
         f"seed {run.seed}; {processes} process{'es' * (processes > 1)}, batches of {c.batch}, "
