@@ -20,6 +20,7 @@ from dataclasses import dataclass
 import torch
 
 from .base import Context, Keep, option, top
+from .order import need_patches
 from .shared import BeforeDecoder, second_last_block
 
 
@@ -28,6 +29,7 @@ class FasterVLM(BeforeDecoder):
     blocks: str | None = option(None, help="blocks whose attention is summed, such as 16-22")
 
     name = "fastervlm"
+    check_order = need_patches
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -24,6 +24,7 @@ from torch import Tensor
 
 from .base import Context, Keep, option, top
 from .margins import lead, least
+from .order import need_patches
 from .shared import BeforeDecoder, block_number, second_last_block
 
 
@@ -40,6 +41,7 @@ class HiPrune(BeforeDecoder):
     block: int | None = option(None, help="block of the anchors, from 0; 8 of 24")
 
     name = "hiprune"
+    check_order = need_patches
 
     def n_anchors(self, keep: int) -> int:
         return round(keep * self.alpha / 5)

@@ -14,12 +14,14 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from .base import Context, Keep, top
+from .order import need_patches
 from .shared import BeforeDecoder, count_down, second_last_block
 
 
 @dataclass(frozen=True)
 class HiRED(BeforeDecoder):
     name = "hired"
+    check_order = need_patches
 
     def left(self, n_tokens: int) -> tuple[int, ...]:
         return (count_down(self.keep, n_tokens),)

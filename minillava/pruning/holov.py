@@ -23,6 +23,7 @@ from torch import Tensor
 
 from .base import Context, Keep, top
 from .margins import TINY, lead, least
+from .order import need_patches
 from .shared import BeforeDecoder, second_last_block
 
 RUNS = 16
@@ -63,7 +64,8 @@ def run_budgets(scores: Tensor, keep: int) -> tuple[list[int], Tensor]:
 @dataclass(frozen=True)
 class HoloV(BeforeDecoder):
     name, identity, drops_only = "holov", None, False
-    stage = "embed"
+    stage, adds_rows = "embed", True
+    check_order = need_patches
 
     def vision_layers(self, n_layers: int) -> tuple[int, ...]:
         return (second_last_block(self.name, n_layers),)

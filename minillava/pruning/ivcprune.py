@@ -31,6 +31,7 @@ from ..attention import attention_received
 from ..rows import TEXT, take_rows
 from .base import Context, Keep, Method, Stages, amount, count, option, top
 from .margins import lead, least
+from .order import need_layer_before
 
 LINE_BREAK = 2  # rows of text between the image and the question
 
@@ -47,6 +48,7 @@ class IVCPrune(Method):
 
     name, identity, adaptive = "ivcprune", "layer=2,foreground=1.0", True
     strength = "foreground"
+    check_order = need_layer_before
 
     def stages(self) -> Stages:
         return (("decoder", self.layer),)

@@ -31,6 +31,7 @@ from ..llava import LLaVA
 from ..rows import on_device
 from .base import Context, Keep, count, option, top
 from .margins import UNKNOWN
+from .order import need_patches
 from .shared import BeforeDecoder, cosines, second_last_block
 
 
@@ -79,7 +80,8 @@ def group_quotas(sizes: list[int], winners: list[int], keep: int) -> list[int]:
 class PruneSID(BeforeDecoder):
     seed: int | None = option(None, low=0, help="of the random start; unset: the sample's own")
 
-    name, drops_only = "prunesid", False
+    name, drops_only, adds_rows = "prunesid", False, True
+    check_order = need_patches
     identity: ClassVar[str | None] = None
 
     def check(self, n_layers: int, n_tokens: int, starts: tuple[int, ...]) -> None:

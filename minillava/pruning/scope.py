@@ -18,6 +18,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from .base import Context, Keep, option
+from .order import need_patches
 from .shared import BeforeDecoder, choose_covering, cosines, second_last_block
 
 
@@ -27,6 +28,7 @@ class SCOPE(BeforeDecoder):
     combine: str = option("multi", choices=("multi", "add"), help="attention times or plus gain")
 
     name = "scope"
+    check_order = need_patches
 
     def vision_layers(self, n_layers: int) -> tuple[int, ...]:
         return (second_last_block(self.name, n_layers),)

@@ -137,6 +137,10 @@ class SparseVLM(Method):
         return PUBLISHED[self.version] if self.keep is None else self.keep
 
     @property
+    def adds_rows(self) -> bool:  # type: ignore[override]
+        return self.version == 1
+
+    @property
     def compact(self) -> bool:
         return super().compact and (self.version == 1 or self.positions is not None)
 

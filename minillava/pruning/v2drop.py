@@ -19,6 +19,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
 from .base import Context, Keep, Method, Stages, option, top
+from .order import need_layer_before
 from .shared import check_lists
 
 
@@ -32,6 +33,7 @@ class V2Drop(Method):
     )
 
     name, identity, strength = "v2drop", "layers=1/2,ratios=1.0/1.0", "ratios"
+    check_order = need_layer_before
 
     def __post_init__(self) -> None:
         super().__post_init__()

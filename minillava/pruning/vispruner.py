@@ -24,6 +24,7 @@ from torch import Tensor
 
 from .base import Context, Keep, option, top
 from .margins import COSINE, lead, least, least_gap
+from .order import need_patches
 from .shared import BeforeDecoder, mark_nan, second_last_block, unchecked_cosines
 
 DROPPED_PER_ROUND = 8
@@ -50,6 +51,7 @@ class VisPruner(BeforeDecoder):
     important: float = option(0.5, low=0, high=1, help="share of them kept by attention")
 
     name = "vispruner"
+    check_order = need_patches
 
     def vision_layers(self, n_layers: int) -> tuple[int, ...]:
         return (second_last_block(self.name, n_layers),)

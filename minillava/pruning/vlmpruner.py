@@ -30,6 +30,7 @@ from torch import Tensor
 from ..rows import on_device, take_rows
 from .base import Context, Keep, Method, Stages, amount, count, option
 from .margins import COSINE, least
+from .order import need_patches
 from .shared import farthest_points, mark_nan, refuse_nan, unchecked_cosines
 
 CHANNELS = 256
@@ -96,6 +97,7 @@ class VLMPruner(Method):
 
     name, identity, drops_only = "vlmpruner", "layer=2,keep=1.0", False
     adaptive = True
+    check_order = need_patches
 
     def stages(self) -> Stages:
         return (("decoder", self.layer),)
