@@ -123,9 +123,13 @@ class SparseVLM(Method):
     version: int = option(1, low=1, high=2, help="1: the paper's, which merges; 2: SparseVLM+")
     heads: int | None = option(None, low=1, help="version=2: heads that rank; 14")
 
-    name, drops_only, numbering = "sparsevlm", False, "compact"
+    name, drops_only, numbering, adds_rows = "sparsevlm", False, "compact", True
 
     def __post_init__(self) -> None:
+        if self.version == 2:  # it merges nothing
+            object.__setattr__(self, "drops_only", True)
+            object.__setattr__(self, "adds_rows", False)
+            object.__setattr__(self, "numbering", "original")
         super().__post_init__()
         check_lists(self.name, self.layers, self.kept, "keep")
         if self.version == 1 and self.heads is not None:
@@ -135,14 +139,6 @@ class SparseVLM(Method):
     def kept(self) -> tuple[float, ...]:
         """Tokens kept at each stage."""
         return PUBLISHED[self.version] if self.keep is None else self.keep
-
-    @property
-    def adds_rows(self) -> bool:  # type: ignore[override]
-        return self.version == 1
-
-    @property
-    def compact(self) -> bool:
-        return super().compact and (self.version == 1 or self.positions is not None)
 
     def stages(self) -> Stages:
         return tuple(("decoder", layer) for layer in self.layers)

@@ -250,7 +250,9 @@ def test_rows_before_the_last_layer(model: Any, monkeypatch: pytest.MonkeyPatch)
         assert torch.equal(rows, entered[0][candidates])
 
 
-def test_added_rows_have_no_state_before(model: Any) -> None:
+def test_added_rows_have_no_state_before(model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A method that does not say that it needs one, a user's perhaps, is refused when it asks."""
+    monkeypatch.setattr(METHODS["v2drop"], "check_order", lambda *given: None)
     plan = parse_plan("sparsevlm:layers=2,keep=7+v2drop:layers=2,ratios=0.5")
     with pytest.raises(ValueError, match="v2drop: rows that were added since have no state"):
         generate(model, tiny.make_batch(model, "ttItt"), plan, 1)
