@@ -244,7 +244,8 @@ def ask_method(model: LLaVA, step: Step, sample: Sample) -> list[Choice]:
     hidden = sample.hidden(step.layer, before=step.number)
     choices = []
     for group in groups:
-        window = torch.cat([sample.rows.of_image(i) for i in group]) + step.method.shift
+        window = torch.cat([sample.rows.of_image(i) for i in group])
+        window = window + step.method.shift(sample.prompt.starts[group[0]])
         window = window[window < len(sample.rows)]
         candidates = window if hidden is None else window[~hidden[window]]
         keep = Keep(candidates)  # empty if there is nothing to choose from: no method is asked

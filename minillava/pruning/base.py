@@ -219,9 +219,8 @@ class Method:
         """The name in errors: a user's method with the file that it was read from."""
         return f"{self.name} ({self.file})" if self.file else self.name
 
-    @property
-    def shift(self) -> int:
-        """Rows by which the window is moved towards the end (FastV as released: 1)."""
+    def shift(self, start: int) -> int:
+        """Rows by which the window of an image that starts there is moved (FastV released: 1)."""
         return 0
 
     @property

@@ -42,8 +42,7 @@ class FastV(Method):
                 f"fastv: released=1 knows one image, the prompt has {len(starts)}; leave it out"
             )
 
-    @property
-    def shift(self) -> int:
+    def shift(self, start: int) -> int:
         return int(self.released)
 
     def choose(self, c: Context) -> Keep:

@@ -110,6 +110,37 @@ def test_ivcprune_in_the_decoder(tmp_path: Any) -> None:
     assert check_decoder(*prompt, plan, act)[2] < 15  # some are chosen twice
 
 
+def test_ivcprunes_released_window(model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It begins at row 5 wherever the image does: text can leave, the image's last rows stay."""
+    seen = tiny.choices(monkeypatch, METHODS["ivcprune"])
+    plan = parse_plan("ivcprune:layer=2,seeds=1,foreground=1,axes=1,released=1")
+    for prompt, start in (("t" * 9 + "Itttt", 9), ("tttItttt", 3)):
+        report = generate(model, tiny.make_batch(model, prompt), plan, 2).report
+        context, keep = seen.pop()
+        assert context.candidates.tolist() == list(range(5, 21))
+        stay = {*range(21, start + 16), *range(start, 5)}
+        stay |= {*context.candidates[keep.index].tolist()} & {*range(start, start + 16)}
+        assert report.kept[0].positions == [sorted(stay)]
+        left = len(prompt) + 15 - 16 + len(keep.index)
+        assert [n for (n,) in report.tokens_entering] == [len(prompt) + 15] * 2 + [left] * 2
+    with pytest.raises(ValueError, match="released=1 knows one image, the prompt has 2"):
+        generate(model, tiny.make_batch(model, "tItIt"), plan, 1)
+
+
+def test_presets_of_the_latest() -> None:
+    plans = {
+        "vlmpruner-64": "vlmpruner:keep=64,layer=2,threshold=0.8,batch=16,pivots=4",
+        "autoprune-64": "autoprune:target=64,depth=32,x0=14.9,k0=0.4,gamma=0.2",
+        "ivcprune-7b": "ivcprune:layer=16,foreground=0.2,seeds=0.01,axes=0.05",
+    }
+    for preset, plan in plans.items():
+        assert parse_plan(preset).methods == parse_plan(plan).methods
+    # the released shares of tokens that are dropped
+    for budget, share in {192: 0.667, 128: 0.778, 64: 0.889}.items():
+        assert parse_plan(f"vlmpruner-{budget}").left(576, 1) == 576
+        assert parse_plan(f"vlmpruner-{budget}").methods[0].left(576) == (round(576 * (1 - share)),)
+
+
 @pytest.mark.parametrize(("keep", "threshold"), [(5, 0.8), (20, 0.5), (20, 0.05), (3, 0.8)])
 def test_vlmpruner_in_the_decoder(tmp_path: Any, keep: int, threshold: float) -> None:
     prompt = one_image(tmp_path, layers=4)
