@@ -128,7 +128,7 @@ def embed_rows(model: LLaVA, samples: Sequence[Sample]) -> None:
 
 def pack_rows(samples: Sequence[Sample]) -> Tensor:
     """The hidden states of all samples one after another, (R, D); samples keep no copy."""
-    x = torch.cat([s.x for s in samples])
+    x = torch.cat([s.x for s in samples]) if len(samples) > 1 else samples[0].x
     for s in samples:
         s.x = x.new_empty(0, x.shape[1])  # an empty slice would hold all of x
     return x

@@ -82,6 +82,8 @@ def curve(slope: float, x0: float, n: int, target: int, cap: int, depth: int) ->
     low, high, best = 0.0, 20.0, (float("inf"), 1.0)
     for _ in range(200):
         scale = (low + high) / 2
+        if scale in (low, high):  # no float lies between them: every further step is this one
+            break
         total = sum(count_left(shares, scale, n, cap))
         if abs(total - wanted) < best[0]:
             best = abs(total - wanted), scale

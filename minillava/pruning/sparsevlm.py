@@ -70,7 +70,10 @@ def cluster_rows(x: Tensor, n: int, where: str) -> tuple[Tensor, Tensor]:
     that topk on a CPU gives them, as in the released code.
     """
     x = x.float()
-    distance = torch.cdist(x, x, compute_mode="donot_use_mm_for_euclid_dist") / x.shape[1] ** 0.5
+    distance = x.new_zeros(len(x), len(x))
+    i, j = torch.triu_indices(len(x), len(x), 1, device=x.device)
+    distance[i, j] = torch.pdist(x) / x.shape[1] ** 0.5  # ten times as fast as cdist on a CPU
+    distance = distance + distance.T
     nearest = distance.topk(n, largest=False).values  # (q, n)
     density = (-nearest.square().mean(1)).exp()  # (q,)
     denser = density > density[:, None]  # (q, q): column j is denser than row i
@@ -100,7 +103,8 @@ def merge_best_dropped(c: Context, score: Tensor, k: int, closest: Tensor) -> Ke
     # not top(), for which a GPU would wait: NaN is refused with that of the merged rows
     order = score.sort(descending=True, stable=True).indices  # (n,)
     merged = order[k : k + count_merged(len(score) - k)]  # (q,)
-    x, groups = c.features()[merged], count_clusters(len(merged))
+    x, groups = c.sequence(), count_clusters(len(merged))
+    x = x[on_device(c.candidates, x)[merged]]  # (q, D)
     marked = x.masked_fill(score.isnan().any(), torch.nan)  # (q, D)
     cluster, between = cluster_rows(marked, groups, c.where)
     return Keep(
