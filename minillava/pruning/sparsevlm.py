@@ -33,9 +33,9 @@ from torch import Tensor
 
 from ..llava import LLaVA
 from ..rows import on_device
-from .base import Context, Keep, Method, Stages, amount, count, option, top
+from .base import Context, Keep, amount, count, option, top
 from .margins import TINY, distance_to, lead, least
-from .shared import check_lists, midpoints, refuse_nan
+from .shared import AtLayers, midpoints, refuse_nan
 from .sparsevlm_plus import HEADS, check_heads, score_by_strong_heads
 
 PUBLISHED = {1: (300, 200, 110), 2: (300, 200, 118)}  # kept at each stage, for a budget of 192
@@ -117,7 +117,7 @@ def merge_best_dropped(c: Context, score: Tensor, k: int, closest: Tensor) -> Ke
 
 
 @dataclass(frozen=True)
-class SparseVLM(Method):
+class SparseVLM(AtLayers):
     layers: tuple[int, ...] = option(
         (3, 7, 16), low=1, help="layers whose input is pruned; each needs one before it"
     )
@@ -135,17 +135,12 @@ class SparseVLM(Method):
             object.__setattr__(self, "adds_rows", False)
             object.__setattr__(self, "numbering", "original")
         super().__post_init__()
-        check_lists(self.name, self.layers, self.kept, "keep")
         if self.version == 1 and self.heads is not None:
             raise ValueError(f"sparsevlm: heads={self.heads} is an option of version=2")
 
-    @property
-    def kept(self) -> tuple[float, ...]:
+    def numbers(self) -> tuple[float, ...]:
         """Tokens kept at each stage."""
         return PUBLISHED[self.version] if self.keep is None else self.keep
-
-    def stages(self) -> Stages:
-        return tuple(("decoder", layer) for layer in self.layers)
 
     def check_model(self, model: LLaVA) -> None:
         if self.version == 2:
@@ -153,7 +148,7 @@ class SparseVLM(Method):
 
     def left(self, n_tokens: int) -> tuple[int, ...]:
         left, n = [], n_tokens
-        for k in self.kept:
+        for k in self.numbers():
             kept = min(count(k, n_tokens), n - 1)
             n = kept + (count_clusters(count_merged(n - kept)) if self.version == 1 else 0)
             left.append(n)
@@ -176,7 +171,7 @@ class SparseVLM(Method):
     def choose(self, c: Context) -> Keep:
         raters, from_limit = select_raters(c.entered(), c.text())
         raters, n = c.text_rows[raters], len(c.candidates)
-        k = min(count(self.kept[c.stage_index], c.n_tokens), n - 1)
+        k = min(count(self.numbers()[c.stage_index], c.n_tokens), n - 1)
         if self.version == 2:
             score, by_head = score_by_strong_heads(c, raters, self.heads or HEADS)
             closest = least(from_limit, by_head, lead(score, k))
