@@ -1,16 +1,14 @@
 """DART: drop the image tokens that duplicate a few pivot tokens.
 
-Wen et al., EMNLP 2025, arXiv 2502.11494. Released code (fork xqy1111111/DART 0247657):
-modeling_llama_self.py, get_retained_image_token. It reads no attention weights:
-1. The pivots are 4 image tokens and 4 text tokens after the image: those whose rotated keys in
-   layer K-1 have the largest L1 norm, over all heads together.
-2. The pivots take turns. Each retains the keep // 8 image tokens that resemble it LEAST, and these
-   leave the pool. Resemblance is the cosine of the rows that enter layer K, after the final norm.
-So 4 + 8 * (keep // 8) tokens stay. The turns are in the order of a Python set of the pivots' row
-numbers, as released, which changes the result.
+Wen et al., EMNLP 2025, arXiv 2502.11494; fork xqy1111111/DART 0247657, modeling_llama_self.py. The
+pivots are 4 image tokens and 4 text tokens after the image: those whose rotated keys in layer K-1
+have the largest L1 norm, over all heads together. They take turns, in the order of a Python set of
+their row numbers, as released, which changes the result. Each retains the keep // 8 image tokens
+that resemble it LEAST: by the cosine of the rows that enter layer K, after the final norm. So
+4 + 8 * (keep // 8) tokens stay.
 
-Deviations: keep=0 keeps nothing; a pool that is too small (keep=1.0) stays whole, where the
-released code fails; with fewer than 4 rows of either kind there are fewer pivots.
+Deviations: keep=0 keeps nothing; a pool that is too small stays whole, where the released code
+fails; with fewer than 4 rows of either kind there are fewer pivots.
 """
 
 from __future__ import annotations

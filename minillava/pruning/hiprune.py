@@ -1,12 +1,12 @@
 """HiPrune: keep what a middle block of the vision tower attends to, and what a late block does.
 
 Liu et al., ACL 2026 Findings, arXiv 2508.00553; Danielement321/HiPrune, llava_arch.py. Patches are
-ranked by the attention that they receive, mean over heads and all queries. T = keep stay:
-- anchors: the round(T * alpha / 5) best in a middle block, with their four neighbours by number
-  (which wrap around rows; a number beyond the image becomes its first or last);
-- registers: the best of the others in the second-last block, until there are T.
-They stay in reading order and are renumbered. `block` counts from 0: the paper's object layer 9 is
-block 8 of 24. Deviation: a `keep` too small for the anchors is refused, where that code breaks.
+ranked by the attention that they receive, mean over heads and all queries. Of T = keep, the
+round(T * alpha / 5) best in `block` (from 0: the paper's object layer 9 is 8) are anchors, which
+bring their four neighbours by number: these wrap around rows. The best of the others in the
+second-last block are registers. All stay in reading order and are renumbered.
+
+Deviation: a `keep` too small for the anchors is refused, where the released code breaks.
 """
 
 from __future__ import annotations
@@ -49,8 +49,8 @@ class HiPrune(BeforeDecoder):
             )
 
     def vision_layers(self, n_layers: int) -> tuple[int, ...]:
-        last = second_last_block(self.name, n_layers)
-        return (block_number(self.name, self.block, n_layers, released=8), last)
+        middle = block_number(self.name, self.block, n_layers, released=8)
+        return middle, second_last_block(self.name, n_layers)
 
     def choose(self, c: Context) -> Keep:
         (keep,), patches = self.left(c.n_tokens), c.whole_patches()

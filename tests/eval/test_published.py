@@ -316,7 +316,10 @@ def test_json_gives_one_object_a_figure_with_its_unpruned_one(capsys):
     ("words", "says"),
     [
         (["--task", "gqaa"], "there is no task 'gqaa'; there are: scienceqa, aokvqa"),
-        (["--method", "fastfood"], "there is no published figure of 'fastfood'; there are: ApET, BTP"),
+        (
+            ["--method", "fastfood"],
+            "there is no published figure of 'fastfood'; there are: ApET, BTP",
+        ),
         (["--task", "ocrvqa"], "there is no published figure for --task ocrvqa"),
         (["--tasks", "gqa"], "unrecognized arguments: --tasks gqa"),
         (["--task"], "expected one argument"),
