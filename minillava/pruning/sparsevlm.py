@@ -103,8 +103,7 @@ def merge_best_dropped(c: Context, score: Tensor, k: int, closest: Tensor) -> Ke
     # not top(), for which a GPU would wait: NaN is refused with that of the merged rows
     order = score.sort(descending=True, stable=True).indices  # (n,)
     merged = order[k : k + count_merged(len(score) - k)]  # (q,)
-    x, groups = c.sequence(), count_clusters(len(merged))
-    x = x[on_device(c.candidates, x)[merged]]  # (q, D)
+    x, groups = c.features()[merged], count_clusters(len(merged))
     marked = x.masked_fill(score.isnan().any(), torch.nan)  # (q, D)
     cluster, between = cluster_rows(marked, groups, c.where)
     return Keep(
