@@ -26,7 +26,7 @@ Attend = Callable[[Tensor, Tensor, Tensor], Tensor]  # q (R, H, Dh), k, v (R, Hk
 def rotate(x: Tensor, rope: Rope) -> Tensor:
     """Rotate (R, H, Dh). The first half of a head holds the x coordinates, the second the y."""
     cos, sin = rope
-    return x * cos + x.roll(x.shape[-1] // 2, dims=-1) * sin
+    return x.roll(x.shape[-1] // 2, dims=-1).mul_(sin).add_(x * cos)
 
 
 def share_input(x: Tensor, *layers: nn.Module) -> Tensor:
