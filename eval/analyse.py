@@ -29,6 +29,7 @@ from minillava.app.command import (
     parse_positive_int,
     run_command,
 )
+from minillava.app.output_file import check_output
 
 from . import comparison, ids, plots, results, store, subsets
 from .answers import AnswerRow, Answers, read_answers, read_rows
@@ -36,7 +37,7 @@ from .downsample import budget_of
 from .plans import NONE, file_name
 from .results import PlanResult
 from .score import find_task, read_questions
-from .statistics import CONFIDENCE, describe_too_few
+from .statistics import CONFIDENCE, MOST_CONFIDENCE, describe_too_few
 from .tasks.base import Item, Task, question_line
 
 # options of methods that say how many tokens stay, so that they are not in a line's name
@@ -229,10 +230,13 @@ def save(folder: Folder, args: argparse.Namespace) -> list[str]:
 
 def run(args: argparse.Namespace) -> str:
     """Read the folder, and return all that is asked for as text."""
-    if not 0.5 <= args.confidence < 1:
-        raise ValueError(f"--confidence {args.confidence:g} must be from 0.5 to below 1, as 0.95")
+    if not 0.5 <= args.confidence <= MOST_CONFIDENCE:
+        raise ValueError(
+            f"--confidence {args.confidence} must be from 0.5 to {MOST_CONFIDENCE}, such as 0.95"
+        )
     if args.figure:
         plots.require_matplotlib()
+        check_output("--figure", args.figure, (".png", ".svg"))
     with store.locked(args.folder):
         folder = read_folder(args.folder, args.data, args.limit)
     plans = [folder.require(plan) for plan in args.prune] if args.prune else folder.plans

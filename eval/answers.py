@@ -6,13 +6,15 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 from . import statistics
 from .credits import Credits, average
 from .plans import file_name
 from .results import PlanResult, digest_questions, read_result
+from .score import Scored, find_intervals
 from .statistics import Difference, Estimate
-from .tasks.base import Answer, Item, Task
+from .tasks.base import Answer, Item, Score, Task
 from .typed import parse_json, refuse_special_file
 
 
@@ -21,9 +23,14 @@ class SeedAnswers:
     """The answers under one plan with one seed."""
 
     result: PlanResult
-    credits: Credits
+    score: Score
     texts: tuple[str, ...]  # [question]
     kl: tuple[float | None, ...]  # [question] of the first token, from the unpruned model's
+
+    @property
+    def credits(self) -> Credits:
+        assert self.score.credits is not None  # _read_seed refuses others
+        return self.score.credits
 
 
 @dataclass(frozen=True)
@@ -43,6 +50,33 @@ class Answers:
     @cached_property
     def credits(self) -> Credits:
         return average([seed.credits for seed in self.seeds])
+
+    @cached_property
+    def scored(self) -> Scored:
+        """The score of all seeds with its intervals: of figures that have credits, that of the mean
+        credits, and of other numbers the mean."""
+        scored, scores = self.result.scored, [seed.score for seed in self.seeds]
+        if len(scores) == 1:
+            return scored
+        parts = {
+            name: average([score.parts[name] for score in scores])
+            for name in scores[0].parts
+            if all(name in score.parts for score in scores)
+        }
+        more = {
+            name: parts[name].score if name in parts else _mean([s.more.get(name) for s in scores])
+            for name in scores[0].more
+        }
+        score = replace(
+            scored.score,
+            value=self.credits.score,
+            right=_mean([s.right for s in scores]),
+            unparsed=_mean([s.unparsed for s in scores]),
+            more=more,
+            credits=self.credits,
+            parts=parts,
+        )
+        return replace(scored, score=score, intervals=find_intervals(score))
 
     def estimate(self, confidence: float = statistics.CONFIDENCE) -> Estimate:
         return statistics.estimate(self.credits, confidence)
@@ -85,6 +119,14 @@ class Answers:
         return sum(known) / len(known) if known and len(known) == len(every) else None
 
 
+def _mean(values: Sequence[Any]) -> Any:
+    """The mean of numbers, as an int if it is whole; None if one is missing."""
+    if any(value is None for value in values):
+        return None
+    mean = sum(values) / len(values)
+    return int(mean) if isinstance(values[0], int) and mean == int(mean) else mean
+
+
 def read_answers(folder: Path, result: PlanResult, task: Task, items: Sequence[Item]) -> Answers:
     """The answers of a result that stands in --out, with all its seeds there.
 
@@ -98,13 +140,16 @@ def read_answers(folder: Path, result: PlanResult, task: Task, items: Sequence[I
         )
     name = f"{file_name(result.run.plan)}.jsonl"
     others = sorted(folder.glob(f"seed-*/{name}")) if result.draws else []
-    found = [_read_seed(folder / name, result, task, items)]
+    found, seen = [_read_seed(folder / name, result, task, items)], {result.run.seed: folder / name}
     for path in others:
         other = read_result(path)
         if reason := replace(other, draws=False).find_mismatch(result):
             raise ValueError(f"{path}: {reason}; ask it again with the settings of {folder}")
-        if other.run.seed != result.run.seed:
-            found.append(_read_seed(path, other, task, items))
+        if (first := seen.setdefault(other.run.seed, path)) != path:
+            raise ValueError(
+                f"{path} and {first} both have seed {other.run.seed}; take one of them away"
+            )
+        found.append(_read_seed(path, other, task, items))
     return Answers(tuple(found))
 
 
@@ -116,14 +161,20 @@ def _read_seed(path: Path, result: PlanResult, task: Task, items: Sequence[Item]
             f"{path} has {len(rows)} answers, but not one to each of the {len(items)} questions in "
             "their order; give the command of eval.run again"
         )
-    credits = result.scored.score.credits
-    if credits is None:  # it was read from its file
+    for row, item in zip(rows, items, strict=True):
+        if not row.prompt.endswith(item.text):
+            raise ValueError(
+                f"{path} answers {row.prompt[-60:]!r} under the id {row.question_id}, whose "
+                f"question is {item.text[-60:]!r}; give another --out to eval.run, and ask again"
+            )
+    score = result.scored.score
+    if score.credits is None:  # it was read from its file
         answers = [Answer(item, row.text) for item, row in zip(items, rows, strict=True)]
-        credits = task.score(answers, result.run.protocol).credits
-    if credits is None:
+        score = task.score(answers, result.run.protocol)
+    if score.credits is None:
         raise ValueError(f"{task.name} has no right answers here, so plans cannot be compared")
     texts, kl = tuple(row.text for row in rows), tuple(row.kl for row in rows)
-    return SeedAnswers(result, credits, texts, kl)
+    return SeedAnswers(result, score, texts, kl)
 
 
 @dataclass(frozen=True)

@@ -173,6 +173,15 @@ class Bench:
         self.ranks.run_in_first(lambda: store.write_atomically(json_path(path), text))
         return result
 
+    def ask_with_seeds(self, plan: TypedPlan, more: Sequence[int]) -> PlanResult:
+        """Ask a plan, and with every further seed, in --out/seed-SEED, if it draws random numbers;
+        returns the result of the first seed."""
+        result = self.ask(plan)
+        for other in map(self.with_seed, more if result.draws else ()):
+            Path(other.args.out).mkdir(exist_ok=True)
+            other.ask(plan)
+        return result
+
     def with_seed(self, seed: int) -> Bench:
         """The same benchmark with another seed, and its answers in --out/seed-SEED."""
         out = Path(self.args.out) / f"seed-{seed}"

@@ -197,12 +197,14 @@ class Asker:
 
 
 def seconds_each(rows: Sequence[store.Row]) -> list[float]:
-    """The seconds of a question, from each batch of answers; without the first batches."""
+    """The seconds of a question, from each batch of answers; without the first batches, and
+    without those that are not full: fewer questions take more time each."""
     batches: dict[tuple[float, float], list[store.Metadata]] = {}
     for row in rows:
         told = row["metadata"]
         batches.setdefault((told["first_token"], told["prefill"]), []).append(told)
-    every = list(batches.values())
+    largest = max(own[0]["batch"] for own in batches.values())
+    every = [own for own in batches.values() if own[0]["batch"] == largest]
     return [
         (
             own[0]["first_token"]
@@ -411,7 +413,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
-    add_options(parser, batch=16)
+    add_options(parser, batch=8)
     add = parser.add_argument
     add("--prune", nargs="+", metavar="PLAN", help="plans; default: six methods")
     add(

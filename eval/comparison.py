@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import statistics as numbers
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from .answers import Answers
@@ -70,19 +70,24 @@ def format_pairs(pairs: Sequence[Pair], metric: str, confidence: float = CONFIDE
 
 def format_seeds(plans: Sequence[Answers], metric: str) -> str:
     """The scores of plans that draw at random over their seeds; empty if none has several."""
-    rows = []
-    for answers in plans:
-        scores = [seed.credits.score for seed in answers.seeds]
-        if len(scores) > 1:
-            rows.append(
-                [
-                    f"`{answers.plan}`",
-                    ", ".join(str(seed.result.run.seed) for seed in answers.seeds),
-                    f"{numbers.mean(scores):.2f}",
-                    f"{numbers.stdev(scores):.2f}",
-                    f"{min(scores):.2f} to {max(scores):.2f}",
-                ]
-            )
+    return format_spread(
+        {a.plan: {s.result.run.seed: s.credits.score for s in a.seeds} for a in plans}, metric
+    )
+
+
+def format_spread(plans: Mapping[str, Mapping[int, float]], metric: str) -> str:
+    """Plan -> seed -> score as a Markdown table, without the plans that have one seed only."""
+    rows = [
+        [
+            f"`{plan}`",
+            ", ".join(map(str, scores)),
+            f"{numbers.mean(scores.values()):.2f}",
+            f"{numbers.stdev(scores.values()):.2f}",
+            f"{min(scores.values()):.2f} to {max(scores.values()):.2f}",
+        ]
+        for plan, scores in plans.items()
+        if len(scores) > 1
+    ]
     head = ["plan", "seeds", f"mean {metric}", "standard deviation", "lowest to highest"]
     return format_rows(head, rows) if rows else ""
 

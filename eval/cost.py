@@ -87,17 +87,17 @@ def activation_bytes(entering: Sequence[int], config: Config, plan: Plan, itemsi
 
     Weights, the KV cache and the temporary memory of integer layers are not in it. The peak is in
     the MLP of a block. In the decoder it consists of the rows before the block, after its attention
-    and normalised; gate and up; the tower's states and the projected features. If the plan asks
-    a layer, its queries and keys, and all rows as they entered the decoder in the place of the
-    features. In the tower it consists of the patches; the rows as in the decoder; one matrix, its
-    sigmoid and their product.
+    and normalised; gate and up; cosine and sine of their positions; and the tower's states. If the
+    plan asks a layer, also of its queries and keys, and all rows as they entered the decoder. In
+    the tower it consists of the patches; the rows as in the decoder; one matrix, its sigmoid and
+    their product.
     """
     t, v = config.text, config.vision
     N, D, C = v.num_patches, t.hidden_size, v.hidden_size
     heads = (t.num_attention_heads + t.num_key_value_heads) * t.head_dim
     asked = any(step.stage == "decoder" for step in plan.steps)
-    row = 3 * D + asked * heads + 2 * t.intermediate_size
-    decoder = max(entering) * row + (N + 1) * C + (max(entering) if asked else N) * D
+    row = 3 * D + asked * (heads + D) + 2 * (t.intermediate_size + t.head_dim)
+    decoder = max(entering) * row + (N + 1) * C
     tower = (N + 1) * (3 * C + 3 * v.intermediate_size) + N * C
     return max(decoder, tower) * itemsize
 

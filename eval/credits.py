@@ -36,14 +36,15 @@ class Credits:
     group: NDArray[np.int64]  # (n,)
     scale: float = 100.0
     mean: bool = False  # over the groups; otherwise their sum
+    most: float = 1.0  # numerator that a question can have for a denominator of 1
 
     @classmethod
-    def of(cls, names: Sequence[str], credit: Sequence[float], scale: float = 100.0) -> Credits:
+    def of(cls, names: Sequence[str], credit: Sequence[float], most: float = 1.0) -> Credits:
         """The credits of single questions, whose mean is the score."""
         values, n = np.array(credit, dtype=np.float64), len(names)
         own = tuple((i,) for i in range(n))
         groups = np.zeros(n, dtype=np.int64)
-        return cls(tuple(names), own, values, values, np.ones(n), groups, scale)
+        return cls(tuple(names), own, values, values, np.ones(n), groups, most=most)
 
     @classmethod
     def merged(
@@ -54,11 +55,13 @@ class Credits:
         value: Callable[[Sequence[bool]], float],
         groups: Sequence[Hashable] = (),
         scale: float = 100.0,
+        most: float = 1.0,
     ) -> Credits:
         """The credits of questions that consist of several answers, those with equal keys.
 
         Such a question is right if all its answers are. value: its numerator, from which of its
-        answers are right. groups: those of the answers, by default one; the score is their sum.
+        answers are right; `most` at the highest. groups: those of the answers, by default one; the
+        score is their sum.
         """
         found: dict[Hashable, list[int]] = {}
         for i, key in enumerate(keys):
@@ -72,6 +75,7 @@ class Credits:
             np.ones(len(found)),
             np.array([numbers[groups[own[0]]] if groups else 0 for own in found.values()]),
             scale,
+            most=most,
         )
 
     def __len__(self) -> int:
@@ -85,8 +89,18 @@ class Credits:
     @property
     def is_share(self) -> bool:
         """Whether the score is the share of right answers, each of which is right or wrong."""
-        whole = np.isin(self.credit, (0.0, 1.0)).all() and (self.denominator == 1).all()
-        return bool(whole and (self.numerator == self.credit).all() and len(set(self.group)) < 2)
+        return self.counts is not None and bool(
+            (self.denominator == 1).all() and (self.numerator == self.credit).all()
+        )
+
+    @property
+    def counts(self) -> tuple[int, int] | None:
+        """(k, n) if the score is k of n questions, those with a denominator; otherwise None."""
+        whole = np.isin(self.denominator, (0.0, 1.0)) & np.isin(self.numerator, (0.0, 1.0))
+        is_part = (whole & (self.numerator <= self.denominator)).all()
+        if not is_part or len(np.unique(self.group)) > 1 or self.most != 1:
+            return None
+        return int(self.numerator.sum()), int(self.denominator.sum())
 
     @property
     def score(self) -> float:
@@ -117,6 +131,28 @@ class Credits:
             denominator=self.denominator[at],
             group=self.group[at],
         )
+
+    def split(self, labels: Sequence[Hashable]) -> dict[Hashable, Credits]:
+        """Label -> the credits of the questions that have it, in the order of the first ones.
+
+        labels: those of the answers; a question has the label of its first answer.
+        """
+        own = [labels[answers[0]] for answers in self.members]
+        return {x: self.select(np.array([y == x for y in own])) for x in dict.fromkeys(own)}
+
+
+def average_of_groups(parts: Sequence[Credits]) -> Credits:
+    """The credits of the mean of several scores of different questions."""
+    first = parts[0]
+    names, members = (
+        tuple(x for part in parts for x in getattr(part, name)) for name in ("names", "members")
+    )
+    credit, above, below = (
+        np.concatenate([getattr(part, name) for part in parts])
+        for name in ("credit", "numerator", "denominator")
+    )
+    group = np.repeat(np.arange(len(parts)), [len(part) for part in parts])
+    return Credits(names, members, credit, above, below, group, first.scale, True, first.most)
 
 
 def average(several: Sequence[Credits]) -> Credits:

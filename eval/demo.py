@@ -5,8 +5,12 @@
     python -m eval.demo --kinds where PLAN        only some kinds of question
 
 The questions are the held-out ones of weights/scenes.py: new scenes with handwriting that was not
-used in training, the same for every plan. An answer is right if it equals the expected text. The
-results go to --out as a JSON file with one object for each plan, and as a table.
+used in training, the same for every plan. An answer is right if it equals the expected text.
+
+Each plan is compared, on the same questions, with the unpruned model and with random patches at the
+same budget: `random:keep=T`, with as many image tokens a layer. Plans that draw random numbers are
+asked with each of --seeds; their score is the mean. The results go to --out as a JSON file with one
+object for each plan, and as tables.
 
 A PLAN may also use a method in a file of your own: ./mine.py:Mine:keep=16.
 """
@@ -15,14 +19,16 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import os
 import sys
 import time
-from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
 from minillava import Batch, load
@@ -40,9 +46,11 @@ from minillava.pruning import METHODS
 from minillava.request import Settings, check_plan, prompts_of
 from weights import scenes
 
-from . import fit, statistics, store
-from .credits import Credits
-from .plans import read_plan, read_plans
+from . import cost, fit, store
+from .comparison import Pair, format_pairs, format_rows, format_spread
+from .credits import Credits, average
+from .plans import NONE, read_plan, read_plans
+from .statistics import CONFIDENCE, Estimate, compare, describe_too_few, estimate
 from .suggest import suggest_plan
 
 BATCH = 32
@@ -51,7 +59,53 @@ SHARES = (0.5, 0.25, 0.11)
 BY_HAND = ("hand",)  # a person's choice of patches is no method
 NEED_MORE = ("trim", "cdpruner", "mustdrop")  # than the demo's vision tower has
 
+SEEDS = (0, 1_000_000, 2_000_000)  # question i draws with seed + i
+
 Group = tuple[Batch, list[scenes.Example]]
+
+
+@dataclass(frozen=True)
+class Measured:
+    """The answers under one plan. seeds: seed -> credits of all questions, captions among them."""
+
+    plan: str
+    tokens: float  # image tokens entering a layer, mean
+    seeds: Mapping[int, Credits]
+    kinds: tuple[str, ...]  # [question]
+
+    @property
+    def every(self) -> Credits:
+        return average([*self.seeds.values()])
+
+    def counted(self, credits: Credits) -> Credits:
+        """Those that make the score: of all kinds but captions, or of captions if that is all."""
+        other = np.array([kind != "caption" for kind in self.kinds])
+        return credits.select(other if other.any() else ~other)
+
+    def scores(self) -> dict[str, Estimate]:
+        """Under "all" the score, then that of each kind of question."""
+        found = {"all": estimate(self.counted(self.every))}
+        kinds = self.every.split(self.kinds)
+        return found | {k: estimate(kinds[k]) for k in scenes.KINDS if k in kinds}
+
+    def spread(self) -> dict[int, float]:
+        return {seed: self.counted(credits).score for seed, credits in self.seeds.items()}
+
+    def minus(self, other: Measured) -> Pair:
+        """This plan minus another, without captions."""
+        first, second = other.counted(other.every), self.counted(self.every)
+        return Pair(other.plan, self.plan, compare(first, second))
+
+    def json(self) -> dict[str, Any]:
+        scores = self.scores()
+        return {
+            "plan": self.plan,
+            "questions": len(self.kinds),
+            **{name: _rounded(found.value) for name, found in scores.items()},
+            "intervals": {name: found.bounds for name, found in scores.items()},
+            "seeds": self.spread(),
+            "image_tokens_entering_a_layer": round(self.tokens, 2),
+        }
 
 
 def default_plans(model: LLaVA, processor: Processor) -> list[str]:
@@ -93,28 +147,30 @@ def questions(processor: Processor, seed: int, n: int, kinds: Sequence[str] | No
 
 
 def measure(
-    model: LLaVA, processor: Processor, groups: Sequence[Group], text: str, seed: int
-) -> dict[str, Any]:
-    """Ask all questions under one plan: accuracy by kind, image tokens per layer."""
-    plan = read_plan(text).plan
-    right: dict[str, list[bool]] = defaultdict(list)
-    entering: list[float] = []
-    for i, (batch, examples) in enumerate(groups):
-        result = generate(model, batch, plan, max_new_tokens=LENGTH, seed=seed + i * BATCH)
-        entering.append(_mean_entering(result))
-        for tokens, example in zip(result.tokens, examples, strict=True):
-            right[example.kind].append(processor.decode(tokens).strip() == example.answer)
-    answers = [x for kind, xs in right.items() if kind != "caption" for x in xs]
-    kinds = {kind: _percent(right[kind]) for kind in scenes.KINDS if kind in right}
-    every = Credits.of([str(i) for i in range(len(answers))], answers)
-    return {
-        "plan": text or "none",
-        "questions": sum(map(len, right.values())),
-        "all": _percent(answers),  # all kinds but captions
-        "95 %": str(statistics.estimate(every)) if answers else "-",  # of all
-        **kinds,
-        "image_tokens_entering_a_layer": round(sum(entering) / len(entering), 2),
-    }
+    model: LLaVA,
+    processor: Processor,
+    groups: Sequence[Group],
+    text: str,
+    seeds: Sequence[int] = SEEDS,
+) -> Measured:
+    """Ask all questions under one plan, with every seed if it draws random numbers."""
+    clock, entering = cost.Clock(), list[float]()
+    plan = cost.with_timed_choices(read_plan(text).plan, model, clock)
+    found: dict[int, Credits] = {}
+    for seed in seeds:
+        right: list[bool] = []
+        for i, (batch, examples) in enumerate(groups):
+            result = generate(model, batch, plan, max_new_tokens=LENGTH, seed=seed + i * BATCH)
+            entering.append(_mean_entering(result))
+            right += [
+                processor.decode(tokens).strip() == example.answer
+                for tokens, example in zip(result.tokens, examples, strict=True)
+            ]
+        found[seed] = Credits.of([str(i) for i in range(len(right))], right)
+        if not clock.drew:
+            break
+    kinds = tuple(example.kind for _, examples in groups for example in examples)
+    return Measured(text or NONE, sum(entering) / len(entering), found, kinds)
 
 
 def _mean_entering(result: Result) -> float:
@@ -122,24 +178,63 @@ def _mean_entering(result: Result) -> float:
     return float(counts.mean())
 
 
-def _percent(right: Sequence[bool]) -> float:
-    return round(100 * sum(right) / max(len(right), 1), 1)
+def measure_all(
+    model: LLaVA,
+    processor: Processor,
+    groups: Sequence[Group],
+    plans: Sequence[str],
+    seeds: Sequence[int],
+) -> list[Measured]:
+    """Ask the plans, and random patches at the budget of each."""
+    found: dict[str, Measured] = {}
+    patches = model.config.vision.num_patches
+    for text in plans:
+        for wanted in (text, None):
+            plan = text if wanted is not None else random_at(found[text].tokens, patches)
+            if plan not in found:
+                found[plan] = measure(model, processor, groups, plan, seeds)
+                print(json.dumps(found[plan].json()), file=sys.stderr, flush=True)
+    return [*found.values()]
 
 
-def format_table(rows: Sequence[dict[str, Any]]) -> str:
-    """The rows as a Markdown table, a line for each plan."""
-    skip = {"plan", "questions", "image_tokens_entering_a_layer"}
-    kinds = [key for key in rows[0] if key not in skip]
-    head = ["plan", "tokens/layer", *kinds]
-    lines = ["| " + " | ".join(head) + " |", "|---" + "|---:" * (len(head) - 1) + "|"]
-    for row in rows:
-        cells = [f"`{row['plan']}`", f"{row['image_tokens_entering_a_layer']:.1f}"]
-        lines.append("| " + " | ".join([*cells, *(_cell(row[k]) for k in kinds)]) + " |")
-    return "\n".join(lines)
+def random_at(tokens: float, patches: int) -> str:
+    """Random patches with as many image tokens a layer; the unpruned model if that is all."""
+    keep = max(1, round(tokens))
+    return f"random:keep={keep}" if keep < patches else ""
 
 
-def _cell(value: float | str) -> str:
-    return value if isinstance(value, str) else f"{value:.1f}"
+def format_tables(found: Sequence[Measured], patches: int) -> str:
+    """The scores, their intervals, the comparisons and the spread over seeds, as Markdown."""
+    scores = {m.plan: m.scores() for m in found}
+    kinds = list(next(iter(scores.values())))
+    plans = {m.plan: m for m in found}
+    head, rows, bounds = ["plan", "tokens/layer", "all", "95 %", *kinds[1:]], [], []
+    for m in found:
+        own = scores[m.plan]
+        cells = [f"{own[kind].value:.1f}" for kind in kinds]
+        rows.append([f"`{m.plan}`", f"{m.tokens:.1f}", cells[0], str(own["all"]), *cells[1:]])
+        bounds.append([f"`{m.plan}`", *(str(own[kind]) for kind in kinds[1:])])
+    parts = [format_rows(head, rows)]
+    if few := describe_too_few(len(found[0].counted(found[0].every)), CONFIDENCE):
+        parts.append(few)
+    parts += ["95 % intervals of the kinds:", format_rows(["plan", *kinds[1:]], bounds)]
+    pruned = [m for m in found if m.plan != NONE]
+    matched = {m.plan: plans[random_at(m.tokens, patches) or NONE] for m in pruned}
+    for name, pairs in {
+        "Minus random patches at the same budget": [
+            m.minus(matched[m.plan]) for m in pruned if matched[m.plan].plan not in (m.plan, NONE)
+        ],
+        "Minus the unpruned model": [m.minus(plans[NONE]) for m in pruned],
+    }.items():
+        if pairs:
+            parts += [f"{name}:", format_pairs(pairs, "all")]
+    if spread := format_spread({m.plan: m.spread() for m in found}, "all"):
+        parts += ["Plans that draw random numbers:", spread]
+    return "\n\n".join(parts)
+
+
+def _rounded(value: float) -> float | None:
+    return None if math.isnan(value) else round(value, 1)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -154,7 +249,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     add("--model", default=str(Path(__file__).parent.parent / "weights" / "demo"))
     add("--questions", type=parse_positive_int, default=450, help="default 450")
     add("--kinds", nargs="+", choices=[*scenes.KINDS])
-    add("--seed", type=parse_non_negative_int, default=2026)
+    add("--seed", type=parse_non_negative_int, default=2026, help="of the scenes; default 2026")
+    add(
+        "--seeds",
+        type=parse_non_negative_int,
+        nargs="+",
+        default=SEEDS,
+        metavar="S",
+        help=f"of plans that draw random numbers; default {' '.join(map(str, SEEDS))}",
+    )
     add("--out", type=parse_path, metavar="NAME", help="write NAME.json and NAME.md")
     return run_command(lambda: _run(parser.parse_args(argv)))
 
@@ -166,20 +269,18 @@ def _run(args: argparse.Namespace) -> None:
     wanted = ["", *args.plans] if args.plans else default_plans(model, processor)
     groups = questions(processor, args.seed, args.questions, args.kinds)
     check_plans(model, groups[0][0], wanted)
-    rows, began = [], time.perf_counter()
-    for text in wanted:
-        rows.append(measure(model, processor, groups, text, args.seed))
-        print(json.dumps(rows[-1]), file=sys.stderr, flush=True)
+    began = time.perf_counter()
+    rows = measure_all(model, processor, groups, wanted, list(dict.fromkeys(args.seeds)))
     seconds, threads = time.perf_counter() - began, torch.get_num_threads()
     note = (
         f"{args.questions} held-out questions, seed {args.seed}; {seconds:.0f} s on {threads} "
         f"thread{'s' * (threads > 1)}, torch {torch.__version__.partition('+')[0]}"
     )
-    print(f"{note}\n\n{format_table(rows)}", flush=True)
-    found = {"seed": args.seed, "model": Path(args.model).name, "rows": rows}
-    texts = (json.dumps(found, indent=1) + "\n", f"{note}\n\n{format_table(rows)}\n")
-    for path, text in zip(files, texts, strict=False):
-        store.write_atomically(path, text)
+    text = f"{note}\n\n{format_tables(rows, model.config.vision.num_patches)}\n"
+    print(text, end="", flush=True)
+    found = {"seed": args.seed, "model": Path(args.model).name, "rows": [m.json() for m in rows]}
+    for path, content in zip(files, (json.dumps(found, indent=1) + "\n", text), strict=False):
+        store.write_atomically(path, content)
 
 
 def check_plans(model: LLaVA, batch: Batch, texts: Sequence[str]) -> None:

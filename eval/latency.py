@@ -36,6 +36,7 @@ from minillava.generate import generate
 from minillava.llava import LLaVA
 from minillava.loading.assemble import choose_forms, load_weights
 from minillava.loading.checkpoint import DTYPES, QUANTIZE, empty_model, find_device
+from minillava.loading.native_decode import native_decoding
 from minillava.loading.tensor_files import StoredTensor
 from minillava.quant.linear import weight_bytes
 from minillava.request import Settings, check_plan, prompts_of
@@ -122,6 +123,7 @@ def random_model(config: Config, form: str, device: torch.device) -> LLaVA:
     load_weights(
         model, found, device, storage, choose_forms(model, found, quantize, Path()), progress=True
     )
+    model.compiled = native_decoding(model)
     return model
 
 

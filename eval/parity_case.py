@@ -85,7 +85,11 @@ def read_case(path: Path, plan: Plan | None) -> Case:
         raise ValueError(f"the header has {unknown[0]!r}; it may have {', '.join(HEADER)}")
     if plan is None:
         if not header.get("plan"):
-            raise ValueError("the header has no plan; write metadata={'plan': …}, or give --prune")
+            where = f"parameters of {beside.name}" if is_present(beside) else "header"
+            raise ValueError(
+                f"no plan in the {where}; give it, for example --prune divprune:keep=0.098, or "
+                "write metadata={'plan': …} into the case"
+            )
         plan = parse_plan(header["plan"])
     if not plan.steps:
         raise ValueError("a plan without pruning keeps everything: there is nothing to compare")

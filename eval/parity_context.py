@@ -185,7 +185,7 @@ class GivenContext(Context):
 
 def choose_from_inputs(case: Case, step: Step, n_tokens: int | None) -> Pruned:
     """Let one step of a case's plan choose. n_tokens: image tokens before the plan began."""
-    if step.method.shift:
+    if step.method.shift(0):
         raise ValueError("released=1 moves the window; give the inputs of the whole model")
     c = GivenContext(case, step, n_tokens)
     n, every = len(c.candidates), c.candidates

@@ -29,6 +29,8 @@ LINE_STYLES = (
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#000000", "#CC79A7", "#56B4E9", "#E69F00", "#808080")
 HATCHES = ("", "///", "...", "\\\\\\", "xxx", "---", "ooo", "+++")
 
+_CELL: dict[str, Any] = {"ha": "center", "textcoords": "offset points"}
+
 Height = float | Spread | Estimate
 Curve = Sequence[tuple[float, Height]]
 
@@ -49,26 +51,32 @@ def require_matplotlib() -> None:
 
 def heat_map(
     path: Path,
-    values: Sequence[Sequence[float]],
+    values: Sequence[Sequence[Estimate]],
     rows: Sequence[str],
     columns: Sequence[str],
     title: str,
     labels: tuple[str, str, str],
 ) -> None:
-    """Plot values [row][column] as coloured cells that show their value.
+    """Plot values [row][column] as coloured cells that show their value and its interval.
 
     labels: of the column axis, the row axis and the colour bar.
     """
     plt = _pyplot()
     figure, axes = plt.subplots(figsize=SIZE, layout="constrained")
-    image = axes.imshow(values, aspect="auto", cmap="viridis")
+    shown = [[cell.value for cell in row] for row in values]
+    image = axes.imshow(shown, aspect="auto", cmap="viridis")
     axes.set_xticks(range(len(columns)), columns)
     axes.set_yticks(range(len(rows)), rows)
-    low, high = min(map(min, values)), max(map(max, values))
+    low, high = min(map(min, shown)), max(map(max, shown))
     for i, row in enumerate(values):
-        for j, value in enumerate(row):
-            dark = value < (low + high) / 2
-            axes.text(j, i, f"{value:.1f}", ha="center", va="center", color="w" if dark else "k")
+        for j, cell in enumerate(row):
+            colour = "w" if cell.value < (low + high) / 2 else "k"
+            text = f"{cell.value:.1f}"
+            axes.annotate(text, (j, i), (0, -1), color=colour, **_CELL, va="bottom")
+            if cell.bounds:
+                axes.annotate(
+                    str(cell), (j, i), (0, -2), color=colour, **_CELL, va="top", fontsize=6
+                )
     figure.colorbar(image, label=labels[2])
     _save(plt, figure, axes, path, title, labels[:2])
 
@@ -142,6 +150,8 @@ def points(
     vertical line.
     """
     plt = _pyplot()
+    from matplotlib.patheffects import withStroke
+
     figure, axes = plt.subplots(figsize=(8.0, 5.4), layout="constrained")
     for i, (name, places) in enumerate(groups.items()):
         values, lows, highs = zip(*(span(y) for _, y in places), strict=True)
@@ -159,7 +169,14 @@ def points(
     if front:
         axes.plot(*zip(*front.values(), strict=True), color="0.35", linewidth=1, label="front")
     for name, place in front.items():
-        axes.annotate(name, place, (6, 5), textcoords="offset points", fontsize="x-small")
+        axes.annotate(
+            name,
+            place,
+            (6, 5),
+            textcoords="offset points",
+            fontsize="x-small",
+            path_effects=[withStroke(linewidth=2, foreground="w")],
+        )
     axes.axhline(level[1], color="0.35", linestyle=(0, (1, 1)), label=level[0])
     axes.axvline(end[1], color="0.35", linestyle="-.", label=end[0])
     axes.set_yscale("symlog", linthresh=2 * level[1])

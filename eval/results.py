@@ -20,7 +20,7 @@ from typing import Any, TypedDict, cast
 import torch
 
 from . import cost, store
-from .plans import NONE, digest_file
+from .plans import NONE, digest_file, file_name
 from .predict import Run
 from .score import Scored, ScoredContent
 from .summary import TIMES, Costs
@@ -276,6 +276,8 @@ def add_earlier(
             plan = found["run"].get("plan")
             if not isinstance(plan, str):
                 raise ValueError(f"run.plan is {plan!r}, but must be str")
+            if file_name(plan) != file.stem:
+                raise ValueError(f"run.plan is {plan!r}, which has another file name")
         except (ValueError, OSError) as error:
             if file.with_suffix(".jsonl").exists():
                 reasons[file.name] = f"it is not a result of eval.run: {error}"

@@ -52,19 +52,15 @@ class Asked:
 
 def run(args: argparse.Namespace, ranks: Ranks) -> Asked:
     """Ask and score all plans of --prune; those that draw at random with every seed."""
-    first, *more = _read_seeds(args)
+    first, *more = read_seeds(args)
     args = argparse.Namespace(**{**vars(args), "seed": first})
     plans = _read_plans(args.prune)  # before anything is loaded
     bench = Bench.open(args, ranks)
-    others = [bench.with_seed(seed) for seed in more]
-    for each in (bench, *others):
+    for each in (bench, *map(bench.with_seed, more)):
         ranks.gather(lambda each=each: each.check(list(plans.values())))  # type: ignore[misc]
     found: dict[str, PlanResult] = {}
     for text in sorted(plans, key=lambda text: text != NONE):  # KLs are from the unpruned answers
-        found[text] = bench.ask(plans[text])
-        for other in others if found[text].draws else ():
-            Path(other.args.out).mkdir(exist_ok=True)
-            other.ask(plans[text])
+        found[text] = bench.ask_with_seeds(plans[text], more)
     return Asked(bench, [found[text] for text in plans])
 
 
@@ -73,7 +69,12 @@ def _read_plans(texts: Sequence[str]) -> dict[str, TypedPlan]:
     return {text: read_downsampling(text) or read_plan(text) for text in dict.fromkeys(texts)}
 
 
-def _read_seeds(args: argparse.Namespace) -> list[int]:
+def add_seeds(parser: argparse.ArgumentParser, text: str) -> None:
+    """Add --seeds. text: its help."""
+    parser.add_argument("--seeds", type=parse_int, nargs="+", metavar="S", help=text)
+
+
+def read_seeds(args: argparse.Namespace) -> list[int]:
     """The seeds of --seeds, or the one of --seed. Raises ValueError for mistakes."""
     if args.seeds is None:
         return [args.seed]
@@ -97,21 +98,21 @@ def format_table(found: Sequence[PlanResult], plans: Sequence[Answers] = ()) -> 
     plans: their answers, for scores that are means over seeds.
     """
     score = found[0].scored.score
-    means = {answers.plan: answers.estimate() for answers in plans}
+    scores = {answers.plan: answers.scored for answers in plans}
     head = """plan | {metric} | 95 % | questions | unparsed | image tokens a layer | FastV's FLOPs |
         SparseVLM's FLOPs | GFLOPs | vision s | prefill s | first token s | per token ms |
         choosing | cache MB | peak GB"""
     names = [" ".join(name.split()) for name in head.format(metric=score.metric).split("|")]
     lines = ["| " + " | ".join(names) + " |", "|---" + "|---:" * (len(names) - 1) + "|"]
     for result in found:
-        c, score = result.costs, result.scored.score
-        estimate = means.get(result.run.plan, result.scored.estimate())
+        c, scored = result.costs, scores.get(result.run.plan, result.scored)
+        estimate, score = scored.estimate(), scored.score
         cells = [
             f"`{result.run.plan}`",
             f"{estimate.value:.2f}",
             str(estimate),
             str(score.n),
-            str(score.unparsed),
+            f"{score.unparsed:g}",
             _image_tokens(c),
             f"{100 * c.fastv_share:.1f} %",
             f"{100 * c.sparsevlm_share:.1f} %",
@@ -155,7 +156,8 @@ def format_summary(
     run, c = found[0].run, found[0].costs
     processes = found[0].processes
     head = (
-        f"{found[0].scored.title}, {found[0].scored.split}: {c.questions} questions, "
+        f"{found[0].scored.title}, {found[0].scored.split}: {c.questions} "
+        f"question{'s' * (c.questions != 1)}, "
         f"{run.protocol} protocol ({run.template}, {run.aspect}, {run.max_new_tokens} new tokens); "
         f"{run.model}, {run.quantize or run.dtype or 'default dtype'} on {run.device}, "
         f"seed {run.seed}; {processes} process{'es' * (processes > 1)}, batches of {c.batch}, "
@@ -170,7 +172,10 @@ def format_summary(
     if few := describe_too_few(found[0].scored.score.n, CONFIDENCE):
         notes.append(few)
     parts = [head, format_table(found, plans), *notes, *_comparisons(found, plans)]
-    parts += [result.scored.text() for result in found]
+    scores = {answers.plan: answers.scored for answers in plans}
+    for result in found:
+        plan = result.run.plan
+        parts.append(f"`{plan}`: {scores.get(plan, result.scored).text()}")
     parts += format_published(found)
     return "\n\n".join(parts)
 
@@ -244,13 +249,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         help=f"plans to compare; {NONE} is the unpruned model, {NAME}:keep=T the unpruned model on "
         "a picture shrunk to the detail of T tokens",
     )
-    parser.add_argument(
-        "--seeds",
-        type=parse_int,
-        nargs="+",
-        metavar="S",
-        help="two or more seeds, instead of --seed, for plans that draw at random",
-    )
+    add_seeds(parser, "two or more seeds, instead of --seed, for plans that draw at random")
     parser.add_argument("--json", action="store_true", help="print a JSON list with every number")
 
     return run_locked(parser, argv, _run_and_report)

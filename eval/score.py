@@ -97,7 +97,7 @@ class Scored:
         counts = f"{s.right:g} of {s.n}" if s.right is not None else f"{s.n} questions"
         lines = [
             f"{self.title}, {self.split}, {self.protocol} protocol: {s.metric} {s.value:.2f}"
-            f"{self._bounds(s.metric)} ({counts}; {s.unparsed} unparsed, {self.missing} missing)"
+            f"{self._bounds(s.metric)} ({counts}; {s.unparsed:g} unparsed, {self.missing} missing)"
         ]
         lines += [
             f"  {name}: {_figure(value)}{self._bounds(name)}" for name, value in s.more.items()
@@ -123,6 +123,8 @@ class Scored:
 
     def _bounds(self, name: str) -> str:
         found = self.intervals.get(name)
+        if found is None and name in self.score.more and name in self.intervals:
+            return " (too few questions for an interval)"
         return f" [{found[0]:.1f}, {found[1]:.1f}]" if found else ""
 
 
@@ -134,8 +136,6 @@ def score(
     """
     matched = predictions.match(items, found)
     result = task.score(matched.answers, protocol)
-    main = {} if result.credits is None else {result.metric: result.credits}
-    parts = {**result.parts, **main}
     return Scored(
         task.name,
         task.title,
@@ -145,8 +145,15 @@ def score(
         matched.missing,
         matched.unknown,
         matched.duplicates,
-        {name: statistics.estimate(made).bounds for name, made in parts.items()},
+        find_intervals(result),
     )
+
+
+def find_intervals(found: Score) -> dict[str, tuple[float, float] | None]:
+    """The 95 % intervals of a score and of its parts, by name; None with too few questions."""
+    main = {} if found.credits is None else {found.metric: found.credits}
+    made = {**found.parts, **main}
+    return {name: statistics.estimate(credits).bounds for name, credits in made.items()}
 
 
 def find_task(name: str, protocol: str | None) -> tuple[Task, str]:

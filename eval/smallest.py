@@ -16,6 +16,7 @@ import argparse
 import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
@@ -71,24 +72,29 @@ class HandEach(Hand):
         return Keep(torch.isin(c.patches, named).nonzero()[:, 0])
 
 
-def smallest(
-    model: LLaVA,
-    batch: Batch,
-    start: Sequence[int] | None = None,
-    limit: int | None = None,
-    max_new_tokens: int = NEW_TOKENS,
-    encoded: Encoded | None = None,
-    positions: str = "original",
-) -> Smallest:
-    """Find a small set of patches with which the prompt of a batch gets its unpruned answer.
+@dataclass(frozen=True)
+class Options:
+    """How to search.
 
     start: patches to begin with; None: all. limit: prefills at most. max_new_tokens: of the answer
     that has to be kept. encoded: the result of encode_images. positions: "original", so that the
-    patches that are left keep their places, or "compact". Raises ValueError for a batch of several
-    prompts or without an image, for patches that the images do not have or that give another
-    answer, and as `generate` does.
+    patches that are left keep their places, or "compact".
     """
-    search = Search(model, batch, start, limit, max_new_tokens, encoded, positions)
+
+    start: Sequence[int] | None = None
+    limit: int | None = None
+    max_new_tokens: int = NEW_TOKENS
+    encoded: Encoded | None = None
+    positions: str = "original"
+
+
+def smallest(model: LLaVA, batch: Batch, **options: Any) -> Smallest:
+    """Find a small set of patches with which the prompt of a batch gets its unpruned answer.
+
+    options: those of Options. Raises ValueError for a batch of several prompts or without an image,
+    for patches that the images do not have or that give another answer, and as `generate` does.
+    """
+    search = Search(model, batch, Options(**options))
     for _ in search:
         pass
     return search.finish()
@@ -102,36 +108,30 @@ class Search:
     those first without which the answer is likeliest. If it needs every part, they are halved.
     """
 
-    def __init__(
-        self,
-        model: LLaVA,
-        batch: Batch,
-        start: Sequence[int] | None = None,
-        limit: int | None = None,
-        max_new_tokens: int = NEW_TOKENS,
-        encoded: Encoded | None = None,
-        positions: str = "original",
-    ) -> None:
+    def __init__(self, model: LLaVA, batch: Batch, options: Options) -> None:
         """Asks for the answer that has to be kept."""
         prompts = prompts_of(model, batch)
         if len(prompts) != 1 or not prompts[0].starts:
             raise ValueError(f"the batch has {len(prompts)} prompts; give one, with an image")
-        self.model, self.batch, self.limit, self.positions = model, batch, limit, positions
+        self.model, self.batch, self.options = model, batch, options
         self.minimal = False
         self.n_patches = len(prompts[0].starts) * model.config.vision.num_patches
-        if limit is not None and limit < 2:
-            raise ValueError(f"limit={limit} must be 2 or more: for the answer, and for the result")
+        if options.limit is not None and options.limit < 2:
+            raise ValueError(
+                f"limit={options.limit} must be 2 or more: for the answer, and for the result"
+            )
         self.n_text = prompts[0].length - self.n_patches
         self.alone: dict[tuple[int, ...], Result] = {}  # results of sets that were asked alone
-        self.encoded = encoded or encode_images(model, batch)
-        result = generate(model, batch, None, max_new_tokens, self.encoded)
+        self.encoded = options.encoded or encode_images(model, batch)
+        result = generate(model, batch, None, options.max_new_tokens, self.encoded)
         (self.answer,), self.prefills = result.tokens, 1
         if not self.answer:
             raise ValueError(
-                f"max_new_tokens={max_new_tokens}: there is no answer to keep; give more"
+                f"max_new_tokens={options.max_new_tokens}: there is no answer to keep; give more"
             )
-        kept = tuple(range(self.n_patches)) if start is None else tuple(sorted({*start}))
-        if start is not None and self._answer_alone(kept).tokens[0] != self.answer:
+        start = range(self.n_patches) if options.start is None else options.start
+        kept = tuple(sorted({*start}))
+        if options.start is not None and self._answer_alone(kept).tokens[0] != self.answer:
             raise ValueError(f"{self.plan(kept).text} does not keep the answer; name other patches")
         self.found, self.sizes = [kept], [(self.prefills, len(kept))]
 
@@ -139,7 +139,7 @@ class Search:
         """The plan that keeps these patches."""
         several = self.n_patches > self.model.config.vision.num_patches
         options = [f"patches={name_patches(patches)}"] if patches else []
-        options += ["scope=all"] * several + [f"positions={self.positions}"]
+        options += ["scope=all"] * several + [f"positions={self.options.positions}"]
         return parse_plan(f"{'hand' if patches else 'text-only'}:{','.join(options)}")
 
     def __iter__(self) -> Iterator[tuple[int, ...]]:
@@ -201,7 +201,9 @@ class Search:
         pixels = self.batch.pixels[:1].expand(n * images, -1, -1, -1)  # not read: see `encoded`
         encoded = {i: state.repeat(n, 1, 1) for i, state in self.encoded.items()}
         ids, mask = self.batch.ids.expand(n, -1), self.batch.mask.expand(n, -1)
-        plan = Plan((HandEach(patches=(), sets=sets, scope="all", positions=self.positions),))
+        plan = Plan(
+            (HandEach(patches=(), sets=sets, scope="all", positions=self.options.positions),)
+        )
         settings = Settings(len(self.answer), output_logits=True)
         run = Answer(self.model, Batch(ids, mask, pixels), plan, settings, encoded)
         self.prefills += n
@@ -234,7 +236,8 @@ class Search:
 
     def _room(self) -> int:
         """How many more sets may be asked, with one prefill left for finish()."""
-        return sys.maxsize if self.limit is None else max(0, self.limit - self.prefills - 1)
+        limit = self.options.limit
+        return sys.maxsize if limit is None else max(0, limit - self.prefills - 1)
 
 
 def without(kept: Sequence[int], part: Sequence[int]) -> tuple[int, ...]:
@@ -275,8 +278,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _run(args: argparse.Namespace, argv: Sequence[str]) -> None:
     start = _read_start(args.start)
     asked = open_question(args, argv, "eval.smallest")
-    limits, positions = (args.limit, args.max_new_tokens), args.positions
-    search = Search(asked.model, asked.batch, start, *limits, positions=positions)
+    options = Options(start, args.limit, args.max_new_tokens, positions=args.positions)
+    search = Search(asked.model, asked.batch, options)
     print(f"answer: {asked.processor.decode(search.answer).strip()}", flush=True)
     _print_size(search)
     try:

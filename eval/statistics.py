@@ -4,7 +4,9 @@ A share of right answers has Wilson's interval, and a difference of two such sha
 questions has Tango's (Statistics in Medicine 17, 1998), which is the score interval of paired
 answers as Wilson's is of one share. All other scores, such as VQA's soft accuracy, F1, MME's sums
 and CIDEr-D, have the percentile interval of a bootstrap over questions. For CIDEr-D the document
-frequencies stay those of all images. Questions about one picture count as independent.
+frequencies stay those of all images. Questions about one picture count as independent. Samples of
+questions that all have the same credit do not vary; such a score has the interval that Wilson's and
+Tango's would be for it.
 """
 
 from __future__ import annotations
@@ -18,6 +20,7 @@ from scipy import optimize, stats
 from .credits import Array, Credits
 
 CONFIDENCE = 0.95
+MOST_CONFIDENCE = 0.999  # five samples of the bootstrap are beyond each end
 SAMPLES = 10_000  # of the bootstrap
 _CELLS = 10_000_000  # counts that a bootstrap draws at most: about a second
 _BLOCK = 2_000_000  # counts that are in memory at a time
@@ -81,13 +84,17 @@ def describe_too_few(questions: int, confidence: float) -> str | None:
 
 def estimate(credits: Credits, confidence: float = CONFIDENCE) -> Estimate:
     """The score of these credits with its interval."""
-    value, n = credits.score, len(credits)
+    value, n = credits.score, int((credits.denominator > 0).sum())
     if math.isnan(value) or n < least_questions(confidence):
         return Estimate(value, None, None)
-    if credits.is_share:
-        found = stats.binomtest(int(credits.credit.sum()), n).proportion_ci(confidence, "wilson")
+    if (counts := credits.counts) is not None:
+        found = stats.binomtest(*counts).proportion_ci(confidence, "wilson")
         return Estimate(value, credits.scale * found.low, credits.scale * found.high)
-    return Estimate(value, *_bounds(resample(credits), confidence))
+    low, high = _bounds(resample(credits), confidence)
+    if low == high:
+        apart, top = _unseen(credits, confidence), _largest(credits)
+        low, high = max(0.0, low - apart), min(top, high + apart)
+    return Estimate(value, low, high)
 
 
 def compare(first: Credits, second: Credits, confidence: float = CONFIDENCE) -> Difference:
@@ -106,7 +113,10 @@ def compare(first: Credits, second: Credits, confidence: float = CONFIDENCE) -> 
             low, high = paired_interval(int(lost), int(gained), n, confidence)
             found = Estimate(value, first.scale * low, first.scale * high)
         else:
-            found = Estimate(value, *_bounds(resample(second, first), confidence))
+            low, high = _bounds(resample(second, first), confidence)
+            apart = _unseen(first, confidence) if low == high else 0.0
+            top = _largest(first)
+            found = Estimate(value, max(-top, low - apart), min(top, high + apart))
     bounds = found.bounds
     differs = bounds is not None and not bounds[0] <= 0 <= bounds[1]
     if shares:
@@ -180,3 +190,21 @@ def resample(credits: Credits, minus: Credits | None = None) -> Array:
 def _bounds(values: Array, confidence: float) -> tuple[float, float]:
     low, high = np.nanquantile(values, ((1 - confidence) / 2, (1 + confidence) / 2))
     return float(low), float(high)
+
+
+def _unseen(credits: Credits, confidence: float) -> float:
+    """How far a score may be from one that no sample of the questions changes.
+
+    Of n questions with the same credit, Wilson's interval leaves z^2 / (n + z^2) for questions with
+    another credit, which differ by `most`. The groups are independent: their squares add up.
+    """
+    z2 = float(stats.norm.ppf((1 + confidence) / 2)) ** 2
+    _, sizes = np.unique(credits.group[credits.denominator > 0], return_counts=True)
+    apart = credits.scale * credits.most * np.sqrt(np.sum((z2 / (sizes + z2)) ** 2))
+    return float(apart / len(sizes) if credits.mean else apart)
+
+
+def _largest(credits: Credits) -> float:
+    """The highest score that is possible."""
+    groups = 1 if credits.mean else len(set(credits.group.tolist()))
+    return credits.scale * credits.most * groups

@@ -104,5 +104,5 @@ class CLIPVision(nn.Module):
         """Queries and keys (B, T, H, Dh) of one block, from the hidden state (B, T, C) that enters
         it. Pruning methods compute attention weights and similarities from them."""
         layer = cast(Block, self.blocks[block])
-        q, k, _ = layer.attn.heads(layer.norm1(hidden))  # (B, H, T, Dh)
-        return q.transpose(1, 2), k.transpose(1, 2)
+        x, shape = layer.norm1(hidden), (layer.attn.n_heads, -1)
+        return layer.attn.q_proj(x).unflatten(-1, shape), layer.attn.k_proj(x).unflatten(-1, shape)

@@ -128,7 +128,7 @@ def embed_rows(model: LLaVA, samples: Sequence[Sample]) -> None:
 
 def pack_rows(samples: Sequence[Sample]) -> Tensor:
     """The hidden states of all samples one after another, (R, D); samples keep no copy."""
-    x = torch.cat([s.x for s in samples])
+    x = torch.cat([s.x for s in samples]) if len(samples) > 1 else samples[0].x
     for s in samples:
         s.x = x.new_empty(0, x.shape[1])  # an empty slice would hold all of x
     return x
@@ -244,7 +244,8 @@ def ask_method(model: LLaVA, step: Step, sample: Sample) -> list[Choice]:
     hidden = sample.hidden(step.layer, before=step.number)
     choices = []
     for group in groups:
-        window = torch.cat([sample.rows.of_image(i) for i in group]) + step.method.shift
+        window = torch.cat([sample.rows.of_image(i) for i in group])
+        window = window + step.method.shift(sample.prompt.starts[group[0]])
         window = window[window < len(sample.rows)]
         candidates = window if hidden is None else window[~hidden[window]]
         keep = Keep(candidates)  # empty if there is nothing to choose from: no method is asked

@@ -75,10 +75,12 @@ def encode_images(model: LLaVA, batch: Batch, plan: Plan | None = None) -> Encod
     """Run the vision tower once, for any number of calls with the same images. It keeps the hidden
     states that the plan's methods read; None for a batch without images."""
     prompts_of(model, batch)
+    # an Answer checks the plan; without a plan the prompts may be longer than the model can read
+    read = Answer(model, batch, plan, Settings(), None).states_read if plan else None
     if batch.pixels is None:
         return None
     with torch.inference_mode():
-        return model.encode(batch.pixels, hidden_states_read(model, plan or Plan()))
+        return model.encode(batch.pixels, read or {model.feature_layer})
 
 
 class Answer:

@@ -19,15 +19,14 @@ from torch import Tensor, nn
 from .config import TextConfig
 from .rows import on_device
 
-Rope = tuple[Tensor, Tensor]  # cosine and sine, each (R, 1, Dh / 2)
+Rope = tuple[Tensor, Tensor]  # cosine and signed sine, each (R, 1, Dh)
 Attend = Callable[[Tensor, Tensor, Tensor], Tensor]  # q (R, H, Dh), k, v (R, Hkv, Dh) -> as q
 
 
 def rotate(x: Tensor, rope: Rope) -> Tensor:
     """Rotate (R, H, Dh). The first half of a head holds the x coordinates, the second the y."""
     cos, sin = rope
-    a, b = x.chunk(2, dim=-1)
-    return torch.cat((a * cos - b * sin, b * cos + a * sin), dim=-1)
+    return x.roll(x.shape[-1] // 2, dims=-1).mul_(sin).add_(x * cos)
 
 
 def share_input(x: Tensor, *layers: nn.Module) -> Tensor:
@@ -60,7 +59,7 @@ class Attention(nn.Module):
 
     def heads(self, proj: nn.Module, x: Tensor) -> Tensor:
         """Rows (R, D) through one of the projections: (R, H | Hkv, Dh), not yet rotated."""
-        return proj(x).unflatten(-1, (-1, self.head_dim))
+        return proj(x).view(x.shape[0], -1, self.head_dim)
 
     def forward(self, x: Tensor, rope: Rope, attend: Attend) -> Tensor:
         x = share_input(x, self.q_proj, self.k_proj, self.v_proj)
@@ -112,17 +111,18 @@ class Llama(nn.Module):
         self.whole_heads, self.agree = nn.Identity(), nn.Identity()
 
     def rope(self, positions: Tensor, dtype: torch.dtype = torch.float32) -> Rope:
-        """Rotation of each row by its position (R,): cosine and sine, each (R, 1, Dh / 2).
+        """Rotation of each row by its position (R,): cosine and signed sine, each (R, 1, Dh).
 
-        Pair i of a head's Dh numbers is turned by position * theta^(-2i / Dh). The product of a
-        rotated query and a rotated key then depends on the difference of their positions alone, so
-        gaps that pruning leaves in the positions change nothing between the rows that stay.
+        Numbers i and i + Dh / 2 of a head are a point, turned by position * theta^(-2i / Dh). The
+        product of a rotated query and a rotated key then depends on the difference of their
+        positions alone: gaps that pruning leaves change nothing between the rows that stay.
         """
         Dh, positions = self.config.head_dim, on_device(positions, self.norm.weight)
         exponent = torch.arange(0, Dh, 2, device=positions.device).float() / Dh
         frequency = 1.0 / (self.config.rope_theta**exponent) / self.config.rope_factor  # (Dh / 2,)
         angle = (positions.float()[:, None] * frequency)[:, None]  # (R, 1, Dh / 2), in float32
-        return angle.cos().to(dtype), angle.sin().to(dtype)
+        cos, sin = angle.cos().to(dtype), angle.sin().to(dtype)
+        return torch.cat((cos, cos), -1), torch.cat((-sin, sin), -1)
 
     def logits(self, x: Tensor) -> Tensor:
         """Rows after the last block (R, D) -> float32 logits (R, V)."""

@@ -49,7 +49,7 @@ class LLaVA(nn.Module):
     dtype is that of its arithmetic; weights may be stored in a smaller one. tokenizer turns ids
     into text for stop strings and for pruning methods that read the question as text; without one
     these two are refused. rules: what the checkpoint says about choosing tokens, if anything.
-    compiled: what load(compile=True) puts in the place of engine.decode.
+    compiled: what load() puts in the place of engine.decode, if anything.
     """
 
     def __init__(

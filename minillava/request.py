@@ -154,6 +154,8 @@ def check_plan(model: LLaVA, prompts: Sequence[Prompt], plan: Plan, settings: Se
             method.check_model(model)
             n_tokens = N * images if method.scope == "all" else N
             method.check(config.text.num_hidden_layers, n_tokens, prompt.starts)
+        for number, step in enumerate(plan.steps if images else (), 1):
+            step.method.check_order(plan.steps[:number], N, images)
         text, left = len(prompt.ids) - images * N, plan.left(N, images)
         if not text and plan.methods:
             raise ValueError(

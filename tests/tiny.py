@@ -53,6 +53,7 @@ def write_hf(
     old_rope: bool = False,
     layers: int = 4,
     width: int = 32,
+    inner: int | None = None,
     image_size: int = 56,
     vision_layers: int = 10,
     positions: int = 2048,
@@ -73,7 +74,7 @@ def write_hf(
         ),
         text_config=LlamaConfig(
             hidden_size=width,
-            intermediate_size=2 * width + 8,
+            intermediate_size=inner or 2 * width + 8,
             num_hidden_layers=layers,
             num_attention_heads=heads,
             num_key_value_heads=kv_heads,

@@ -61,14 +61,13 @@ def run(args: argparse.Namespace) -> str:
     plans = {(k, r): plan(args.method, k, r) for k in layers for r in args.r}
     done = base.ask_all(bench, read_plans([NONE, *plans.values()]))
     unpruned = done[NONE].scored.score
-    values = {at: done[text].scored.score.value for at, text in plans.items()}
+    scores = {at: done[text].scored.estimate() for at, text in plans.items()}
     rows = [
         {
             "K": k,
             "R, %": round(100 * r),
-            unpruned.metric: values[k, r],
-            base.INTERVAL: done[text].scored.estimate(),
-            "of unpruned, %": 100 * values[k, r] / unpruned.value if unpruned.value else None,
+            unpruned.metric: scores[k, r].value,
+            base.INTERVAL: scores[k, r],
             **_flops(bench, args.method, k, r, done[text]),
             "visible image tokens a layer": done[text].costs.image_tokens,
             "plan": f"`{text}`",
@@ -78,7 +77,7 @@ def run(args: argparse.Namespace) -> str:
     title = f"{args.method}: K and R, {len(bench.items)} questions of {args.task}"
     plots.heat_map(
         args.out / "heat_map.png",
-        [[values[k, r] for r in args.r] for k in layers],
+        [[scores[k, r] for r in args.r] for k in layers],
         [str(k) for k in layers],
         [f"{100 * r:g} %" for r in args.r],
         f"{title}; unpruned {unpruned.value:.1f}",
@@ -86,10 +85,7 @@ def run(args: argparse.Namespace) -> str:
     )
     plots.curves(
         args.out / "curves.png",
-        {
-            f"K={k}": [(100 * r, done[plans[k, r]].scored.estimate()) for r in args.r]
-            for k in layers
-        },
+        {f"K={k}": [(100 * r, scores[k, r]) for r in args.r] for k in layers},
         title,
         ("R, % of the image tokens pruned", unpruned.metric),
         ("unpruned", done[NONE].scored.estimate()),

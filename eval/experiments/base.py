@@ -11,7 +11,7 @@ import argparse
 import json
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -21,11 +21,11 @@ from minillava.app.command import CommandParser
 from minillava.app.ranks import Ranks
 
 from .. import comparison, cost, plots, store
-from ..answers import read_answers
+from ..answers import Answers, read_answers
 from ..bench import Bench, add_options
-from ..plans import NONE, TypedPlan
-from ..results import PlanResult
-from ..run import run_locked
+from ..plans import NONE, TypedPlan, file_name
+from ..results import PlanResult, read_result
+from ..run import add_seeds, read_seeds, run_locked
 from ..score import find_task
 from ..statistics import Estimate
 
@@ -33,6 +33,7 @@ Row = Mapping[str, Any]
 
 DRAWN = ("demo", "demo144")  # tasks
 INTERVAL = "95 %"  # the column of intervals
+SEEDS = (0, 1_000_000, 2_000_000)  # apart by more than a benchmark has questions
 
 
 def experiment(
@@ -42,10 +43,12 @@ def experiment(
     act: Callable[[argparse.Namespace], str],
     more: Callable[[argparse.ArgumentParser], object] = lambda parser: None,
     batch: int = 32,
+    seeds: bool = True,
 ) -> int:
     """Run the command of an experiment; returns its exit code.
 
-    act: does the work and returns the text to print. more: adds further options.
+    act: does the work and returns the text to print. more: adds further options. seeds: whether
+    plans that draw random numbers are asked with several.
     """
     parser = CommandParser(
         prog=f"python -m eval.experiments.{name}",
@@ -54,12 +57,18 @@ def experiment(
         allow_abbrev=False,
     )
     add_options(parser, batch)
+    if seeds:
+        apart = ", ".join(map(str, SEEDS))
+        add_seeds(parser, f"of plans that draw at random; default --seed plus {apart}")
     more(parser)
 
     def run(args: argparse.Namespace, ranks: Ranks) -> None:
         if ranks.size > 1:
             raise ValueError("an experiment runs in one process; use torchrun with eval.run only")
         plots.require_matplotlib()
+        if seeds:
+            args.seeds = read_seeds(args) if args.seeds else [args.seed + more for more in SEEDS]
+            args.seed = args.seeds[0]
         print(act(args), flush=True)
 
     return run_locked(parser, argv, run)
@@ -92,18 +101,36 @@ def compare_with_unpruned(bench: Bench, done: Mapping[str, PlanResult]) -> list[
     results = [done[NONE], *(result for text, result in done.items() if text != NONE)]
     if results[0].scored.estimate().low is None:
         return []
-    folder = Path(bench.args.out)
-    plans = [read_answers(folder, result, bench.task, bench.items) for result in results]
+    plans = [_answers(bench, result.run.plan) for result in results]
     pairs = comparison.compare_all(plans, all_pairs=False)
     metric = results[0].scored.score.metric
-    tables = [comparison.format_pairs(pairs, metric), comparison.format_agreement(plans)]
+    tables = [
+        comparison.format_seeds(plans, metric),
+        comparison.format_pairs(pairs, metric),
+        comparison.format_agreement(plans),
+    ]
     return list(filter(None, tables))
 
 
 def ask_all(bench: Bench, plans: Mapping[str, TypedPlan]) -> dict[str, PlanResult]:
-    """The results of plans, by text. All are checked before the first is asked (ValueError)."""
-    bench.check(list(plans.values()))
-    return {text: bench.ask(plan) for text, plan in plans.items()}
+    """The results of plans, by text; those that draw at random with the mean score of all seeds.
+
+    All are checked before the first is asked (ValueError).
+    """
+    _, *more = bench.args.seeds
+    for each in (bench, *map(bench.with_seed, more)):
+        each.check(list(plans.values()))
+    found = {text: bench.ask_with_seeds(plan, more) for text, plan in plans.items()}
+    return {
+        text: replace(result, scored=_answers(bench, text).scored) if result.draws else result
+        for text, result in found.items()
+    }
+
+
+def _answers(bench: Bench, plan: str) -> Answers:
+    """The answers under a plan, with all its seeds of this command."""
+    result = read_result(Path(bench.args.out) / f"{file_name(plan)}.jsonl")
+    return read_answers(Path(bench.args.out), result, bench.task, bench.items)
 
 
 def add_prune(parser: argparse.ArgumentParser) -> None:

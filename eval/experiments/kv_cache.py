@@ -154,7 +154,9 @@ def add_cache_options(parser: argparse.ArgumentParser) -> None:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; returns its exit code."""
-    return base.experiment(__doc__ or "", argv, "kv_cache", run, add_cache_options, batch=1)
+    return base.experiment(
+        __doc__ or "", argv, "kv_cache", run, add_cache_options, batch=1, seeds=False
+    )
 
 
 if __name__ == "__main__":

@@ -19,11 +19,12 @@ from typing import Any
 
 from .. import plots
 from ..bench import Bench
+from ..credits import average_of_groups
 from ..plans import NONE, TypedPlan, read_plans
 from ..results import PlanResult
 from ..run import format_published
 from ..score import find_task, read_questions
-from ..statistics import Estimate
+from ..statistics import Estimate, estimate
 from ..tasks.base import Item
 from . import base
 
@@ -48,13 +49,10 @@ def run(args: argparse.Namespace) -> str:
     heights = {name: {plan: scores[plan][name] for plan in plans} for name in columns}
     if args.data is None:
         title, label = f"{len(columns)} kinds of question", "score"
-        means = {
-            plan: {"mean": sum(e.value for e in scores[plan].values()) / len(columns)}
-            for plan in plans
-        }
+        means = {plan: {"mean": _mean(d)} for plan, d in done.items()}
     else:  # the scales differ: no mean, and bars relative to no pruning
         title, label = f"{len(columns)} benchmarks", "% of unpruned"
-        means = {plan: {} for plan in plans}
+        means = {}
         heights = {
             name: {plan: _percent_of(e, bars[NONE].value) for plan, e in bars.items()}
             for name, bars in heights.items()
@@ -63,12 +61,12 @@ def run(args: argparse.Namespace) -> str:
         {
             "plan": f"`{plan}`",
             **{name: e.value for name, e in scores[plan].items()},
-            **means[plan],
+            **{name: e.value for name, e in means.get(plan, {}).items()},
             **costs[plan],
         }
         for plan in plans
     ]
-    intervals = [{"plan": f"`{plan}`", **scores[plan]} for plan in plans]
+    intervals = [{"plan": f"`{plan}`", **scores[plan], **means.get(plan, {})} for plan in plans]
     plots.bars(args.out / "nine.png", heights, title, label)
     tables = {"Scores": rows, "95 % intervals of the scores": intervals}
     return base.write_report(
@@ -79,6 +77,11 @@ def run(args: argparse.Namespace) -> str:
 def _kinds(done: PlanResult) -> dict[str, Estimate]:
     figures = done.scored.score.more.items()
     return {name: done.scored.estimate(name) for name, v in figures if isinstance(v, float)}
+
+
+def _mean(done: PlanResult) -> Estimate:
+    """The mean of the scores of all kinds of question."""
+    return estimate(average_of_groups([*done.scored.score.parts.values()]))
 
 
 def _percent_of(estimate: Estimate, whole: float) -> Estimate:

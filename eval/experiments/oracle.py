@@ -37,7 +37,8 @@ from .. import budgets, cost, plots, store
 from ..analyse import line_name
 from ..answers import read_rows
 from ..bench import Bench
-from ..credits import Credits
+from ..comparison import SAME
+from ..credits import Credits, average
 from ..experiments import base
 from ..plans import NONE, TypedPlan, read_plan, read_plans
 from ..predict import Run, batch_of
@@ -105,7 +106,8 @@ def _search_one(bench: Bench, number: int, run: Run, prefills: int | None) -> Fo
     item = bench.items[number]
     try:
         batch = batch_of(bench.processor, [item], run)
-        found = smallest(bench.model, batch, None, prefills, run.max_new_tokens)
+        new = run.max_new_tokens
+        found = smallest(bench.model, batch, limit=prefills, max_new_tokens=new)
     except ValueError as error:
         raise ValueError(f"question {item.question_id}: {error}") from None
     return Found(
@@ -189,17 +191,22 @@ class Compared:
             "95 % of this": apart.estimate,
             "oracle alone": apart.lost,
             "method alone": apart.gained,
+            "": "" if apart.distinguishable else SAME,
         }
 
 
 def keep_answers(bench: Bench, plan: TypedPlan, unpruned: Sequence[str]) -> Credits:
-    """Whether each answer under a plan equals the unpruned one."""
-    bench.ask(plan)
-    rows = read_rows(bench.path(plan))
-    names = [str(item.question_id) for item in bench.items]
-    if [str(row.question_id) for row in rows] != names:
-        raise ValueError(f"{bench.path(plan)} answers other questions; give another --out")
-    return Credits.of(names, [row.text == said for row, said in zip(rows, unpruned, strict=True)])
+    """Whether each answer under a plan equals the unpruned one; the mean over its seeds."""
+    _, *more = bench.args.seeds
+    result = bench.ask_with_seeds(plan, more)
+    names, found = [str(item.question_id) for item in bench.items], list[Credits]()
+    for each in (bench, *map(bench.with_seed, more if result.draws else ())):
+        rows = read_rows(each.path(plan))
+        if [str(row.question_id) for row in rows] != names:
+            raise ValueError(f"{each.path(plan)} answers other questions; give another --out")
+        same = [row.text == said for row, said in zip(rows, unpruned, strict=True)]
+        found.append(Credits.of(names, same))
+    return average(found)
 
 
 def run(args: argparse.Namespace) -> str:
@@ -261,8 +268,9 @@ def _report(
         log_x=len({c.budget for c in compared}) > 1,
     )
     notes = [
+        f"methods that draw at random: the mean over the seeds {', '.join(map(str, args.seeds))}",
         "oracle: the set that greedy deletion found is not larger than the budget; a smaller one "
-        "may exist. oracle alone, method alone: questions whose answer is kept by one of them only"
+        "may exist. oracle alone, method alone: questions whose answer is kept by one of them only",
     ]
     if left_out:
         notes.append(f"{left_out} questions without a picture are left out")

@@ -118,7 +118,7 @@ def _draw(
     plots.curves(out / files[0], lines, title, labels, level, ticks=ticks)
     if len(axes) > 1:
         files.insert(0, "heat_map.png")
-        values = [[found[(v, *other)].value for other in others] for v in first.values]
+        values = [[found[(v, *other)] for other in others] for v in first.values]
         heading = f"{title}; unpruned {unpruned.value:.1f}"
         names = (axes[1].option, first.option, metric)
         plots.heat_map(out / files[0], values, first.values, axes[1].values, heading, names)

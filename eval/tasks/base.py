@@ -197,6 +197,14 @@ def accuracy(
     return Score("accuracy", value, len(right), total, unparsed, credits=made, **more)
 
 
+def split_scores(
+    answers: Sequence[Answer], right: Sequence[bool | float], labels: Sequence[str]
+) -> dict[str, Credits]:
+    """Label -> the credits of the answers that have it, for a Score's parts."""
+    made = Credits.of(names_of(answers), right)
+    return {str(label): part for label, part in made.split(labels).items()}
+
+
 def names_of(answers: Sequence[Answer]) -> list[str]:
     """The names of the questions in Credits: ids with questions, because ids may repeat."""
     return [question_key(a.item.question_id, a.item.text) for a in answers]

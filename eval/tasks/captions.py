@@ -109,7 +109,7 @@ class Captions(Task):
             f"document frequencies are counted over these {len(answers)} images: part of a "
             "benchmark is not comparable with all of it"
         )
-        credits = Credits.of(names_of(answers), [each[name] for name in names])
+        credits = Credits.of(names_of(answers), [each[name] for name in names], most=10.0)
         return Score("CIDEr", 100 * value, len(answers), notes=tuple(notes), credits=credits)
 
 

@@ -50,15 +50,16 @@ class Demo(Task):
         ]
 
     def score(self, answers: Sequence[Answer], protocol: str) -> Score:
-        """The accuracy of all kinds but captions, whose accuracy is in `more`."""
+        """The accuracy of all kinds but captions, whose accuracy is in `more`; that of captions if
+        nothing else is asked."""
         right = [a.said.strip() == a.item.gold["answer"] for a in answers]
         every = Credits.of(names_of(answers), right)
         kinds = np.array([a.item.gold["kind"] for a in answers])
         parts = {kind: every.select(kinds == kind) for kind in self.scenes.KINDS if kind in kinds}
-        counted = every.select(kinds != "caption")
+        counted = every.select(kinds != "caption") if len(parts) > 1 else every
         return Score(
             "accuracy",
-            counted.score if len(counted) else 0.0,
+            counted.score,
             len(counted),
             int(counted.credit.sum()),
             more={kind: part.score for kind, part in parts.items()},

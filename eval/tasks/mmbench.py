@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
+
+import numpy as np
 
 from ..credits import Credits
 from ..metrics import mmbench as metric
@@ -91,7 +94,22 @@ class MMBench(Task):
         value = 100 * right / questions
         rotations = [metric.question_of(row) for row in rows]
         share = Credits.merged(names_of(answers), rotations, alone, lambda r: float(all(r)))
-        return Score("accuracy", value, questions, right, unparsed, more, (note,), credits=share)
+        each = replace(
+            share,
+            numerator=np.array([float(sum(alone[i] for i in own)) for own in share.members]),
+            denominator=np.array([float(len(own)) for own in share.members]),
+        )
+        return Score(
+            "accuracy",
+            value,
+            questions,
+            right,
+            unparsed,
+            more,
+            (note,),
+            credits=share,
+            parts={"without rotation": each},
+        )
 
 
 def _choices(answer: Answer) -> dict[str, str]:

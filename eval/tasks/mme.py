@@ -100,26 +100,29 @@ class MME(Task):
             unparsed,
             more,
             notes,
-            credits=credits["perception"],
-            parts={name: credits[name] for name in ("cognition", "perception + cognition")},
+            credits=credits.pop("perception"),
+            parts=credits,
         )
 
 
 def _credits(answers: Sequence[Answer], rows: Sequence[metric.Row]) -> dict[str, Credits]:
     """The credits of images with their two questions, by figure: categories are summed."""
+    categories = [row.category for row in rows]
     every = Credits.merged(
         names_of(answers),
         [(row.category, row.image) for row in rows],
         [metric.is_right(row) for row in rows],
         lambda pair: 50.0 * sum(pair) + 100.0 * all(pair),
-        [row.category for row in rows],
+        categories,
         scale=1.0,
+        most=200.0,
     )
-    seen = np.array([rows[own[0]].category in metric.PERCEPTION for own in every.members])
+    seen = np.array([categories[own[0]] in metric.PERCEPTION for own in every.members])
     return {
         "perception": every.select(seen),
         "cognition": every.select(~seen),
         "perception + cognition": every,
+        **{str(category): part for category, part in every.split(categories).items()},
     }
 
 

@@ -10,6 +10,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from ..credits import Credits
 from ..metrics import mmmu as metric
 from .base import (
     LETTER,
@@ -22,7 +23,8 @@ from .base import (
     accuracy,
     golds_of,
     letter_options,
-    percent,
+    names_of,
+    split_scores,
 )
 from .files import Row, field, id_field, json_rows, read_json
 from .tables import Table, find_table
@@ -67,12 +69,13 @@ class MMMU(Task):
         return found[:limit]
 
     def score(self, answers: Sequence[Answer], protocol: str) -> Score:
-        guess = metric.guesses(SEED)
-        right, unparsed, guessed, guesses_right, bare = [], 0, 0, 0, 0
-        subjects: dict[str, list[bool]] = {}
+        guess, unparsed, bare = metric.guesses(SEED), 0, 0
+        right: list[bool] = []
+        guessed: list[bool] = []  # answers without a letter
         for a in answers:
             golds, options = golds_of(a, "answer"), a.item.gold["options"]
             bare += options == []
+            is_guess = False
             if a.text is None:
                 correct = False
             elif options is None:
@@ -82,32 +85,32 @@ class MMMU(Task):
                 correct = a.said in golds
             else:
                 letter = metric.choice(a.said, options, official=protocol != "lmms")
-                correct = letter in golds
-                if letter is None:
-                    guessed += 1
-                    correct = guess(options) in golds
-                    guesses_right += correct
+                is_guess = letter is None
+                correct = (guess(options) if is_guess else letter) in golds
             right.append(correct)
-            subjects.setdefault(_subject(str(a.item.question_id)), []).append(correct)
-        n = max(len(right), 1)
-        more: dict[str, Any] = {
-            "without_fallback": 100 * (sum(right) - guesses_right) / n,
-            "lowest": 100 * (sum(right) - guesses_right) / n,
-            "highest": 100 * (sum(right) - guesses_right + guessed) / n,
-            "guesses": guessed,
-            "guesses that were right": guesses_right,
-            **{subject: percent(rs) for subject, rs in sorted(subjects.items())},
+            guessed.append(is_guess)
+        names, subjects = names_of(answers), [_subject(str(a.item.question_id)) for a in answers]
+        read = [r and not g for r, g in zip(right, guessed, strict=True)]
+        parts = {
+            "without_fallback": Credits.of(names, read),
+            "lowest": Credits.of(names, read),
+            "highest": Credits.of(names, [r or g for r, g in zip(read, guessed, strict=True)]),
+            **dict(sorted(split_scores(answers, right, subjects).items())),
         }
+        more: dict[str, Any] = {name: part.score for name, part in parts.items()}
+        more["guesses"] = sum(guessed)
+        more["guesses that were right"] = sum(right) - sum(read)
         notes = [
-            f"as in the official script, {guessed} unparsed answers are guessed at random with "
-            f"seed {SEED}; without guesses {more['without_fallback']:.2f}"
+            f"as in the official script, {sum(guessed)} unparsed answers are guessed at random "
+            f"with seed {SEED}; without guesses {more['without_fallback']:.2f}"
         ]
         if bare:
             notes.append(
                 f"{bare} multiple-choice questions have no options: only answers that are a letter "
                 "already count, as in main_eval_only.py"
             )
-        return accuracy(answers, right, guessed + unparsed, more=more, notes=tuple(notes))
+        unparsed += sum(guessed)
+        return accuracy(answers, right, unparsed, more=more, notes=tuple(notes), parts=parts)
 
 
 def _table(table: Table, protocol: str) -> list[Item]:

@@ -115,30 +115,46 @@ class POPE(Task):
             a.text is not None and metric.lmms_parse(a.text) not in ("yes", "no") for a in answers
         )
         value = 100 * sum(defined) / len(defined) if defined else 0.0
-        credits = _credits(answers, protocol)
+        credits, parts = _credits(answers, protocol)
         right = credits.credit.sum()
         unparsed = strange if protocol == "lmms" else 0
         split = self.split if set(groups) == set(SPLITS) else ", ".join(groups)
-        return Score("F1", value, len(answers), right, unparsed, more, tuple(notes), split, credits)
+        return Score(
+            "F1", value, len(answers), right, unparsed, more, tuple(notes), split, credits, parts
+        )
 
 
-def _credits(answers: Sequence[Answer], protocol: str) -> Credits:
-    """The credits of the mean F1 over splits, F1 = 2 tp / (2 tp + fp + fn)."""
+def _credits(answers: Sequence[Answer], protocol: str) -> tuple[Credits, dict[str, Credits]]:
+    """The credits of the mean F1 over splits, F1 = 2 tp / (2 tp + fp + fn), and of each split's
+    figures by name."""
     parse = metric.lmms_parse if protocol == "lmms" else metric.parse
     said = [parse(_said(a)) for a in answers]
     gold = [gold_of(a).strip().lower() for a in answers]
     splits = [a.item.gold.get("split") or "all" for a in answers]
     numbers = {split: i for i, split in enumerate(dict.fromkeys(splits))}
-    right = [float(s == g) for s, g in zip(said, gold, strict=True)]
-    return replace(
-        Credits.of(names_of(answers), right),
-        numerator=np.array([2.0 * (s == g == "yes") for s, g in zip(said, gold, strict=True)]),
-        denominator=np.array(
-            [float((s == "yes") + (g == "yes")) for s, g in zip(said, gold, strict=True)]
-        ),
-        group=np.array([numbers[split] for split in splits]),
-        mean=True,
+    is_yes, is_gold = np.array(said) == "yes", np.array(gold) == "yes"
+    counted = is_gold & np.isin(said, ("yes", "no"))  # lmms: no other answer is in tp, fp or fn
+    right = Credits.of(names_of(answers), [float(s == g) for s, g in zip(said, gold, strict=True)])
+    undefined = 1e-12 if protocol == "lmms" else 0.0  # lmms: an F1 without tp, fp and fn is 0
+    hits, yes, among = 1.0 * (is_yes & is_gold), 1.0 * is_yes, 1.0 * counted
+    groups = np.array([numbers[split] for split in splits])
+    f1 = replace(
+        right, numerator=2 * hits, denominator=yes + among + undefined, group=groups, mean=True
     )
+    figures = {
+        "accuracy": right,
+        "precision": replace(right, numerator=hits, denominator=yes),
+        "recall": replace(right, numerator=hits, denominator=among),
+        "f1": f1,
+    }
+    if protocol != "lmms":
+        figures["yes_ratio"] = Credits.of(right.names, yes.tolist())
+    parts = {
+        f"{split} {name}": made.select(groups == number)
+        for split, number in numbers.items()
+        for name, made in figures.items()
+    }
+    return f1, {name: made for name, made in parts.items() if made.denominator.any()}
 
 
 def _said(answer: Answer) -> str:

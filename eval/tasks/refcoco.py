@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
@@ -24,8 +24,10 @@ from .base import (
     count_unparsed,
     names_of,
     question_key,
+    split_scores,
 )
 from .files import Row, first_existing, id_field, int_field, json_rows, list_field, text_field
+from .refer import REFS, read_mdetr, read_refs
 from .tables import Table, find_table
 
 ASKED = "Please provide the bounding box coordinate of the region this sentence describes: "
@@ -62,6 +64,8 @@ class RefCOCO(Task):
         return (
             f"a folder with some of {files} (lines of image, sent, bbox, width and height, as "
             "Qwen-VL's and InternVL's evaluation have them) and COCO's train2014/",
+            "a folder of github.com/lichengunc/refer with refs(unc).p or refs(umd).p and "
+            f"instances.json, or MDETR's finetune_{self.name}_val.json, …, with the same pictures",
             f"a folder of the datasets repository {self.repository} (val-*.parquet, …)",
         )
 
@@ -79,18 +83,28 @@ class RefCOCO(Task):
             split = ending if ending in self.splits else source.stem
             yield from _read_lines(source, split, protocol)
             return
+        places = [f"{folder}{refs}" for folder in ("", f"{self.name}/") for refs in REFS]
+        if (pickled := first_existing(source, *places)) is not None:
+            for split in self.splits:
+                yield from _items(read_refs(pickled, split), pickled, split, protocol, sides=True)
+            return
         if (saved := find_table(source)) is not None:
             split = source.name if source.name in self.splits else "all"
             yield from _read_table(saved, split, protocol)
             return
         for split in self.splits:  # not "test" alone: test*.parquet is also testA and testB
             table = find_table(source, *(f"{split}{end}" for end in ("-", ".", "/")))
-            name = f"{self.name}_{split}.jsonl"
-            path = first_existing(source, name, f"{self.name}/{name}")
+            name, shikra = f"{self.name}_{split}.jsonl", f"REC_{self.name}_%s_{split}.jsonl"
+            lines = (name, f"{self.name}/{name}", shikra % "unc", shikra % "umd")
+            path = first_existing(source, *lines)
+            name = f"finetune_{self.name}_{split}.json"
+            mdetr = first_existing(source, name, f"mdetr_annotations/{name}")
             if table is not None:
                 yield from _read_table(table, split, protocol)
             elif path is not None:
                 yield from _read_lines(path, split, protocol)
+            elif mdetr is not None:
+                yield from _items(read_mdetr(mdetr), mdetr, split, protocol, sides=True)
 
     def score(self, answers: Sequence[Answer], protocol: str) -> Score:
         parse, iou = (
@@ -101,11 +115,13 @@ class RefCOCO(Task):
         ious = np.array([iou(a.said, a.item.gold["box"], a.item.gold["size"]) for a in answers])
         right = (ious >= metric.ENOUGH).tolist()
         scored = accuracy(answers, right, count_unparsed(answers, parse))
-        splits = np.array([a.item.gold["split"] for a in answers])
-        names, made = list(dict.fromkeys(splits.tolist())), Credits.of(names_of(answers), right)
-        parts = {n: made.select(splits == n) for n in names if len(names) > 1}
+        splits = [a.item.gold["split"] for a in answers]
+        parts = split_scores(answers, right, splits)
+        names = list(parts)
+        parts = parts if len(names) > 1 else {}
+        overlap = np.nan_to_num(ious, posinf=0.0, neginf=0.0)
+        parts["mean IoU"] = Credits.of(names_of(answers), overlap.tolist())
         more = {name: part.score for name, part in parts.items()}
-        more["mean IoU"] = 100 * float(np.nan_to_num(ious).mean())
         is_padded = any(len(set(a.item.gold["size"])) > 1 for a in answers)
         notes = (NOT_UNDONE,) if protocol == "lmms" and is_padded else ()
         return replace(
@@ -119,13 +135,23 @@ class RefCOCO(Task):
 
 
 def _read_lines(path: Path, split: str, protocol: str) -> Iterator[Item]:
-    """The questions of JSON lines, whose boxes are left, top, right and bottom in pixels."""
-    for i, row in enumerate(json_rows(path)):
+    """The questions of JSON lines, whose boxes are left, top, right and bottom in pixels. The names
+    img_path and expression are Shikra's."""
+    every = json_rows(path)
+    rows = ({"image": r.get("img_path"), "sent": r.get("expression")} | r for r in every)
+    yield from _items(rows, path, split, protocol)
+
+
+def _items(
+    rows: Iterable[Row], path: Path, split: str, protocol: str, sides: bool = False
+) -> Iterator[Item]:
+    """The questions of rows with image, sent, bbox, width and height. sides: as for _box."""
+    for i, row in enumerate(rows):
         where = f"row {i}"
         size = tuple(int_field(row, name, path, where) for name in ("width", "height"))
         if min(size) < 1:
             raise _wrong(path, where, f"width and height are {size}", "at least 1")
-        box = _box(row, path, where)
+        box = _box(row, path, where, sides)
         image = _find_image(path.parent, text_field(row, "image", path, where))
         phrase = text_field(row, "sent", path, where)
         gold = {"box": box, "size": size, "split": split}
@@ -179,7 +205,9 @@ def _find_image(folder: Path, name: str) -> ImageSource:
     """The image in one of the places where it may be: the path as the file has it, which is
     relative to the evaluation's own folder, or its name in COCO's folder or beside the file."""
     base = Path(name).name
-    places = (name, f"train2014/{base}", f"../train2014/{base}", f"coco/train2014/{base}", base)
+    coco = ("train2014", "../train2014", "coco/train2014", "images/mscoco/images/train2014")
+    refer = "../images/mscoco/images/train2014"  # from data/refcoco
+    places = (name, *(f"{folder}/{base}" for folder in (*coco, refer)), base)
     return ImageSource.from_file(first_existing(folder, *places) or folder / places[1])
 
 

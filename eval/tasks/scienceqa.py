@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from ..credits import Credits
 from ..metrics import scienceqa as metric
 from .base import (
     LETTER,
@@ -20,7 +21,7 @@ from .base import (
     accuracy,
     gold_of,
     letter_options,
-    percent,
+    split_scores,
 )
 from .files import (
     Row,
@@ -172,18 +173,17 @@ class ScienceQA(Task):
         given = [letter for a, letter in zip(answers, letters, strict=True) if a.text is not None]
 
         has_image = [bool(a.item.images) for a in answers]
-        more: dict[str, Any] = {}
+        parts: dict[str, Credits] = {}
         if not all(has_image):
-            seen = [r for r, has in zip(right, has_image, strict=True) if has]
-            blind = [r for r, has in zip(right, has_image, strict=True) if not has]
-            more = {
-                "with image": percent(seen),
-                "with image, questions": len(seen),
-                "without image": percent(blind),
-                "without image, questions": len(blind),
-            }
-        split = self.split if all(has_image) else "test"
-        return accuracy(answers, right, given.count(None), more=more, notes=notes, split=split)
+            labels = ["with image" if has else "without image" for has in has_image]
+            parts = split_scores(answers, right, labels)
+        more = {
+            text: number
+            for name, part in sorted(parts.items())
+            for text, number in ((name, part.score), (f"{name}, questions", len(part)))
+        }
+        split, unparsed = self.split if all(has_image) else "test", given.count(None)
+        return accuracy(answers, right, unparsed, more=more, notes=notes, split=split, parts=parts)
 
 
 def _parts(row: Row, path: Path, where: str) -> tuple[str, str, list[str]]:

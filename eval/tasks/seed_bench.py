@@ -18,7 +18,7 @@ from .base import (
     count_unparsed,
     gold_of,
     letter_options,
-    percent,
+    split_scores,
 )
 from .files import (
     Row,
@@ -73,23 +73,23 @@ class SEEDBench(Task):
         correct = metric.lmms_correct if protocol == "lmms" else metric.llava_correct
         right = [correct(a.said, gold_of(a)) for a in answers]
         kinds = [a.item.gold["data_type"] for a in answers]
-        more = {
-            kind: percent([r for r, k in zip(right, kinds, strict=True) if k == kind])
-            for kind in dict.fromkeys(kinds)
-        }
-        notes = []
+        parts, notes = split_scores(answers, right, kinds), []
+        more = {kind: part.score for kind, part in parts.items()}
         if "video" in more:
             notes.append(
                 "figures called SEED are of images and clips together in some papers and tables, "
                 "also under the name Image-acc (60.5), and of images alone in others"
             )
-        split = {("image",): "image", ("video",): "video"}.get(tuple(more), "image and video")
+        there = ", ".join(more)
+        split = there if there in ("image", "video") else "image and video"
 
         def parse(text: str) -> object:
             return next((x for x in "ABCD" if correct(text, x)), None)
 
         unparsed = count_unparsed(answers, parse)
-        return accuracy(answers, right, unparsed, more=more, notes=tuple(notes), split=split)
+        return accuracy(
+            answers, right, unparsed, more=more, notes=tuple(notes), split=split, parts=parts
+        )
 
 
 def _item(row: Row, path: Path, i: int, images: tuple[ImageSource, ...]) -> Item:

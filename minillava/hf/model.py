@@ -272,7 +272,9 @@ class TheirBlock(nn.Module):
 
 def run_layer(layer: nn.Module, x: Tensor, rope: Rope, mask: Tensor | None, cache: Any) -> Tensor:
     """One decoder layer of theirs on x (rows, S, D); the angles of rope are those of rows * S."""
-    cos, sin = (torch.cat((t, t), -1).view(*x.shape[:2], -1) for t in rope)  # (rows, S, Dh)
+    # theirs takes a sine without sign: what we have for the second half of a head
+    halves = (t.chunk(2, -1)[1].view(*x.shape[:2], -1) for t in rope)
+    cos, sin = (torch.cat((t, t), -1) for t in halves)  # (rows, S, Dh)
     given = {"attention_mask": mask, "position_embeddings": (cos, sin), LAYER_CACHE: cache}
     y = layer(x, use_cache=cache is not None, **given)
     return y[0] if isinstance(y, tuple) else y  # a tuple before transformers 4.54

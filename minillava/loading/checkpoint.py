@@ -31,6 +31,7 @@ from .config_file import read_config, read_generation_rules
 from .error_text import cut, cut_path, shorten
 from .hub import find_checkpoint
 from .keys import our_name, published_name
+from .native_decode import native_decoding
 from .processor_files import read_processor
 from .regular_files import is_present
 from .tensor_files import FLOATS, StoredTensor
@@ -118,8 +119,7 @@ def load(
     if compile:
         check_compilable(target, storage, forms)
     load_weights(model, found, target, storage, forms, progress)
-    if compile:
-        model.compiled = compile_decoding(model)
+    model.compiled = compile_decoding(model) if compile else native_decoding(model)
     return model, processor
 
 

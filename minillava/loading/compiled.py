@@ -125,11 +125,8 @@ def count_token(state: State) -> None:
 # ---------------------------------------------------------------- CPU
 
 
-class CompiledDecode:
-    """decode() with its decoder layers compiled."""
-
-    def __init__(self, backend: str | Callable[..., Any] = "inductor") -> None:
-        self.compiled: RunBlock = torch.compile(run_block, dynamic=True, backend=backend)
+class LayerDecode:
+    """decode() whose layers are run by run(), in subclasses."""
 
     def __call__(self, model: LLaVA, tokens: Tensor, state: State) -> Tensor:
         """As engine.decode."""
@@ -139,6 +136,17 @@ class CompiledDecode:
         logits = run_token(model, tokens, state, views, self.run)
         count_token(state)
         return logits
+
+    def run(self, block: Block, x: Tensor, rope: Rope, held: Held, view: CacheView) -> Tensor:
+        """A decoder layer for one row per sample (B, D), with the layer's part of the cache."""
+        raise NotImplementedError
+
+
+class CompiledDecode(LayerDecode):
+    """decode() with its decoder layers compiled."""
+
+    def __init__(self, backend: str | Callable[..., Any] = "inductor") -> None:
+        self.compiled: RunBlock = torch.compile(run_block, dynamic=True, backend=backend)
 
     def run(self, block: Block, x: Tensor, rope: Rope, held: Held, view: CacheView) -> Tensor:
         """run_block, compiled except for the last rows that the cache has room for: code for a part

@@ -21,12 +21,13 @@ changes nothing.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from .base import Context, Keep, option, top
+from .base import Context, Keep, Step, option, top
 from .margins import lead, least
 from .shared import TwoStages, farthest_points, merge_dropped
 
@@ -62,6 +63,14 @@ class ApET(TwoStages):
                     f"{len(left)} stages; there are {n} rows in stage {i}"
                 )
             n = k
+
+    def check_order(self, steps: Sequence[Step], per_image: int, n_images: int) -> None:
+        for step in steps if self.first is not None else ():
+            if step.method is not self:
+                raise ValueError(
+                    f"apet: first={'/'.join(map(str, self.first or ()))} counts the rows of a "
+                    f"whole image, but {step.method.label} runs before; leave one of them out"
+                )
 
     def choose(self, c: Context) -> Keep:
         x, k, n = c.features(), self.left(c.n_tokens)[c.stage_index], len(c.candidates)

@@ -34,6 +34,7 @@ from torch import Tensor
 from ..config import VisionConfig
 from ..rows import on_device
 from .base import Context, Keep, Method, Stages, amount, count, option, top
+from .order import need_patches
 from .shared import border_patches, refuse_nan, second_last_block
 from .sparsevlm import count_clusters, count_merged, merge_best_dropped
 
@@ -81,6 +82,8 @@ def curve(slope: float, x0: float, n: int, target: int, cap: int, depth: int) ->
     low, high, best = 0.0, 20.0, (float("inf"), 1.0)
     for _ in range(200):
         scale = (low + high) / 2
+        if scale in (low, high):  # no float lies between them: every further step is this one
+            break
         total = sum(count_left(shares, scale, n, cap))
         if abs(total - wanted) < best[0]:
             best = abs(total - wanted), scale
@@ -99,7 +102,8 @@ class AutoPrune(Method):
     gamma: float = option(0.2, help="how much mutual information flattens it")
 
     name, drops_only, numbering = "autoprune", False, "compact"
-    strength, adaptive = "target", True
+    strength, adaptive, adds_rows = "target", True, True
+    check_order = need_patches
 
     def stages(self) -> Stages:
         return tuple(("decoder", layer) for layer in range(1, self.depth))
@@ -132,7 +136,7 @@ class AutoPrune(Method):
             information = mutual_information(c, rows, seen) / max(1, len(rows))
             score = 0.3 * information * score + by_class.masked_fill(far, 0.0)
             return Keep(top(score, most, c.where), scores=score)
-        if c.stage_index == 1:
+        if c.stage_index == 1 or "curve" not in c.shared:
             information = mutual_information(c, rows, seen).cpu()
             refuse_nan(information, c.where)
             slope = max(self.k0 - self.gamma * float(information), 0.0)

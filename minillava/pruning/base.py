@@ -9,7 +9,7 @@ all methods, in engine.py.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import MISSING, dataclass, field, fields, replace
 from functools import cached_property
 from inspect import get_annotations
@@ -28,6 +28,10 @@ from ..sample import LastAttention, Sample
 Stage = Literal["vision", "embed", "decoder"]
 Stages = tuple[tuple[Stage, int], ...]
 STAGES: tuple[Stage, ...] = ("vision", "embed", "decoder")  # in the order in which they run
+WHILE_DECODING = (
+    "while decoding; read nothing but the attention of `newest`, or say choice_stands = True, so "
+    "that the choice made for the prompt stands"
+)
 
 
 # ---------------------------------------------------------------- options
@@ -113,6 +117,7 @@ class Method:
     newest_row: ClassVar[bool] = False  # the score reads the newest row
     adaptive: ClassVar[bool] = False  # how many stay depends on the image; left() says at most
     choice_stands: ClassVar[bool] = False  # ... but mode=mask does not choose again for new tokens
+    adds_rows: ClassVar[bool] = False  # it may return Keep.extra, rows that are no patches
     numbering: ClassVar[str] = "original"  # default of `positions`
     strength: ClassVar[str] = "keep"  # the option that average= sets (average.py)
 
@@ -193,6 +198,9 @@ class Method:
                         f"most that many, or a share such as {name}=0.5"
                     )
 
+    def check_order(self, steps: Sequence[Step], per_image: int, n_images: int) -> None:
+        """Raise ValueError, before any forward, if the last step, its own, cannot follow these."""
+
     def check_model(self, model: LLaVA) -> None:
         """Raise ValueError, before any forward, for a model that it cannot serve."""
 
@@ -211,9 +219,8 @@ class Method:
         """The name in errors: a user's method with the file that it was read from."""
         return f"{self.name} ({self.file})" if self.file else self.name
 
-    @property
-    def shift(self) -> int:
-        """Rows by which the window is moved towards the end (FastV as released: 1)."""
+    def shift(self, start: int) -> int:
+        """Rows by which the window of an image that starts there is moved (FastV released: 1)."""
         return 0
 
     @property
@@ -390,11 +397,7 @@ class Context:
         if self._step.stage == "vision":
             raise self._error('attention() is for the stages ("embed", 0) and ("decoder", K)')
         if self._sample.cached_keys is not None and not torch.equal(rows.cpu(), self.newest):
-            raise self._error(
-                f"attention of rows {rows.tolist()} was asked for, but while decoding only the "
-                f"newest row {self.newest.tolist()} has a query; ask for `newest`, or say "
-                "choice_stands = True: the choice made for the prompt then stands"
-            )
+            raise self._error(f"the attention of rows {rows.tolist()} is gone {WHILE_DECODING}")
         if layer == 0:
             q, k = self._coming_heads(rows.cpu())
             hidden = self._sample.hidden(self._step.layer, before=self._step.number)
@@ -414,11 +417,7 @@ class Context:
     def sequence(self) -> Tensor:
         """Hidden states (S, C | D) of all rows of the sample."""
         if self._sample.cached_keys is not None:
-            raise self._error(
-                "while decoding, the prompt's hidden states are gone; read nothing but the "
-                "attention of `newest`, or say choice_stands = True, so that the choice made for "
-                "the prompt stands"
-            )
+            raise self._error(f"the prompt's hidden states are gone {WHILE_DECODING}")
         return self._sample.x
 
     def entered(self) -> Tensor:
@@ -497,10 +496,7 @@ class Context:
         """`patches`, after refusing candidates that are not patches."""
         patches = self.patches
         if (patches < 0).any():
-            raise self._error(
-                f"at {self.where}, an earlier method left rows that are not patches, which cannot "
-                "be ranked here; put the method that merges last"
-            )
+            raise self._error("rows without a patch cannot be ranked; put what adds them last")
         return patches
 
 

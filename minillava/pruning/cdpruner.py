@@ -23,10 +23,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ..llava import LLaVA
 from ..rows import take_rows
 from .base import Context, Keep, option
-from .clip_text import OPENAI, load_clip, question
+from .clip_text import OPENAI, check_clip, load_clip, question
 from .margins import Picks
+from .order import need_patches
 from .shared import BeforeDecoder
 
 BRIEF = "Answer the question using a single word or phrase."
@@ -61,11 +63,12 @@ class CDPruner(BeforeDecoder):
 
     name = "cdpruner"
     stage = "embed"
+    check_order = need_patches
 
-    def check(self, n_layers: int, n_tokens: int, starts: tuple[int, ...]) -> None:
-        super().check(n_layers, n_tokens, starts)
-        if self.left(n_tokens)[0] < n_tokens:
-            load_clip(self.clip, torch.device("cpu"))
+    def check_model(self, model: LLaVA) -> None:
+        n_tokens = model.config.vision.num_patches
+        if self.scope == "all" or self.left(n_tokens)[0] < n_tokens:
+            check_clip(model, self.name, self.clip)
 
     def choose(self, c: Context) -> Keep:
         n, (keep,) = len(c.candidates), self.left(c.n_tokens)

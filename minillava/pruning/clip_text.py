@@ -19,6 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..llava import LLaVA
 from ..rows import on_device
 
 ARCHITECTURE = "ViT-L-14-336-quickgelu"
@@ -39,14 +40,8 @@ class ClipText:
 
     def patches(self, features: Tensor) -> Tensor:
         """Project patches as LLaVA reads them (n, C) to the space that CLIP's images and texts
-        share: (n, E), not normalised. Raises ValueError if their width is not this CLIP's."""
+        share: (n, E), not normalised."""
         visual: Any = self.model.visual
-        width = visual.ln_post.normalized_shape[0]
-        if features.shape[-1] != width:
-            raise ValueError(
-                f"clip={self.source} has an image tower of width {width}, this model's is "
-                f"{features.shape[-1]} wide: not the CLIP it was taken from; {REMEDY}"
-            )
         return visual.ln_post(features.float()) @ visual.proj
 
     def truncated(self, text: str) -> Tensor:
@@ -79,6 +74,19 @@ def question(text: str, *suffixes: str) -> str:
     for suffix in suffixes:
         text = text.removesuffix(suffix).strip()
     return text
+
+
+def check_clip(model: LLaVA, name: str, source: str) -> None:
+    """Raise ValueError if method `name` cannot read the question with this CLIP's text tower."""
+    if model.tokenizer is None:
+        raise ValueError(f"{name} reads the question's text: it needs a model with a tokenizer")
+    visual: Any = load_clip(source, torch.device("cpu")).model.visual
+    width, own = visual.ln_post.normalized_shape[0], model.config.vision.hidden_size
+    if own != width:
+        raise ValueError(
+            f"clip={source} has an image tower of width {width}, this model's is {own} wide: not "
+            f"the CLIP it was taken from; {REMEDY}"
+        )
 
 
 def load_clip(source: str, device: torch.device) -> ClipText:

@@ -1,20 +1,14 @@
 """DART: drop the image tokens that duplicate a few pivot tokens.
 
-Wen et al., "Stop Looking for Important Tokens in Multimodal Language Models: Duplication Matters
-More", EMNLP 2025, arXiv 2502.11494. Released code (read in the fork xqy1111111/DART 0247657):
-modeling_llama_self.py, get_retained_image_token. It reads no attention weights:
-1. The pivots are 4 image tokens and 4 text tokens after the image: those whose rotated keys in
-   layer K-1 have the largest L1 norm, over all heads together.
-2. The pivots take turns. Each retains the keep // 8 image tokens that resemble it LEAST, and these
-   leave the pool. Resemblance is the cosine of the rows that enter layer K, after the model's final
-   norm.
-So 4 + 8 * (keep // 8) tokens stay: 196, 132 and 68 for keep=192, 128 and 64, which are the released
-settings under these names. The order of the turns changes the result. The released code iterates
-over a Python set of the pivots' row numbers, whose order is that of CPython's hash table with 32
-places: by row number modulo 32, unless two collide. This file iterates over the same set.
+Wen et al., EMNLP 2025, arXiv 2502.11494; fork xqy1111111/DART 0247657, modeling_llama_self.py. The
+pivots are 4 image tokens and 4 text tokens after the image: those whose rotated keys in layer K-1
+have the largest L1 norm, over all heads together. They take turns, in the order of a Python set of
+their row numbers, as released, which changes the result. Each retains the keep // 8 image tokens
+that resemble it LEAST: by the cosine of the rows that enter layer K, after the final norm. So
+4 + 8 * (keep // 8) tokens stay.
 
-Deviations: keep=0 keeps nothing. Where the pool is too small (keep=1.0) all tokens stay; the
-released code fails there. With fewer than 4 rows of either kind there are fewer pivots.
+Deviations: keep=0 keeps nothing; a pool that is too small stays whole, where the released code
+fails; with fewer than 4 rows of either kind there are fewer pivots.
 """
 
 from __future__ import annotations
@@ -26,15 +20,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..rows import take_rows
-from .base import Context, Keep, Method, Stages, amount, count, option, top
+from .base import Context, Keep, amount, count, option, top
 from .margins import COSINE, lead, least
+from .shared import AtLayer
 
 PIVOTS = 4  # among the image tokens, and as many among the text tokens
-
-
-def select_pivots(norms: Tensor, rows: Tensor, where: str) -> list[int]:
-    """Those of `rows` that have the largest of norms (S,), largest first."""
-    return rows[top(norms[rows], PIVOTS, where)].tolist()
 
 
 def select_distinct(
@@ -57,14 +47,11 @@ def select_distinct(
 
 
 @dataclass(frozen=True)
-class DART(Method):
+class DART(AtLayer):
     keep: float = amount(128, help="number or share kept, before it is rounded to 4 + 8 m")
     layer: int = option(2, low=1, help="layer whose input is pruned; it needs one before it")
 
     name, identity = "dart", "keep=1.0"
-
-    def stages(self) -> Stages:
-        return (("decoder", self.layer),)
 
     def left(self, n_tokens: int) -> tuple[int, ...]:
         each = count(self.keep, n_tokens) // (2 * PIVOTS)
@@ -76,8 +63,8 @@ class DART(Method):
             return Keep(torch.arange(n)[:k])
         norms = c.keys().flatten(1).float().abs().sum(1).cpu()  # (S,)
         x, candidates = c.model.llama.norm(c.sequence()).float(), c.candidates
-        image = select_pivots(norms, candidates, c.where)
-        text = select_pivots(norms, c.text_rows, c.where)
+        both = (candidates, c.text_rows)
+        image, text = (rows[top(norms[rows], PIVOTS, c.where)].tolist() for rows in both)
         index, closest = select_distinct(x, candidates, image, text, k // (2 * PIVOTS))
-        by_norm = (lead(norms[rows], PIVOTS) for rows in (candidates, c.text_rows))
+        by_norm = (lead(norms[rows], PIVOTS) for rows in both)
         return Keep(index, order=index, closest=least(closest, *by_norm))

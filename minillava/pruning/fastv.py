@@ -32,9 +32,8 @@ class FastV(Method):
         return (("decoder", self.layer),)
 
     def left(self, n_tokens: int) -> tuple[int, ...]:
-        if self.keep is None:
-            return (max(1, round(n_tokens * (1 - self.r))),)
-        return (count(self.keep, n_tokens),)
+        keep = max(1, round(n_tokens * (1 - self.r))) if self.keep is None else self.keep
+        return (count(keep, n_tokens),)
 
     def check(self, n_layers: int, n_tokens: int, starts: tuple[int, ...]) -> None:
         super().check(n_layers, n_tokens, starts)
@@ -43,8 +42,7 @@ class FastV(Method):
                 f"fastv: released=1 knows one image, the prompt has {len(starts)}; leave it out"
             )
 
-    @property
-    def shift(self) -> int:
+    def shift(self, start: int) -> int:
         return int(self.released)
 
     def choose(self, c: Context) -> Keep:

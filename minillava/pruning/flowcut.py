@@ -35,6 +35,7 @@ from ..clip import Block
 from ..llava import LLaVA
 from .base import Context, Keep
 from .margins import UNKNOWN
+from .order import need_all_patches
 from .shared import BeforeDecoder, add_attention, check_whole_grid, refuse_nan, tower_heads
 
 
@@ -59,6 +60,7 @@ def count_pruned(by_class: Tensor, keep: int, rest: int) -> Tensor:
 @dataclass(frozen=True)
 class FlowCut(BeforeDecoder):
     name, drops_only = "flowcut", False
+    check_order = need_all_patches
 
     def check_model(self, model: LLaVA) -> None:
         if model.feature_layer < 2:

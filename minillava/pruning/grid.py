@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from .base import Context, Keep, Method, Stages, amount, count, option
+from .order import need_all_patches
 from .shared import check_whole_grid
 
 
@@ -48,6 +49,7 @@ class Grid(Method):
     w: int | None = option(None, instead_of=("keep",), help="patches in a row")
 
     name, identity, numbering = "grid", "keep=1.0", "compact"
+    check_order = need_all_patches
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -1,18 +1,12 @@
 """HiPrune: keep what a middle block of the vision tower attends to, and what a late block does.
 
-Liu et al., ACL 2026 Findings, arXiv 2508.00553. Released code: Danielement321/HiPrune,
-LLaVA/llava/model/llava_arch.py, encode_images. Between vision tower and projector, patches are
-ranked by the attention that they receive, mean over heads and over all queries (so that no class
-token is needed). T = keep tokens stay:
-- anchors: the round(T * alpha / 5) best in a middle block;
-- buffers: the four neighbours of each anchor, by patch number (the left neighbour of a row's first
-  patch is the last patch of the row above; a number beyond the image becomes its first or last);
-- registers: the best of the others in the second-last block, until there are T.
-They stay in reading order and are renumbered.
+Liu et al., ACL 2026 Findings, arXiv 2508.00553; Danielement321/HiPrune, llava_arch.py. Patches are
+ranked by the attention that they receive, mean over heads and all queries. Of T = keep, the
+round(T * alpha / 5) best in `block` (from 0: the paper's object layer 9 is 8) are anchors, which
+bring their four neighbours by number: these wrap around rows. The best of the others in the
+second-last block are registers. All stay in reading order and are renumbered.
 
-`block` counts from 0. The paper's object layer 9 is block 8 of 24; in a tower with another number
-of blocks the default is at the same share. Deviation: a `keep` too small for the anchors and their
-neighbours is refused, where the released code breaks.
+Deviation: a `keep` too small for the anchors is refused, where the released code breaks.
 """
 
 from __future__ import annotations
@@ -24,6 +18,7 @@ from torch import Tensor
 
 from .base import Context, Keep, option, top
 from .margins import lead, least
+from .order import need_patches
 from .shared import BeforeDecoder, block_number, second_last_block
 
 
@@ -39,7 +34,7 @@ class HiPrune(BeforeDecoder):
     alpha: float = option(0.1, low=0, high=1, help="share of anchors and buffers")
     block: int | None = option(None, help="block of the anchors, from 0; 8 of 24")
 
-    name = "hiprune"
+    name, check_order = "hiprune", need_patches
 
     def n_anchors(self, keep: int) -> int:
         return round(keep * self.alpha / 5)
@@ -54,8 +49,8 @@ class HiPrune(BeforeDecoder):
             )
 
     def vision_layers(self, n_layers: int) -> tuple[int, ...]:
-        last = second_last_block(self.name, n_layers)
-        return (block_number(self.name, self.block, n_layers, released=8), last)
+        middle = block_number(self.name, self.block, n_layers, released=8)
+        return middle, second_last_block(self.name, n_layers)
 
     def choose(self, c: Context) -> Keep:
         (keep,), patches = self.left(c.n_tokens), c.whole_patches()

@@ -14,18 +14,15 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from .base import Context, Keep, top
-from .shared import BeforeDecoder, count_down, second_last_block
+from .shared import ByClassToken, count_down
 
 
 @dataclass(frozen=True)
-class HiRED(BeforeDecoder):
+class HiRED(ByClassToken):
     name = "hired"
 
     def left(self, n_tokens: int) -> tuple[int, ...]:
         return (count_down(self.keep, n_tokens),)
-
-    def vision_layers(self, n_layers: int) -> tuple[int, ...]:
-        return (second_last_block(self.name, n_layers),)
 
     def choose(self, c: Context) -> Keep:
         score = c.vision_attention(-2).sum(0)  # (H, n) -> (n,)

@@ -23,7 +23,7 @@ from torch import Tensor
 
 from .base import Context, Keep, top
 from .margins import TINY, lead, least
-from .shared import BeforeDecoder, second_last_block
+from .shared import ByClassToken
 
 RUNS = 16
 ALPHA, SCALE, SMALL = 0.09, 1e3, 1e-6
@@ -61,12 +61,9 @@ def run_budgets(scores: Tensor, keep: int) -> tuple[list[int], Tensor]:
 
 
 @dataclass(frozen=True)
-class HoloV(BeforeDecoder):
+class HoloV(ByClassToken):
     name, identity, drops_only = "holov", None, False
-    stage = "embed"
-
-    def vision_layers(self, n_layers: int) -> tuple[int, ...]:
-        return (second_last_block(self.name, n_layers),)
+    stage, adds_rows = "embed", True
 
     def choose(self, c: Context) -> Keep:
         features, attention = c.features(), c.vision_attention(-2).mean(0)  # (n, D), (n,)

@@ -16,8 +16,9 @@ cache=all all layers.
 
 Deviations: any number of images; rows of other images do not count. The mean cosine and sine are
 float32. The released evaluation of LLaVA-1.5 names row 5 as the image's first, but puts a system
-prompt before it: its window is about 30 rows too early. Here it is the image. The paper says that
-the dropped tokens leave all layers.
+prompt before it: its window is about 30 rows too early, so that text can be dropped, and the
+image's last rows stay and count as the question. Here it is the image; `released=1` is that window.
+The paper says that the dropped tokens leave all layers.
 """
 
 from __future__ import annotations
@@ -31,8 +32,10 @@ from ..attention import attention_received
 from ..rows import TEXT, take_rows
 from .base import Context, Keep, Method, Stages, amount, count, option, top
 from .margins import lead, least
+from .order import need_layer_before
 
 LINE_BREAK = 2  # rows of text between the image and the question
+RELEASED_START = 5  # that of the image in the prompt template of llava-hf
 
 
 @dataclass(frozen=True)
@@ -44,9 +47,21 @@ class IVCPrune(Method):
     cache: str | None = option(
         None, choices=("drop", "all"), help="unset: the released cut, from layer 1 on"
     )
+    released: bool = option(False, help="the released evaluation's window, from row 5 on")
 
     name, identity, adaptive = "ivcprune", "layer=2,foreground=1.0", True
     strength = "foreground"
+    check_order = need_layer_before
+
+    def check(self, n_layers: int, n_tokens: int, starts: tuple[int, ...]) -> None:
+        super().check(n_layers, n_tokens, starts)
+        if self.released and len(starts) > 1:
+            raise ValueError(
+                f"ivcprune: released=1 knows one image, the prompt has {len(starts)}; leave it out"
+            )
+
+    def shift(self, start: int) -> int:
+        return RELEASED_START - start if self.released else 0
 
     def stages(self) -> Stages:
         return (("decoder", self.layer),)
@@ -61,12 +76,17 @@ class IVCPrune(Method):
         return [count(amount, n_tokens) for amount in amounts]
 
     def left(self, n_tokens: int) -> tuple[int, ...]:
-        return (min(n_tokens, sum(self.counts(n_tokens))),)
+        # the released window can end before the image, whose last rows then stay
+        return (n_tokens if self.released else min(n_tokens, sum(self.counts(n_tokens))),)
 
     def values(self, c: Context) -> tuple[Tensor, Tensor]:
         """Values in the layer before, (Hkv, Dh) each, of the n candidates followed by the t text
         rows, and of the q rows of the question."""
         text, question = c.rows.of_image(TEXT), c.text_rows
+        if self.released:  # whatever is not in the window counts as text
+            rows = torch.arange(len(c.rows.position))
+            text = rows[~torch.isin(rows, c.candidates)]
+            question = text[text > c.candidates[-1]]
         question = question[LINE_BREAK:] if len(question) > LINE_BREAK else question
         block = c.model.block(self.layer - 1)
         x = block.norm1(c.before(torch.cat((c.candidates, text))))
@@ -82,7 +102,8 @@ class IVCPrune(Method):
         both = torch.cat((question, values[seeds]))
         likest = attention_received(both, values).mean(0)[:n]
         position = c.rows.position[c.candidates]
-        angles = [part[:, 0].float().mean(1) for part in c.model.llama.rope(position)]
+        halves = [x[:, 0].chunk(2, -1)[1] for x in c.model.llama.rope(position)]  # (n, Dh / 2)
+        angles = [half.float().mean(1) for half in halves]
         scores = torch.stack((asked, likest, *angles)).cpu()  # (4, n)
         stays = torch.zeros(n, dtype=torch.bool)
         for score, k in zip(scores, counts, strict=True):

@@ -31,6 +31,7 @@ from ..llava import LLaVA
 from ..rows import on_device, take_rows
 from .base import Context, Keep, option
 from .clip_text import question
+from .order import need_patches
 from .shared import (
     BeforeDecoder,
     border_patches,
@@ -76,6 +77,7 @@ class MMTok(BeforeDecoder):
     image: float = option(0.2, low=0.001, help="temperature of patches")
 
     name, stage = "mmtok", "embed"
+    check_order = need_patches
 
     def check_model(self, model: LLaVA) -> None:
         if model.tokenizer is None:

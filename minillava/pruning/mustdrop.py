@@ -36,6 +36,7 @@ from ..llava import LLaVA
 from ..rows import on_device
 from .base import Context, Keep, Method, Stages, option, top
 from .margins import distance_to, lead, least
+from .order import need_all_patches
 from .shared import check_ascending, check_whole_grid, refuse_nan, window_patches
 
 SIDE = 3  # patches along a side of a window
@@ -77,6 +78,7 @@ class MustDrop(Method):
 
     name, drops_only, numbering, adaptive = "mustdrop", False, "compact", True
     strength = "total"
+    check_order = need_all_patches
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -30,6 +30,7 @@ from torch import Tensor
 from ..rows import on_device
 from .base import Context, Keep, amount, count, option, top
 from .margins import TINY, lead, least
+from .order import need_all_patches
 from .shared import TwoStages, check_whole_grid, second_last_block, window_patches
 
 CELL = 2  # patches along a side of a cell
@@ -66,6 +67,7 @@ class Nuwa(TwoStages):
     distance: float = option(280, low=1, help="square of the distance from which nothing comes")
 
     name, drops_only, newest_row = "nuwa", False, True
+    check_order = need_all_patches
     share: ClassVar[float] = 1 / 7
 
     def first_left(self, n_tokens: int) -> int:

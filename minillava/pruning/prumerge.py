@@ -28,6 +28,7 @@ from ..attention import attention_received
 from ..rows import on_device, take_rows
 from .base import Context, Keep, Method, Stages, top
 from .margins import distance_to
+from .order import need_patches
 from .shared import mark_nan, unchecked_cosines
 
 NEAREST = 32
@@ -64,7 +65,8 @@ def add_neighbours(features: Tensor, score: Tensor, cosine: Tensor, kept: Tensor
 @dataclass(frozen=True)
 class PruMerge(Method):
     name, drops_only, numbering, adaptive = "prumerge", False, "compact", True
-    plus = False
+    plus, adds_rows = False, True
+    check_order = need_patches
 
     def stages(self) -> Stages:
         return (("vision", 0),)

@@ -31,7 +31,7 @@ from ..llava import LLaVA
 from ..rows import on_device
 from .base import Context, Keep, count, option, top
 from .margins import UNKNOWN
-from .shared import BeforeDecoder, cosines, second_last_block
+from .shared import ByClassToken, cosines
 
 
 def principal_directions(x: Tensor, q: int, generator: torch.Generator) -> Tensor:
@@ -76,10 +76,10 @@ def group_quotas(sizes: list[int], winners: list[int], keep: int) -> list[int]:
 
 
 @dataclass(frozen=True)
-class PruneSID(BeforeDecoder):
+class PruneSID(ByClassToken):
     seed: int | None = option(None, low=0, help="of the random start; unset: the sample's own")
 
-    name, drops_only = "prunesid", False
+    name, drops_only, adds_rows = "prunesid", False, True
     identity: ClassVar[str | None] = None
 
     def check(self, n_layers: int, n_tokens: int, starts: tuple[int, ...]) -> None:
@@ -98,9 +98,6 @@ class PruneSID(BeforeDecoder):
                 f"prunesid: keep={self.keep} needs {q} groups, but the features have {C} "
                 f"directions; keep at most {4 * C + 3}"
             )
-
-    def vision_layers(self, n_layers: int) -> tuple[int, ...]:
-        return (second_last_block(self.name, n_layers),)
 
     def choose(self, c: Context) -> Keep:
         features = c.features().float()  # (n, C)

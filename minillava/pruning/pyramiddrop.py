@@ -17,12 +17,12 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
-from .base import Context, Keep, Method, Stages, option, top
-from .shared import check_lists, midpoints
+from .base import Context, Keep, option, top
+from .shared import AtLayers, midpoints
 
 
 @dataclass(frozen=True)
-class PyramidDrop(Method):
+class PyramidDrop(AtLayers):
     layers: tuple[int, ...] = option((8, 16, 24), help="layers whose input is pruned")
     ratios: tuple[float, ...] = option(
         (0.5, 0.25, 0.125), low=0.0, high=1.0, help="share of the original tokens left at each"
@@ -33,15 +33,11 @@ class PyramidDrop(Method):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check_lists(self.name, self.layers, self.ratios, "ratios")
         if sorted(self.ratios, reverse=True) != list(self.ratios):
             raise ValueError(
                 f"pyramiddrop: ratios={'/'.join(map(str, self.ratios))} are shares of the original "
                 "tokens left: from 0.0 to 1.0, none larger than the one before"
             )
-
-    def stages(self) -> Stages:
-        return tuple(("decoder", layer) for layer in self.layers)
 
     def left(self, n_tokens: int) -> tuple[int, ...]:
         return tuple(int(n_tokens * ratio) for ratio in self.ratios)

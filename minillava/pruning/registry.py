@@ -392,6 +392,21 @@ PRESETS: dict[str, Preset] = {
             64: ("0.011", "0.01"),
         }.items()
     },
+    **{
+        f"vlmpruner-{budget}": Preset(
+            f"vlmpruner:keep={budget},layer=2,threshold=0.8,batch=16,pivots=4",
+            f"README and scripts of the released code: reduction ratio {ratio}",
+        )
+        for budget, ratio in {192: 0.667, 128: 0.778, 64: 0.889}.items()
+    },
+    "autoprune-64": Preset(
+        "autoprune:target=64,depth=32,x0=14.9,k0=0.4,gamma=0.2",
+        "README and scripts of the released code; 13B needs depth=40",
+    ),
+    "ivcprune-7b": Preset(
+        "ivcprune:layer=16,foreground=0.2,seeds=0.01,axes=0.05",
+        "released evaluation of LLaVA-1.5-7B, vlmeval/config.py; its window with released=1",
+    ),
     "vscan-64": Preset(
         "vscan:keep=96,layer=16,final=32", "released scripts: 64 tokens in the mean over 32 layers"
     ),

@@ -18,18 +18,15 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from .base import Context, Keep, option
-from .shared import BeforeDecoder, choose_covering, cosines, second_last_block
+from .shared import ByClassToken, choose_covering, cosines
 
 
 @dataclass(frozen=True)
-class SCOPE(BeforeDecoder):
+class SCOPE(ByClassToken):
     alpha: float = option(1.0, low=0, help="power of the class token's attention")
     combine: str = option("multi", choices=("multi", "add"), help="attention times or plus gain")
 
     name = "scope"
-
-    def vision_layers(self, n_layers: int) -> tuple[int, ...]:
-        return (second_last_block(self.name, n_layers),)
 
     def choose(self, c: Context) -> Keep:
         (keep,) = self.left(c.n_tokens)

@@ -16,6 +16,7 @@ from ..config import VisionConfig
 from ..rows import on_device
 from .base import Context, Keep, Method, Stage, Stages, amount, count, option
 from .margins import Picks, lead
+from .order import need_patches
 
 
 @dataclass(frozen=True)
@@ -33,6 +34,46 @@ class BeforeDecoder(Method):
 
     def left(self, n_tokens: int) -> tuple[int, ...]:
         return (count(self.keep, n_tokens),)
+
+
+@dataclass(frozen=True)
+class ByClassToken(BeforeDecoder):
+    """One that ranks patches by the class token's attention in the tower's second-last block."""
+
+    check_order = need_patches
+
+    def vision_layers(self, n_layers: int) -> tuple[int, ...]:
+        return (second_last_block(self.name, n_layers),)
+
+
+class AtLayer(Method):
+    """A method that keeps `keep` tokens of every image at the input of decoder layer `layer`."""
+
+    layer: int
+    keep: float
+
+    def stages(self) -> Stages:
+        return (("decoder", self.layer),)
+
+    def left(self, n_tokens: int) -> tuple[int, ...]:
+        return (count(self.keep, n_tokens),)
+
+
+class AtLayers(Method):
+    """A method at the input of several decoder layers, with a list of numbers for these."""
+
+    layers: tuple[int, ...]
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_lists(self.name, self.layers, self.numbers(), self.strength)
+
+    def numbers(self) -> Sequence[float]:
+        """One for each layer: the option that says how many tokens stay."""
+        return getattr(self, self.strength)
+
+    def stages(self) -> Stages:
+        return tuple(("decoder", layer) for layer in self.layers)
 
 
 @dataclass(frozen=True)

@@ -6,9 +6,8 @@ token and a token of the focus (input embeddings) are sorted by descending simil
 through them from pair `i_index` in steps of `step` and keeps each pair's image token, until `keep`
 different ones are kept. With step=1 and i_index=0 these are the tokens with the largest maximum.
 
-Deviations: any prompt and any number of images, where the released code needs a ScienceQA prompt
-with one image. There FastV rebuilds the attention mask at its layer and so ends Simignore's mask
-(`until=` reproduces that), and the other measures are commented out (here the nearest is first).
+Deviations: any prompt and any number of images, not ScienceQA's with one. The released FastV ends
+Simignore's mask (`until=`), and there the other measures are commented out (the nearest is first).
 """
 
 from __future__ import annotations

@@ -33,9 +33,9 @@ from torch import Tensor
 
 from ..llava import LLaVA
 from ..rows import on_device
-from .base import Context, Keep, Method, Stages, amount, count, option, top
+from .base import Context, Keep, amount, count, option, top
 from .margins import TINY, distance_to, lead, least
-from .shared import check_lists, midpoints, refuse_nan
+from .shared import AtLayers, midpoints, refuse_nan
 from .sparsevlm_plus import HEADS, check_heads, score_by_strong_heads
 
 PUBLISHED = {1: (300, 200, 110), 2: (300, 200, 118)}  # kept at each stage, for a budget of 192
@@ -70,7 +70,10 @@ def cluster_rows(x: Tensor, n: int, where: str) -> tuple[Tensor, Tensor]:
     that topk on a CPU gives them, as in the released code.
     """
     x = x.float()
-    distance = torch.cdist(x, x, compute_mode="donot_use_mm_for_euclid_dist") / x.shape[1] ** 0.5
+    distance = x.new_zeros(len(x), len(x))
+    i, j = torch.triu_indices(len(x), len(x), 1, device=x.device)
+    distance[i, j] = torch.pdist(x) / x.shape[1] ** 0.5  # ten times as fast as cdist on a CPU
+    distance = distance + distance.T
     nearest = distance.topk(n, largest=False).values  # (q, n)
     density = (-nearest.square().mean(1)).exp()  # (q,)
     denser = density > density[:, None]  # (q, q): column j is denser than row i
@@ -113,7 +116,7 @@ def merge_best_dropped(c: Context, score: Tensor, k: int, closest: Tensor) -> Ke
 
 
 @dataclass(frozen=True)
-class SparseVLM(Method):
+class SparseVLM(AtLayers):
     layers: tuple[int, ...] = option(
         (3, 7, 16), low=1, help="layers whose input is pruned; each needs one before it"
     )
@@ -123,25 +126,20 @@ class SparseVLM(Method):
     version: int = option(1, low=1, high=2, help="1: the paper's, which merges; 2: SparseVLM+")
     heads: int | None = option(None, low=1, help="version=2: heads that rank; 14")
 
-    name, drops_only, numbering = "sparsevlm", False, "compact"
+    name, drops_only, numbering, adds_rows = "sparsevlm", False, "compact", True
 
     def __post_init__(self) -> None:
+        if self.version == 2:  # it merges nothing
+            object.__setattr__(self, "drops_only", True)
+            object.__setattr__(self, "adds_rows", False)
+            object.__setattr__(self, "numbering", "original")
         super().__post_init__()
-        check_lists(self.name, self.layers, self.kept, "keep")
         if self.version == 1 and self.heads is not None:
             raise ValueError(f"sparsevlm: heads={self.heads} is an option of version=2")
 
-    @property
-    def kept(self) -> tuple[float, ...]:
+    def numbers(self) -> tuple[float, ...]:
         """Tokens kept at each stage."""
         return PUBLISHED[self.version] if self.keep is None else self.keep
-
-    @property
-    def compact(self) -> bool:
-        return super().compact and (self.version == 1 or self.positions is not None)
-
-    def stages(self) -> Stages:
-        return tuple(("decoder", layer) for layer in self.layers)
 
     def check_model(self, model: LLaVA) -> None:
         if self.version == 2:
@@ -149,7 +147,7 @@ class SparseVLM(Method):
 
     def left(self, n_tokens: int) -> tuple[int, ...]:
         left, n = [], n_tokens
-        for k in self.kept:
+        for k in self.numbers():
             kept = min(count(k, n_tokens), n - 1)
             n = kept + (count_clusters(count_merged(n - kept)) if self.version == 1 else 0)
             left.append(n)
@@ -172,7 +170,7 @@ class SparseVLM(Method):
     def choose(self, c: Context) -> Keep:
         raters, from_limit = select_raters(c.entered(), c.text())
         raters, n = c.text_rows[raters], len(c.candidates)
-        k = min(count(self.kept[c.stage_index], c.n_tokens), n - 1)
+        k = min(count(self.numbers()[c.stage_index], c.n_tokens), n - 1)
         if self.version == 2:
             score, by_head = score_by_strong_heads(c, raters, self.heads or HEADS)
             closest = least(from_limit, by_head, lead(score, k))

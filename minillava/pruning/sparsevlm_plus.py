@@ -14,8 +14,7 @@ At long distances w is near 0 or negative, so a score can be huge or change its 
 one head may win by that. The published lists: 300/200/118 for 192 tokens, 238/108/60 for 128,
 246/54/28 for 96, 66/34/20 for 64. The 14 are counted for 7B (32 heads) and 13B (40) alike.
 
-Deviations: any number of images and samples; with no text token above the mean all of them rate,
-where the released code gives NaN. mode=mask is refused, as for version=1.
+Deviations: any number of images and samples; all text tokens rate where that code gives NaN.
 """
 
 from __future__ import annotations
@@ -41,7 +40,7 @@ def check_heads(heads: int | None, n_heads: int) -> None:
 def score_of_ones(c: Context, raters: Tensor) -> Tensor:
     """w of `raters` (r,) and the candidates: (r, n), from their positions."""
     (cos, sin), Dh = c.model.llama.rope(c.rows.position), c.model.config.text.head_dim
-    cos, sin = cos[:, 0], sin[:, 0]  # (S, Dh / 2)
+    cos, sin = cos[:, 0, Dh // 2 :], sin[:, 0, Dh // 2 :]  # (S, Dh / 2)
     own, others = on_device(raters, cos), on_device(c.candidates, cos)
     return 2 * (cos[own] @ cos[others].T + sin[own] @ sin[others].T) / Dh**0.5
 

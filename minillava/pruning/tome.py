@@ -27,8 +27,10 @@ import torch
 from torch import Tensor
 
 from ..clip import Block
+from ..llava import LLaVA
 from .base import Context, Keep, Method, Stages, amount, count, option
 from .margins import COSINE, lead
+from .order import need_all_patches
 from .shared import (
     add_attention,
     assignment,
@@ -111,6 +113,7 @@ class ToMe(Method):
     keep: float | None = amount(None, instead_of=("r",), help="number or share left")
 
     name, identity, drops_only, numbering = "tome", "r=0", False, "compact"
+    check_order = need_all_patches
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -129,6 +132,9 @@ class ToMe(Method):
 
     def vision_layers(self, n_layers: int) -> tuple[int, ...]:
         return (0,)
+
+    def check_model(self, model: LLaVA) -> None:
+        self.merges(model.config.vision.num_patches, model.feature_layer)
 
     def own_features(self, n_tokens: int) -> bool:
         return self.left(n_tokens)[0] < n_tokens

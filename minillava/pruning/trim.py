@@ -22,9 +22,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from ..llava import LLaVA
 from ..rows import take_rows
 from .base import Context, Keep, Method, Stages, amount, option, top
-from .clip_text import OPENAI, load_clip, question
+from .clip_text import OPENAI, check_clip, load_clip, question
 from .margins import distance_to
 
 
@@ -44,6 +45,7 @@ class TRIM(Method):
     clip: str = option(OPENAI, help="the CLIP with the text tower")
 
     name, identity, drops_only, numbering = "trim", "keep=1.0", False, "compact"
+    adds_rows = True
 
     def stages(self) -> Stages:
         return (("vision", 0),)
@@ -56,10 +58,9 @@ class TRIM(Method):
         k = self.n_kept(n_tokens)
         return (n_tokens if k is None else min(n_tokens, k + 1),)
 
-    def check(self, n_layers: int, n_tokens: int, starts: tuple[int, ...]) -> None:
-        super().check(n_layers, n_tokens, starts)
-        if self.n_kept(n_tokens) != n_tokens:
-            load_clip(self.clip, torch.device("cpu"))
+    def check_model(self, model: LLaVA) -> None:
+        if self.n_kept(model.config.vision.num_patches) != model.config.vision.num_patches:
+            check_clip(model, self.name, self.clip)
 
     def choose(self, c: Context) -> Keep:
         n, k = len(c.candidates), self.n_kept(c.n_tokens)

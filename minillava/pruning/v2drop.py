@@ -18,12 +18,13 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
-from .base import Context, Keep, Method, Stages, option, top
-from .shared import check_lists
+from .base import Context, Keep, option, top
+from .order import need_layer_before
+from .shared import AtLayers
 
 
 @dataclass(frozen=True)
-class V2Drop(Method):
+class V2Drop(AtLayers):
     layers: tuple[int, ...] = option(
         (3, 17, 22), low=1, help="layers whose input is pruned; each needs one before it"
     )
@@ -32,13 +33,7 @@ class V2Drop(Method):
     )
 
     name, identity, strength = "v2drop", "layers=1/2,ratios=1.0/1.0", "ratios"
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        check_lists(self.name, self.layers, self.ratios, "ratios")
-
-    def stages(self) -> Stages:
-        return tuple(("decoder", layer) for layer in self.layers)
+    check_order = need_layer_before
 
     def left(self, n_tokens: int) -> tuple[int, ...]:
         left = []

@@ -24,6 +24,7 @@ from torch import Tensor
 from ..rows import on_device
 from .base import Context, Keep, Method, Stages, option, top
 from .margins import lead
+from .order import need_patches
 from .shared import assignment, mark_nan, second_last_block, unchecked_cosines
 
 
@@ -45,7 +46,8 @@ class VisionZip(Method):
     dominant: int = option(low=1, help="tokens kept, the class token among them")
     contextual: int = option(low=0, help="tokens the others are merged into")
 
-    name, drops_only, numbering = "visionzip", False, "compact"
+    name, drops_only, numbering, adds_rows = "visionzip", False, "compact", True
+    check_order = need_patches
 
     def stages(self) -> Stages:
         return (("vision", 0),)

@@ -1,18 +1,13 @@
 """VisPruner: keep half by the class token's attention, and half by unlikeness to each other.
 
-Zhang et al., ICCV 2025, arXiv 2412.01818 v2. Released code: Theia-4869/VisPruner aefa01a,
-llava/model/llava_arch.py, encode_images. Between vision tower and projector, T = keep tokens stay:
-- important: the int(T * important) patches that receive most attention from the class token in the
-  second-last block, mean over heads;
-- diverse: the others form a list by descending attention. While it is too long, it is split into
-  its even and odd places, and the min(8, surplus) even ones with the largest cosine (of features
-  before the projector) to any odd one are dropped. The next list is the rest of the even ones, by
-  descending cosine, then the odd ones. This order decides the next round, so two cosines that are
-  equal in float32 can change much of the choice.
-All that stay are in reading order and are renumbered.
+Zhang et al., ICCV 2025, arXiv 2412.01818 v2; Theia-4869/VisPruner aefa01a, llava_arch.py. Before
+the projector int(T * important) of T = keep patches are those with most attention from the class
+token in the second-last block, mean over heads. The others form a list by descending attention.
+While it is too long, it is split into its even and odd places, and the min(8, surplus) even ones
+with the largest cosine (of features) to any odd one are dropped. The next list is the rest of the
+even ones, by descending cosine, then the odd ones. All are in reading order and are renumbered.
 
-Deviations: the released code breaks on short lists and most of odd length (on a few it leaves one
-token too few). Here the even part is the longer one, and is dropped whole if it has fewer than 8.
+Deviation: on lists where that code breaks, the even part is longer, and dropped whole below 8.
 """
 
 from __future__ import annotations
@@ -24,7 +19,7 @@ from torch import Tensor
 
 from .base import Context, Keep, option, top
 from .margins import COSINE, lead, least, least_gap
-from .shared import BeforeDecoder, mark_nan, second_last_block, unchecked_cosines
+from .shared import ByClassToken, mark_nan, unchecked_cosines
 
 DROPPED_PER_ROUND = 8
 
@@ -46,13 +41,10 @@ def thin_out(similarity: Tensor, order: Tensor, keep: int) -> tuple[Tensor, Tens
 
 
 @dataclass(frozen=True)
-class VisPruner(BeforeDecoder):
+class VisPruner(ByClassToken):
     important: float = option(0.5, low=0, high=1, help="share of them kept by attention")
 
     name = "vispruner"
-
-    def vision_layers(self, n_layers: int) -> tuple[int, ...]:
-        return (second_last_block(self.name, n_layers),)
 
     def choose(self, c: Context) -> Keep:
         features, n = c.features(), len(c.candidates)

@@ -28,9 +28,10 @@ import torch
 from torch import Tensor
 
 from ..rows import on_device, take_rows
-from .base import Context, Keep, Method, Stages, amount, count, option
+from .base import Context, Keep, amount, option
 from .margins import COSINE, least
-from .shared import farthest_points, mark_nan, refuse_nan, unchecked_cosines
+from .order import need_patches
+from .shared import AtLayer, farthest_points, mark_nan, refuse_nan, unchecked_cosines
 
 CHANNELS = 256
 
@@ -87,7 +88,7 @@ def blend_dropped(x: Tensor, cosine: Tensor, chosen: Tensor) -> tuple[Tensor, Te
 
 
 @dataclass(frozen=True)
-class VLMPruner(Method):
+class VLMPruner(AtLayer):
     keep: float = amount(128, help="number or share kept")
     layer: int = option(2, low=1, help="layer whose input is pruned; it needs one before it")
     threshold: float = option(0.8, low=0, help="redundancy from which on a token waits")
@@ -96,12 +97,7 @@ class VLMPruner(Method):
 
     name, identity, drops_only = "vlmpruner", "layer=2,keep=1.0", False
     adaptive = True
-
-    def stages(self) -> Stages:
-        return (("decoder", self.layer),)
-
-    def left(self, n_tokens: int) -> tuple[int, ...]:
-        return (count(self.keep, n_tokens),)
+    check_order = need_patches
 
     def choose(self, c: Context) -> Keep:
         x, n, (k,) = c.features(), len(c.candidates), self.left(c.n_tokens)

@@ -27,6 +27,7 @@ from torch import Tensor
 
 from .base import Context, Keep, option, top
 from .margins import lead, least
+from .order import need_all_patches
 from .shared import (
     TwoStages,
     block_number,
@@ -63,6 +64,7 @@ class VScan(TwoStages):
 
     name, identity, newest_row = "vscan", "keep=1.0,final=0", True
     drops_only, numbering, stage = False, "compact", "embed"
+    check_order = need_all_patches
 
     def check(self, n_layers: int, n_tokens: int, starts: tuple[int, ...]) -> None:
         super().check(n_layers, n_tokens, starts)

@@ -96,7 +96,7 @@ class Int8Linear(IntegerLinear):
 
     def multiply_digits(self, digits: Digits) -> Tensor:
         compiled, share = kernels(), 0.5 / self.limit if self.digits == 2 else 0.0
-        if compiled and len(digits.step) <= FEW_ROWS:
+        if compiled and digits.step.shape[0] <= FEW_ROWS:
             y = compiled.multiply_int8(digits.codes, self.weight, self.scale, digits.step, share)
         else:
             sums = multiply_integers(digits.codes, self.weight, self.limit)
@@ -184,7 +184,7 @@ class Int4Linear(IntegerLinear):
     def multiply_digits(self, digits: Digits) -> Tensor:
         compiled = kernels()
         assert compiled, "this layer is made only where native.c was compiled"
-        if len(digits.step) <= FEW_ROWS:
+        if digits.step.shape[0] <= FEW_ROWS:
             parts = self.codes, self.step, self.low, self.scale
             y = compiled.multiply_int4(digits.codes, *parts, digits.step)
         else:

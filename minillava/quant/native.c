@@ -21,6 +21,27 @@ static inline int32_t sum_lanes(__m256i v) {
     return _mm_cvtsi128_si32(_mm_add_epi32(s, _mm_shuffle_epi32(s, 0xb1)));
 }
 
+static inline float sum_floats(__m256 v) {
+    __m128 s = _mm_add_ps(_mm256_castps256_ps128(v), _mm256_extractf128_ps(v, 1));
+    s = _mm_add_ps(s, _mm_movehl_ps(s, s));
+    return _mm_cvtss_f32(_mm_add_ss(s, _mm_movehdup_ps(s)));
+}
+
+/* e^x to about one unit in the last place (Cephes' expf); x is held between -87 and 88. */
+static inline __m256 exponential(__m256 x) {
+    x = _mm256_min_ps(_mm256_set1_ps(88.0f), _mm256_max_ps(_mm256_set1_ps(-87.0f), x)); /* NaN stays */
+    __m256 n = _mm256_round_ps(_mm256_mul_ps(x, _mm256_set1_ps(1.44269504f)), _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+    __m256 r = _mm256_sub_ps(x, _mm256_mul_ps(n, _mm256_set1_ps(0.693359375f)));
+    r = _mm256_add_ps(r, _mm256_mul_ps(n, _mm256_set1_ps(2.12194440e-4f)));
+    const float factors[] = {1.3981999507e-3f, 8.3334519073e-3f, 4.1665795894e-2f, 1.6666665459e-1f, 5.0000001201e-1f};
+    __m256 y = _mm256_set1_ps(1.9875691500e-4f);
+    for (int i = 0; i < 5; i++)
+        y = _mm256_add_ps(_mm256_mul_ps(y, r), _mm256_set1_ps(factors[i]));
+    y = _mm256_add_ps(_mm256_add_ps(_mm256_mul_ps(_mm256_mul_ps(y, r), r), r), _mm256_set1_ps(1.0f));
+    __m256i power = _mm256_slli_epi32(_mm256_add_epi32(_mm256_cvtps_epi32(n), _mm256_set1_epi32(127)), 23);
+    return _mm256_mul_ps(y, _mm256_castsi256_ps(power));
+}
+
 /* One butterfly inside a vector: lanes whose sign is set hold the difference, the others the sum. */
 static inline __m256 butterfly(__m256 v, __m256 partner, int signs) {
     const __m256i bits = _mm256_setr_epi32(1, 2, 4, 8, 16, 32, 64, 128);
@@ -47,47 +68,83 @@ static void hadamard(const float *x, float *h, long b) {
             }
 }
 
-int to_digits(const float *x, int8_t *codes, float *step, long R, long K, long b, long digits,
-              float limit, float tiny, int threads) {
+/* Digits of one row h (K), which is overwritten. second: codes of the second digit, or NULL. */
+static float row_to_digits(float *h, int8_t *first, int8_t *second, long K, long b, float limit, float tiny) {
     const float norm = 1.0f / sqrtf((float)b);
+    float largest = 0.0f, wrong = 0.0f, lanes[8], wrongs[8];
+    for (long at = 0; at < K; at += b)
+        hadamard(h + at, h + at, b);
+    __m256 most = _mm256_setzero_ps(), bad = _mm256_setzero_ps();
+    const __m256 magnitude = _mm256_castsi256_ps(_mm256_set1_epi32(0x7fffffff));
+    for (long i = 0; i < K; i += 8) {
+        __m256 v = _mm256_mul_ps(_mm256_loadu_ps(h + i), _mm256_set1_ps(norm));
+        _mm256_storeu_ps(h + i, v);
+        most = _mm256_max_ps(_mm256_and_ps(v, magnitude), most);
+        bad = _mm256_add_ps(bad, _mm256_sub_ps(v, v)); /* NaN if v is not finite */
+    }
+    _mm256_storeu_ps(lanes, most);
+    _mm256_storeu_ps(wrongs, bad);
+    for (int i = 0; i < 8; i++) {
+        largest = lanes[i] > largest ? lanes[i] : largest;
+        wrong += wrongs[i];
+    }
+    float size = largest / limit;
+    size = (size > tiny ? size : tiny) + wrong;
+    const float inverse = 1.0f / size;
+    for (long i = 0; i < K; i++) {
+        float value = h[i] * inverse, whole = rintf(value);
+        first[i] = (int8_t)(int)whole;
+        h[i] = (value - whole) * (2.0f * limit);
+    }
+    if (second)
+        for (long i = 0; i < K; i++)
+            second[i] = (int8_t)(int)rintf(h[i]);
+    return size;
+}
+
+/* h = the row of x times 1 / sqrt(mean of squares + eps) times weight. */
+static void normalise(const float *x, const float *weight, float *h, long K, float eps) {
+    __m256 squares = _mm256_setzero_ps();
+    for (long i = 0; i < K; i += 8) {
+        __m256 v = _mm256_loadu_ps(x + i);
+        squares = _mm256_add_ps(squares, _mm256_mul_ps(v, v));
+    }
+    const __m256 factor = _mm256_set1_ps(1.0f / sqrtf(sum_floats(squares) / (float)K + eps));
+    for (long i = 0; i < K; i += 8) {
+        __m256 v = _mm256_mul_ps(_mm256_loadu_ps(x + i), factor);
+        _mm256_storeu_ps(h + i, _mm256_mul_ps(_mm256_loadu_ps(weight + i), v));
+    }
+}
+
+/* h = silu(x) * other. */
+static void gate(const float *x, const float *other, float *h, long K) {
+    const __m256 one = _mm256_set1_ps(1.0f);
+    for (long i = 0; i < K; i += 8) {
+        __m256 v = _mm256_loadu_ps(x + i);
+        __m256 below = _mm256_add_ps(one, exponential(_mm256_sub_ps(_mm256_setzero_ps(), v)));
+        _mm256_storeu_ps(h + i, _mm256_mul_ps(_mm256_div_ps(v, below), _mm256_loadu_ps(other + i)));
+    }
+}
+
+/* What the rows x (R, K) go through before they become digits: nothing; RMSNorm with a weight
+ * other (K); or, if `gated`, silu and a product with other (R, K). */
+int to_digits(const float *x, const float *other, int8_t *codes, float *step, long R, long K, long b,
+              long digits, long gated, float eps, float limit, float tiny, int threads) {
     int failed = 0;
 #pragma omp parallel for num_threads(threads) if (R > 1) reduction(| : failed)
     for (long r = 0; r < R; r++) {
-        float *h = malloc(K * sizeof(float)), largest = 0.0f, wrong = 0.0f;
+        float *h = malloc(K * sizeof(float));
         if (!h) {
             failed = 1;
             continue;
         }
-        for (long at = 0; at < K; at += b)
-            hadamard(x + r * K + at, h + at, b);
-        __m256 most = _mm256_setzero_ps(), bad = _mm256_setzero_ps();
-        const __m256 magnitude = _mm256_castsi256_ps(_mm256_set1_epi32(0x7fffffff));
-        for (long i = 0; i < K; i += 8) {
-            __m256 v = _mm256_mul_ps(_mm256_loadu_ps(h + i), _mm256_set1_ps(norm));
-            _mm256_storeu_ps(h + i, v);
-            most = _mm256_max_ps(_mm256_and_ps(v, magnitude), most);
-            bad = _mm256_add_ps(bad, _mm256_sub_ps(v, v)); /* NaN if v is not finite */
-        }
-        float lanes[8], wrongs[8];
-        _mm256_storeu_ps(lanes, most);
-        _mm256_storeu_ps(wrongs, bad);
-        for (int i = 0; i < 8; i++) {
-            largest = lanes[i] > largest ? lanes[i] : largest;
-            wrong += wrongs[i];
-        }
-        float size = largest / limit;
-        size = (size > tiny ? size : tiny) + wrong;
-        step[r] = size;
-        const float inverse = 1.0f / size;
-        int8_t *first = codes + r * K, *second = codes + (R + r) * K;
-        for (long i = 0; i < K; i++) {
-            float value = h[i] * inverse, whole = rintf(value);
-            first[i] = (int8_t)(int)whole;
-            h[i] = (value - whole) * (2.0f * limit);
-        }
-        if (digits == 2)
-            for (long i = 0; i < K; i++)
-                second[i] = (int8_t)(int)rintf(h[i]);
+        if (!other)
+            memcpy(h, x + r * K, K * sizeof(float));
+        else if (gated)
+            gate(x + r * K, other + r * K, h, K);
+        else
+            normalise(x + r * K, other, h, K, eps);
+        step[r] = row_to_digits(h, codes + r * K, digits == 2 ? codes + (R + r) * K : NULL, K, b, limit, tiny);
         free(h);
     }
     return failed;
@@ -202,6 +259,76 @@ int multiply_int4(const int8_t *codes, const uint8_t *w, const uint8_t *wstep, c
         }
     free(sums);
     return 0;
+}
+
+/* One head of a new row: y = softmax(q k^T / sqrt(Dh)) v over S rows, q and y (Dh). visible: which
+ * rows it sees, NULL: all. weights: memory for S floats and 8 more. */
+static void attend_head(const float *q, const float *k, const float *v, const uint8_t *visible, float *y,
+                        float *weights, long S, long Dh) {
+    const float scale = 1.0f / sqrtf((float)Dh);
+    float largest = -INFINITY, total = 0.0f;
+    for (long s = 0; s < S; s++) {
+        __m256 a = _mm256_setzero_ps(), b = a;
+        for (long d = 0; d + 8 <= Dh; d += 16) {
+            _mm_prefetch((const char *)(k + s * Dh + d) + AHEAD, _MM_HINT_T0);
+            a = _mm256_add_ps(a, _mm256_mul_ps(_mm256_loadu_ps(q + d), _mm256_loadu_ps(k + s * Dh + d)));
+            if (d + 16 <= Dh)
+                b = _mm256_add_ps(b, _mm256_mul_ps(_mm256_loadu_ps(q + d + 8), _mm256_loadu_ps(k + s * Dh + d + 8)));
+        }
+        weights[s] = visible && !visible[s] ? -INFINITY : sum_floats(_mm256_add_ps(a, b)) * scale;
+        largest = weights[s] > largest ? weights[s] : largest;
+    }
+    for (long s = 0; s < S; s += 8) /* the memory after the last is there, and not read */
+        _mm256_storeu_ps(weights + s, exponential(_mm256_sub_ps(_mm256_loadu_ps(weights + s), _mm256_set1_ps(largest))));
+    memset(y, 0, Dh * sizeof(float));
+    for (long s = 0; s < S; s++) {
+        if (visible && !visible[s])
+            continue;
+        total += weights[s];
+        const __m256 weight = _mm256_set1_ps(weights[s]);
+        for (long d = 0; d < Dh; d += 8) {
+            _mm_prefetch((const char *)(v + s * Dh + d) + AHEAD, _MM_HINT_T0);
+            __m256 part = _mm256_mul_ps(weight, _mm256_loadu_ps(v + s * Dh + d));
+            _mm256_storeu_ps(y + d, _mm256_add_ps(_mm256_loadu_ps(y + d), part));
+        }
+    }
+    for (long d = 0; d < Dh; d++)
+        y[d] /= total;
+}
+
+/* h = x (Dh) turned by the angles of its position, see llama.rotate. */
+static void turn(const float *x, const float *cosine, const float *sine, float *h, long Dh) {
+    const long half = Dh / 2;
+    for (long d = 0; d < half; d++) {
+        h[d] = x[d] * cosine[d] + x[d + half] * sine[d];
+        h[d + half] = x[d + half] * cosine[d + half] + x[d] * sine[d + half];
+    }
+}
+
+int attend_token(const float *q, const float *k, const float *v, const float *cosine, const float *sine, float *keys,
+                 float *values, const int64_t *at, const uint8_t *visible, float *y, long B, long H, long Hkv,
+                 long room, long end, long Dh, int threads) {
+    int failed = 0;
+#pragma omp parallel for num_threads(threads) reduction(| : failed)
+    for (long i = 0; i < B * Hkv; i++) {
+        const long b = i / Hkv, row = at ? at[b] : end - 1, shared = H / Hkv;
+        float *own = keys + i * room * Dh, *own_values = values + i * room * Dh;
+        float *weights = malloc((end + 8 + Dh) * sizeof(float)), *turned = weights + end + 8;
+        if (!weights) {
+            failed = 1;
+            continue;
+        }
+        memset(own + (end - 1) * Dh, 0, Dh * sizeof(float));
+        memset(own_values + (end - 1) * Dh, 0, Dh * sizeof(float));
+        turn(k + i * Dh, cosine + b * Dh, sine + b * Dh, own + row * Dh, Dh);
+        memcpy(own_values + row * Dh, v + i * Dh, Dh * sizeof(float));
+        for (long g = i * shared; g < (i + 1) * shared; g++) {
+            turn(q + g * Dh, cosine + b * Dh, sine + b * Dh, turned, Dh);
+            attend_head(turned, own, own_values, visible ? visible + b * end : NULL, y + g * Dh, weights, end, Dh);
+        }
+        free(weights);
+    }
+    return failed;
 }
 
 int widen_int4(const uint8_t *w, const uint8_t *step, const int8_t *low, int8_t *wide, long pairs,

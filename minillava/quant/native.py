@@ -1,7 +1,8 @@
 """The inner loops of integer layers in C (native.c): compiled once per user, used where possible.
 
-torch has no fast kernel for a few rows times a 4-bit weight, and rounding activations to integers
-takes it ten passes over them. native.c has both. It needs an x86 CPU with AVX2 and a C compiler:
+torch has no fast kernel for a few rows times a 4-bit weight, rounding activations to integers
+takes it ten passes over them, and its attention of one row reads the cache at half of memory's
+rate. native.c has all three. It needs an x86 CPU with AVX2 and a C compiler:
 the first process that makes an integer layer compiles it within a second or two and puts the
 library in huggingface-hub's folder for the files of other libraries. Without such a CPU, a compiler
 or a folder to write to, kernels() is None, and the layers use torch's operations.
@@ -38,11 +39,12 @@ TINY = torch.finfo(torch.float32).tiny
 
 _tensor, _size, _float = ctypes.c_void_p, ctypes.c_long, ctypes.c_float
 _ARGUMENTS = {
-    "to_digits": (*[_tensor] * 3, *[_size] * 4, _float, _float),
+    "to_digits": (*[_tensor] * 4, *[_size] * 5, *[_float] * 3),
     "scale_sums": (*[_tensor] * 4, *[_size] * 2, _float),
     "multiply_int8": (*[_tensor] * 5, *[_size] * 3, _float),
     "multiply_int4": (*[_tensor] * 7, *[_size] * 3),
     "widen_int4": (*[_tensor] * 4, _size),
+    "attend_token": (*[_tensor] * 10, *[_size] * 6),
 }  # fmt: skip
 
 
@@ -50,13 +52,13 @@ class Kernels:
     """The functions of native.c on tensors. They run in as many threads as torch's operations."""
 
     def __init__(self, library: ctypes.CDLL) -> None:
-        self.library = library
+        self.functions = {name: getattr(library, name) for name in _ARGUMENTS}
         for name, arguments in _ARGUMENTS.items():
-            getattr(library, name).argtypes = (*arguments, ctypes.c_int)
+            self.functions[name].argtypes = (*arguments, ctypes.c_int)
 
-    def _call(self, name: str, *arguments: Tensor | float) -> None:
-        values = [a.data_ptr() if isinstance(a, Tensor) else a for a in arguments]
-        if getattr(self.library, name)(*values, torch.get_num_threads()):
+    def _call(self, name: str, tensors: tuple[Tensor | None, ...], *numbers: float) -> None:
+        pointers = [None if t is None else t.data_ptr() for t in tensors]
+        if self.functions[name](*pointers, *numbers, torch.get_num_threads()):
             raise MemoryError(f"{name} could not allocate memory for its temporary values")
 
     def to_digits(self, x: Tensor, digits: int, limit: int) -> tuple[Tensor, Tensor]:
@@ -65,11 +67,33 @@ class Kernels:
         See integer.to_digits. The rotation adds and subtracts in pairs, log2 of a block's columns
         times, and sums in another order than a product with the Hadamard matrix.
         """
-        x = x.contiguous()
-        R, K = x.shape
+        return self._digits(x, None, digits, limit)
+
+    def normalised_to_digits(
+        self, x: Tensor, weight: Tensor, eps: float, digits: int, limit: int
+    ) -> tuple[Tensor, Tensor]:
+        """The same of RMSNorm of rows x (R, K), with weight (K,) float32."""
+        return self._digits(x, weight, digits, limit, eps=eps)
+
+    def gated_to_digits(
+        self, gate: Tensor, x: Tensor, digits: int, limit: int
+    ) -> tuple[Tensor, Tensor]:
+        """The same of silu(gate) * x, both (R, K)."""
+        return self._digits(gate, x, digits, limit, gated=True)
+
+    def _digits(
+        self,
+        x: Tensor,
+        other: Tensor | None,
+        digits: int,
+        limit: int,
+        gated: bool = False,
+        eps: float = 0.0,
+    ) -> tuple[Tensor, Tensor]:
+        x, (R, K) = x.contiguous(), x.shape
         codes, step = x.new_empty(digits * R, K, dtype=torch.int8), x.new_empty(R, 1)
-        b = block_size(K, ROTATED_COLUMNS)
-        self._call("to_digits", x, codes, step, R, K, b, digits, limit, TINY)
+        sizes = R, K, block_size(K, ROTATED_COLUMNS), digits, gated
+        self._call("to_digits", (x, other, codes, step), *sizes, eps, limit, TINY)
         return codes, step
 
     def scale_sums(self, sums: Tensor, scale: Tensor, step: Tensor, share: float) -> Tensor:
@@ -78,18 +102,18 @@ class Kernels:
         scale (N,), step (R, 1). share: what the sum of the second digit is multiplied by before
         it is added to that of the first; 0: there is one digit.
         """
-        R, N = len(step), sums.shape[1]
+        R, N = step.shape[0], sums.shape[1]
         y = sums.view(torch.float32)[:R]
-        self._call("scale_sums", sums, y, scale, step, R, N, share)
+        self._call("scale_sums", (sums, y, scale, step), R, N, share)
         return y
 
     def multiply_int8(
         self, codes: Tensor, weight: Tensor, scale: Tensor, step: Tensor, share: float
     ) -> Tensor:
         """Digits (R, K), of two (2 R, K), times a weight (N, K) int8 -> (R, N), as scale_sums."""
-        (N, K), R = weight.shape, len(step)
+        (N, K), R = weight.shape, step.shape[0]
         y = step.new_empty(R, N)
-        self._call("multiply_int8", codes, weight, scale, step, y, R, N, K, share)
+        self._call("multiply_int8", (codes, weight, scale, step, y), R, N, K, share)
         return y
 
     def multiply_int4(
@@ -99,14 +123,35 @@ class Kernels:
 
         The weight as integer.Int4Linear holds it: codes (N, K / 2), steps and low (N, K / 32).
         """
-        (R, K), N = digits.shape, len(scale)
+        (R, K), N = digits.shape, scale.shape[0]
         y = step.new_empty(R, N)
-        self._call("multiply_int4", digits, codes, steps, low, scale, step, y, R, N, K)
+        self._call("multiply_int4", (digits, codes, steps, low, scale, step, y), R, N, K)
+        return y
+
+    def attend_token(
+        self,
+        qkv: tuple[Tensor, Tensor, Tensor],
+        rope: tuple[Tensor, Tensor],
+        held: tuple[Tensor, Tensor],
+        end: int,
+        at: Tensor | None,
+        visible: Tensor | None,
+    ) -> Tensor:
+        """Attention of one new row per sample (B, H * Dh), whose key and value it caches.
+
+        qkv: q (B, H, Dh), k and v (B, Hkv, Dh), float32, not yet rotated. rope: see Llama.rope.
+        held: keys and values of the cache (B, Hkv, room, Dh). end, at (B,) and visible
+        (B, 1, 1, end): see sample.CacheView.
+        """
+        (B, H, Dh), (keys, values) = qkv[0].shape, held
+        y = qkv[0].new_empty(B, H * Dh)
+        tensors = (*qkv, *rope, keys, values, at, visible, y)
+        self._call("attend_token", tensors, B, H, keys.shape[1], keys.shape[2], end, Dh)
         return y
 
     def widen_int4(self, codes: Tensor, step: Tensor, low: Tensor, out: Tensor) -> Tensor:
         """Rows of a 4-bit weight as integers: out (n, K) int8."""
-        self._call("widen_int4", codes, step, low, out, codes.numel() // GROUP_COLUMNS)
+        self._call("widen_int4", (codes, step, low, out), codes.numel() // GROUP_COLUMNS)
         return out
 
 

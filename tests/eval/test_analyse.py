@@ -312,6 +312,8 @@ def test_ids_are_saved_and_filter_questions(
     ("argv", "words"),
     [
         (["--confidence", "1"], "--confidence 1"),
+        (["--confidence", "0.9999999"], "must be from 0.5 to 0.999"),
+        (["--figure", "x.exe"], "--figure x.exe must be a file; give a name that ends in .png"),
         (["--prune", "fastv:k=3,r=0.5"], "fastv:k=3,r=0.5"),
         (["--judge", "nonsense", "--hard"], "nonsense"),
         (["--save", "hard=x.json"], "hard and easy need --judge"),
@@ -334,6 +336,37 @@ def test_a_damaged_line_is_named(folder: Path, capsys: pytest.CaptureFixture[str
         assert words in refusal(capsys)
 
 
+def test_an_answer_to_another_question_is_refused(
+    folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = folder / f"{file_name(PLANS[3])}.jsonl"
+    rows = rows_of(path)
+    rows[2]["prompt"] = "What is elsewhere?"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    assert analyse.main([str(folder)]) == 2
+    assert "answers 'What is elsewhere?' under the id 2" in refusal(capsys)
+
+
+def test_two_folders_of_one_seed_are_refused(
+    folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    first = next(folder.glob("seed-*"))
+    shutil.copytree(first, folder / "seed-77")
+    assert analyse.main([str(folder)]) == 2
+    assert f"both have seed {first.name.removeprefix('seed-')}" in refusal(capsys)
+
+
+def test_a_result_under_the_name_of_another_plan_is_left_out(
+    folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = folder / f"{file_name(PLANS[3])}.json"
+    found = json.loads(file.read_text())
+    found["run"]["plan"] = "uniform:keep=9"
+    file.write_text(json.dumps(found))
+    assert analyse.main([str(folder)]) == 0
+    assert f"`{file.name}` is not compared" in capsys.readouterr().out
+
+
 def test_a_folder_without_results_is_refused(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -342,8 +375,9 @@ def test_a_folder_without_results_is_refused(
 
 
 def test_too_few_questions_for_the_confidence_are_said(
-    folder: Path, capsys: pytest.CaptureFixture[str]
+    folder: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(analyse, "MOST_CONFIDENCE", 0.99999)  # there are enough for 0.999
     assert analyse.main([str(folder), "--confidence", "0.99999"]) == 0
     n = math.ceil(math.log2(2 / 1e-5))
     assert f"it takes at least {n}" in capsys.readouterr().out

@@ -157,7 +157,7 @@ def test_a_step_depends_on_the_data_alone_and_halves_the_plans() -> None:
 
 BAD = ["uniform", "random", "divprune", "fastervlm", "pool", "vispruner"]
 PLANS = [f"{name}:keep=1" for name in BAD]
-OPTIONS = ["--limit", "72", "--loss", "25", "--cost", "flops"]
+OPTIONS = ["--limit", "72", "--loss", "25", "--cost", "flops", "--batch", "16"]
 
 
 @pytest.fixture
@@ -229,6 +229,20 @@ def test_the_command_refuses_in_one_line(
 ) -> None:
     assert command.main(["--limit", "9", *options, "--out", str(tmp_path / "new")]) == 2
     assert said in refusal(capsys)
+
+
+def test_seconds_are_those_of_full_batches_after_the_first() -> None:
+    """The two questions that are left over take more time each."""
+    times = [9.0, 8.0, 4.0, 6.0, 5.0]
+    batches = [(t, 2) for t in times] + [(3.0, 1)]
+    rest = {"per_token": None, "new_tokens": 1}
+    rows: Any = [
+        {"metadata": {"first_token": t, "prefill": t, **rest, "batch": n}}
+        for t, n in batches
+        for _ in range(n)
+    ]
+    assert command.seconds_each(rows) == [2, 3, 2.5]
+    assert command.seconds_each(rows[-1:]) == [3]
 
 
 def test_questions_of_several_answers_stay_together() -> None:

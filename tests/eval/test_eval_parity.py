@@ -353,6 +353,31 @@ def test_the_two_dumps_on_the_page(capsys, tmp_path, monkeypatch):
     assert judge(capsys, "case.safetensors", *more)[0]["verdict"] == "equal"
 
 
+@pytest.mark.parametrize(("keep", "sizes"), [(2, "3 against 2"), (5, "3 against 5")])
+def test_another_size_is_a_difference(capsys, tmp_path, keep, sizes):
+    path = write(tmp_path / "a.safetensors", GOOD, plan=f"divprune:keep={keep}")
+    assert parity.main([str(path)]) == 1
+    out, err = capsys.readouterr()
+    assert f"differs at step 0 (divprune, the embed stage): sizes {sizes}, theirs" in out
+    assert err == ""
+    assert judge(capsys, path)[0]["sizes"] == [3, keep]
+
+
+def test_more_rows_at_a_later_stage_are_a_difference(capsys, tmp_path):
+    golden = NEW / "v2drop" / "tiny-a_0_layers1-3-4_left8-4-1.safetensors"
+    first, second, _ = read_case(golden, None).kept
+    more = torch.tensor(sorted({*second, next(t for t in first if t not in second)}))
+    path = rewritten(tmp_path / "a.safetensors", golden, {"kept.1": more})
+    verdict = judge(capsys, path)[0]
+    assert (verdict["verdict"], verdict["step"], verdict["sizes"]) == ("differs", 1, [5, 4])
+
+
+def test_older_goldens_without_a_plan_say_how_to_give_it(capsys):
+    golden = GOLDENS / "divprune" / "select1_n576_r98.safetensors"
+    assert parity.main([str(golden)]) == 2
+    assert "no plan in the parameters of select1_n576_r98.meta.json; give it" in refusal(capsys)
+
+
 # ---------------------------------------------------------------- damage
 
 GOOD = {"features": torch.eye(9), "kept": [0, 1, 2]}
@@ -364,10 +389,9 @@ TINY = {"model": str(GOLDENS / "checkpoints" / "tiny-a" / "hub-sharded")}
 @pytest.mark.parametrize(
     ("tensors", "header", "said"),
     [
-        (GOOD, {}, "the header has no plan"),
+        (GOOD, {}, "no plan in the header; give it, for example --prune"),
         (GOOD, {"plan": "scopee:keep=3"}, "scopee"),
         (GOOD, {"plan": "./mine.py:Mine:keep=3"}, "mine.py"),
-        (GOOD, {"plan": "divprune:keep=2"}, "has 3 tokens, but the plan leaves at most 2"),
         (GOOD, {"plan": "divprune:keep=12"}, "keep=12, but there are 9 image tokens"),
         (GOOD, {**PLAN, "author": "me"}, "the header has 'author'"),
         (GOOD, {"plan": "v2drop"}, "the plan has 3 steps"),

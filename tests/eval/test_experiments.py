@@ -25,6 +25,7 @@ from eval import run
 from eval.bench import DEMO
 from eval.cost import Spread
 from eval.experiments import ablation, aokvqa, base, kv_cache, nine, scienceqa, simignore
+from eval.plans import file_name
 
 Main = Callable[[Sequence[str] | None], int]
 Results = Callable[[str], tuple[Path, Any]]
@@ -98,6 +99,34 @@ def test_the_same_command_again_asks_nothing(
     for row, before in zip(rows_of(again), rows_of(found), strict=True):
         same = {k: v for k, v in before.items() if "measured" not in k}
         assert {k: v for k, v in row.items() if "measured" not in k} == same
+
+
+@pytest.mark.parametrize("name", ["nine", "scienceqa", "measures"])
+def test_plans_that_draw_are_asked_with_three_seeds(name: str, results: Results) -> None:
+    """Their score is the mean; the others are asked once."""
+    out, found = results(name)
+    folders = [out / "answers", *(out / "answers" / f"seed-{s}" for s in base.SEEDS[1:])]
+    drawn = {file.stem for file in folders[1].glob("*.json")}
+    assert drawn
+    assert all(plan.startswith("random") for plan in drawn)
+    plan = next(iter(drawn)).replace("_", ":")
+    scores = [json.loads((f / f"{file_name(plan)}.json").read_text())["score"] for f in folders]
+    mean = sum(score["value"] for score in scores) / 3
+    said = "\n".join(found["comparisons"])
+    assert f"| `{plan}` | 0, 1000000, 2000000 | {mean:.2f} |" in said
+    shown = [row["accuracy"] for row in rows_of(found) if "accuracy" in row]
+    if shown:
+        assert any(value == pytest.approx(mean) for value in shown)
+
+
+def test_every_score_of_the_nine_kinds_has_an_interval(results: Results) -> None:
+    _, found = results("nine")
+    scores, intervals = found["tables"].values()
+    for row, bounds in zip(scores, intervals, strict=True):
+        kinds = [name for name in bounds if name not in ("plan", "mean")]
+        assert row["mean"] == pytest.approx(sum(row[kind] for kind in kinds) / len(kinds))
+        assert bounds["mean"]["low"] <= row["mean"] <= bounds["mean"]["high"]
+        assert {*kinds} <= {*row}
 
 
 def test_the_ablation_is_what_eval_run_finds(tmp_path: Path, results: Results) -> None:

@@ -29,11 +29,11 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Any, list[Any]
     """The folder, results.json and the sets of an experiment that was interrupted once."""
     out, searched = tmp_path_factory.mktemp("oracle"), list[int]()
 
-    def interrupted(*rest: Any) -> Any:
+    def interrupted(*rest: Any, **more: Any) -> Any:
         searched.append(1)
         if len(searched) == 3:
             raise KeyboardInterrupt
-        return smallest(*rest)
+        return smallest(*rest, **more)
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(oracle, "smallest", interrupted)

@@ -134,6 +134,11 @@ DIGESTS = {
     "vtc-cls": "a532eeb658f007e4",
     "nuwa": "1575056108953e36",
     "nuwa-grounding": "d0bc3a3c69cdf2ed",
+    "mob": "5bc849d30be47188",
+    "std": "88c9edb939a51172",
+    "evocut": "93839b90bb5b0ce8",
+    "prunesid": "dcd64f4e96fc0a6b",
+    "coreprune": "397f55fbcc04f039",
     "lmms-pull-52": "dabd4b19bc29648d",
     "fastv-lmms": "17d1c09ba7ecd944",
     "fastv-aokvqa": "d84c8f68a2de0743",
@@ -311,7 +316,10 @@ def test_json_gives_one_object_a_figure_with_its_unpruned_one(capsys):
     ("words", "says"),
     [
         (["--task", "gqaa"], "there is no task 'gqaa'; there are: scienceqa, aokvqa"),
-        (["--method", "fastfood"], "there is no published figure of 'fastfood'; there are: BTP"),
+        (
+            ["--method", "fastfood"],
+            "there is no published figure of 'fastfood'; there are: ApET, BTP",
+        ),
         (["--task", "ocrvqa"], "there is no published figure for --task ocrvqa"),
         (["--tasks", "gqa"], "unrecognized arguments: --tasks gqa"),
         (["--task"], "expected one argument"),

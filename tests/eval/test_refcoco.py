@@ -5,6 +5,8 @@ from __future__ import annotations
 import io
 import json
 import math
+import os
+import pickle
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -210,6 +212,148 @@ def test_a_picture_that_is_missing_is_named_when_it_is_asked(tmp_path: Path) -> 
     (item,) = read_questions(TASKS["refcoco"], tmp_path, "llava")
     with pytest.raises(ValueError, match=r"train2014/COCO_train2014_2\.jpg cannot be read"):
         item.images[0].open()
+
+
+# What refer, MDETR, Shikra and the datasets library distribute.
+
+
+def refer(folder: Path, refs: object = None, name: str = "refs(unc).p", protocol: int = 0) -> Path:
+    """A data set of github.com/lichengunc/refer with the picture in COCO's folder."""
+    sentences = [
+        {"sent": text, "raw": text, "tokens": [], "sent_id": 1} for text in ("a cup", "it")
+    ]
+    found = [
+        {"ref_id": i, "ann_id": 7, "image_id": 1, "category_id": 3, "split": split,
+         "file_name": "COCO_train2014_1_7.jpg", "sentences": sentences, "sent_ids": [1]}
+        for i, split in enumerate(["train", "val", "testB"])
+    ]  # fmt: skip
+    (folder / name).write_bytes(pickle.dumps(found if refs is None else refs, protocol))
+    image = {"id": 1, "file_name": "COCO_train2014_1.jpg", "width": 160, "height": 120}
+    box = {"id": 7, "image_id": 1, "bbox": [16.0, 24.0, 64.0, 48.0], "area": 9.0}
+    instances = {"images": [image], "annotations": [box], "categories": []}
+    (folder / "instances.json").write_text(json.dumps(instances))
+    lines(folder, ROW, name="other.jsonl")
+    return folder / name
+
+
+@pytest.mark.parametrize("protocol", [0, 2, 4])
+def test_refers_pickles_are_read(protocol: int, tmp_path: Path) -> None:
+    refer(tmp_path, protocol=protocol)
+    items = read_questions(TASKS["refcoco"], tmp_path, "llava")
+    assert [item.question_id for item in items] == ["val/0", "val/1", "testB/0", "testB/1"]
+    assert [item.text for item in items][:2] == [f"{ASKED}a cup.", f"{ASKED}it."]
+    assert items[0].gold == {"box": (16, 24, 80, 72), "size": (160, 120), "split": "val"}
+    assert items[0].images[0].open().size == (160, 120)
+
+
+def test_a_pickle_of_python_2_is_read(tmp_path: Path) -> None:
+    """Texts are bytes there."""
+    old = (
+        b"(lp0\n(dp1\nS'split'\np2\nS'val'\np3\nsS'ann_id'\np4\nI7\nsS'image_id'\np5\nI1\n"
+        b"sS'sentences'\np6\n(lp7\n(dp8\nS'sent'\np9\nS'a cup'\np10\nsasa."
+    )
+    refer(tmp_path).write_bytes(old)
+    (item,) = read_questions(TASKS["refcoco"], tmp_path, "llava")
+    assert item.text == f"{ASKED}a cup."
+
+
+class Harm:
+    """Creates a file when it is unpickled."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __reduce__(self) -> Any:
+        return os.mkdir, (str(self.path),)
+
+
+def test_a_pickle_that_calls_something_is_refused_before_the_call(tmp_path: Path) -> None:
+    path = refer(tmp_path, [Harm(tmp_path / "harm")])
+    message = error_of(tmp_path)
+    assert message.startswith(f"{path} cannot be read (it names posix.mkdir")
+    assert not (tmp_path / "harm").exists()
+
+
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        (b"", "cannot be read (Ran out of input)"),
+        (b"\x80\x04]", "cannot be read ("),
+        (b"(I1\n", "cannot be read ("),
+        (pickle.dumps({"a": 1}), "is not a list of references"),
+        (pickle.dumps([1]), "is not a list of references"),
+        (pickle.dumps([{"split": "val", "image_id": 1}]), "entry 0 has no 'ann_id'"),
+        (pickle.dumps([{"split": "val", "ann_id": 8}]), "ann_id 8 is not in"),
+        (pickle.dumps([{"split": 3}]), "split is 3, but must be text"),
+    ],
+)
+def test_a_damaged_pickle_is_named(content: bytes, words: str, tmp_path: Path) -> None:
+    path = refer(tmp_path)
+    path.write_bytes(content)
+    message = error_of(tmp_path)
+    assert message.startswith(str(path))
+    assert words in message
+    (tmp_path / "instances.json").unlink()
+    assert "needs instances.json beside it" in error_of(tmp_path)
+
+
+def test_mdetrs_and_shikras_files_are_read(tmp_path: Path) -> None:
+    image = {"file_name": "COCO_train2014_1.jpg", "width": 160, "height": 120, "original_id": 1}
+    captions = {"images": [{**image, "id": 5, "caption": "the red cup"}]}
+    box = {"image_id": 5, "bbox": [16.0, 24.0, 64.0, 48.0], "id": 9, "original_id": 7}
+    folder = tmp_path / "mdetr_annotations"
+    folder.mkdir()
+    mdetr = folder / "finetune_refcoco_testA.json"
+    mdetr.write_text(json.dumps({**captions, "annotations": [box]}))
+    line = {"img_path": image["file_name"], "expression": "the red cup", "bbox": ROW["bbox"]}
+    lines(tmp_path, line | {"width": 160, "height": 120}, name="REC_refcoco_unc_val.jsonl")
+    items = read_questions(TASKS["refcoco"], tmp_path, "llava")
+    assert [item.gold["split"] for item in items] == ["val", "testA"]
+    mdetr_image = items[1].images[0].name
+    assert mdetr_image.endswith("train2014/COCO_train2014_1.jpg")
+    for item in items:
+        assert item.text == f"{ASKED}the red cup."
+        assert (item.gold["box"], item.gold["size"]) == ((16, 24, 80, 72), (160, 120))
+        assert item.images[0].open().size == (160, 120)
+    mdetr.write_text(json.dumps({**captions, "annotations": []}))
+    assert "image 0: id 5 is not in" in error_of(tmp_path)
+
+
+def test_the_parquet_files_of_lmms_lab_are_read(tmp_path: Path) -> None:
+    """Written by the datasets library with the features of the card of lmms-lab/RefCOCO."""
+    datasets = pytest.importorskip("datasets")
+    texts, numbers = (datasets.Sequence(datasets.Value(t)) for t in ("string", "float32"))
+    text = datasets.Value("string")
+    features = datasets.Features(
+        question_id=text,
+        image=datasets.Image(),
+        question=text,
+        answer=texts,
+        segmentation=numbers,
+        bbox=numbers,
+        iscrowd=datasets.Value("int8"),
+        file_name=text,
+    )
+    row = {
+        "question_id": "469306",
+        "image": {"bytes": jpeg(160, 120), "path": "COCO_train2014_1.jpg"},
+        "question": "Please carefully observe the area circled in the image",
+        "answer": ["the red cup", "cup"],
+        "segmentation": [16.0, 24.0, 80.0, 24.0, 80.0, 72.0],
+        "bbox": [16.0, 24.0, 64.0, 48.0],
+        "iscrowd": 0,
+        "file_name": "COCO_train2014_1_7.jpg",
+    }
+    (tmp_path / "data").mkdir()
+    for split in ("val", "test", "testA", "testB"):
+        made = datasets.Dataset.from_list([row], features=features)
+        made.to_parquet(tmp_path / "data" / f"{split}-00000-of-00001.parquet")
+    items = read_questions(TASKS["refcoco"], tmp_path, "lmms")
+    assert [item.gold["split"] for item in items] == [
+        split for split in ("val", "testA", "testB", "test") for _ in range(2)
+    ]
+    assert items[0].gold["box"] == (16, 24, 80, 72)
+    assert items[0].images[0].open().size == (160, 120)
 
 
 # The score.

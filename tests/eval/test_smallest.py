@@ -11,7 +11,7 @@ import torch
 from PIL import Image
 
 from eval import smallest as command
-from eval.smallest import HandEach, Search, name_patches, smallest
+from eval.smallest import HandEach, Options, Search, name_patches, smallest
 from minillava import Batch, load, parse_plan
 from minillava.generate import Answer, generate
 from minillava.pruning.base import Plan
@@ -99,7 +99,7 @@ def test_a_limit_holds_and_the_search_goes_on_from_there(
 def test_an_answer_that_needs_no_picture(demo: tuple[Any, Any]) -> None:
     model, batch = demo[0], ask(demo, "What digit is red?")
     alone = generate(model, batch, parse_plan("text-only:positions=original"), max_new_tokens=1)
-    forced = Search(model, batch, max_new_tokens=1)
+    forced = Search(model, batch, Options(max_new_tokens=1))
     forced.answer = alone.tokens[0]
     assert list(forced) == [()]
     found = forced.finish()

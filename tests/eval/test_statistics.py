@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -9,7 +10,8 @@ import pytest
 from scipy import stats
 
 from eval.credits import Credits, average
-from eval.score import find_task
+from eval.predictions import Prediction
+from eval.score import Scored, find_task, score
 from eval.statistics import (
     compare,
     describe_too_few,
@@ -19,7 +21,7 @@ from eval.statistics import (
     paired_interval,
     resample,
 )
-from eval.tasks.base import Answer, Item
+from eval.tasks.base import Answer, ImageSource, Item, Task
 
 
 def shares(right: int, n: int) -> Credits:
@@ -183,23 +185,100 @@ def test_mmes_credits_make_its_sums() -> None:
     assert found.value == found.credits.score == 125
     assert found.parts["cognition"].score == found.more["cognition"] == 200
     assert found.parts["perception + cognition"].score == 325
+    assert {name: part.score for name, part in found.parts.items()} == found.more
     assert found.credits.members == ((0, 1), (2, 3), (4, 5))
     assert found.credits.right.tolist() == [True, False, False]
 
 
-def test_popes_credits_make_the_mean_f1() -> None:
-    task, _ = find_task("pope", "llava")
+@pytest.mark.parametrize("protocol", ["llava", "lmms"])
+def test_popes_credits_make_the_mean_f1_and_all_figures_of_splits(protocol: str) -> None:
+    task, _ = find_task("pope", protocol)
     rng = np.random.default_rng(3)
     answers = [
         Answer(
             Item(i, f"q{i}", (), {"answer": rng.choice(["yes", "no"]), "split": s}),
-            str(rng.choice(["yes", "no"])),
+            str(rng.choice(["yes", "no", "perhaps"])),
         )
         for i, s in enumerate(["random", "popular", "adversarial"] * 30)
     ]
-    found = task.score(answers, "llava")
+    found = task.score(answers, protocol)
+    for name, part in found.parts.items():
+        assert part.score == pytest.approx(found.more[name]), name
+    rates = {name for name, value in found.more.items() if isinstance(value, float)}
+    given = {f"{split} yes_ratio" for split in task.split.replace(" and", ",").split(", ")}
+    assert rates - {*found.parts} == (given if protocol == "lmms" else set())
     assert found.credits is not None
     assert found.value == pytest.approx(found.credits.score)
     assert found.right == found.credits.credit.sum()
     half = found.credits.select(np.arange(90) < 45)
-    assert task.score(answers[:45], "llava").value == pytest.approx(half.score)
+    assert task.score(answers[:45], protocol).value == pytest.approx(half.score)
+
+
+def scored(task: Task, answers: list[Answer]) -> Scored:
+    found = [Prediction((str(a.item.question_id),), a.said, str(i)) for i, a in enumerate(answers)]
+    return score(task, [a.item for a in answers], found, "llava")
+
+
+def test_every_figure_of_a_benchmark_has_an_interval_or_says_why_not() -> None:
+    mmbench, seed, mmmu, science = (
+        find_task(name, "llava")[0] for name in ("mmbench", "seed_bench", "mmmu", "scienceqa")
+    )
+    letters = {"options": {"A": "cat", "B": "dog"}, "answer": "A"}
+    image = ImageSource.missing("x")
+    many = {
+        mmbench: [Answer(Item(i + 1_000_000 * (i % 2), "q", (), letters), "A") for i in range(40)],
+        seed: [
+            Answer(Item(i, "q", (), {"answer": "A", "data_type": kind}), "A")
+            for i, kind in enumerate(["image"] * 20 + ["video"] * 3)
+        ],
+        mmmu: [
+            Answer(
+                Item(f"validation_Art_{i}", "q", (), {"answer": ["A"], "options": ["1", "2"]}), t
+            )
+            for i, t in enumerate(["A", "B", "so"] * 5)
+        ],
+        science: [
+            Answer(Item(i, "q", (image,) * (i < 9), {"answer": "A", "choices": 2}), "A")
+            for i in range(20)
+        ],
+    }
+    for task, answers in many.items():
+        found = scored(task, answers)
+        figures = {n for n, v in found.score.more.items() if isinstance(v, float)}
+        assert figures == {*found.score.parts}, task.name
+        for name in figures:
+            part = found.score.parts[name]
+            assert part.score == pytest.approx(found.score.more[name])
+            assert (found.intervals[name] is None) == (len(part) < 6)
+    assert "video: 100.00 (too few questions for an interval)" in scored(seed, many[seed]).text()
+
+
+@pytest.mark.parametrize("n", [6, 30, 1000])
+def test_a_score_that_no_sample_changes_has_wilsons_interval(n: int) -> None:
+    """The bootstrap of MME's pairs, soft accuracies or F1 that are all alike has no width."""
+    names = [str(i) for i in range(n)]
+    wilson = estimate(shares(n, n)).bounds
+    assert wilson is not None
+    full = Credits.merged(names, names, [True] * n, lambda pair: 200.0, scale=1.0, most=200.0)
+    assert full.counts is None
+    assert estimate(full).bounds == pytest.approx((2 * wilson[0], 200))
+    f1 = replace(shares(n, n), numerator=np.full(n, 2.0), denominator=np.full(n, 2.0), mean=True)
+    assert estimate(f1).bounds == pytest.approx(wilson)
+    assert estimate(replace(f1, numerator=np.zeros(n))).bounds == pytest.approx(
+        (0, 100 - wilson[0])
+    )
+    tango = compare(shares(n, n), shares(n, n)).estimate.bounds
+    assert compare(f1, f1).estimate.bounds == pytest.approx(tango)
+    assert not compare(f1, f1).distinguishable
+    half = Credits.of(names, [0.5] * n)
+    low, high = estimate(half).bounds or (0, 0)
+    assert (50 - low, high - 50) == pytest.approx((100 - wilson[0],) * 2)
+
+
+def test_a_share_of_a_part_of_the_questions_has_wilsons_interval() -> None:
+    """POPE's precision: of those that were answered yes."""
+    yes, hit = np.array([1.0] * 12 + [0.0] * 8), np.array([1.0] * 9 + [0.0] * 11)
+    found = replace(shares(20, 20), numerator=hit, denominator=yes)
+    assert found.counts == (9, 12)
+    assert estimate(found).bounds == pytest.approx(estimate(shares(9, 12)).bounds)
+    assert not found.is_share

@@ -135,7 +135,7 @@ def accuracy(form: str | None) -> float:
 
     model, processor = load(DEMO, quantize=form)
     groups = demo.questions(processor, 7, 64, ["digit", "where", "count", "shape"])
-    return float(demo.measure(model, processor, groups, "", 0)["all"])
+    return demo.measure(model, processor, groups, "").scores()["all"].value
 
 
 # ---------------------------------------------------------------- errors

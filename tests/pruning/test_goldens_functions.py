@@ -63,6 +63,30 @@ def test_vlmpruner(golden: Golden) -> None:
 
 @pytest.mark.goldens("functions/ivcprune_*")
 def test_ivcprune(golden: Golden) -> None:
+    c = ivcprune_context(golden)
+    p, method = golden.meta["parameters"], IVCPrune(layer=2)
+    assert method.choose(c).index.tolist() == golden["kept"].tolist()
+    whole, *cut = golden["cache_lengths"].tolist()
+    assert method.cut_from == 1
+    assert cut == [whole - p["tokens"] + len(golden["kept"])] * 3
+
+
+@pytest.mark.goldens("functions/ivcprune_*")
+def test_ivcprunes_released_window(golden: Golden) -> None:
+    """The same rows where the image begins 7 rows later than the released code was told: that
+    counts 7 rows of text into the window, and the image's last 7 into the question."""
+    c, p = ivcprune_context(golden), golden.meta["parameters"]
+    rows, start = torch.arange(len(c.x)), p["start"] + 7
+    is_text = (rows < start) | (rows >= start + p["tokens"])
+    c.rows.of_image = lambda i: rows[is_text] if i == TEXT else None
+    c.text_rows = rows[start + p["tokens"] :]
+    method = IVCPrune(layer=2, released=True)
+    assert method.shift(36) == -31
+    assert method.choose(c).index.tolist() == golden["kept"].tolist()
+    assert IVCPrune(layer=2).choose(c).index.tolist() != golden["kept"].tolist()
+
+
+def ivcprune_context(golden: Golden) -> Any:
     p, values = golden.meta["parameters"], golden["values"].float() * 0.7
     c: Any = Given(values, p["start"], p["tokens"])
     c.before = lambda rows: values[rows]
@@ -74,11 +98,7 @@ def test_ivcprune(golden: Golden) -> None:
     )
     llama.rope = lambda positions: Llama.rope(llama, positions)
     c.model = SimpleNamespace(block=lambda i: block, llama=llama)
-    method = IVCPrune(layer=2)
-    assert method.choose(c).index.tolist() == golden["kept"].tolist()
-    whole, *cut = golden["cache_lengths"].tolist()
-    assert method.cut_from == 1
-    assert cut == [whole - p["tokens"] + len(golden["kept"])] * 3
+    return c
 
 
 @pytest.mark.goldens("functions/autoprune")

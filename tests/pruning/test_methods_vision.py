@@ -597,7 +597,7 @@ def test_what_no_model_could_do(plan: str, message: str) -> None:
 
 def test_rows_without_a_patch_are_not_ranked_by_the_tower() -> None:
     p, fastervlm = Picture(4), METHODS["fastervlm"](keep=3)
-    with pytest.raises(ValueError, match="put the method that merges last"):
+    with pytest.raises(ValueError, match="put what adds them last"):
         fastervlm.choose(p.context(fastervlm, patches=torch.arange(-1, 15)))
 
 

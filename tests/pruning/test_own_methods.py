@@ -192,9 +192,9 @@ def test_the_layer_before_the_first(tried: Try) -> None:
 @pytest.mark.parametrize(
     ("body", "words"),
     [
-        ("c.attention(c.text_rows)", "while decoding only the newest row"),
-        ("c.sequence()", "while decoding, the prompt's hidden states are gone"),
-        ("c.features()", "while decoding, the prompt's hidden states are gone"),
+        ("c.attention(c.text_rows)", "is gone while decoding"),
+        ("c.sequence()", "the prompt's hidden states are gone"),
+        ("c.features()", "the prompt's hidden states are gone"),
     ],
 )
 def test_what_is_gone_while_decoding(tried: Try, body: str, words: str) -> None:

@@ -389,3 +389,25 @@ def test_two_generations_at_once_do_not_meet(model: Any, batch: Batch, one: Batc
         for result in results:
             assert torch.equal(result.logits, wanted.logits)
             assert result.report.kept == wanted.report.kept
+
+
+# ---------------------------------------------------------------- a version of its own
+
+
+@pytest.mark.parametrize("mode", ["drop", "mask"])
+@pytest.mark.parametrize("scope", ["image", "all"])
+@pytest.mark.parametrize("use_cache", [True, False])
+def test_sparsevlms_second_version_drops_and_hides(
+    model: Any, reference: Reference, batch: Batch, mode: str, scope: str, use_cache: bool
+) -> None:
+    """It merges nothing, so hiding is dropping, and the choice for the prompt stands."""
+    options = f"version=2,layers=1/2/3,keep=8/5/3,heads=2,mode={mode},scope={scope}"
+    plan = parse_plan(f"sparsevlm:{options}")
+    n = 4 if use_cache else 1  # without a cache the text that rates grows
+    result = assert_equals_reference(model, reference, batch, plan, n=n, use_cache=use_cache)
+    other = {"drop": "mask", "mask": "drop"}[mode]
+    twin = run(model, batch, parse_plan(f"sparsevlm:{options}".replace(mode, other)), n)
+    assert [k.positions for k in twin.report.kept] == [k.positions for k in result.report.kept]
+    assert result.report.chosen_again == []
+    if scope == "image":
+        assert [len(k.positions[0]) for k in result.report.kept] == [8, 5, 3]
