@@ -315,7 +315,7 @@ def table(m: Measurement) -> list[dict[str, Any]]:
 
 
 def report(m: Measurement, title: str) -> str:
-    """The text of both tables; results.json and results.md are written beside the answers."""
+    """The text of both tables; conditions.json and conditions.md are written beside the answers."""
     details = m.questions.details
     n = len(details) - details.count("caption")
     shares = ", ".join(
@@ -347,8 +347,8 @@ def report(m: Measurement, title: str) -> str:
             {k: _json(v) if isinstance(v, Estimate) else v for k, v in row.items()} for row in rows
         ],
     }
-    store.write_atomically(m.folder.parent / "results.json", json.dumps(kept, indent=1) + "\n")
-    store.write_atomically(m.folder.parent / "results.md", text + "\n")
+    store.write_atomically(m.folder.parent / "conditions.json", json.dumps(kept, indent=1) + "\n")
+    store.write_atomically(m.folder.parent / "conditions.md", text + "\n")
     return text
 
 

@@ -39,9 +39,9 @@ def test_a_report_says_what_holds(
 ) -> None:
     argv = ["--questions", "60", "--scenes", "4", "5", "--out", str(tmp_path)]
     assert conditions.main(argv) == 0
-    text = (tmp_path / "results.md").read_text()
+    text = (tmp_path / "conditions.md").read_text()
     assert text in capsys.readouterr().out + "\n"
-    found = json.loads((tmp_path / "results.json").read_text())
+    found = json.loads((tmp_path / "conditions.json").read_text())
     verdicts = {c["condition"]: (c["holds"], c["surely"]) for c in found["conditions"]}
     assert verdicts["accuracy without pruning, all but captions"] == (False, False)
     assert verdicts["accuracy with the question alone"] == (True, True)
