@@ -46,6 +46,7 @@ from weights.demo144 import scenes
 from . import store
 from .comparison import format_rows
 from .credits import Credits, average
+from .plans import digest_file
 from .statistics import Estimate, compare, estimate
 
 DEMO = Path(__file__).parent.parent / "weights" / "demo144"
@@ -138,6 +139,7 @@ class Measurement:
     processor: Processor
     questions: Questions
     folder: Path
+    weights: str  # digest of the model's files: answers of other weights are not used
 
     def outcome(self, name: str, way: Way) -> Outcome:
         """The kept outcome, or that of asking now."""
@@ -148,16 +150,19 @@ class Measurement:
     def _of_seed(self, name: str, way: Way, seed: int) -> Outcome:
         path = self.folder / str(seed) / f"{name}.json".replace(":", "_")
         asked = {"questions": self.questions.n, "seed": seed, "plan": way.plan}
+        by = {"weights": self.weights}
         if path.exists():
             kept = json.loads(path.read_text())
-            if {key: kept[key] for key in asked} != asked:
-                raise ValueError(f"{path} has answers to other questions; give another --out")
+            for what, now in (("to other questions", asked), ("of other weights", by)):
+                if {key: kept.get(key) for key in now} != now:
+                    raise ValueError(f"{path} has answers {what}; give another --out")
             return Outcome(way.plan, tuple(c == "1" for c in kept["right"]), kept["tokens"])
         questions = Questions((seed,), self.questions.n)
         found = ask(self.model, self.processor, questions, way)
         right = "".join("01"[ok] for ok in found.right)
         path.parent.mkdir(exist_ok=True)
-        store.write_atomically(path, json.dumps({**asked, "right": right, "tokens": found.tokens}))
+        kept = {**asked, **by, "right": right, "tokens": found.tokens}
+        store.write_atomically(path, json.dumps(kept))
         share = estimate(questions.short(found))
         print(
             f"{name} on scenes of seed {seed}: {share.value:.1f}, {found.tokens:.1f} tokens",
@@ -384,7 +389,9 @@ def _run(args: argparse.Namespace) -> None:
     folder = args.out / "answers"
     folder.mkdir(parents=True, exist_ok=True)
     model, processor = load(args.model)
-    m = Measurement(model, processor, Questions(tuple(args.scenes), args.questions), folder)
+    weights = " ".join(digest_file(file) for file in sorted(args.model.glob("*.safetensors")))
+    questions = Questions(tuple(args.scenes), args.questions)
+    m = Measurement(model, processor, questions, folder, weights)
     for name in args.only:
         m.named(name)
     for keep in args.random:

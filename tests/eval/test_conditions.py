@@ -57,6 +57,20 @@ def test_a_report_says_what_holds(
     assert "has answers to other questions; give another --out" in capsys.readouterr().err
 
 
+def test_answers_of_other_weights_are_refused(
+    asked: list[Way], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    weights, out = tmp_path / "model" / "model.safetensors", tmp_path / "out"
+    weights.parent.mkdir()
+    argv = ["--questions", "9", "--scenes", "4", "--only", "none"]
+    argv += ["--out", str(out), "--model", str(weights.parent)]
+    for content, code, asked_so_far in ((b"one", 0, 1), (b"one", 0, 1), (b"two", 2, 1)):
+        weights.write_bytes(content)
+        assert conditions.main(argv) == code
+        assert len(asked) == asked_so_far
+    assert "has answers of other weights; give another --out" in capsys.readouterr().err
+
+
 def test_only_some_are_asked_and_no_table_is_written(asked: list[Way], tmp_path: Path) -> None:
     argv = ["--questions", "20", "--scenes", "6", "--out", str(tmp_path)]
     argv += ["--only", "fastv-50", "--random", "36"]
