@@ -68,12 +68,14 @@ static void hadamard(const float *x, float *h, long b) {
             }
 }
 
-/* Digits of one row h (K), which is overwritten. second: codes of the second digit, or NULL. */
-static float row_to_digits(float *h, int8_t *first, int8_t *second, long K, long b, float limit, float tiny) {
+/* Digits of one row x (K). h: memory for K floats, or x itself. second: codes of the second digit,
+ * or NULL. Returns the row's step. */
+static float row_to_digits(const float *x, float *h, int8_t *first, int8_t *second, long K, long b, float limit,
+                           float tiny) {
     const float norm = 1.0f / sqrtf((float)b);
     float largest = 0.0f, wrong = 0.0f, lanes[8], wrongs[8];
     for (long at = 0; at < K; at += b)
-        hadamard(h + at, h + at, b);
+        hadamard(x + at, h + at, b);
     __m256 most = _mm256_setzero_ps(), bad = _mm256_setzero_ps();
     const __m256 magnitude = _mm256_castsi256_ps(_mm256_set1_epi32(0x7fffffff));
     for (long i = 0; i < K; i += 8) {
@@ -138,13 +140,12 @@ int to_digits(const float *x, const float *other, int8_t *codes, float *step, lo
             failed = 1;
             continue;
         }
-        if (!other)
-            memcpy(h, x + r * K, K * sizeof(float));
-        else if (gated)
+        if (other && gated)
             gate(x + r * K, other + r * K, h, K);
-        else
+        else if (other)
             normalise(x + r * K, other, h, K, eps);
-        step[r] = row_to_digits(h, codes + r * K, digits == 2 ? codes + (R + r) * K : NULL, K, b, limit, tiny);
+        step[r] = row_to_digits(other ? h : x + r * K, h, codes + r * K, digits == 2 ? codes + (R + r) * K : NULL, K, b,
+                                limit, tiny);
         free(h);
     }
     return failed;
