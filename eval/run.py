@@ -29,7 +29,7 @@ from pathlib import Path
 
 import torch
 
-from minillava.app.command import CommandParser, parse_int, run_command
+from minillava.app.command import CommandParser, end_program, parse_int, run_command
 from minillava.app.ranks import Ranks, process_group
 
 from . import comparison, cost, published, results, store
@@ -305,4 +305,4 @@ def run_locked(
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    end_program(main())

@@ -87,9 +87,12 @@ def end_program(code: int) -> NoReturn:
     """End the process with an exit code.
 
     After a signal this is immediate: Python would first wait for threads, for example those of a
-    download, and a second Ctrl-C would then print a traceback.
+    download, and a second Ctrl-C would then print a traceback. It is immediate in a process of
+    torchrun, too: threads that gloo left running can abort a process whose Python has ended, and
+    torchrun then reports a failure although all was done.
     """
-    if code > 128:
+    if code > 128 or "TORCHELASTIC_RUN_ID" in os.environ:  # which torchrun sets
+        sys.stderr.flush()
         os._exit(code)
     sys.exit(code)
 

@@ -558,3 +558,18 @@ def test_an_empty_folder_is_refused(
 def test_a_seed_has_ascii_digits_alone(text: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert main_of("eval.run")(["--task", "gqa", "--out", "never", f"--seed={text}"]) == 2
     assert "is not a whole number" in refusal(capsys)
+
+
+@pytest.mark.parametrize(("torchrun", "printed"), [(False, "at exit\n"), (True, "")])
+@pytest.mark.parametrize("code", [0, 2])
+def test_a_process_of_torchrun_ends_at_once(torchrun: bool, printed: str, code: int) -> None:
+    """What is still there when Python ends cannot abort it then, and its exit code is kept."""
+    program = (
+        "import atexit; from minillava.app.command import end_program\n"
+        f"atexit.register(print, 'at exit'); end_program({code})"
+    )
+    env = {name: value for name, value in os.environ.items() if name != "TORCHELASTIC_RUN_ID"}
+    env |= {"PYTHONPATH": str(ROOT)} | ({"TORCHELASTIC_RUN_ID": "1"} if torchrun else {})
+    command = [sys.executable, "-c", program]
+    ended = subprocess.run(command, env=env, capture_output=True, text=True, check=False)
+    assert (ended.returncode, ended.stdout, ended.stderr) == (code, printed, "")

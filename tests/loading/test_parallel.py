@@ -208,18 +208,6 @@ def test_a_mesh_has_one_dimension(folder: Path) -> None:
 
 
 def torchrun(*args: str, told: str = "", cwd: Path = ROOT) -> subprocess.CompletedProcess[str]:
-    """Two processes of the command, once more if torch's gloo aborted one of them.
-
-    On a busy machine a thread of gloo is sometimes destroyed while it runs, which ends the process
-    with this message whatever it was doing.
-    """
-    ended = torchrun_once(*args, told=told, cwd=cwd)
-    if ended.returncode and "terminate called without an active exception" in ended.stderr:
-        ended = torchrun_once(*args, told=told, cwd=cwd)
-    return ended
-
-
-def torchrun_once(*args: str, told: str, cwd: Path) -> subprocess.CompletedProcess[str]:
     with socket.socket() as found:
         found.bind(("127.0.0.1", 0))
         port = str(found.getsockname()[1])
