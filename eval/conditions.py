@@ -1,9 +1,9 @@
-"""Whether published settings do to the demo of 144 tokens what they do to LLaVA-1.5.
+"""Whether published settings do to the demo what they do to LLaVA-1.5.
 
-    python -m eval.conditions --out eval/results/demo144
+    python -m eval.conditions --out eval/results/conditions
     python -m eval.conditions --questions 300 --scenes 7 --only none fastv-50 --out DIR
 
-The questions are held-out ones of weights/demo144/scenes.py, the same for every plan. Each
+The questions are held-out ones of weights/scenes.py, the same for every plan. Each
 condition is a line with what was measured, its 95 % interval and whether it holds. A plan is
 compared with random:keep=K on the same questions, over several seeds, where K is the smallest of
 16, 36, 56 and 84 that is not below the plan's mean number of image tokens that enter a layer.
@@ -41,7 +41,7 @@ from minillava.llava import LLaVA
 from minillava.processing.processor import Processor
 from minillava.processing.templates import conversation
 from minillava.pruning.parsing import parse_plan
-from weights.demo144 import scenes
+from weights import scenes
 
 from . import store
 from .comparison import format_rows
@@ -49,7 +49,7 @@ from .credits import Credits, average
 from .plans import digest_file
 from .statistics import Estimate, compare, estimate
 
-DEMO = Path(__file__).parent.parent / "weights" / "demo144"
+DEMO = Path(__file__).parent.parent / "weights" / "demo"
 BATCH = 32
 LENGTH = 48  # new tokens; the longest answer is a caption
 SEEDS = (0, 1, 2)  # of plans that draw at random
@@ -375,7 +375,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         allow_abbrev=False,
     )
     add = parser.add_argument
-    add("--model", type=Path, default=DEMO, metavar="DIR", help="default: weights/demo144")
+    add("--model", type=Path, default=DEMO, metavar="DIR", help="default: weights/demo")
     add("--questions", type=parse_positive_int, default=600, metavar="N", help="of each seed: 600")
     seeds = (20261201, 20270101, 20270102)
     add("--scenes", nargs="+", type=parse_non_negative_int, default=seeds, metavar="SEED")
@@ -398,7 +398,7 @@ def _run(args: argparse.Namespace) -> None:
         m.random(keep)
     if not args.only and not args.random:
         n, seeds = args.questions * len(args.scenes), ", ".join(map(str, args.scenes))
-        title = f"The demo of 144 tokens: {n} held-out questions, scenes of seeds {seeds}"
+        title = f"The demo: {n} held-out questions, scenes of seeds {seeds}"
         print(report(m, title), flush=True)
 
 

@@ -1,8 +1,9 @@
-"""The demo's config, its tokenizer, and training batches made from scenes.
+"""The config, the tokenizer, and training batches made from scenes.
 
-A batch has P images. All questions about an image follow one shared prefix (`USER: <image>`). Each
-question attends to the prefix and to itself, and its positions continue from the prefix. Hidden
-states and gradients are therefore those of separate prompts, at a fraction of the cost.
+A batch has P images. All conversations about an image follow one shared prefix (`USER: <image>`).
+They stand in `LANES` lanes of `LANE` rows: a row attends to the prefix and to the earlier rows of
+its own conversation, which never crosses a lane. Positions of each conversation continue from the
+prefix, so hidden states and gradients are those of separate prompts, at a fraction of the cost.
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ from __future__ import annotations
 import io
 from collections import defaultdict
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path
 
@@ -24,14 +25,12 @@ from minillava.config import Config, TextConfig, VisionConfig
 
 from . import scenes
 
-RUNS = Path(__file__).parent / "runs"
-
 VOCAB = 640  # PIECES, <image> and <pad>, rounded up to a multiple of 64
 PIECES = 600
 IMAGE_ID, PAD_ID, BOS, EOS = PIECES, PIECES + 1, 1, 2
 VISION = VisionConfig(
     hidden_size=128,
-    intermediate_size=512,
+    intermediate_size=384,
     num_hidden_layers=6,
     num_attention_heads=4,
     image_size=scenes.SIZE,
@@ -39,8 +38,8 @@ VISION = VisionConfig(
 )
 TEXT = TextConfig(
     hidden_size=128,
-    intermediate_size=352,
-    num_hidden_layers=8,
+    intermediate_size=320,
+    num_hidden_layers=12,
     num_attention_heads=4,
     num_key_value_heads=4,
     head_dim=32,
@@ -57,7 +56,7 @@ def train_tokenizer() -> bytes:
     """Train a Llama-style BPE with byte fallback on the words of the questions and answers."""
     words: dict[str, int] = defaultdict(int)
     rng = np.random.default_rng(0)
-    for _ in range(400):
+    for _ in range(600):
         things = scenes.make_things(rng, "train")
         for example in scenes.questions(things, rng, list(scenes.KINDS)):
             for word in f"USER {example.question} ASSISTANT {example.answer}".split():
@@ -85,13 +84,15 @@ def train_tokenizer() -> bytes:
     return written.getvalue()
 
 
+TOKENIZER = Path(__file__).parent / "demo" / "tokenizer.model"  # of train_tokenizer()
+
+
 @lru_cache
 def tokenizer() -> sentencepiece.SentencePieceProcessor:
-    """The trained tokenizer, which is stored in runs/."""
-    path = RUNS / "tokenizer.model"
-    if not path.exists():
-        write_atomically(path, train_tokenizer())
-    return sentencepiece.SentencePieceProcessor(model_proto=path.read_bytes())
+    """The tokenizer, trained where its file is missing."""
+    if not TOKENIZER.exists():
+        write_atomically(TOKENIZER, train_tokenizer())
+    return sentencepiece.SentencePieceProcessor(model_proto=TOKENIZER.read_bytes())
 
 
 @lru_cache
@@ -100,10 +101,9 @@ def prefix_ids() -> tuple[int, ...]:
     return (BOS, *tokenizer().encode("USER: "), *[IMAGE_ID] * VISION.num_patches)
 
 
-def segment_ids(example: scenes.Example) -> tuple[list[int], list[int]]:
-    """Ids of the prompt after the image, and ids of the answer with EOS."""
-    question = tokenizer().encode(f"\n{example.question} ASSISTANT:")
-    return question, [*tokenizer().encode(example.answer), EOS]
+@lru_cache(maxsize=100_000)
+def encode(text: str) -> tuple[int, ...]:
+    return tuple(tokenizer().encode(text))
 
 
 def write_atomically(path: Path, data: bytes) -> None:
@@ -116,50 +116,51 @@ def write_atomically(path: Path, data: bytes) -> None:
 
 # Batches: pure functions of the random generator.
 
+LANES, LANE = 4, 64  # a multiple-choice question with its answer has up to 50 rows
+
 
 @dataclass(frozen=True)
 class Batch:
-    """P images with T tokens each: the prefix, then questions with answers, then padding."""
+    """P images with T = A + LANES * LANE rows each: the prefix, then conversations."""
 
     codes: Tensor  # (P, N, N_CODES) 0 or 1: which words describe which patch
     pixels: Tensor | None  # (P, 3, S, S) uint8; None if no images are drawn
     ids: Tensor  # (P, T)
-    segments: Tensor  # (P, T) 0: prefix, 1, 2, ...: questions, -1: padding
+    segments: Tensor  # (P, T) 0: prefix, 1, 2, ...: conversations, -1: padding
     positions: Tensor  # (P, T)
     targets: Tensor  # (P, T) the next id if it belongs to an answer, else -100
     weights: Tensor  # (P, T) weight of each target in the loss
     things: Tensor  # (P, T) bits: bit i is set if the target is about thing i of the image
+    options: Tensor  # (P, T) of multiple choice, see `number_options`
     owners: Tensor  # (P, N) index of the thing on each patch, or -1
-    kinds: list[list[str]]  # of each image: the kinds of question in segments 1, 2, ...
+    salience: Tensor  # (P, N) where attention should be: sums to 1
+    asked: list[list[tuple[int, str, bool, bool]]]  # of each image and answer: row of its first
+    # target, kind of question, whether it follows another in its conversation, needs detail
 
 
-ROWS = 192  # tokens of questions and answers after each prefix
+# (7, T): ids, segments, positions, targets, weights, things and options, as in Batch; `asked`
+Packed = tuple[NDArray[np.int64], list[tuple[int, str, bool, bool]]]
+
+
+@dataclass(frozen=True)
+class Patches:
+    """What is known of the patches of each image of a batch."""
+
+    codes: list[NDArray[np.float32]] = field(
+        default_factory=list
+    )  # (N, N_CODES): its words, 0 or 1
+    owners: list[NDArray[np.int64]] = field(default_factory=list)  # (N,): the thing on it, or -1
+    # (N,): where attention should be, equal for all things, half of it on the patch in the middle
+    salience: list[NDArray[np.float32]] = field(default_factory=list)
 
 
 @dataclass(frozen=True)
 class Mix:
-    """Which questions an image gets. Short questions then fill the remaining tokens."""
+    """Which questions an image gets. Short questions then fill the remaining rows."""
 
     choices: int = 2  # number of multiple-choice questions
     captions: float = 1.0  # probability of a caption
-
-
-def make_batch(
-    rng: np.random.Generator, images: int, draw: bool, split: scenes.Split, mix: Mix
-) -> Batch:
-    """A random batch of scenes. draw=False leaves out the pixels."""
-    drawn, packed, codes, owners = [], [], [], []
-    for _ in range(images):
-        things = scenes.make_things(rng, split)
-        kinds = ["choice"] * mix.choices + [*rng.choice([*_SHARES], 10, p=_CHANCES)]
-        if rng.random() < mix.captions:
-            kinds.insert(0, "caption")
-        packed.append(pack(scenes.questions(things, rng, kinds), things))
-        codes.append(patch_codes(things))
-        owners.append(patch_owners(things))
-        if draw:
-            drawn.append(np.asarray(scenes.draw(things, rng)))
-    return collate(packed, codes, owners, drawn)
+    follow: float = 0.35  # probability that a question follows the one before in a conversation
 
 
 # Relative frequencies of the short questions; difficult kinds are more frequent.
@@ -171,41 +172,120 @@ _SHARES = {
     "where": 1.5,
     "count": 4,
     "yes-no": 1.5,
+    "ground": 0.5,
 }
 _CHANCES = np.array([*_SHARES.values()]) / sum(_SHARES.values())
 
 
-def pack(
-    examples: Sequence[scenes.Example], things: Sequence[scenes.Thing]
-) -> tuple[NDArray[np.int64], list[str]]:
-    """Pack as many examples as fit after one prefix.
+def make_batch(
+    rng: np.random.Generator, images: int, draw: bool, split: scenes.Split, mix: Mix
+) -> Batch:
+    """A random batch of scenes. draw=False leaves out the pixels."""
+    packed, patches, drawn = [], Patches(), []
+    for _ in range(images):
+        things = scenes.make_things(rng, split)
+        kinds = ["choice"] * mix.choices + [*rng.choice([*_SHARES], 28, p=_CHANCES)]
+        if rng.random() < mix.captions:
+            kinds.insert(int(rng.integers(4)), "caption")  # later ones may follow a question
+        packed.append(pack(scenes.questions(things, rng, kinds), things, rng, mix.follow))
+        add_patches(things, patches)
+        if draw:
+            drawn.append(np.asarray(scenes.draw(things, rng)))
+    return collate(packed, patches, drawn)
 
-    Returns (6, T): ids, segments, positions, targets, weights and things, as in Batch; and the
-    kinds of the packed examples.
-    """
-    prefix = prefix_ids()
-    T = len(prefix) + ROWS
-    rows = np.full((6, T), -1, dtype=np.int64)
-    rows[0], rows[2], rows[3], rows[4], rows[5] = PAD_ID, 0, -100, 0, 0
-    rows[0, : len(prefix)] = prefix
-    rows[1, : len(prefix)] = 0
-    rows[2, : len(prefix)] = range(len(prefix))
-    at, kinds = len(prefix), []
-    for example in examples:
-        question, answer = segment_ids(example)
-        ids = question + answer[:-1]
-        end = at + len(ids)
-        if end > T:
+
+def single_questions(rng: np.random.Generator, n: int, draw: bool, follow: bool = False) -> Batch:
+    """n held-out images with one question each, the kinds in turn; follow: after another one."""
+    packed: list[Packed] = []
+    patches, drawn = Patches(), []
+    kinds = [*scenes.KINDS]
+    while len(packed) < n:
+        things = scenes.make_things(rng, "held-out")
+        wanted = [kinds[len(packed) % len(kinds)]]
+        if follow:
+            wanted.insert(0, str(rng.choice(["digit", "shape", "colour", "what", "where"])))
+        examples = scenes.questions(things, rng, wanted)
+        if len(examples) < len(wanted):
             continue
-        kinds.append(example.kind)
+        rows = pack(examples, things, rng, float(follow))
+        if len(rows[1]) < len(wanted):
+            continue
+        packed.append(rows)
+        add_patches(things, patches)
+        if draw:
+            drawn.append(np.asarray(scenes.draw(things, rng)))
+    return collate(packed, patches, drawn)
+
+
+def pack(
+    examples: Sequence[scenes.Example],
+    things: Sequence[scenes.Thing],
+    rng: np.random.Generator,
+    follow: float,
+) -> Packed:
+    """Pack as many examples as fit into the lanes after one prefix."""
+    prefix = prefix_ids()
+    A = len(prefix)
+    rows = np.full((7, A + LANES * LANE), -1, dtype=np.int64)
+    rows[0], rows[2], rows[3], rows[4:] = PAD_ID, 0, -100, 0
+    rows[0, :A], rows[1, :A], rows[2, :A] = prefix, 0, range(A)
+    used, spoken = [0] * LANES, [0] * LANES  # rows of each lane, and of its last conversation
+    asked: list[tuple[int, str, bool, bool]] = []
+    segment = 0
+    for example in examples:
+        answer = [*encode(example.answer), EOS]
+        follows = [lane for lane in range(LANES) if spoken[lane]] if rng.random() < follow else []
+        opening = "USER: " if follows else "\n"
+        ids = [*encode(f"{opening}{example.question} ASSISTANT:"), *answer[:-1]]
+        fits = [lane for lane in follows or range(LANES) if used[lane] + len(ids) <= LANE]
+        if not fits and follows:
+            follows, ids = [], [*encode(f"\n{example.question} ASSISTANT:"), *answer[:-1]]
+            fits = [lane for lane in range(LANES) if used[lane] + len(ids) <= LANE]
+        if not fits:
+            continue
+        lane = fits[0]
+        if not follows:
+            segment += 1
+            spoken[lane] = 0
+        at = A + lane * LANE + used[lane]
+        end = at + len(ids)
         rows[0, at:end] = ids
-        rows[1, at:end] = len(kinds)
-        rows[2, at:end] = range(len(prefix), len(prefix) + len(ids))
+        rows[1, at:end] = rows[1, at - 1] if follows else segment
+        rows[2, at:end] = np.arange(len(ids)) + A + spoken[lane]
         rows[3, end - len(answer) : end] = answer
         rows[4, end - len(answer) : end] = 1 if example.kind == "caption" else 4
         rows[5, end - len(answer) : end - 1] = things_of_answer(example, things, answer[:-1])
-        at = end
-    return rows, kinds
+        if example.kind == "choice":
+            rows[6, at:end] = number_options(ids, len(answer), 16 * len(asked), example.answer)
+        small = any(t.is_small and t.name in example.about for t in things)
+        asked.append((end - len(answer), example.kind, bool(follows), small))
+        used[lane] += len(ids)
+        spoken[lane] += len(ids)
+    return rows, asked
+
+
+def number_options(ids: Sequence[int], n_answer: int, first: int, right: str) -> NDArray[np.int64]:
+    """(rows,) of a multiple-choice question: numbers from `first` on, for what belongs together.
+
+    The letter of an option has an odd number, and its text the next one. The row that predicts the
+    answer has minus the number of the right option's text, and other rows have 0.
+    """
+    found = np.zeros(len(ids), dtype=np.int64)
+    opening, closing, newline = (tokenizer().piece_to_id(p) for p in ("▁(", ")", "<0x0A>"))
+    now, inside = first - 1, False
+    for i, token in enumerate(ids[: len(ids) - n_answer]):
+        if token == opening:
+            now, inside = now + 2, False
+            found[i + 1] = now
+            if tokenizer().id_to_piece(ids[i + 1]) == right:
+                found[len(ids) - n_answer] = -now - 1
+        elif token == closing:
+            inside = True
+        elif token == newline:
+            inside = False
+        elif inside:
+            found[i] = now + 1
+    return found
 
 
 def things_of_answer(
@@ -220,60 +300,69 @@ def things_of_answer(
 
 
 def collate(
-    packed: Sequence[tuple[NDArray[np.int64], list[str]]],
-    codes: Sequence[NDArray[np.float32]],
-    owners: Sequence[NDArray[np.int64]],
+    packed: Sequence[Packed],
+    patches: Patches,
     drawn: Sequence[NDArray[np.uint8]],
 ) -> Batch:
-    """Stack the rows of `pack`, codes and owners of each image, and the images if drawn."""
-    rows = torch.from_numpy(np.stack([rows for rows, _ in packed], axis=1))  # (6, P, T)
+    """Stack the rows of `pack`, and what is known of each image's patches."""
+    rows = torch.from_numpy(np.stack([rows for rows, _ in packed], axis=1))  # (7, P, T)
     pixels = torch.from_numpy(np.stack(drawn)).permute(0, 3, 1, 2) if drawn else None
-    ids, segments, positions, targets, weights, about = rows
-    names = [kinds for _, kinds in packed]
-    coded, owned = torch.from_numpy(np.stack(codes)), torch.from_numpy(np.stack(owners))
+    ids, segments, positions, targets, weights, about, options = rows
+    coded, owned, salient = (
+        torch.from_numpy(np.stack(x)) for x in (patches.codes, patches.owners, patches.salience)
+    )
     return Batch(
-        coded, pixels, ids, segments, positions, targets, weights.float(), about, owned, names
+        coded,
+        pixels,
+        ids,
+        segments,
+        positions,
+        targets,
+        weights.float(),
+        about,
+        options,
+        owned,
+        salient,
+        [asked for _, asked in packed],
     )
 
 
 # Patch codes: which words describe a patch.
 
 NAMES = (*scenes.DIGITS, *scenes.SHAPES)
-WORDS = (*NAMES, *scenes.COLOURS, "top", "bottom", "left", "right", "center", "digit", "shape")
-CENTRE, EMPTY, ROW = len(WORDS), len(WORDS) + 1, len(WORDS) + 2
-N_CODES = ROW + 2 * VISION.grid
+SIDES = ("top", "bottom", "left", "right", "center")
+WORDS = (*NAMES, *scenes.COLOURS, *SIDES, "digit", "shape", *scenes.GROUNDS)
+GROUND = WORDS.index("grey")  # the first of the grounds
+CENTRE, EMPTY, CELL = len(WORDS), len(WORDS) + 1, len(WORDS) + 2
+N_CODES = CELL + len(scenes.PLACES)
 N_LABELS = len(NAMES) + len(scenes.COLOURS)
 
 
-def patch_codes(things: Sequence[scenes.Thing]) -> NDArray[np.float32]:
-    """(N, N_CODES) of 0 and 1: words of the thing on each patch, and the patch's row and column."""
+def add_patches(things: Sequence[scenes.Thing], patches: Patches) -> None:
+    """Append what is known of one image's patches."""
     grid, size = VISION.grid, VISION.patch_size
-    codes = np.zeros((grid, grid, N_CODES), np.float32)
-    codes[..., EMPTY] = 1
-    for i in range(grid):
-        codes[i, :, ROW + i] = 1
-        codes[:, i, ROW + grid + i] = 1
+    code = np.zeros((grid, grid, N_CODES), np.float32)
+    owner = np.full((grid, grid), -1)
+    salient = np.zeros((grid, grid), np.float32)
+    code[..., EMPTY] = 1
+    code[..., GROUND + [*scenes.GROUNDS].index(things[0].ground)] = 1
     middle = (np.arange(grid) + 0.5) * size
-    for thing in things:
-        left, top, right, bottom = thing.box
-        columns = np.flatnonzero((middle > left) & (middle < right))
-        rows = np.flatnonzero((middle > top) & (middle < bottom))
-        words = [thing.name, thing.colour, *thing.place.split()]
-        words.append("digit" if thing.is_digit else "shape")
-        area = codes[rows[0] : rows[-1] + 1, columns[0] : columns[-1] + 1]
-        area[..., EMPTY] = 0
-        area[..., [WORDS.index(word) for word in words]] = 1
-        codes[int((top + bottom) / 2 / size), int((left + right) / 2 / size), CENTRE] = 1
-    return codes.reshape(-1, N_CODES)
-
-
-def patch_owners(things: Sequence[scenes.Thing]) -> NDArray[np.int64]:
-    """(N,) index of the thing that covers each patch, or -1."""
-    grid, size = VISION.grid, VISION.patch_size
-    middle = (np.arange(grid) + 0.5) * size
-    owners = np.full((grid, grid), -1)
     for i, thing in enumerate(things):
         left, top, right, bottom = thing.box
-        inside = (middle > top) & (middle < bottom), (middle > left) & (middle < right)
-        owners[np.ix_(*inside)] = i
-    return owners.reshape(-1)
+        centre = int((top + bottom) / 2 / size), int((left + right) / 2 / size)
+        inside = np.ix_((middle > top) & (middle < bottom), (middle > left) & (middle < right))
+        words = [thing.name, thing.colour, *thing.place.split()]
+        words.append("digit" if thing.is_digit else "shape")
+        numbers = [*map(WORDS.index, words), CELL + scenes.PLACES.index(thing.place)]
+        for where in (inside, centre):
+            part = code[where]
+            part[..., EMPTY] = 0
+            part[..., numbers] = 1
+            code[where] = part
+            owner[where] = i
+        code[centre][CENTRE] = 1
+        salient[owner == i] += 0.5 / (owner == i).sum() / len(things)
+        salient[centre] += 0.5 / len(things)
+    patches.codes.append(code.reshape(-1, N_CODES))
+    patches.owners.append(owner.reshape(-1))
+    patches.salience.append(salient.reshape(-1))

@@ -1,30 +1,23 @@
-"""Write the trained demo model as a llava-hf folder, and measure it with `generate`."""
+"""Write the trained demo model as a llava-hf folder."""
 
 from __future__ import annotations
 
 import json
-from collections import defaultdict
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
-from types import ModuleType
-from typing import Any, Literal
+from typing import Any
 
-import numpy as np
 import sentencepiece
 import torch
-from PIL import Image
 from safetensors.torch import save_file
 from torch import Tensor
 
 from minillava.config import Config
-from minillava.generate import generate
-from minillava.loading.checkpoint import load
 from minillava.loading.keys import published_name
 from minillava.processing.templates import LLAVA_HF_JINJA
 
 from . import scenes
 
-Shown = Literal["image", "grey", "nothing"]
 MEAN = (0.48145466, 0.4578275, 0.40821073)
 STD = (0.26862954, 0.26130258, 0.27577711)
 
@@ -50,12 +43,9 @@ def export(
         (folder / name).write_text(text + "\n")
 
 
-def write_example(folder: Path, drawn: ModuleType = scenes) -> None:
-    """Write example.png and example.json: a held-out image, a question about it and the answer.
-
-    drawn: the module that makes the scenes.
-    """
-    for scene, example in drawn.held_out(2026, 1000, ["digit"]):
+def write_example(folder: Path) -> None:
+    """Write example.png and example.json: a held-out image, a question about it and the answer."""
+    for scene, example in scenes.held_out(2026, 1000, ["digit"]):
         digits = sum(thing.is_digit for thing in scene.things)
         if len(scene.things) == 5 and digits == 3 and example.question == "What digit is red?":
             scene.image.save(folder / "example.png")
@@ -235,46 +225,3 @@ def fast_tokenizer(pieces: bytes, special: Mapping[int, str]) -> dict[str, Any]:
             "merges": [text for *_, text in sorted(merges)],
         },
     }
-
-
-def measure(folder: Path, seed: int, n: int, shown: Shown = "image") -> dict[str, float]:
-    """Share of exactly right generated answers per kind, on n new held-out questions.
-
-    shown: "image"; "grey", an empty grey image instead; or "nothing", the question alone.
-    """
-    model, processor = load(folder)
-    right: dict[str, list[bool]] = defaultdict(list)
-    for group in _groups(scenes.held_out(seed, n), 32):
-        placeholder = "" if shown == "nothing" else "<image>\n"
-        images = [scene.image for scene, _ in group]
-        if shown == "grey":
-            images = [Image.new("RGB", image.size, (50, 50, 50)) for image in images]
-        batch = processor(
-            [f"USER: {placeholder}{example.question} ASSISTANT:" for _, example in group],
-            images=None if shown == "nothing" else [[image] for image in images],
-        )
-        result = generate(model, batch, max_new_tokens=48)
-        for (_, example), tokens in zip(group, result.tokens, strict=True):
-            right[example.kind].append(processor.decode(tokens) == example.answer)
-    return summary(right)
-
-
-def summary(right: Mapping[str, list[bool]]) -> dict[str, float]:
-    """Accuracy of each kind of question, and "all": of all questions but captions."""
-    answers = [x for kind, xs in right.items() if kind != "caption" for x in xs]
-    figures = {kind: float(np.mean(right[kind])) for kind in scenes.KINDS if right.get(kind)}
-    return {**figures, "all": float(np.mean(answers))}
-
-
-def _groups(
-    items: Iterable[tuple[scenes.Scene, scenes.Example]], size: int
-) -> Iterable[list[tuple[scenes.Scene, scenes.Example]]]:
-    """Yield lists of `size` items; the last list may be shorter."""
-    group = []
-    for item in items:
-        group.append(item)
-        if len(group) == size:
-            yield group
-            group = []
-    if group:
-        yield group

@@ -1,9 +1,11 @@
 """Images with questions and known answers: coloured shapes and handwritten digits.
 
-A scene is a 112 x 112 image of two to five things on a noisy canvas, at most one in each cell of a
-3 x 3 grid. A question is text with exactly one right answer for its scene. The digits are real
-handwriting from scikit-learn's `load_digits`; the "train" split never contains an image of the
-"held-out" split. Everything is a pure function of the random generator passed in.
+A scene is a 168 x 168 image of two to five things on a noisy canvas of one of four tones, at most
+one in each cell of a 3 x 3 grid. Big things cover about ten patches of 14 x 14 pixels; small ones,
+six of ten shapes, cover one or two, so that a question about them needs detail. A question about
+the background needs none. A question is text with exactly one right answer for its scene. The
+digits are real handwriting from scikit-learn's `load_digits`; the "train" split never contains an
+image of the "held-out" split. Everything is a pure function of the random generator passed in.
 """
 
 from __future__ import annotations
@@ -21,7 +23,8 @@ from PIL import Image, ImageDraw
 Split = Literal["train", "held-out"]
 T = TypeVar("T")
 
-SIZE = 112
+SIZE = 168
+SMALL = 0.6  # probability that a shape is small
 COLOURS: dict[str, tuple[int, int, int]] = {
     "red": (225, 35, 35),
     "green": (40, 175, 50),
@@ -31,6 +34,12 @@ COLOURS: dict[str, tuple[int, int, int]] = {
     "purple": (150, 45, 190),
     "cyan": (40, 215, 225),
     "white": (245, 245, 245),
+}
+GROUNDS: dict[str, tuple[int, int, int]] = {
+    "grey": (50, 50, 50),
+    "brown": (85, 48, 18),
+    "navy": (18, 26, 88),
+    "teal": (8, 74, 68),
 }
 SHAPES = ("circle", "square", "triangle", "star", "cross", "diamond")
 DIGITS = tuple("0123456789")
@@ -51,11 +60,16 @@ class Thing:
     colour: str
     place: str
     box: tuple[float, float, float, float]  # left, top, right, bottom in pixels
+    ground: str  # the background of its scene
     digit_index: int = -1  # index in load_digits, -1 for a shape
 
     @property
     def is_digit(self) -> bool:
         return self.name in DIGITS
+
+    @property
+    def is_small(self) -> bool:
+        return self.box[2] - self.box[0] < 28
 
 
 @dataclass(frozen=True)
@@ -88,23 +102,25 @@ def make_things(rng: np.random.Generator, split: Split) -> tuple[Thing, ...]:
     n_digits = int(rng.integers(0, count + 1))
     names = [*rng.choice(DIGITS, n_digits, replace=False)]
     names += [*rng.choice(SHAPES, count - n_digits, replace=False)]
-    boxes = _boxes(rng, count)
+    small = [name not in DIGITS and rng.random() < SMALL for name in names]
+    boxes = _boxes(rng, small)
+    ground = str(rng.choice(list(GROUNDS)))
     colours: list[str] = []
     for _ in names:  # colours are sometimes repeated, so that counting them is not trivial
         again = colours and rng.random() < 0.3
         colours.append(str(rng.choice(colours if again else list(COLOURS))))
     things = []
-    for name, colour, cell in zip(names, colours, rng.permutation(sorted(boxes)), strict=True):
+    for name, colour, (cell, box) in zip(names, colours, boxes.items(), strict=True):
         index = int(rng.choice(_digit_rows(split)[str(name)])) if name in DIGITS else -1
-        things.append(Thing(str(name), colour, PLACES[cell], boxes[int(cell)], index))
+        things.append(Thing(str(name), colour, PLACES[cell], box, ground, index))
     return tuple(sorted(things, key=lambda thing: PLACES.index(thing.place)))
 
 
 def draw(things: Sequence[Thing], rng: np.random.Generator) -> Image.Image:
-    """Draw things on a dim, uneven, noisy canvas: a 112 x 112 RGB image."""
+    """Draw things on a dim, uneven, noisy canvas: a 168 x 168 RGB image."""
     y, x = _grid()
-    tint = rng.uniform(15, 85) + rng.uniform(-12, 12, 3)
-    slope = rng.uniform(-45, 45, 2).astype(np.float32)
+    tint = np.asarray(GROUNDS[things[0].ground]) * rng.uniform(0.6, 1.1) + rng.uniform(-6, 6, 3)
+    slope = rng.uniform(-25, 25, 2).astype(np.float32)
     canvas = tint.astype(np.float32) + (slope[0] * x + slope[1] * y)[..., None]  # (S, S, 3)
     for thing in things:
         left, top, right, bottom = (round(edge) for edge in thing.box)
@@ -246,6 +262,11 @@ def _caption(things: Sequence[Thing], rng: np.random.Generator) -> Example:
     return Example("caption", question, describe(things), tuple(t.name for t in things))
 
 
+def _ground(things: Sequence[Thing], rng: np.random.Generator) -> Example:
+    word = _pick(rng, ("colour", "color"))
+    return Example("ground", f"What {word} is the background?", things[0].ground, ())
+
+
 def describe(things: Sequence[Thing]) -> str:
     """Every thing with its colour and place, in reading order."""
     return ", ".join(f"{t.colour} {t.name} at {t.place}" for t in things)
@@ -259,6 +280,7 @@ KINDS: dict[str, Callable[[Sequence[Thing], np.random.Generator], Example | None
     "where": _where,
     "count": _count,
     "yes-no": _yes_no,
+    "ground": _ground,
     "choice": _choice,
     "caption": _caption,
 }
@@ -287,14 +309,17 @@ def _other(
 # Drawing.
 
 
-def _boxes(rng: np.random.Generator, count: int) -> dict[int, tuple[float, float, float, float]]:
-    """Cell number -> box. Centres stay well inside their cell; boxes do not overlap."""
+def _boxes(
+    rng: np.random.Generator, small: Sequence[bool]
+) -> dict[int, tuple[float, float, float, float]]:
+    """Cell number -> box, in the order of `small`. Centres stay well inside their cell; boxes do
+    not overlap."""
     cell = SIZE / 3
     while True:
         boxes: dict[int, tuple[float, float, float, float]] = {}
-        for i in rng.choice(9, count, replace=False):
-            half = rng.uniform(13.5, 18.0)
-            x, y = (cell * (k + 0.5) + rng.uniform(-10, 10) for k in (i % 3, i // 3))
+        for i, is_small in zip(rng.choice(9, len(small), replace=False), small, strict=True):
+            half = rng.uniform(7.5, 9.5) if is_small else rng.uniform(19.0, 25.0)
+            x, y = (cell * (k + 0.5) + rng.uniform(-15, 15) for k in (i % 3, i // 3))
             x, y = (min(max(v, half + 1), SIZE - half - 1) for v in (x, y))
             boxes[int(i)] = (x - half, y - half, x + half, y + half)
         if not any(_overlap(a, b) for i, a in boxes.items() for j, b in boxes.items() if i < j):

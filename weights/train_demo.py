@@ -1,19 +1,22 @@
 """Train the demo checkpoint weights/demo from scratch, on a CPU.
 
-There are four seeded stages. Each saves its state to weights/runs/<stage>.pt every few minutes and
-resumes from it:
+There are seven seeded stages. Each saves its state to RUNS/<stage>.pt and resumes from it:
 
 1. tower: the vision tower and the projector learn to describe each patch. The target is a fixed
-   code: the sum of the embeddings of the words that describe the patch.
-2. reader: the decoder learns to answer from such sums; no image is drawn. This stage does not need
-   stage 1 and can run at the same time.
+   code, the sum of the embeddings of the words that describe the patch.
+2. reader: the decoder learns to answer from such sums, also with image tokens missing; no image is
+   drawn. This stage does not need the first one.
 3. joint: both are trained together, from images to answers.
-4. finish: the same, while the learning rate falls to zero. Then the checkpoint is written.
+4. settle: the same with more multiple choice, while the learning rate falls.
+5. options: with still more of it, and attention is guided from options to letters and back.
+6. finish: the same, while the learning rate falls to zero.
+7. captions: the same with captions also as follow-up questions, while a rate falls to zero again.
 
-    python -m weights.train_demo                     all unfinished stages, then the export
-    python -m weights.train_demo --stage reader      one stage
-    python -m weights.train_demo --export joint      write weights/demo from a stage's last state
-    python -m weights.train_demo --evaluate 7        accuracy on new held-out scenes, per kind
+    python -m weights.train_demo --runs DIR                      all unfinished stages
+    python -m weights.train_demo --runs DIR --stage reader       one stage
+    python -m weights.train_demo --runs DIR --without salience   an ablation, in its own DIR
+    python -m weights.train_demo --runs DIR --export captions      writes the checkpoint here
+    python -m weights.train_demo --runs DIR --export joint --to FOLDER
 """
 
 from __future__ import annotations
@@ -24,16 +27,14 @@ import socket
 import time
 from collections import defaultdict
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from multiprocessing import get_context
 from pathlib import Path
-from typing import get_args
 
 import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, Dataset
 
 from minillava.app.command import (
     CommandParser,
@@ -44,11 +45,22 @@ from minillava.app.command import (
     run_command,
 )
 
-from .demo_data import CONFIG, RUNS, Batch, Mix, make_batch, tokenizer, write_atomically
-from .demo_model import Demo, Muon, answer_loss, noisy_features, patch_loss
-from .export_demo import Shown, export, measure, summary, write_example
+from .demo_accuracy import quick_accuracy, tower_figures
+from .demo_data import CONFIG, Batch, Mix, make_batch, tokenizer, write_atomically
+from .demo_model import (
+    Demo,
+    Losses,
+    answer_loss,
+    noisy_features,
+    patch_loss,
+    picture_loss,
+    random_drop,
+    salience_loss,
+)
+from .export_demo import export, write_example
+from .muon import Muon
 
-HERE = Path(__file__).parent
+DEMO = Path(__file__).parent / "demo"
 
 
 @dataclass(frozen=True)
@@ -62,44 +74,113 @@ class Stage:
     mix: Mix  # of questions about each image
     tower_scale: float = 1.0  # learning rates of the vision tower relative to the decoder's
     after: tuple[str, ...] = ()  # stages whose weights this one starts from
-    decay: float = 0.3  # share of the steps, at the end, in which the rates fall linearly to 0
+    decay: float = 0.3  # share of the steps, at the end, in which the rates fall linearly
+    lowest: float = 0.0  # share of the rates at the end
     warmup: int = 100  # steps in which the rates rise linearly
+    undropped: int = 0  # steps before image tokens are dropped
+    guide: float = 1.0  # factor of the losses of the decoder's attention
 
 
+SETTLE, OPTIONS = 800, 341  # steps
 STAGES = {
-    "tower": Stage(steps=2000, images=64, muon=0.02, adam=2e-3, mix=Mix()),
-    "reader": Stage(steps=680, images=16, muon=0.02, adam=2e-3, mix=Mix(choices=1), decay=0.0),
+    "tower": Stage(steps=2500, images=32, muon=0.02, adam=2e-3, mix=Mix()),
+    "reader": Stage(
+        steps=1100,
+        images=8,
+        muon=0.02,
+        adam=2e-3,
+        mix=Mix(choices=0),
+        decay=0.0,
+        undropped=300,
+        guide=2.0,
+    ),
     "joint": Stage(
-        steps=1500,
+        steps=900,
         images=16,
         muon=0.015,
         adam=2e-3,
-        mix=Mix(),
+        mix=Mix(choices=1),
         tower_scale=0.2,
         decay=0.0,
         after=("tower", "reader"),
     ),
-    "finish": Stage(
-        steps=2600,
+    "settle": Stage(
+        steps=SETTLE,
         images=16,
         muon=0.015,
         adam=2e-3,
-        mix=Mix(choices=3, captions=0.4),
+        mix=Mix(choices=2, captions=0.6),
         tower_scale=0.3,
         decay=1.0,
+        lowest=1 - SETTLE / 3000,
         after=("joint",),
+    ),
+    "options": Stage(
+        steps=OPTIONS,
+        images=16,
+        muon=0.011,
+        adam=1.5e-3,
+        mix=Mix(choices=4, captions=0.5),
+        tower_scale=0.3,
+        decay=1.0,
+        lowest=1 - OPTIONS / 1100,
+        warmup=30,
+        after=("settle",),
+    ),
+    "finish": Stage(
+        steps=300,
+        images=16,
+        muon=0.011 * (1 - OPTIONS / 1100),
+        adam=1.5e-3 * (1 - OPTIONS / 1100),
+        mix=Mix(choices=3, captions=0.8),
+        tower_scale=0.3,
+        decay=1.0,
+        warmup=10,
+        after=("options",),
+    ),
+    "captions": Stage(
+        steps=1200,
+        images=16,
+        muon=0.008,
+        adam=1e-3,
+        mix=Mix(choices=3, captions=0.9),
+        tower_scale=0.3,
+        decay=1.0,
+        warmup=30,
+        after=("finish",),
     ),
 }
 
 
-class Steps(Dataset[Batch]):
+@dataclass(frozen=True)
+class Run:
+    """What one process trains."""
+
+    name: str
+    runs: Path
+    seed: int
+    losses: Losses
+    save_every: float  # seconds
+    measure_every: float = 600.0
+    workers: int = 1
+    rank: int = 0
+    address: str = ""
+    steps: int = 0  # 0: those of the stage
+
+    @property
+    def stage(self) -> Stage:
+        stage = STAGES[self.name]
+        return replace(stage, steps=self.steps) if self.steps else stage
+
+
+class Steps:
     """One process's share of a stage's batches, from step `first` on."""
 
-    def __init__(self, stage: str, seed: int, first: int, rank: int, workers: int) -> None:
-        self.images, self.draw = STAGES[stage].images // workers, stage != "reader"
-        self.mix = STAGES[stage].mix
-        self.seed = [[*STAGES].index(stage), seed, rank, workers]
-        self.numbers = range(first, STAGES[stage].steps)
+    def __init__(self, run: Run, first: int) -> None:
+        self.images, self.draw = run.stage.images // run.workers, run.name != "reader"
+        self.mix = run.stage.mix
+        self.seed = [[*STAGES].index(run.name), run.seed, run.rank, run.workers]
+        self.numbers = range(first, run.stage.steps)
 
     def __len__(self) -> int:
         return len(self.numbers)
@@ -132,33 +213,31 @@ def make_optimizers(model: Demo, stage: Stage) -> list[torch.optim.Optimizer]:
 
 
 def rate(stage: Stage, step: int) -> float:
-    """Learning rate as a share of the full one: a linear rise, constant, a linear fall to 0."""
+    """Learning rate as a share of the full one: a linear rise, constant, a linear fall."""
     falling = stage.steps * stage.decay
     down = (stage.steps - step) / falling if falling else 1.0
+    down = stage.lowest + (1 - stage.lowest) * down
     return min(1.0, (step + 1) / stage.warmup, down)
 
 
 # Running a stage.
 
 
-def start_stage(name: str, seed: int, workers: int, save_every: float) -> None:
-    """Run a stage in `workers` single-threaded processes, which divide each step's images."""
-    tokenizer()  # trained and stored before other processes look for it
+def start_stage(run: Run) -> None:
+    """Run a stage in single-threaded processes, which divide each step's images."""
     with socket.socket() as probe:  # any free port: after a kill the previous one may be taken
         probe.bind(("127.0.0.1", 0))
-        address = f"tcp://127.0.0.1:{probe.getsockname()[1]}"
+        run = replace(run, address=f"tcp://127.0.0.1:{probe.getsockname()[1]}")
     others = [
-        get_context("spawn").Process(
-            target=run_stage, args=(name, seed, rank, workers, save_every, address)
-        )
-        for rank in range(1, workers)
+        get_context("spawn").Process(target=run_stage, args=(replace(run, rank=rank),))
+        for rank in range(1, run.workers)
     ]
     for process in others:
         process.start()
-    run_stage(name, seed, 0, workers, save_every, address)
+    run_stage(run)
     for process in others:
         process.join()
-    if others:
+    if dist.is_initialized():  # not after a stage that was finished before
         dist.destroy_process_group()
 
 
@@ -174,15 +253,15 @@ class Training:
     seconds: float = 0.0
 
 
-def resume(name: str, seed: int) -> Training:
+def resume(run: Run) -> Training:
     """Load a stage's last saved state, or start it from the weights of the stages before it."""
-    stage, path = STAGES[name], RUNS / f"{name}.pt"
-    model = Demo(seed)
+    stage, path = run.stage, run.runs / f"{run.name}.pt"
+    model = Demo(run.seed)
     optimizers = make_optimizers(model, stage)
     rates = [[group["lr"] for group in optimizer.param_groups] for optimizer in optimizers]
     if not path.exists():
         for earlier in stage.after:
-            load_earlier_stage(model, earlier)
+            load_earlier_stage(model, run.runs, earlier)
         average = {key: p.detach().clone() for key, p in model.named_parameters()}
         return Training(model, average, optimizers, rates)
     saved = torch.load(path, weights_only=True)
@@ -192,56 +271,56 @@ def resume(name: str, seed: int) -> Training:
     return Training(model, saved["average"], optimizers, rates, saved["step"], saved["seconds"])
 
 
-def run_stage(
-    name: str, seed: int, rank: int, workers: int, save_every: float, address: str
-) -> None:
-    """Train a stage from its last saved state to its end, as process `rank` of `workers`."""
+def run_stage(run: Run) -> None:
+    """Train a stage from its last saved state to its end, as one of `workers` processes."""
     torch.set_num_threads(1)
-    if workers > 1:
-        dist.init_process_group("gloo", init_method=address, rank=rank, world_size=workers)
     torch.backends.cuda.allow_fp16_bf16_reduction_math_sdp(True)  # applies to CPUs too
-    stage, training = STAGES[name], resume(name, seed)
+    stage, training = run.stage, resume(run)
     if training.step >= stage.steps:
         return
-    if rank == 0:
-        log(name, f"from step {training.step}, seed {seed}, {workers} processes, {stage}")
+    if run.workers > 1:
+        dist.init_process_group(
+            "gloo", init_method=run.address, rank=run.rank, world_size=run.workers
+        )
+    if run.rank == 0:
+        log(run, f"from step {training.step}, seed {run.seed}, {run.workers} processes, {stage}")
+        log(run, f"{run.losses}")
     began, last_saved = time.monotonic() - training.seconds, time.monotonic()
+    last_measured = last_saved
     figures: dict[str, float] = {}
-    loader = DataLoader(
-        Steps(name, seed, training.step, rank, workers),
-        batch_size=None,
-        num_workers=1,
-        prefetch_factor=6,
-        multiprocessing_context="spawn",
-    )
-    for batch in loader:
-        noise_seed = seed * 1_000_003 + training.step * workers + rank
-        found = train_step(name, training, batch, noise_seed)
-        if rank:
+    batches = Steps(run, training.step)
+    for i in range(len(batches)):
+        batch = batches[i]
+        noise_seed = run.seed * 1_000_003 + training.step * run.workers + run.rank
+        found = train_step(run, training, batch, noise_seed)
+        if run.rank:
             continue
         update_average(training)
         for key, value in found.items():
             figures[key] = 0.95 * figures.get(key, value) + 0.05 * value
         step, training.seconds = training.step, time.monotonic() - began
-        if step % 50 == 0:
+        if step % 25 == 0:
             text = " ".join(f"{key} {value:.3f}" for key, value in figures.items())
-            log(name, f"step {step} {training.seconds:.0f} s {text}")
-        if time.monotonic() - last_saved > save_every or step == stage.steps:
-            save(name, training)
+            log(run, f"step {step} {training.seconds:.0f} s {text}")
+        if time.monotonic() - last_saved > run.save_every or step == stage.steps:
+            save(run, training)
             last_saved = time.monotonic()
-            log_accuracy(name, training)
+        if time.monotonic() - last_measured > run.measure_every or step == stage.steps:
+            log_accuracy(run, training)
+            last_measured = time.monotonic()
 
 
-def train_step(name: str, training: Training, batch: Batch, noise_seed: int) -> dict[str, float]:
+def train_step(run: Run, training: Training, batch: Batch, noise_seed: int) -> dict[str, float]:
     """One optimizer step on a batch, with the gradients of all processes; figures for the log."""
     model = training.model
     generator = torch.Generator().manual_seed(noise_seed)
-    scale = rate(STAGES[name], training.step)
+    scale = rate(run.stage, training.step)
     for optimizer, rates in zip(training.optimizers, training.rates, strict=True):
         for group, full in zip(optimizer.param_groups, rates, strict=True):
             group["lr"] = full * scale
+    dropping = training.step >= run.stage.undropped
     with torch.autocast("cpu", torch.bfloat16):
-        loss, figures = stage_loss(name, model, batch, generator)
+        loss, figures = stage_loss(run, model, batch, generator, dropping)
     loss.backward()
     if dist.is_initialized():
         share_gradients(model)
@@ -256,7 +335,7 @@ def train_step(name: str, training: Training, batch: Batch, noise_seed: int) -> 
 @torch.no_grad()
 def update_average(training: Training) -> None:
     """Average the parameters over about the last 500 steps, fewer at the beginning."""
-    keep = min(0.998, training.step / (training.step + 50))
+    keep = min(0.998, training.step / (training.step + 50) * 0.99)
     for key, p in training.model.named_parameters():
         training.average[key].lerp_(p, 1 - keep)
 
@@ -272,30 +351,42 @@ def share_gradients(model: Demo) -> None:
 
 
 def stage_loss(
-    name: str, model: Demo, batch: Batch, generator: torch.Generator
+    run: Run, model: Demo, batch: Batch, generator: torch.Generator, dropping: bool
 ) -> tuple[Tensor, dict[str, float]]:
     """A stage's loss on a batch, and figures for the log."""
-    if name == "reader":
-        answers, missed = answer_loss(model, noisy_features(model, batch.codes, generator), batch)
-        figures = {"loss": float(answers.detach()), "missed": float(missed.detach())}
-        return answers + 0.2 * missed, figures
-    assert batch.pixels is not None
-    state = model.encode_images(batch.pixels)
-    loss, figures = patch_loss(model, state, batch.codes)
-    if name == "tower":
-        return loss, {"loss": float(loss.detach()), **figures}
-    answers, missed = answer_loss(model, model.projector(state[:, 1:]), batch)
-    figures = {
+    losses = run.losses
+    total = torch.zeros(())
+    figures: dict[str, float] = {}
+    if run.name == "reader":
+        image = noisy_features(model, batch.codes, generator)
+    else:
+        assert batch.pixels is not None
+        state, seen = model.encode_images(batch.pixels)
+        scale = 1.0 if run.name == "tower" else losses.patches
+        patches, tower = patch_loss(model, state, batch)
+        looked = salience_loss(seen, batch.salience)
+        total = scale * (patches + losses.picture * picture_loss(model, state, batch))
+        total = total + losses.class_attention * looked
+        figures = {"patches": float(patches.detach()), "class": float(looked.detach())}
+        if run.name == "tower":
+            return total, {**figures, **tower}
+        figures["digit"] = tower.get("digit", 0.0)
+        image = model.projector(state[:, 1:])
+    drop = random_drop(batch, losses.drop, generator) if dropping and losses.drop else None
+    answers, asked, salience, options = answer_loss(model, image, batch, drop)
+    figures |= {
         "loss": float(answers.detach()),
-        "missed": float(missed.detach()),
-        "digit": figures.get("digit", 0.0),
+        "asked": float(asked.detach()),
+        "salience": float(salience.detach()),
+        "options": float(options.detach()),
     }
-    return answers + 0.1 * loss + 0.05 * missed, figures
+    guided = losses.asked * asked + losses.salience * salience + losses.options * options
+    return total + losses.answers * answers + run.stage.guide * guided, figures
 
 
-def load_earlier_stage(model: Demo, earlier: str) -> None:
+def load_earlier_stage(model: Demo, runs: Path, earlier: str) -> None:
     """Load the averaged weights of an earlier stage, but only the parts that it trained."""
-    saved = torch.load(RUNS / f"{earlier}.pt", weights_only=True)["average"]
+    saved = torch.load(runs / f"{earlier}.pt", weights_only=True)["average"]
     parts = {"tower": ("vision", "projector", "heads"), "reader": ("llama",)}
     wanted = parts.get(earlier, ("vision", "projector", "heads", "llama"))
     state = {key: value for key, value in saved.items() if key.startswith(wanted)}
@@ -304,8 +395,8 @@ def load_earlier_stage(model: Demo, earlier: str) -> None:
     assert all(key == "codes" or not key.startswith(wanted) for key in missing), missing
 
 
-def save(name: str, training: Training) -> None:
-    """Save a stage's state to runs/, from where `resume` loads it."""
+def save(run: Run, training: Training) -> None:
+    """Save a stage's state, from where `resume` loads it."""
     state = {
         "model": training.model.state_dict(),
         "average": training.average,
@@ -315,56 +406,32 @@ def save(name: str, training: Training) -> None:
     }
     buffer = io.BytesIO()
     torch.save(state, buffer)
-    write_atomically(RUNS / f"{name}.pt", buffer.getvalue())
+    write_atomically(run.runs / f"{run.name}.pt", buffer.getvalue())
 
 
-def log(name: str, text: str) -> None:
-    """Print a line with the time, and append it to the stage's log in runs/."""
-    line = f"{time.strftime('%H:%M:%S')} {name}: {text}"
+def log(run: Run, text: str) -> None:
+    """Print a line with the time, and append it to the stage's log."""
+    line = f"{time.strftime('%H:%M:%S')} {run.name}: {text}"
     print(line, flush=True)
-    RUNS.mkdir(parents=True, exist_ok=True)
-    with (RUNS / f"{name}.log").open("a") as file:
+    run.runs.mkdir(parents=True, exist_ok=True)
+    with (run.runs / f"{run.name}.log").open("a") as file:
         file.write(line + "\n")
 
 
-# Accuracy.
-
-
 @torch.no_grad()
-def log_accuracy(name: str, training: Training) -> None:
-    """Log the averaged weights' accuracy on a small held-out set, for each kind of question."""
+def log_accuracy(run: Run, training: Training) -> None:
+    """Log the averaged weights' accuracy on a small held-out set, under several plans."""
     model = training.model
     current = {key: p.detach().clone() for key, p in model.named_parameters()}
     model.load_state_dict({**training.average, "codes": model.codes})
-    if name == "tower":
-        batch = make_batch(np.random.default_rng(99), 200, True, "held-out", Mix())
-        assert batch.pixels is not None
-        _, figures = patch_loss(model, model.encode_images(batch.pixels), batch.codes)
-    else:
-        batch = make_batch(np.random.default_rng(99), 60, name != "reader", "held-out", Mix())
-        figures = accuracy(model, batch)
-    text = " ".join(f"{key} {value:.3f}" for key, value in figures.items())
-    log(name, f"held out at {training.step}: {text}")
+    with torch.autocast("cpu", torch.bfloat16):
+        if run.name == "tower":
+            lines = [tower_figures(model)]
+        else:
+            lines = quick_accuracy(model, 80, draw=run.name != "reader")
+    for line in lines:
+        log(run, f"held out at {training.step}: {line}")
     model.load_state_dict({**current, "codes": model.codes})
-
-
-@torch.no_grad()
-def accuracy(model: Demo, batch: Batch) -> dict[str, float]:
-    """Share of exactly right answers for each kind of question.
-
-    An answer is right if each of its tokens is the most likely one: then greedy decoding gives it.
-    """
-    if batch.pixels is None:
-        image = batch.codes @ model.codes
-    else:
-        image = model.projector(model.encode_images(batch.pixels)[:, 1:])
-    best = model.llama.logits(model.decode(image, batch)[0]).argmax(-1)  # (P, T)
-    wrong = (best != batch.targets) & (batch.targets >= 0)
-    right: dict[str, list[bool]] = defaultdict(list)
-    for p, kinds in enumerate(batch.kinds):
-        for i, kind in enumerate(kinds, start=1):
-            right[kind].append(not bool(wrong[p, batch.segments[p] == i].any()))
-    return summary(right)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -374,59 +441,52 @@ def main(argv: Sequence[str] | None = None) -> int:
         description=(__doc__ or "").partition("\n")[0],
         allow_abbrev=False,
     )
+    parser.add_argument("--runs", type=Path, required=True, help="folder of the states and logs")
     parser.add_argument("--stage", choices=STAGES, help="train only this stage")
     parser.add_argument("--seed", type=parse_non_negative_int, default=1, help="of the whole run")
+    parser.add_argument("--workers", type=parse_positive_int, default=2, help="processes")
+    parser.add_argument("--steps", type=parse_non_negative_int, default=0, help="another length")
     parser.add_argument(
-        "--workers", type=parse_positive_int, default=2, help="single-threaded processes"
+        "--without", nargs="+", default=[], metavar="LOSS", help="losses left out (ablation)"
     )
+    parser.add_argument("--save-every", type=parse_float, default=100.0, metavar="SECONDS")
+    parser.add_argument("--measure-every", type=parse_float, default=600.0, metavar="SECONDS")
     parser.add_argument(
-        "--save-every",
-        type=parse_float,
-        default=120.0,
-        metavar="SECONDS",
-        help="between two saved states",
+        "--export", choices=STAGES, help="write a checkpoint from this stage (reader: with tower)"
     )
-    parser.add_argument("--export", choices=STAGES, help="write weights/demo from this stage")
-    parser.add_argument(
-        "--evaluate",
-        type=parse_non_negative_int,
-        metavar="SEED",
-        help="measure weights/demo on scenes of this seed",
-    )
-    parser.add_argument(
-        "--n", type=parse_positive_int, default=1800, help="number of questions for --evaluate"
-    )
+    parser.add_argument("--to", type=Path, default=DEMO, help="its folder; default: weights/demo")
     return run_command(lambda: _run(parser.parse_args(argv)))
 
 
 def _run(args: argparse.Namespace) -> None:
-    if args.evaluate is not None:
-        report(args.evaluate, args.n)
+    if args.export:
+        write_demo(args.runs, args.export, args.to, args.seed)
         return
-    if not args.export:
-        for name in [args.stage] if args.stage else STAGES:
-            start_stage(name, args.seed, args.workers, args.save_every)
-    if not args.stage:
-        write_demo(args.export or "finish", args.seed)
+    losses = Losses().without(args.without)
+    for name in [args.stage] if args.stage else STAGES:
+        start_stage(
+            Run(
+                name,
+                args.runs,
+                args.seed,
+                losses,
+                args.save_every,
+                args.measure_every,
+                args.workers,
+                steps=args.steps,
+            )
+        )
 
 
-def write_demo(stage: str, seed: int) -> None:
-    """Write weights/demo from a stage's averaged weights."""
+def write_demo(runs: Path, stage: str, folder: Path, seed: int) -> None:
+    """Write a checkpoint from a stage's averaged weights."""
     model = Demo(seed)
-    load_earlier_stage(model, stage)
+    for earlier in STAGES["joint"].after if stage in STAGES["joint"].after else (stage,):
+        load_earlier_stage(model, runs, earlier)
     parts = ("vision.", "projector.", "llama.")
     weights = {k: p.detach() for k, p in model.named_parameters() if k.startswith(parts)}
-    export(HERE / "demo", CONFIG, weights, tokenizer().serialized_model_proto())
-    write_example(HERE / "demo")
-
-
-def report(seed: int, n: int) -> None:
-    """Print the accuracy of weights/demo in per cent per kind, with the image and without."""
-    columns = {shown: measure(HERE / "demo", seed, n, shown) for shown in get_args(Shown)}
-    print(f"seed {seed}, {n} questions, the same number of each kind; 'all' leaves out captions")
-    print("".join(f"{title:>12}" for title in ("kind", *columns)))
-    for kind in columns["image"]:
-        print(f"{kind:>12}" + "".join(f"{100 * f[kind]:12.1f}" for f in columns.values()))
+    export(folder, CONFIG, weights, tokenizer().serialized_model_proto())
+    write_example(folder)
 
 
 if __name__ == "__main__":

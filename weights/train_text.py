@@ -39,8 +39,8 @@ from minillava.llava import LLaVA
 from minillava.quant.cpu import multiplies_bfloat16
 
 from .demo_data import write_atomically
-from .demo_model import Muon
 from .export_demo import export
+from .muon import Muon
 
 PACKAGES = ("torch", "numpy", "sklearn")  # beside Python's own library
 SHORTEST = 200  # characters of a docstring

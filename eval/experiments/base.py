@@ -31,7 +31,7 @@ from ..statistics import Estimate
 
 Row = Mapping[str, Any]
 
-DRAWN = ("demo", "demo144")  # tasks
+
 INTERVAL = "95 %"  # the column of intervals
 SEEDS = (0, 1_000_000, 2_000_000)  # apart by more than a benchmark has questions
 
@@ -226,8 +226,8 @@ def cost_columns(result: PlanResult) -> dict[str, Any]:
 
 
 def timed(task: str, columns: Mapping[str, Any]) -> Mapping[str, Any]:
-    """Columns of times. The demos have none: their prompts take milliseconds, which are noise."""
-    return {} if task in DRAWN else columns
+    """Columns of times. The demo has none: its prompts take milliseconds, which are noise."""
+    return {} if task == "demo" else columns
 
 
 def time_plots(out: Path, rows: Mapping[str, Row], title: str) -> list[str]:

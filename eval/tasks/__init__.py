@@ -5,7 +5,7 @@ from __future__ import annotations
 from .aokvqa import AOKVQA
 from .base import Task
 from .captions import COCO2014, COCO2017, FLICKR30K, NOCAPS
-from .demo import Demo, Demo144
+from .demo import Demo
 from .gqa import GQA
 from .mmbench import MMBench
 from .mme import MME
@@ -22,7 +22,6 @@ TASKS: dict[str, Task] = {
     task.name: task
     for task in (
         Demo(),
-        Demo144(),
         ScienceQA(),
         AOKVQA(),
         OCRVQA(),

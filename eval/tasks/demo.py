@@ -1,16 +1,14 @@
-"""Digit scenes: the benchmarks of the demo checkpoints. Their handwriting is held out."""
+"""Digit scenes: the benchmark of the demo checkpoint. Its handwriting is held out."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from types import ModuleType
 
 import numpy as np
 
 from weights import scenes
-from weights.demo144 import scenes as larger_scenes
 
 from ..credits import Credits
 from .base import Answer, ImageSource, Item, Score, Setup, Task, names_of
@@ -24,7 +22,6 @@ class Demo(Task):
 
     seed: int = 2026
     kinds: tuple[str, ...] = ()
-    scenes: ModuleType = scenes
 
     name = "demo"
     title = "held-out digit scenes (weights/scenes.py)"
@@ -38,7 +35,7 @@ class Demo(Task):
     def items(self, source: Path | None, protocol: str, limit: int | None = None) -> list[Item]:
         if source is not None:
             raise ValueError(f"the task {self.name} draws its scenes; leave --data {source} out")
-        found = self.scenes.held_out(self.seed, N if limit is None else limit, self.kinds or None)
+        found = scenes.held_out(self.seed, N if limit is None else limit, self.kinds or None)
         return [
             Item(
                 i,
@@ -55,7 +52,7 @@ class Demo(Task):
         right = [a.said.strip() == a.item.gold["answer"] for a in answers]
         every = Credits.of(names_of(answers), right)
         kinds = np.array([a.item.gold["kind"] for a in answers])
-        parts = {kind: every.select(kinds == kind) for kind in self.scenes.KINDS if kind in kinds}
+        parts = {kind: every.select(kinds == kind) for kind in scenes.KINDS if kind in kinds}
         counted = every.select(kinds != "caption") if len(parts) > 1 else every
         return Score(
             "accuracy",
@@ -67,13 +64,3 @@ class Demo(Task):
             credits=counted,
             parts=parts,
         )
-
-
-@dataclass(frozen=True)
-class Demo144(Demo):
-    """The scenes of weights/demo144: larger, with small things and four backgrounds."""
-
-    scenes: ModuleType = larger_scenes
-
-    name = "demo144"
-    title = "held-out digit scenes (weights/demo144/scenes.py)"

@@ -1,27 +1,24 @@
-"""The trainer of the demo with 144 image tokens: its batches and its forward are the engine's."""
+"""The trainer of the demo: its batches and its forward are the engine's."""
 
 from __future__ import annotations
 
-import json
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from PIL import Image
 
-from eval.conditions import Questions, Way, ask, detail
-from eval.statistics import estimate
+from eval.conditions import detail
 from minillava.generate import generate
 from minillava.loading.checkpoint import load
 from minillava.processing.templates import conversation
 from minillava.pruning.parsing import parse_plan
-from weights.demo144 import data, quick, scenes, train
-from weights.demo144.model import DEPTH, A, Demo, Losses, random_drop
+from weights import demo_data as data
+from weights import scenes, train_demo
+from weights.demo_accuracy import farthest, hide
+from weights.demo_model import DEPTH, A, Demo, Losses, random_drop
 from weights.export_demo import export
-
-CHECKPOINT = Path(data.__file__).parent
 
 
 @pytest.fixture(scope="module")
@@ -31,7 +28,7 @@ def model() -> Demo:
 
 @pytest.fixture(scope="module")
 def folder(model, tmp_path_factory) -> Path:
-    folder = tmp_path_factory.mktemp("demo144")
+    folder = tmp_path_factory.mktemp("demo")
     parts = ("vision.", "projector.", "llama.")
     weights = {k: p.detach() for k, p in model.named_parameters() if k.startswith(parts)}
     pieces = data.tokenizer().serialized_model_proto()
@@ -58,8 +55,8 @@ def test_conversations_in_lanes_give_what_separate_prompts_give(model, folder, p
         if plan:  # FastV reads the newest row of each image's last question
             newest = torch.tensor([asked[-1][0] for asked in batch.asked]) - A
             fastv = attention[1][torch.arange(2), :, newest].mean(1)
-            score, layer = (fastv, 2) if "fastv" in plan else (quick.farthest(features, 30), 0)
-            hidden, *_ = model.decode(features, batch, quick.hide(score, 30, layer))
+            score, layer = (fastv, 2) if "fastv" in plan else (farthest(features, 30), 0)
+            hidden, *_ = model.decode(features, batch, hide(score, 30, layer))
         logits = model.llama.logits(hidden)
     engine, processor = load(folder)
     q = [example.question for example in asked]
@@ -121,15 +118,15 @@ def test_known_shares_of_questions_need_detail_or_none():
 
 
 def test_a_resumed_stage_continues_where_it_stopped(tmp_path, monkeypatch):
-    short = replace(train.STAGES["reader"], images=1, steps=2, undropped=0)
-    monkeypatch.setitem(train.STAGES, "reader", short)
-    monkeypatch.setattr(train, "log_accuracy", lambda *_: None)
+    short = replace(train_demo.STAGES["reader"], images=1, steps=2, undropped=0)
+    monkeypatch.setitem(train_demo.STAGES, "reader", short)
+    monkeypatch.setattr(train_demo, "log_accuracy", lambda *_: None)
     once, twice = (
-        train.Run("reader", tmp_path / name, 1, Losses(), save_every=1e9) for name in "ab"
+        train_demo.Run("reader", tmp_path / name, 1, Losses(), save_every=1e9) for name in "ab"
     )
-    train.run_stage(once)
-    train.run_stage(replace(twice, steps=1))
-    train.run_stage(twice)
+    train_demo.run_stage(once)
+    train_demo.run_stage(replace(twice, steps=1))
+    train_demo.run_stage(twice)
     states = [torch.load(run.runs / "reader.pt", weights_only=True) for run in (once, twice)]
     for name, p in states[0]["model"].items():
         assert torch.equal(p, states[1]["model"][name]), name
@@ -139,55 +136,3 @@ def test_an_ablation_leaves_a_loss_out():
     assert Losses().without(["salience", "drop"]) == replace(Losses(), salience=0.0, drop=0.0)
     with pytest.raises(ValueError, match="--without nothing: the losses are answers, patches"):
         Losses().without(["nothing"])
-
-
-# The checkpoint.
-
-
-def test_the_checkpoint_is_small_and_large_enough():
-    files = [path for path in CHECKPOINT.iterdir() if path.is_file()]
-    assert sum(path.stat().st_size for path in files) <= 8_000_000
-    config = json.loads((CHECKPOINT / "config.json").read_text())
-    assert config["image_seq_length"] >= 144
-    assert config["text_config"]["num_hidden_layers"] >= 12
-
-
-def test_answers_survive_the_loss_of_tokens_that_show_nothing():
-    model, processor = load(CHECKPOINT)
-    questions = Questions((11,), 40)
-    ways = {
-        "first": Way(),
-        "follow-up": Way(follow=True),
-        "fastv": Way("fastv:k=2,r=0.75"),
-        "random": Way("random:keep=16"),
-    }
-    right = {
-        name: estimate(questions.short(ask(model, processor, questions, way))).value
-        for name, way in ways.items()
-    }
-    assert min(right[name] for name in ("first", "follow-up", "fastv")) >= 90, right
-    assert right["random"] <= 80, right
-
-
-def test_the_example_question_is_answered():
-    asked = json.loads((CHECKPOINT / "example.json").read_text())
-    model, processor = load(CHECKPOINT)
-    prompt = processor.prompt(asked["question"], 1)
-    batch = processor([prompt], images=[[Image.open(CHECKPOINT / asked["image"])]])
-    result = generate(model, batch, max_new_tokens=8)
-    assert processor.decode(result.tokens[0]) == asked["answer"]
-
-
-def test_transformers_opens_it_and_answers_the_same():
-    transformers = pytest.importorskip("transformers")
-    theirs = transformers.LlavaForConditionalGeneration.from_pretrained(CHECKPOINT).float().eval()
-    their_processor = transformers.AutoProcessor.from_pretrained(CHECKPOINT)
-    model, processor = load(CHECKPOINT)
-    for scene, example in scenes.held_out(12, 3):
-        prompt = processor.prompt(example.question, 1)
-        inputs = their_processor(images=scene.image, text=prompt, return_tensors="pt")
-        batch = processor([prompt], images=[[scene.image]])
-        assert batch.ids.tolist() == inputs["input_ids"].tolist()
-        out = theirs.generate(**inputs, max_new_tokens=8, do_sample=False)
-        expected = out[0, inputs["input_ids"].shape[1] :].tolist()
-        assert generate(model, batch, max_new_tokens=8).tokens[0] == expected

@@ -1,7 +1,7 @@
 """A quick look at a model in training: teacher-forced accuracy under a few plans.
 
 The plans are imitated by hiding columns, which is what dropping rows amounts to. An answer is right
-if each of its tokens is the most likely one. The real measurement is evaluate.py.
+if each of its tokens is the most likely one. The real measurement is eval.conditions.
 """
 
 from __future__ import annotations
@@ -17,8 +17,8 @@ from torch import Tensor
 
 from minillava.pruning.divprune import choose_farthest
 
-from .data import LANE, Batch, Mix, make_batch, single_questions
-from .model import DEPTH, A, Demo, Drop, N, noisy_features, patch_loss, salience_loss
+from .demo_data import LANE, Batch, Mix, make_batch, single_questions
+from .demo_model import DEPTH, A, Demo, Drop, N, noisy_features, patch_loss, salience_loss
 
 
 @lru_cache
