@@ -105,8 +105,15 @@ class Questions:
     n: int
 
     @cached_property
+    def of_seed(self) -> dict[int, Questions]:
+        return {seed: Questions((seed,), self.n) for seed in self.seeds}
+
+    @cached_property
     def items(self) -> list[tuple[scenes.Scene, scenes.Example]]:
-        return [item for seed in self.seeds for item in scenes.held_out(seed, self.n)]
+        """The scenes of several seeds are those of each: none is drawn twice."""
+        if len(self.seeds) > 1:
+            return [item for questions in self.of_seed.values() for item in questions.items]
+        return list(scenes.held_out(self.seeds[0], self.n))
 
     @cached_property
     def details(self) -> list[str]:
@@ -157,7 +164,7 @@ class Measurement:
                 if {key: kept.get(key) for key in now} != now:
                     raise ValueError(f"{path} has answers {what}; give another --out")
             return Outcome(way.plan, tuple(c == "1" for c in kept["right"]), kept["tokens"])
-        questions = Questions((seed,), self.questions.n)
+        questions = self.questions.of_seed[seed]
         found = ask(self.model, self.processor, questions, way)
         right = "".join("01"[ok] for ok in found.right)
         path.parent.mkdir(exist_ok=True)
