@@ -46,17 +46,17 @@ def test_each_notebook_runs(shown: list[Any]) -> None:
     name, *values = shown
     if name == "fastv":
         texts, (answer, entering), *pictures = values
-        assert texts == ["8"]
-        assert answer == ["8"]
-        assert entering == [[77]] * 4 + [[29]] * 4
+        assert texts == ["1"]
+        assert answer == ["1"]
+        assert entering == [[157]] * 3 + [[49]] * 9
         assert all(isinstance(picture, Image.Image) for picture in pictures)
     elif name == "own_method":
         assert isinstance(values[-1], Image.Image)
-        assert values[1]["Unlike, 16 of 64"] > values[1]["random, 16 of 64"] + 20
+        assert values[1]["Unlike, 16 of 144"] > values[1]["random, 16 of 144"] + 20
     else:
         right = values[-1]
-        assert right["what", "original"] > right["what", "compact"] + 15
-        assert abs(right["where", "original"] - right["where", "compact"]) < 10
+        assert min(right.values()) > 90
+        assert all(abs(right[k, "original"] - right[k, "compact"]) < 10 for k in ("what", "where"))
 
 
 def test_there_are_three_and_they_hold_no_outputs() -> None:
