@@ -1,6 +1,6 @@
 """Nine benchmarks under several plans, as in FastV's table of lmms-eval results.
 
-    python -m eval.experiments.nine --limit 200 --out DIR                     the demo's nine kinds
+    python -m eval.experiments.nine --limit 200 --out DIR                     the demo's kinds
     python -m eval.experiments.nine --data ROOT --model HUB_ID --out DIR      the real ones
 
 ROOT has a folder for each task: nocaps, flickr30k, coco2014, coco2017, mmmu, mme, gqa, seed_bench

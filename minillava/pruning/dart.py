@@ -17,7 +17,6 @@ from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
 
 from ..rows import take_rows
 from .base import Context, Keep, amount, count, option, top
@@ -25,25 +24,6 @@ from .margins import COSINE, lead, least
 from .shared import AtLayer
 
 PIVOTS = 4  # among the image tokens, and as many among the text tokens
-
-
-def select_distinct(
-    x: Tensor, image: Tensor, image_pivots: list[int], text_pivots: list[int], each: int
-) -> tuple[Tensor, Tensor]:
-    """Indices into image (n,), the row numbers of image tokens in x (S, D): the image pivots, then
-    the `each` tokens that every pivot retains in its turn; and the least lead() of a turn. All but
-    x is on the CPU, so that a GPU is waited for once and not at every turn."""
-    pivots, rows = set(image_pivots + text_pivots), take_rows(x, image)
-    cosine = torch.stack([F.cosine_similarity(x[pivot], rows, dim=-1) for pivot in pivots]).cpu()
-    kept = [(image == pivot).nonzero()[:, 0] for pivot in image_pivots]  # (1,) each
-    pool, leads = torch.ones_like(image, dtype=torch.bool), []
-    pool[torch.cat(kept)] = False
-    for unlike in -cosine:  # (n,)
-        left = pool.nonzero()[:, 0]  # (p,) ascending
-        kept.append(left[top(unlike[left], each, "DART's pool")])
-        leads.append(lead(unlike[left], each, scale=COSINE))
-        pool[kept[-1]] = False
-    return torch.cat(kept), least(*leads)
 
 
 @dataclass(frozen=True)
@@ -62,9 +42,15 @@ class DART(AtLayer):
         if not 0 < k < n:
             return Keep(torch.arange(n)[:k])
         norms = c.keys().flatten(1).float().abs().sum(1).cpu()  # (S,)
-        x, candidates = c.model.llama.norm(c.sequence()).float(), c.candidates
-        both = (candidates, c.text_rows)
-        image, text = (rows[top(norms[rows], PIVOTS, c.where)].tolist() for rows in both)
-        index, closest = select_distinct(x, candidates, image, text, k // (2 * PIVOTS))
-        by_norm = (lead(norms[rows], PIVOTS) for rows in both)
-        return Keep(index, order=index, closest=least(closest, *by_norm))
+        pools = c.candidates, c.text_rows
+        image, text = (rows[top(norms[rows], PIVOTS, c.where)].tolist() for rows in pools)
+        x = c.model.llama.norm(c.sequence()).float()  # (S, D)
+        rows = take_rows(x, c.candidates)  # (n, D)
+        unlike = [-F.cosine_similarity(x[pivot], rows, dim=-1) for pivot in {*image, *text}]
+        kept = torch.cat([(c.candidates == pivot).nonzero()[:, 0] for pivot in image])
+        each, leads = k // (2 * PIVOTS), [lead(norms[rows], PIVOTS) for rows in pools]
+        for score in torch.stack(unlike).cpu():  # (n,); a GPU is waited for once, not at every turn
+            score[kept] = -torch.inf
+            kept = torch.cat((kept, top(score, each, c.where)))
+            leads.append(lead(score, each, scale=COSINE))
+        return Keep(kept, order=kept, closest=least(*leads))

@@ -14,19 +14,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
 
 from .base import Context, Keep, option, top
 from .margins import lead, least
 from .order import need_patches
-from .shared import BeforeDecoder, block_number, second_last_block
-
-
-def with_neighbours(anchors: Tensor, grid: int) -> Tensor:
-    """Anchors (a,) and their neighbours in the same image: (5 * a,), with repetitions."""
-    N = grid * grid
-    steps = torch.tensor([0, -1, 1, -grid, grid])
-    return (anchors // N * N + (anchors % N + steps[:, None]).clamp(0, N - 1)).flatten()
+from .shared import BeforeDecoder, block_number, second_last_block, with_neighbours
 
 
 @dataclass(frozen=True)
@@ -42,10 +34,10 @@ class HiPrune(BeforeDecoder):
     def check(self, n_layers: int, n_tokens: int, starts: tuple[int, ...]) -> None:
         super().check(n_layers, n_tokens, starts)
         (keep,) = self.left(n_tokens)
-        if 5 * self.n_anchors(keep) > keep:
+        if 5 * (n := self.n_anchors(keep)) > keep:
             raise ValueError(
-                f"hiprune: alpha={self.alpha} takes {self.n_anchors(keep)} anchors with 4 "
-                f"neighbours each, more than keep={keep}; use a smaller alpha, for example 0.1"
+                f"hiprune: alpha={self.alpha} takes {n} anchors with 4 neighbours each, more than "
+                f"keep={keep}; use a smaller alpha, for example 0.1"
             )
 
     def vision_layers(self, n_layers: int) -> tuple[int, ...]:
@@ -54,13 +46,11 @@ class HiPrune(BeforeDecoder):
 
     def choose(self, c: Context) -> Keep:
         (keep,), patches = self.left(c.n_tokens), c.whole_patches()
-        middle, last = self.vision_layers(len(c.model.vision.blocks))
-        scores = [c.vision_attention(block, "mean").mean(0) for block in (middle, last)]
-        score, late_score = torch.stack(scores).cpu()  # (n,) each
+        blocks = self.vision_layers(len(c.model.vision.blocks))
+        received = [c.vision_attention(block, "mean").mean(0) for block in blocks]
+        score, late = torch.stack(received).cpu()  # (n,) each
         anchors = patches[top(score, self.n_anchors(keep), c.where)]
         near = torch.isin(patches, with_neighbours(anchors, c.grid)).nonzero()[:, 0]
-        n_registers = max(0, min(keep, len(patches)) - len(near))
-        others = late_score.index_fill(0, near, -torch.inf)
-        registers = top(others, n_registers, c.where)
-        leads = lead(score, len(anchors)), lead(others, n_registers)
-        return Keep(torch.cat((near, registers)), scores=late_score, closest=least(*leads))
+        others, n = late.index_fill(0, near, -torch.inf), max(0, min(keep, len(late)) - len(near))
+        registers, leads = top(others, n, c.where), (lead(score, len(anchors)), lead(others, n))
+        return Keep(torch.cat((near, registers)), scores=late, closest=least(*leads))

@@ -183,6 +183,13 @@ def window_patches(grid: int, side: int) -> Tensor:
 # ---------------------------------------------------------------- the letterbox
 
 
+def with_neighbours(anchors: Tensor, grid: int) -> Tensor:
+    """Anchors (a,) and their neighbours in the same image: (5 * a,), with repetitions."""
+    N = grid * grid
+    steps = torch.tensor([0, -1, 1, -grid, grid])
+    return (anchors // N * N + (anchors % N + steps[:, None]).clamp(0, N - 1)).flatten()
+
+
 def border_lines(width: int, height: int, config: VisionConfig) -> tuple[int, int]:
     """Rows (or columns) of patches wholly in the border before and after an image that is centred
     on a square: 3 and 3 of 24 for 400 x 300 pixels."""

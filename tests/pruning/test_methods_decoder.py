@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import hashlib
 from pathlib import Path
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, cast
 
 import pytest
 import reference_decoder as reference
@@ -235,8 +236,20 @@ def test_dart_walks_its_pivots_as_the_released_code(seed: int) -> None:
         taken = reference.best(unlike, 5)
         kept += taken
         pool = [i for i in pool if i not in taken]
-    index, _ = dart.select_distinct(x, image, heads, text, 5)
-    assert image[index].tolist() == kept
+    keys = torch.zeros(len(x), 2, 4)
+    for order in (heads, text):
+        keys[order] = torch.arange(len(order), 0, -1.0)[:, None, None]
+    choice = SimpleNamespace(
+        n_tokens=n,
+        candidates=image,
+        text_rows=torch.tensor(behind),
+        keys=lambda: keys,
+        sequence=lambda: x,
+        model=SimpleNamespace(llama=SimpleNamespace(norm=torch.nn.Identity())),
+        where="DART",
+    )
+    found = dart.DART(keep=4 + 8 * 5).choose(cast(Context, choice))
+    assert image[found.index].tolist() == kept
 
 
 def test_weights_row_by_row_and_their_mean() -> None:

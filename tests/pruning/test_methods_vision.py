@@ -16,7 +16,7 @@ from torch import Tensor
 
 from minillava import parse_plan
 from minillava.generate import encode_images, generate
-from minillava.pruning import METHODS, PRESETS, divprune, hiprune, holov, prumerge, vispruner
+from minillava.pruning import METHODS, PRESETS, divprune, holov, prumerge, shared, vispruner
 from minillava.pruning.base import Context, Keep, Method, Plan
 from minillava.pruning.grid import middle_patches, row_widths
 from minillava.pruning.pool import patches_of_cells
@@ -342,7 +342,7 @@ def test_hiprune(grid: int) -> None:
 def test_hiprunes_neighbours_are_of_the_same_image() -> None:
     """On grids of 4 x 4, of two images: the patches 0 and 6 of the first, 1 and 15 of the second.
     Beyond the first and the last patch of an image that patch itself stands in."""
-    buffers = hiprune.with_neighbours(torch.tensor([0, 6, 17, 31]), 4).view(5, 4)
+    buffers = shared.with_neighbours(torch.tensor([0, 6, 17, 31]), 4).view(5, 4)
     assert buffers.T.tolist() == [
         [0, 0, 1, 0, 4],
         [6, 5, 7, 2, 10],
