@@ -259,7 +259,7 @@ def test_pictures_are_shrunk_to_the_detail_of_tokens(
     blurred = "downsample:keep=1"
     assert run.main([*argv, SHRUNK, blurred]) == 0
     row = rows_of(folder / f"{file_name(SHRUNK)}.jsonl")[0]
-    assert row["metadata"]["image_tokens_entering"] == [64] * 8
+    assert row["metadata"]["image_tokens_entering"] == [144] * 12
     assert right(folder, blurred).count(True) < right(folder, SHRUNK).count(True)
     capsys.readouterr()
     assert analyse.main([str(folder), "--hard", "--prune", "divprune:keep=16"]) == 0
@@ -302,7 +302,7 @@ def test_ids_are_saved_and_filter_questions(
     assert [row["text"] for row in rows] == [texts_before[int(i)] for i in saved]
     capsys.readouterr()
     assert analyse.main([str(out)]) == 0  # finds these questions by itself
-    assert f"| {len(saved)} | 64.0 |" in capsys.readouterr().out
+    assert f"| {len(saved)} | 144.0 |" in capsys.readouterr().out
     ids.write_text("4\n99\n")
     assert run.main([*argv[:-4], "--out", str(tmp_path / "new")]) == 2
     assert "'99'" in refusal(capsys)

@@ -151,20 +151,20 @@ def test_cache_bytes_and_prompts_of_the_kv_cache_experiment(results: Results) ->
     by = {(row["picture"], row[""]): row for row in rows_of(found)}
     assert {picture for picture, _ in by} == {"x 1", "x 10"}
     one, ten = by["x 1", "cache"], by["x 10", "cache"]
-    # nine more pictures of 64 tokens, each with a line break, which is two
-    assert ten["prompt tokens"] - one["prompt tokens"] == 9 * (64 + 2)
-    bytes_a_row = 2 * 128 * 4 * 8
+    # nine more pictures of 144 tokens, each with a line break, which is two
+    assert ten["prompt tokens"] - one["prompt tokens"] == 9 * (144 + 2)
+    bytes_a_row = 2 * 128 * 4 * 12
     assert one["cache after the prefill, MB"] == one["prompt tokens"] * bytes_a_row / 1e6
     assert one["cache, MB"] == (one["prompt tokens"] + 5) * bytes_a_row / 1e6
     assert by["x 1", "no cache"]["cache, MB"] == 0
     pruned = by["x 10", "cache, fastv:k=2,r=0.5"]
-    rows = 2 * ten["prompt tokens"] + 6 * (ten["prompt tokens"] - 320)
+    rows = 2 * ten["prompt tokens"] + 10 * (ten["prompt tokens"] - 720)
     assert pruned["cache after the prefill, MB"] == rows * 2 * 128 * 4 / 1e6
     # six tokens: the prompt and five rows with a cache, six growing sequences without
     T = one["prompt tokens"]
     assert one["rows through a layer"] == T + 5
     assert by["x 1", "no cache"]["rows through a layer"] == sum(range(T, T + 6))
-    assert pruned["rows through a layer"] == rows / 8 + 5
+    assert pruned["rows through a layer"] == rows / 12 + 5
 
 
 def test_tables_of_the_demo_have_no_times(results: Results) -> None:
@@ -306,13 +306,13 @@ def test_a_users_method(
     rows = rows_of(json.loads((out / "results.json").read_text()))
     (row, *_) = [row for row in rows if any(method in str(cell) for cell in row.values())]
     if main == kv_cache.main:
-        cached = 4 * row["prompt tokens"] + 4 * (row["prompt tokens"] - 48)
+        cached = 4 * row["prompt tokens"] + 8 * (row["prompt tokens"] - 128)
         assert row["cache after the prefill, MB"] == cached * 2 * 128 * 4 / 1e6
         return
     layers = 3 if main == simignore.main else 4  # the method's own default
-    counts = [64] * layers + [16] * (8 - layers)
+    counts = [144] * layers + [16] * (12 - layers)
     found = row.get("image tokens a layer", row.get("visible image tokens a layer"))
-    assert found == sum(counts) / 8
+    assert found == sum(counts) / 12
     user_method.write(tmp_path, user_method.LAST)
     capsys.readouterr()
     assert main(argv) == 2
