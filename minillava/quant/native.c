@@ -1,4 +1,5 @@
-/* The few inner loops of integer layers that torch has no fast kernel for, for CPUs with AVX2.
+/* The inner loops of integer layers that torch has no fast kernel for, and the decoder layers of a
+ * new token made of them, for CPUs with AVX2.
  *
  * native.py compiles this file and documents its functions. R rows of activations x (R, K) are
  * multiplied by a weight (N, K). All matrices are contiguous, row by row. Sums of integers are
