@@ -3,9 +3,10 @@
 torch has no fast kernel for a few rows times a 4-bit weight, rounding activations to integers
 takes it ten passes over them, and its attention of one row reads the cache at half of memory's
 rate. native.c has all three, and runs the decoder layers of a new token whole. It needs an x86 CPU
-with AVX2 and a C compiler: the first process that makes an integer layer compiles it within a second or two and puts the
-library in huggingface-hub's folder for the files of other libraries. Without such a CPU, a compiler
-or a folder to write to, kernels() is None, and the layers use torch's operations.
+with AVX2 and a C compiler: the first process that makes an integer layer compiles it within a
+second or two and puts the library in huggingface-hub's folder for the files of other libraries.
+Without such a CPU, a compiler or a folder to write to, kernels() is None, and the layers use
+torch's operations.
 
 All tensors are contiguous, on the CPU, and row by row. R: rows of activations, K: their columns,
 N: rows of the weight.
