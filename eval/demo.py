@@ -57,7 +57,7 @@ BATCH = 32
 LENGTH = 48  # new tokens; the longest answer is a caption
 SHARES = (0.5, 0.25, 0.11)
 BY_HAND = ("hand",)  # a person's choice of patches is no method
-NEED_MORE = ("trim", "cdpruner", "mustdrop")  # than the demo's vision tower has
+NEED_MORE = ("trim", "cdpruner")  # than the demo's vision tower has
 
 SEEDS = (0, 1_000_000, 2_000_000)  # question i draws with seed + i
 
@@ -113,8 +113,7 @@ def default_plans(model: LLaVA, processor: Processor) -> list[str]:
 
     Methods in the decoder prune the input of layer 2. Methods with several layers reduce the tokens
     by equal ratios. FitPrune's table is fitted on scenes of another seed. TRIM and CDPruner are
-    left out: they read a CLIP text tower, and the demo's vision tower has none. So is MustDrop,
-    which needs a grid of patches that is divisible by 3.
+    left out: they read a CLIP text tower, and the demo's vision tower has none.
     """
     n_tokens, n_layers = model.config.vision.num_patches, model.config.text.num_hidden_layers
     found = [""]
@@ -247,7 +246,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     add = parser.add_argument
     add("plans", nargs="*", metavar="PLAN", help="default: every method at three budgets")
     add("--model", default=str(Path(__file__).parent.parent / "weights" / "demo"))
-    add("--questions", type=parse_positive_int, default=450, help="default 450")
+    add("--questions", type=parse_positive_int, default=300, help="default 300")
     add("--kinds", nargs="+", choices=[*scenes.KINDS])
     add("--seed", type=parse_non_negative_int, default=2026, help="of the scenes; default 2026")
     add(

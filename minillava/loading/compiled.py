@@ -20,7 +20,7 @@ from __future__ import annotations
 import os
 import shutil
 import sys
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -38,6 +38,7 @@ from .assemble import choose_arithmetic
 from .error_text import cut
 
 RunBlock = Callable[[Block, Tensor, Rope, Held, CacheView], Tensor]
+RunBlocks = Callable[[Sequence[Block], Tensor, Rope, Sequence[Held], CacheView], Tensor]
 COMPILERS = {"darwin": "clang++", "win32": "cl"}  # torch's default for C++; elsewhere g++
 
 
@@ -97,8 +98,17 @@ def run_block(block: Block, x: Tensor, rope: Rope, held: Held, view: CacheView) 
     return block(x, rope, TokenAttention(keys, values, view))  # (B, D)
 
 
+def run_blocks(
+    blocks: Sequence[Block], x: Tensor, rope: Rope, held: Sequence[Held], view: CacheView
+) -> Tensor:
+    """Consecutive decoder layers for one row per sample (B, D), with their parts of the cache."""
+    for block, rows in zip(blocks, held, strict=True):
+        x = run_block(block, x, rope, rows, view)  # (B, D)
+    return x
+
+
 def run_token(
-    model: LLaVA, tokens: Tensor, state: State, views: Iterable[CacheView], run: RunBlock
+    model: LLaVA, tokens: Tensor, state: State, views: Iterable[CacheView], run: RunBlocks
 ) -> Tensor:
     """What engine.decode does on the device: logits (B, V) after tokens (B,)."""
     cache = state.cache
@@ -106,9 +116,9 @@ def run_token(
     x = model.embed(tokens)  # (B, D)
     for segment, position, view in zip(state.segments, state.position, views, strict=True):
         rope = model.llama.rope(position, model.dtype)
-        for layer in segment.layers:
-            held = cache.keys[layer], cache.values[layer]
-            x = run(model.block(layer), x, rope, held, view)  # (B, D)
+        blocks = [model.block(layer) for layer in segment.layers]
+        held = [(cache.keys[layer], cache.values[layer]) for layer in segment.layers]
+        x = run(blocks, x, rope, held, view)  # (B, D)
     state.position += 1
     state.length += 1
     return model.llama.logits(x)
@@ -137,8 +147,10 @@ class LayerDecode:
         count_token(state)
         return logits
 
-    def run(self, block: Block, x: Tensor, rope: Rope, held: Held, view: CacheView) -> Tensor:
-        """A decoder layer for one row per sample (B, D), with the layer's part of the cache."""
+    def run(
+        self, blocks: Sequence[Block], x: Tensor, rope: Rope, held: Sequence[Held], view: CacheView
+    ) -> Tensor:
+        """As run_blocks."""
         raise NotImplementedError
 
 
@@ -148,7 +160,15 @@ class CompiledDecode(LayerDecode):
     def __init__(self, backend: str | Callable[..., Any] = "inductor") -> None:
         self.compiled: RunBlock = torch.compile(run_block, dynamic=True, backend=backend)
 
-    def run(self, block: Block, x: Tensor, rope: Rope, held: Held, view: CacheView) -> Tensor:
+    def run(
+        self, blocks: Sequence[Block], x: Tensor, rope: Rope, held: Sequence[Held], view: CacheView
+    ) -> Tensor:
+        """As run_blocks."""
+        for block, rows in zip(blocks, held, strict=True):
+            x = self.run_block(block, x, rope, rows, view)  # (B, D)
+        return x
+
+    def run_block(self, block: Block, x: Tensor, rope: Rope, held: Held, view: CacheView) -> Tensor:
         """run_block, compiled except for the last rows that the cache has room for: code for a part
         of a tensor is not code for all of it."""
         if view.end == held[0].shape[2]:
@@ -168,7 +188,7 @@ class CompiledDecode(LayerDecode):
         rope = model.llama.rope(torch.tensor([2]), model.dtype)
         held = cache.keys[0].zero_(), cache.values[0].zero_()
         try:
-            self.run(model.block(0), x, rope, held, CacheView(3, None, None))
+            self.run_block(model.block(0), x, rope, held, CacheView(3, None, None))
         except (RuntimeError, OSError) as error:  # all that fails in Dynamo and the compiler
             said = cut(" ".join(str(error).split("\n")[:2]))
             raise ValueError(
@@ -208,7 +228,7 @@ class TokenGraph:
             torch.cuda.device(self.tokens.device),
             torch.cuda.graph(self.graph, capture_error_mode="thread_local"),
         ):
-            self.logits = run_token(model, self.tokens, state, self.views(state), run_block)
+            self.logits = run_token(model, self.tokens, state, self.views(state), run_blocks)
 
     def repeat(self, tokens: Tensor) -> Tensor:
         """Run the kernels on other tokens."""
@@ -238,7 +258,7 @@ class GraphDecode:
             return decode(model, tokens, state)
         if state.graph is None:  # kernels that run for the first time may do what a graph cannot
             state.graph = TokenGraph(tokens, state)
-            logits = run_token(model, tokens, state, state.graph.views(state), run_block)
+            logits = run_token(model, tokens, state, state.graph.views(state), run_blocks)
         else:
             if state.graph.logits is None:
                 state.graph.record(model, state)

@@ -1,72 +1,143 @@
-"""Decoding of models with integer weights on a CPU, with what lies between the products in C.
+"""Decoding of models with integer weights on a CPU: a segment's layers in one call of native.c.
 
 A token of a 7B model streams gigabytes of weights through the CPU's caches, which leaves none of
 the interpreter's and torch's own code there: an operation that takes 2 microseconds in a loop then
-takes 10, and a decoder layer has fifty. NativeDecode runs a layer as seven products and four calls
-of native.c: norm and rounding, rotation and attention on the cache, rounding, gate and rounding.
-It gives the same as engine.decode up to the rounding of float32.
+takes 10, and a decoder layer has fifty. NativeDecode therefore runs whole layers in C. It gives the
+same as engine.decode up to the rounding of float32. Hooks on modules inside a layer do not run.
+
+Weights may be moved or replaced between two tokens: the addresses that native.c is given are
+compared with the modules' tensors for each token, in 1 ms for 32 layers, and collected anew if any
+differs. Layers that are then not stored as the first was when the model was loaded are run by
+torch, and so are batches of more than FEW_ROWS samples.
 """
 
 from __future__ import annotations
 
-from typing import cast
+from collections.abc import MutableMapping, Sequence
+from dataclasses import dataclass
+from typing import Any, cast
+from weakref import WeakKeyDictionary
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..cache import Held
+from ..config import TextConfig
 from ..llama import Block, Rope
 from ..llava import LLaVA
-from ..quant.integer import Int4Linear, Int8Linear, IntegerLinear
-from ..quant.native import LANES, Kernels, kernels
+from ..quant.integer import Int4Linear, Int8Linear
+from ..quant.native import FEW_ROWS, LANES, Kernels, kernels
 from ..quant.quantise import ROTATED_COLUMNS, block_size
-from ..quant.stored import Digits
 from ..sample import CacheView
-from .compiled import LayerDecode
+from .compiled import LayerDecode, run_blocks
 
 
 def native_decoding(model: LLaVA) -> NativeDecode | None:
     """What takes the place of engine.decode for a model whose decoder layers native.c can run."""
     text, compiled = model.config.text, kernels()
-    blocks = map(model.block, range(text.num_hidden_layers))
-    layers = [layer for b in blocks for layer in (*b.attn.children(), *b.mlp.children())]
     columns = (text.hidden_size, text.intermediate_size, text.head_dim)
     if (
         compiled is None
-        or {*map(type, layers)} not in ({Int4Linear}, {Int8Linear})
+        or not isinstance(model.block(0).attn.q_proj, Int4Linear | Int8Linear)
         or any(block_size(K, ROTATED_COLUMNS) < LANES for K in columns)
     ):
         return None
-    return NativeDecode(compiled)
+    decoding = NativeDecode(compiled, text, model.block(0))
+    blocks = map(model.block, range(text.num_hidden_layers))
+    return decoding if all(map(decoding.prepare, blocks)) else None
+
+
+@dataclass(frozen=True)
+class NativeLayer:
+    """The weights of a decoder layer as native.c reads them, and where they were found."""
+
+    record: Tensor  # the addresses of all tensors, int64
+    tensors: list[Tensor]
+    states: list[tuple[Any, ...]]  # of the tensors, see state_of
+    places: list[tuple[dict[str, Any], str, Any]]  # what every module inside the layer held
+
+    def is_current(self) -> bool:
+        """Whether the modules hold the same tensors in the same places of memory."""
+        return (
+            all(holder.get(name) is value for holder, name, value in self.places)
+            and [state_of(t) for t in self.tensors] == self.states
+        )
 
 
 class NativeDecode(LayerDecode):
-    """decode() with the operations between the products in C."""
+    """decode() with its decoder layers in C."""
 
-    def __init__(self, compiled: Kernels) -> None:
-        self.kernels = compiled
+    def __init__(self, compiled: Kernels, text: TextConfig, first: Block) -> None:
+        """first: a layer; those that are not stored as it is are run by torch."""
+        self.kernels, self.eps = compiled, text.rms_norm_eps
+        self.sizes = text.intermediate_size, text.num_attention_heads, text.num_key_value_heads
+        layers = linear_layers(first)
+        self.digits = layers[0].digits, layers[0].limit
+        self.forms = [form_of(layer) for layer in layers]
+        self.shapes = [None if t is None else state_of(t)[1:] for t in stored_tensors(first)]
+        self.prepared: MutableMapping[Block, NativeLayer] = WeakKeyDictionary()
 
-    def run(self, block: Block, x: Tensor, rope: Rope, held: Held, view: CacheView) -> Tensor:
-        """A decoder layer for one row per sample (B, D), with the layer's part of the cache."""
-        attn, mlp, B = block.attn, block.mlp, len(x)
-        digits = self.normalise(x, block.norm1.weight, block.norm1.eps, attn.q_proj)
-        q, k, v = (
-            cast(IntegerLinear, proj).multiply_digits(digits).view(B, -1, attn.head_dim)
-            for proj in (attn.q_proj, attn.k_proj, attn.v_proj)
+    def prepare(self, block: Block) -> NativeLayer | None:
+        """A layer's weights; None: they are not stored as those of the first layer were."""
+        known = self.prepared.get(block)
+        if known is not None and known.is_current():
+            return known
+        self.prepared.pop(block, None)
+        if [form_of(layer) for layer in linear_layers(block)] != self.forms:
+            return None
+        stored = stored_tensors(block)
+        tensors = [t for t in stored if t is not None]
+        if [None if t is None else state_of(t)[1:] for t in stored] != self.shapes:
+            return None
+        record = torch.tensor([0 if t is None else t.data_ptr() for t in stored])
+        found = NativeLayer(record, tensors, [state_of(t) for t in tensors], places_in(block))
+        self.prepared[block] = found
+        return found
+
+    def run(
+        self, blocks: Sequence[Block], x: Tensor, rope: Rope, held: Sequence[Held], view: CacheView
+    ) -> Tensor:
+        """As run_blocks."""
+        layers = [self.prepare(block) for block in blocks] if len(x) <= FEW_ROWS else []
+        records = [layer.record for layer in layers if layer is not None]
+        if len(records) < len(blocks):
+            return run_blocks(blocks, x, rope, held, view)
+        seen, (room, Dh) = (view.end, view.at, view.visible), held[0][0].shape[2:]
+        sizes = (*self.sizes, Dh, room)
+        return self.kernels.decode_layers(
+            records, held, x, rope, seen, sizes, self.digits, self.eps
         )
-        y = self.kernels.attend_token((q, k, v), rope, held, view.end, view.at, view.visible)
-        x = x + attn.o_proj(y)  # (B, D)
-        digits = self.normalise(x, block.norm2.weight, block.norm2.eps, mlp.gate_proj)
-        gate, up = (
-            cast(IntegerLinear, proj).multiply_digits(digits)
-            for proj in (mlp.gate_proj, mlp.up_proj)
-        )
-        down = cast(IntegerLinear, mlp.down_proj)
-        found = self.kernels.gated_to_digits(gate, up, down.digits, down.limit)
-        return x.add_(down.multiply_digits(Digits(*found, gate.shape, gate.dtype)))  # (B, D)
 
-    def normalise(self, x: Tensor, weight: Tensor, eps: float, layer: torch.nn.Module) -> Digits:
-        """Digits of RMSNorm of x (B, D), as `layer` reads them."""
-        reader = cast(IntegerLinear, layer)
-        found = self.kernels.normalised_to_digits(x, weight, eps, reader.digits, reader.limit)
-        return Digits(*found, x.shape, x.dtype)
+
+def linear_layers(block: Block) -> list[Int4Linear | Int8Linear]:
+    """The seven linear layers in the order in which native.c wants them."""
+    a, m = block.attn, block.mlp
+    found = [a.q_proj, a.k_proj, a.v_proj, a.o_proj, m.gate_proj, m.up_proj, m.down_proj]
+    return cast(list[Int4Linear | Int8Linear], found)
+
+
+def form_of(layer: nn.Module) -> tuple[Any, ...]:
+    """How a linear layer computes."""
+    if not isinstance(layer, Int4Linear | Int8Linear):
+        return (type(layer),)
+    return type(layer), layer.digits, layer.limit, layer.bias is None
+
+
+def stored_tensors(block: Block) -> list[Tensor | None]:
+    """The tensors of the linear layers and of both norms, in the order that native.c wants."""
+    linear = [t for layer in linear_layers(block) for t in layer.stored]
+    return [*linear, block.norm1.weight, block.norm2.weight]
+
+
+def state_of(tensor: Tensor) -> tuple[Any, ...]:
+    """The address of a tensor, and what native.c relies on there."""
+    where = tensor.data_ptr(), tensor.dtype, tensor.shape
+    return *where, tensor.is_contiguous(), tensor.is_cpu
+
+
+def places_in(block: Block) -> list[tuple[dict[str, Any], str, Any]]:
+    """Everything that the modules of a layer hold, and in which dictionaries they hold it."""
+    holders: list[dict[str, Any]] = []
+    for m in block.modules():
+        holders += [m._modules, m._parameters, m._buffers]
+    return [(holder, name, value) for holder in holders for name, value in holder.items()]

@@ -22,7 +22,7 @@ from .cpu import (
     multiply_unsigned,
     packed_block_rows,
 )
-from .native import FEW_ROWS, LANES, TINY, kernels
+from .native import FEW_ROWS, LANES, TINY, Stored, kernels
 from .quantise import (
     GROUP_COLUMNS,
     ROTATED_COLUMNS,
@@ -94,10 +94,14 @@ class Int8Linear(IntegerLinear):
     def arithmetic(self) -> str:
         return f"int8 weights, {self.activations} (oneDNN)"
 
+    @property
+    def stored(self) -> Stored:
+        return self.weight, None, None, self.scale
+
     def multiply_digits(self, digits: Digits) -> Tensor:
         compiled, share = kernels(), 0.5 / self.limit if self.digits == 2 else 0.0
         if compiled and digits.step.shape[0] <= FEW_ROWS:
-            y = compiled.multiply_int8(digits.codes, self.weight, self.scale, digits.step, share)
+            y = compiled.multiply(digits.codes, digits.step, self.stored, share)
         else:
             sums = multiply_integers(digits.codes, self.weight, self.limit)
             y = scale_sums(sums, self.scale, digits.step, share)
@@ -178,6 +182,10 @@ class Int4Linear(IntegerLinear):
         return f"int4 weights, {self.activations} (native.c and oneDNN)"
 
     @property
+    def stored(self) -> Stored:
+        return self.codes, self.step, self.low, self.scale
+
+    @property
     def rounding(self) -> float:
         return INT4_ROUNDING
 
@@ -185,8 +193,7 @@ class Int4Linear(IntegerLinear):
         compiled = kernels()
         assert compiled, "this layer is made only where native.c was compiled"
         if digits.step.shape[0] <= FEW_ROWS:
-            parts = self.codes, self.step, self.low, self.scale
-            y = compiled.multiply_int4(digits.codes, *parts, digits.step)
+            y = compiled.multiply(digits.codes, digits.step, self.stored)
         else:
             wide = torch.empty(self.out_features, self.in_features, dtype=torch.int8)
             compiled.widen_int4(self.codes, self.step, self.low, wide)

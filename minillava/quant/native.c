@@ -1,4 +1,5 @@
-/* The few inner loops of integer layers that torch has no fast kernel for, for CPUs with AVX2.
+/* The inner loops of integer layers that torch has no fast kernel for, and the decoder layers of a
+ * new token made of them, for CPUs with AVX2.
  *
  * native.py compiles this file and documents its functions. R rows of activations x (R, K) are
  * multiplied by a weight (N, K). All matrices are contiguous, row by row. Sums of integers are
@@ -8,11 +9,14 @@
 
 #include <immintrin.h>
 #include <math.h>
+#include <omp.h>
 #include <stdint.h>
 #include <stdlib.h>
 #include <string.h>
 
 #define AHEAD 2048 /* bytes of a weight that are fetched ahead: a CPU alone stops at a page */
+#define LANES 8 /* floats of a vector */
+#define LINE 64 /* bytes of a line of the CPU's cache */
 #define GROUP 32 /* columns of an int4 weight that share a step and a low */
 
 static inline int32_t sum_lanes(__m256i v) {
@@ -128,24 +132,15 @@ static void gate(const float *x, const float *other, float *h, long K) {
     }
 }
 
-/* What the rows x (R, K) go through before they become digits: nothing; RMSNorm with a weight
- * other (K); or, if `gated`, silu and a product with other (R, K). */
-int to_digits(const float *x, const float *other, int8_t *codes, float *step, long R, long K, long b,
-              long digits, long gated, float eps, float limit, float tiny, int threads) {
+int to_digits(const float *x, int8_t *codes, float *step, long R, long K, long b, long digits, float limit,
+              float tiny, int threads) {
     int failed = 0;
 #pragma omp parallel for num_threads(threads) if (R > 1) reduction(| : failed)
     for (long r = 0; r < R; r++) {
         float *h = malloc(K * sizeof(float));
-        if (!h) {
-            failed = 1;
-            continue;
-        }
-        if (other && gated)
-            gate(x + r * K, other + r * K, h, K);
-        else if (other)
-            normalise(x + r * K, other, h, K, eps);
-        step[r] = row_to_digits(other ? h : x + r * K, h, codes + r * K, digits == 2 ? codes + (R + r) * K : NULL, K, b,
-                                limit, tiny);
+        if (h)
+            step[r] = row_to_digits(x + r * K, h, codes + r * K, digits == 2 ? codes + (R + r) * K : NULL, K, b, limit, tiny);
+        failed |= !h;
         free(h);
     }
     return failed;
@@ -188,25 +183,6 @@ static inline int32_t dot_int8(const int8_t *w, const int16_t *x, long K) {
     return sum;
 }
 
-int multiply_int8(const int8_t *codes, const int8_t *w, const float *scale, const float *step, float *y,
-                  long R, long N, long K, float share, int threads) {
-    const long rows = share == 0.0f ? R : 2 * R;
-    int16_t *x = malloc(rows * K * sizeof(int16_t));
-    if (!x)
-        return 1;
-    for (long i = 0; i < rows * K; i++)
-        x[i] = codes[i];
-#pragma omp parallel for num_threads(threads)
-    for (long n = 0; n < N; n++)
-        for (long r = 0; r < R; r++) {
-            int32_t first = dot_int8(w + n * K, x + r * K, K);
-            int32_t second = share == 0.0f ? 0 : dot_int8(w + n * K, x + (R + r) * K, K);
-            y[r * N + n] = scaled(first, second, share, scale[n], step[r]);
-        }
-    free(x);
-    return 0;
-}
-
 /* The sum over the groups of a row of low times the sum of the group's activations. */
 static inline int32_t dot_low(const int8_t *low, const int16_t *sums, long groups) {
     __m256i a = _mm256_setzero_si256();
@@ -239,26 +215,72 @@ static inline int32_t dot_int4(const uint8_t *w, const uint8_t *step, const int8
     return sum_lanes(_mm256_add_epi32(a, b));
 }
 
-int multiply_int4(const int8_t *codes, const uint8_t *w, const uint8_t *wstep, const int8_t *wlow,
-                  const float *scale, const float *step, float *y, long R, long N, long K, int threads) {
-    const long groups = K / GROUP;
-    int16_t *sums = malloc(R * groups * sizeof(int16_t));
-    if (!sums)
-        return 1;
-    for (long g = 0; g < R * groups; g++) {
-        int sum = 0;
-        for (long i = 0; i < GROUP; i++)
-            sum += codes[g * GROUP + i];
-        sums[g] = (int16_t)sum;
+/* A weight (N, K): codes (N, K) of int8, or, if it has steps, codes of 4 bits (N, K / 2). */
+typedef struct {
+    const void *codes;
+    const uint8_t *step; /* (N, K / GROUP), or NULL */
+    const int8_t *low;   /* as step */
+    const float *scale;  /* (N) */
+} weight;
+
+/* Activations (R, K) as digits. */
+typedef struct {
+    int8_t *codes; /* (R, K), of two digits (2 R, K) */
+    int16_t *wide; /* the same in 16 bits, or, for a weight of 4 bits, the sums of their groups (R, K / GROUP) */
+    float *step;   /* (R) */
+    long R;
+    float share; /* of the second digit's sum, 0: there is one digit */
+} digits;
+
+/* Fill `wide` for row r of the codes. */
+static void widen_row(const digits *x, long r, long K, int four_bits) {
+    const int8_t *codes = x->codes + r * K;
+    if (!four_bits) {
+        for (long k = 0; k < K; k++)
+            x->wide[r * K + k] = codes[k];
+        return;
     }
-#pragma omp parallel for num_threads(threads)
+    for (long g = 0; g < K / GROUP; g++) {
+        int sum = 0;
+        for (long k = g * GROUP; k < (g + 1) * GROUP; k++)
+            sum += codes[k];
+        x->wide[r * (K / GROUP) + g] = (int16_t)sum;
+    }
+}
+
+/* y (R, N) = x w^T, or, if `add`, y + x w^T. All threads of a team call it, and none waits at its end. */
+static void multiply_rows(const digits *x, const weight *w, float *y, long N, long K, int add) {
+    const long R = x->R, G = K / GROUP;
+    const int8_t *codes = w->codes;
+#pragma omp for nowait
     for (long n = 0; n < N; n++)
         for (long r = 0; r < R; r++) {
-            int32_t sum = dot_int4(w + n * K / 2, wstep + n * groups, codes + r * K, K);
-            sum += dot_low(wlow + n * groups, sums + r * groups, groups);
-            y[r * N + n] = scaled(sum, 0, 0.0f, scale[n], step[r]);
+            int32_t first, second = 0;
+            if (w->step) {
+                first = dot_int4((const uint8_t *)codes + n * K / 2, w->step + n * G, x->codes + r * K, K);
+                first += dot_low(w->low + n * G, x->wide + r * G, G);
+            } else {
+                first = dot_int8(codes + n * K, x->wide + r * K, K);
+                if (x->share != 0.0f)
+                    second = dot_int8(codes + n * K, x->wide + (R + r) * K, K);
+            }
+            float value = scaled(first, second, x->share, w->scale[n], x->step[r]);
+            y[r * N + n] = add ? y[r * N + n] + value : value;
         }
-    free(sums);
+}
+
+int multiply(int8_t *codes, float *step, const void *w, const uint8_t *wstep, const int8_t *wlow, const float *scale,
+             float *y, long R, long N, long K, float share, int threads) {
+    const long rows = share == 0.0f ? R : 2 * R;
+    const weight matrix = {w, wstep, wlow, scale};
+    const digits x = {codes, malloc(rows * K * sizeof(int16_t)), step, R, share};
+    if (!x.wide)
+        return 1;
+    for (long r = 0; r < rows; r++)
+        widen_row(&x, r, K, wstep != NULL);
+#pragma omp parallel num_threads(threads)
+    multiply_rows(&x, &matrix, y, N, K, 0);
+    free(x.wide);
     return 0;
 }
 
@@ -306,30 +328,126 @@ static void turn(const float *x, const float *cosine, const float *sine, float *
     }
 }
 
-int attend_token(const float *q, const float *k, const float *v, const float *cosine, const float *sine, float *keys,
-                 float *values, const int64_t *at, const uint8_t *visible, float *y, long B, long H, long Hkv,
-                 long room, long end, long Dh, int threads) {
-    int failed = 0;
-#pragma omp parallel for num_threads(threads) reduction(| : failed)
-    for (long i = 0; i < B * Hkv; i++) {
-        const long b = i / Hkv, row = at ? at[b] : end - 1, shared = H / Hkv;
-        float *own = keys + i * room * Dh, *own_values = values + i * room * Dh;
-        float *weights = malloc((end + 8 + Dh) * sizeof(float)), *turned = weights + end + 8;
-        if (!weights) {
-            failed = 1;
-            continue;
-        }
-        memset(own + (end - 1) * Dh, 0, Dh * sizeof(float));
-        memset(own_values + (end - 1) * Dh, 0, Dh * sizeof(float));
-        turn(k + i * Dh, cosine + b * Dh, sine + b * Dh, own + row * Dh, Dh);
-        memcpy(own_values + row * Dh, v + i * Dh, Dh * sizeof(float));
-        for (long g = i * shared; g < (i + 1) * shared; g++) {
-            turn(q + g * Dh, cosine + b * Dh, sine + b * Dh, turned, Dh);
-            attend_head(turned, own, own_values, visible ? visible + b * end : NULL, y + g * Dh, weights, end, Dh);
-        }
-        free(weights);
+/* A decoder layer: its weights, and its part of the cache (B, Hkv, room, Dh). */
+typedef struct {
+    const struct {
+        weight q, k, v, o, gate, up, down;
+        const float *norm1, *norm2;
+    } *weights;
+    float *keys, *values;
+} layer;
+
+/* One new row per sample: what all layers share, and memory for what is between their products. */
+typedef struct {
+    float *x;                  /* (B, D) */
+    const float *cosine, *sine; /* (B, Dh) */
+    const int64_t *at;         /* (B) where a key goes, NULL: all at end - 1 */
+    const uint8_t *visible;    /* (B, end), NULL: everything */
+    long B, D, M, H, Hkv, Dh, room, end, most;
+    float eps, limit, tiny;
+    float *h, *q, *k, *v, *y, *gate, *up, *scores; /* scores: end + LANES + Dh for each thread */
+    digits rows;
+} token;
+
+/* Rows x (B, K) as digits for a weight: as they are; or normalised with a weight other (K); or, if
+ * `gated`, silu(x) * other (B, K). h: memory for (B, K), or x itself if it may be overwritten. */
+static void read_rows(const token *t, const float *x, const float *other, int gated, float *h, long K, int four_bits) {
+    const digits *rows = &t->rows;
+    const long B = t->B, b = (K & -K) < t->most ? (K & -K) : t->most;
+#pragma omp for
+    for (long r = 0; r < B; r++) {
+        int8_t *second = rows->share == 0.0f ? NULL : rows->codes + (B + r) * K;
+        if (gated)
+            gate(x + r * K, other + r * K, h + r * K, K);
+        else if (other)
+            normalise(x + r * K, other, h + r * K, K, t->eps);
+        rows->step[r] = row_to_digits(other ? h + r * K : x + r * K, h + r * K, rows->codes + r * K, second, K, b, t->limit, t->tiny);
+        widen_row(rows, r, K, four_bits);
+        if (second)
+            widen_row(rows, B + r, K, four_bits);
     }
-    return failed;
+}
+
+/* Cache the new keys and values, and attend to the cache: y (B, H, Dh). */
+static void attend(const token *t, const layer *l) {
+    const long Hkv = t->Hkv, Dh = t->Dh, end = t->end, shared = t->H / Hkv;
+    float *scores = t->scores + omp_get_thread_num() * (end + LANES + Dh), *turned = scores + end + LANES;
+#pragma omp for
+    for (long i = 0; i < t->B * Hkv; i++) {
+        const long b = i / Hkv, row = t->at ? t->at[b] : end - 1;
+        const float *cosine = t->cosine + b * Dh, *sine = t->sine + b * Dh;
+        float *keys = l->keys + i * t->room * Dh, *values = l->values + i * t->room * Dh;
+        memset(keys + (end - 1) * Dh, 0, Dh * sizeof(float));
+        memset(values + (end - 1) * Dh, 0, Dh * sizeof(float));
+        turn(t->k + i * Dh, cosine, sine, keys + row * Dh, Dh);
+        memcpy(values + row * Dh, t->v + i * Dh, Dh * sizeof(float));
+        for (long g = i * shared; g < (i + 1) * shared; g++) {
+            turn(t->q + g * Dh, cosine, sine, turned, Dh);
+            attend_head(turned, keys, values, t->visible ? t->visible + b * end : NULL, t->y + g * Dh, scores, end, Dh);
+        }
+    }
+}
+
+/* One layer, by all threads of a team. */
+static void decode_layer(const token *t, const layer *l) {
+    const long D = t->D, M = t->M, heads = t->H * t->Dh, shared = t->Hkv * t->Dh;
+    const int four_bits = l->weights->q.step != NULL;
+    read_rows(t, t->x, l->weights->norm1, 0, t->h, D, four_bits);
+    multiply_rows(&t->rows, &l->weights->q, t->q, heads, D, 0);
+    multiply_rows(&t->rows, &l->weights->k, t->k, shared, D, 0);
+    multiply_rows(&t->rows, &l->weights->v, t->v, shared, D, 0);
+#pragma omp barrier
+    attend(t, l);
+    read_rows(t, t->y, NULL, 0, t->y, heads, four_bits);
+    multiply_rows(&t->rows, &l->weights->o, t->x, D, heads, 1);
+#pragma omp barrier
+    read_rows(t, t->x, l->weights->norm2, 0, t->h, D, four_bits);
+    multiply_rows(&t->rows, &l->weights->gate, t->gate, M, D, 0);
+    multiply_rows(&t->rows, &l->weights->up, t->up, M, D, 0);
+#pragma omp barrier
+    read_rows(t, t->gate, t->up, 1, t->gate, M, four_bits);
+    multiply_rows(&t->rows, &l->weights->down, t->x, D, M, 1);
+#pragma omp barrier
+}
+
+/* The next `bytes` of memory at `start`, from the start of a line of the CPU's cache. */
+static void *take(char *start, long *taken, long bytes) {
+    const long before = *taken;
+    *taken += (bytes + LINE - 1) / LINE * LINE;
+    return start ? start + before : NULL;
+}
+
+/* Place the temporary values of a token in the memory at `start`; returns how many bytes they take. */
+static long place(token *t, char *start, int threads) {
+    const long B = t->B, heads = t->H * t->Dh, shared = t->Hkv * t->Dh, f = sizeof(float);
+    const long most = t->M > t->D ? t->M : t->D, K = most > heads ? most : heads;
+    float **rows[] = {&t->h, &t->q, &t->k, &t->v, &t->y, &t->gate, &t->up};
+    const long columns[] = {t->D, heads, shared, shared, heads, t->M, t->M};
+    long taken = 0;
+    for (int i = 0; i < 7; i++)
+        *rows[i] = take(start, &taken, B * columns[i] * f);
+    t->scores = take(start, &taken, threads * (t->end + LANES + t->Dh) * f);
+    t->rows.step = take(start, &taken, B * f);
+    t->rows.codes = take(start, &taken, 2 * B * K);
+    t->rows.wide = take(start, &taken, 2 * B * K * sizeof(int16_t));
+    return taken;
+}
+
+int decode_layers(const layer *layers, float *x, const float *cosine, const float *sine, const int64_t *at,
+                  const uint8_t *visible, long count, long B, long D, long M, long H, long Hkv, long Dh, long room,
+                  long end, long most, float eps, float limit, float tiny, float share, int threads) {
+    token t = {.x = x, .cosine = cosine, .sine = sine, .at = at, .visible = visible, .B = B, .D = D, .M = M, .H = H,
+               .Hkv = Hkv, .Dh = Dh, .room = room, .end = end, .most = most, .eps = eps, .limit = limit, .tiny = tiny,
+               .rows = {.R = B, .share = share}};
+    char *memory = aligned_alloc(LINE, place(&t, NULL, threads));
+    if (!memory)
+        return 1;
+    place(&t, memory, threads);
+#pragma omp parallel num_threads(threads)
+    for (long i = 0; i < count; i++)
+        decode_layer(&t, layers + i);
+    free(memory);
+    return 0;
 }
 
 int widen_int4(const uint8_t *w, const uint8_t *step, const int8_t *low, int8_t *wide, long pairs,

@@ -2,10 +2,11 @@
 
 torch has no fast kernel for a few rows times a 4-bit weight, rounding activations to integers
 takes it ten passes over them, and its attention of one row reads the cache at half of memory's
-rate. native.c has all three. It needs an x86 CPU with AVX2 and a C compiler:
-the first process that makes an integer layer compiles it within a second or two and puts the
-library in huggingface-hub's folder for the files of other libraries. Without such a CPU, a compiler
-or a folder to write to, kernels() is None, and the layers use torch's operations.
+rate. native.c has all three, and runs the decoder layers of a new token whole. It needs an x86 CPU
+with AVX2 and a C compiler: the first process that makes an integer layer compiles it within a
+second or two and puts the library in huggingface-hub's folder for the files of other libraries.
+Without such a CPU, a compiler or a folder to write to, kernels() is None, and the layers use
+torch's operations.
 
 All tensors are contiguous, on the CPU, and row by row. R: rows of activations, K: their columns,
 N: rows of the weight.
@@ -20,6 +21,7 @@ import os
 import shutil
 import subprocess
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -37,26 +39,50 @@ FEW_ROWS = 16  # of activations; for more, oneDNN is faster
 LANES = 8  # a rotated block of columns has at least so many
 TINY = torch.finfo(torch.float32).tiny
 
-_tensor, _size, _float = ctypes.c_void_p, ctypes.c_long, ctypes.c_float
+# A weight (N, K) as native.c reads it: codes, step, low and scale of Int4Linear; or those of
+# Int8Linear, which has no step and no low.
+Stored = tuple[Tensor, Tensor | None, Tensor | None, Tensor]
+
+_DTYPES = {
+    "float": (torch.float32,),
+    "byte": (torch.int8, torch.uint8),
+    "int": (torch.int32,),
+    "long": (torch.int64,),
+    "bool": (torch.bool,),
+}
+# The tensors of each function, then how many sizes and how many other numbers follow.
 _ARGUMENTS = {
-    "to_digits": (*[_tensor] * 4, *[_size] * 5, *[_float] * 3),
-    "scale_sums": (*[_tensor] * 4, *[_size] * 2, _float),
-    "multiply_int8": (*[_tensor] * 5, *[_size] * 3, _float),
-    "multiply_int4": (*[_tensor] * 7, *[_size] * 3),
-    "widen_int4": (*[_tensor] * 4, _size),
-    "attend_token": (*[_tensor] * 10, *[_size] * 6),
-}  # fmt: skip
+    "to_digits": ("float byte float", 4, 2),
+    "scale_sums": ("int float float float", 2, 1),
+    "multiply": ("byte float byte byte byte float float", 3, 1),
+    "widen_int4": ("byte byte byte byte", 1, 0),
+    "decode_layers": ("long float float float long bool", 10, 4),
+}
 
 
 class Kernels:
-    """The functions of native.c on tensors. They run in as many threads as torch's operations."""
+    """The functions of native.c on tensors. They run in as many threads as torch's operations.
+
+    ValueError: a tensor is not what native.c reads, because somebody moved or converted a model.
+    """
 
     def __init__(self, library: ctypes.CDLL) -> None:
         self.functions = {name: getattr(library, name) for name in _ARGUMENTS}
-        for name, arguments in _ARGUMENTS.items():
-            self.functions[name].argtypes = (*arguments, ctypes.c_int)
+        for name, (tensors, sizes, numbers) in _ARGUMENTS.items():
+            self.functions[name].argtypes = (
+                *[ctypes.c_void_p] * len(tensors.split()), *[ctypes.c_long] * sizes,
+                *[ctypes.c_float] * numbers, ctypes.c_int,
+            )  # fmt: skip
 
-    def _call(self, name: str, tensors: tuple[Tensor | None, ...], *numbers: float) -> None:
+    def _call(self, name: str, tensors: Sequence[Tensor | None], *numbers: float) -> None:
+        for t, kind in zip(tensors, _ARGUMENTS[name][0].split(), strict=True):
+            allowed = _DTYPES[kind]
+            if t is not None and not (t.dtype in allowed and t.is_cpu and t.is_contiguous()):
+                raise ValueError(
+                    f"an integer layer of a CPU got a tensor of {t.dtype} on {t.device}, but it "
+                    f"needs {allowed[0]} on cpu, row by row; do not convert or move a quantised "
+                    "model: load it with the dtype and the device that it is to have"
+                )
         pointers = [None if t is None else t.data_ptr() for t in tensors]
         if self.functions[name](*pointers, *numbers, torch.get_num_threads()):
             raise MemoryError(f"{name} could not allocate memory for its temporary values")
@@ -67,33 +93,10 @@ class Kernels:
         See integer.to_digits. The rotation adds and subtracts in pairs, log2 of a block's columns
         times, and sums in another order than a product with the Hadamard matrix.
         """
-        return self._digits(x, None, digits, limit)
-
-    def normalised_to_digits(
-        self, x: Tensor, weight: Tensor, eps: float, digits: int, limit: int
-    ) -> tuple[Tensor, Tensor]:
-        """The same of RMSNorm of rows x (R, K), with weight (K,) float32."""
-        return self._digits(x, weight, digits, limit, eps=eps)
-
-    def gated_to_digits(
-        self, gate: Tensor, x: Tensor, digits: int, limit: int
-    ) -> tuple[Tensor, Tensor]:
-        """The same of silu(gate) * x, both (R, K)."""
-        return self._digits(gate, x, digits, limit, gated=True)
-
-    def _digits(
-        self,
-        x: Tensor,
-        other: Tensor | None,
-        digits: int,
-        limit: int,
-        gated: bool = False,
-        eps: float = 0.0,
-    ) -> tuple[Tensor, Tensor]:
         x, (R, K) = x.contiguous(), x.shape
         codes, step = x.new_empty(digits * R, K, dtype=torch.int8), x.new_empty(R, 1)
-        sizes = R, K, block_size(K, ROTATED_COLUMNS), digits, gated
-        self._call("to_digits", (x, other, codes, step), *sizes, eps, limit, TINY)
+        sizes = R, K, block_size(K, ROTATED_COLUMNS), digits
+        self._call("to_digits", (x, codes, step), *sizes, limit, TINY)
         return codes, step
 
     def scale_sums(self, sums: Tensor, scale: Tensor, step: Tensor, share: float) -> Tensor:
@@ -107,46 +110,43 @@ class Kernels:
         self._call("scale_sums", (sums, y, scale, step), R, N, share)
         return y
 
-    def multiply_int8(
-        self, codes: Tensor, weight: Tensor, scale: Tensor, step: Tensor, share: float
-    ) -> Tensor:
-        """Digits (R, K), of two (2 R, K), times a weight (N, K) int8 -> (R, N), as scale_sums."""
-        (N, K), R = weight.shape, step.shape[0]
-        y = step.new_empty(R, N)
-        self._call("multiply_int8", (codes, weight, scale, step, y), R, N, K, share)
-        return y
+    def multiply(self, codes: Tensor, step: Tensor, weight: Stored, share: float = 0.0) -> Tensor:
+        """Digits (R, K), of two (2 R, K), with step (R, 1) times a weight (N, K) -> (R, N).
 
-    def multiply_int4(
-        self, digits: Tensor, codes: Tensor, steps: Tensor, low: Tensor, scale: Tensor, step: Tensor
-    ) -> Tensor:
-        """Digits (R, K) with step (R, 1) times a 4-bit weight (N, K) -> (R, N) float32.
-
-        The weight as integer.Int4Linear holds it: codes (N, K / 2), steps and low (N, K / 32).
+        share: see scale_sums.
         """
-        (R, K), N = digits.shape, scale.shape[0]
+        (R, N), K = (step.shape[0], weight[-1].shape[0]), codes.shape[1]
         y = step.new_empty(R, N)
-        self._call("multiply_int4", (digits, codes, steps, low, scale, step, y), R, N, K)
+        self._call("multiply", (codes, step, *weight, y), R, N, K, share)
         return y
 
-    def attend_token(
+    def decode_layers(
         self,
-        qkv: tuple[Tensor, Tensor, Tensor],
+        layers: Sequence[Tensor],
+        held: Sequence[tuple[Tensor, Tensor]],
+        x: Tensor,
         rope: tuple[Tensor, Tensor],
-        held: tuple[Tensor, Tensor],
-        end: int,
-        at: Tensor | None,
-        visible: Tensor | None,
+        view: tuple[int, Tensor | None, Tensor | None],
+        sizes: tuple[int, int, int, int, int],
+        digits: tuple[int, int],
+        eps: float,
     ) -> Tensor:
-        """Attention of one new row per sample (B, H * Dh), whose key and value it caches.
+        """Decoder layers on a new row per sample x (B, D) -> (B, D), with its key and value cached.
 
-        qkv: q (B, H, Dh), k and v (B, Hkv, Dh), float32, not yet rotated. rope: see Llama.rope.
-        held: keys and values of the cache (B, Hkv, room, Dh). end, at (B,) and visible
-        (B, 1, 1, end): see sample.CacheView.
+        layers: for each the addresses (30,) int64 of the weights (Stored) of the projections q, k,
+        v, o, gate, up and down, and of the weights (D,) of both norms. held: their parts of the
+        cache, keys and values (B, Hkv, room, Dh). rope: see Llama.rope. view: end, at and visible
+        of sample.CacheView. sizes: M, H, Hkv, Dh and room. digits: how many, and their limit.
         """
-        (B, H, Dh), (keys, values) = qkv[0].shape, held
-        y = qkv[0].new_empty(B, H * Dh)
-        tensors = (*qkv, *rope, keys, values, at, visible, y)
-        self._call("attend_token", tensors, B, H, keys.shape[1], keys.shape[2], end, Dh)
+        (B, D), (end, at, visible), (count, limit) = x.shape, view, digits
+        tensors = [(layer, *rows) for layer, rows in zip(layers, held, strict=True)]
+        addresses = [t.data_ptr() for each in tensors for t in each]
+        y = x.clone(memory_format=torch.contiguous_format)
+        self._call(
+            "decode_layers", (torch.tensor(addresses), y, *rope, at, visible),
+            len(layers), B, D, *sizes, end, ROTATED_COLUMNS,
+            eps, limit, TINY, 0.5 / limit if count == 2 else 0.0,
+        )  # fmt: skip
         return y
 
     def widen_int4(self, codes: Tensor, step: Tensor, low: Tensor, out: Tensor) -> Tensor:

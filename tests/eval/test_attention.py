@@ -187,9 +187,9 @@ def test_sinks_are_large_where_bos_is() -> None:
     assert not find_sinks(x).any()
 
 
-def crafted(n: int = 64, gone: Sequence[int] = ()) -> Seen:
+def crafted(n: int = 144, gone: Sequence[int] = ()) -> Seen:
     """BOS, an image of n patches with weights 0, 1, 2, ..., and one more row."""
-    weights = torch.arange(n + 2.0) / 10_000
+    weights = torch.arange(n + 2.0) / 100_000
     weights[0] = 0.5
     weights[-1] = 1 - weights[:-1].sum()
     visible, sinks = torch.ones(n + 2, dtype=torch.bool), torch.zeros(n + 2, dtype=torch.bool)
@@ -212,18 +212,20 @@ def test_the_map_shows_weights_sinks_and_absent_patches(demo: Any) -> None:
     for box in boxes:
         by_class.setdefault(box.tags["class"], []).append(box.tags["data-patch"])
     assert by_class["absent"] == [5, 6]
-    assert by_class["sink"] == [62, 63]
-    assert by_class["seen"] == [p for p in range(64) if p not in (5, 6, 62, 63)]
+    assert by_class["sink"] == [142, 143]
+    assert by_class["seen"] == [p for p in range(144) if p not in (5, 6, 142, 143)]
     fills = {box.tags["data-patch"]: box.fill for box in boxes}
-    assert fills[61] == fills[62] == fills[63] == (254, 232, 56)  # the scale ends below the sinks
-    assert fills[0] != fills[30] != fills[61]
+    assert (
+        fills[141] == fills[142] == fills[143] == (254, 232, 56)
+    )  # the scale ends below the sinks
+    assert fills[0] != fills[30] != fills[141]
     words = " ".join(shape.text for shape in panel.shapes if hasattr(shape, "text"))
     assert "2 sinks" in words
-    assert "0.0062" in words
+    assert "0.0014" in words
 
 
 def test_the_table_compares_with_an_even_share() -> None:
-    seen = crafted()
+    seen = crafted(64)
     even = View(seen, torch.full((66,), 1 / 66))
     assert format_table([even]).endswith("| 1.5 | 0.0 | 97.0 | 0.0 | 1.5 | 1.00 |")
     without = seen.without_bos(even.weights[None])[0]
@@ -233,12 +235,12 @@ def test_the_table_compares_with_an_even_share() -> None:
 def test_a_grid_draws_itself(demo: Any) -> None:
     model, _, picture, batch = demo
     grid = attention(model, batch, 4)
-    assert grid.weights.shape == (4, 8, 8)
-    assert grid.sinks.shape == (8, 8)
+    assert grid.weights.shape == (4, 12, 12)
+    assert grid.sinks.shape == (12, 12)
     drawn = grid.draw(picture)
     assert isinstance(drawn, Image.Image)
     assert "not cause" in drawn.info["Description"]
-    assert "row 76, layer 4" in drawn.info["Description"]
+    assert "row 156, layer 4" in drawn.info["Description"]
 
 
 def test_a_drawing_has_all_pictures_layers_and_groups(model: Any) -> None:
@@ -259,12 +261,12 @@ def test_a_drawing_has_all_pictures_layers_and_groups(model: Any) -> None:
 @pytest.mark.parametrize(
     ("given", "said"),
     [
-        ({"layer": 8}, "layer=8 must be from 0 to 7"),
+        ({"layer": 12}, "layer=12 must be from 0 to 11"),
         ({"layer": 1, "image": 1}, "image=1: the prompt has 1 images"),
         ({"layer": 1, "rows": []}, "must be one row or more"),
         ({"layer": 1, "rows": "answer"}, "rows='answer' must be one row or more, by numbers"),
-        ({"layer": 1, "rows": -78}, "from -77"),
-        ({"layer": 1, "rows": 99}, "there is no row 99: 77 are the prompt's, 1 the answer's"),
+        ({"layer": 1, "rows": -158}, "from -157"),
+        ({"layer": 1, "rows": 199}, "there is no row 199: 157 are the prompt's, 1 the answer's"),
         ({"layer": 1, "sample": 1}, "sample=1 must be from 0 to 0"),
     ],
 )
@@ -287,7 +289,7 @@ def test_the_command_draws_and_prints(
     assert command.main(["--out", str(out), *options, "--prune", "fastv:k=4,keep=9"]) == 0
     printed = capsys.readouterr().out
     assert printed.startswith("answer: ")
-    for name in ("token 73, ' red'", "answer token 1", "question", "tokens 4 to 9, of an image"):
+    for name in ("token 153, ' red'", "answer token 1", "question", "tokens 4 to 9, of an image"):
         assert f"\n{name}: % of the attention, mean of all heads\n" in printed
     if suffix == "png":
         info = Image.open(out).info
@@ -296,7 +298,7 @@ def test_the_command_draws_and_prints(
     else:
         text = out.read_text("utf-8")
         # from layer 4 on there are 9 patches, in maps of 3 groups; rows 4 to 9 may be gone
-        assert text.count('class="absent"') >= 3 * 55
+        assert text.count('class="absent"') >= 3 * 135
         assert "attention, not cause" in text
 
 
@@ -304,22 +306,22 @@ def test_the_command_lists_tokens(capsys: pytest.CaptureFixture[str]) -> None:
     assert command.main(["--tokens"]) == 0
     lines = capsys.readouterr().out.splitlines()
     assert lines[1] == "1\t' USER'"
-    assert "4-67\tof an image" in lines
-    assert lines[-1] == "76\t':'"
+    assert "4-147\tof an image" in lines
+    assert lines[-1] == "156\t':'"
 
 
 @pytest.mark.parametrize(
     ("options", "said"),
     [
         ("--of foo", "--of 'foo' must be one of newest"),
-        ("--of 77", "--of 77: the prompt's tokens are 0 to 76"),
+        ("--of 157", "--of 157: the prompt's tokens are 0 to 156"),
         ("--of 9-8", "--of 9-8: the prompt's tokens"),
         ("--of word:blue", "--of word:blue: the prompt's text does not contain it"),
         ("--of answer:2", "--of answer token 2: the answer has tokens 0 to 1"),
         ("--of answer:48", "at most 48 new tokens"),
-        ("--layers 8", "--layers 8: the decoder has layers 0 to 7"),
+        ("--layers 12", "--layers 12: the decoder has layers 0 to 11"),
         ("--head 4", "--head 4 must be from 0 to 3"),
-        ("--prune fastv:k=9", "fastv: layer=9"),
+        ("--prune fastv:k=13", "fastv: layer=13"),
         ("--prompt x", "--prompt 'x' has no image"),
         ("--image x.png", "--image x.png has no question"),
         ("--out a.jpg", "--out a.jpg must be a file"),

@@ -181,7 +181,7 @@ def test_the_command_asks_at_most_a_third_and_goes_on(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     out = tmp_path / "choose"
-    wanted = ["--prune", *PLANS, "hand:patches=0-60", *OPTIONS, "--out", str(out)]
+    wanted = ["--prune", *PLANS, "hand:patches=0-140", *OPTIONS, "--out", str(out)]
     generate = predict.generate
 
     def interrupted(*rest: Any, **more: Any) -> Any:
@@ -194,14 +194,14 @@ def test_the_command_asks_at_most_a_third_and_goes_on(
     monkeypatch.setattr(predict, "generate", generate)
     assert command.main(wanted) == 0
     text, found = capsys.readouterr().out, json.loads((out / "choose.json").read_text())
-    assert found["chosen"] == "hand:patches=0-60"
-    assert "`hand:patches=0-60` is the cheapest plan that surely loses less than 25 points" in text
+    assert found["chosen"] == "hand:patches=0-140"
+    assert "`hand:patches=0-140` is the cheapest plan that surely loses less than 25 points" in text
     assert sum(asked) == found["asked"] <= found["grid"] / 3
     lines = sum(len(f.read_bytes().splitlines()) for f in (out / "answers").glob("*.jsonl"))
     assert lines == found["asked"]
     assert text == (out / "choose.md").read_text().split("\n\n![")[0] + "\n"
-    assert {row["plan"] for row in found["plans"]} == {*PLANS, "hand:patches=0-60"}
-    assert {*found["front"]} <= {*PLANS, "hand:patches=0-60"}
+    assert {row["plan"] for row in found["plans"]} == {*PLANS, "hand:patches=0-140"}
+    assert {*found["front"]} <= {*PLANS, "hand:patches=0-140"}
     with Image.open(out / "pareto.png") as image:
         assert image.width > 600
     monkeypatch.setattr(predict, "generate", None)  # all answers are there
@@ -218,8 +218,8 @@ def test_the_command_asks_at_most_a_third_and_goes_on(
         (["--loss", "0"], "a loss of 0 points must be above 0 and below 100"),
         (["--confidence", "1"], "a confidence of 1 must be from 0.5 to below 1"),
         (["--prune", "none"], "there is nothing to choose from"),
-        (["--limit", "90"], "80 questions are too few to be 95 % sure that the loss of one of 18"),
-        (["--budgets", "65"], "--budgets 65 must be from 1 to 64"),
+        (["--limit", "90"], "81 questions are too few to be 95 % sure that the loss of one of 18"),
+        (["--budgets", "145"], "--budgets 145 must be from 1 to 144"),
         (["--budgets", "0"], "'0' must be a number of image tokens"),
         (["--prune", "text-only", "--budgets", "8"], "no option of text-only sets how many"),
     ],

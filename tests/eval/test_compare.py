@@ -37,7 +37,7 @@ PLANS = [
     "fastv:k=2,r=0.75",
     "divprune:keep=16",
     "tome:keep=8",
-    "pyramiddrop:layers=2/4/6,ratios=0.5/0.25/0.125",
+    "pyramiddrop:layers=3/6/9,ratios=0.5/0.25/0.125",
 ]
 
 
@@ -54,7 +54,7 @@ def image() -> Image.Image:
 @pytest.fixture(scope="module")
 def four(demo: Any, image: Image.Image) -> Comparison:
     about = {"Command": "x --prompt 'Füße?'"}
-    return compare(*demo, image, QUESTION, [*PLANS, "vtw:layer=99"], budgets=[16, 8], about=about)
+    return compare(*demo, image, QUESTION, [*PLANS, "vtw:layer=99"], budgets=[16, 5], about=about)
 
 
 @pytest.fixture(scope="module")
@@ -68,7 +68,7 @@ def kept_by(demo: Any, image: Image.Image, plan: str) -> tuple[set[int], str]:
     batch = processor([processor.prompt(QUESTION, 1)], [[image]])
     result = generate(model, batch, parse_plan(plan), max_new_tokens=1)
     if not result.report.kept:
-        return set(range(64)), ""
+        return set(range(144)), ""
     positions = result.report.kept[-1].positions[0]
     start = result.starts[0][0]
     return {p - start for p in positions}, sha256(json.dumps(positions).encode()).hexdigest()
@@ -143,10 +143,10 @@ def test_a_plan_that_cannot_run_is_one_cell(demo: Any, image: Image.Image, tmp_p
     broken = user_method.write(
         tmp_path, user_method.FIRST.replace("return Keep(torch", "return Keep(1 / 0, torch")
     )
-    plans = ["vtw:layer=99", "nonsense", "divprune:keep=65", broken, PLANS[0]]
+    plans = ["vtw:layer=99", "nonsense", "divprune:keep=145", broken, PLANS[0]]
     found = compare(*demo, image, QUESTION, plans, read=parse_plan_with_files)
     errors = [run.error for run in found.runs]
-    expected = ("", "layer=99", "no pruning method 'nonsense'", "keep=65", "ZeroDivisionError", "")
+    expected = ("", "layer=99", "no pruning method 'nonsense'", "keep=145", "ZeroDivisionError", "")
     assert all(words in error for words, error in zip(expected, errors, strict=True))
     assert [not error for error in errors] == [run.result is not None for run in found.runs]
     words = [s.text for s in draw_sheet(found).shapes if hasattr(s, "text")]
@@ -164,7 +164,7 @@ def test_what_nothing_can_be_made_of_is_refused(demo: Any, image: Image.Image) -
         ({"question": " \n"}, "is empty"),
         ({"question": "<image>?"}, "contains <image>"),
         ({"question": "x" * 10**6}, "do not fit"),
-        ({"budgets": [65]}, "budget 65 must be from 1 to 64"),
+        ({"budgets": [145]}, "budget 145 must be from 1 to 144"),
         ({"budgets": [0]}, "budget 0"),
         ({"max_new_tokens": 0}, "max_new_tokens=0"),
         ({"image_aspect": "stretch"}, "stretch"),
@@ -194,7 +194,7 @@ def test_answers_over_budgets(demo: Any, image: Image.Image, four: Comparison) -
     batch = processor([processor.prompt(QUESTION, 1)], [[image]])
     assert [drift.plan for drift in four.drifts] == PLANS
     for drift in four.drifts:
-        assert [(cell.budget, cell.left) for cell in drift.cells] == [(16, 16), (8, 8)]
+        assert [(cell.budget, cell.left) for cell in drift.cells] == [(16, 16), (5, 5)]
         for cell in drift.cells:
             alone = generate(model, batch, parse_plan(cell.plan), max_new_tokens=64)
             assert cell.same == (alone.tokens == unpruned.result.tokens)
@@ -296,7 +296,7 @@ def test_the_svg_shows_the_sets_of_the_reports(
         assert (run["plan"], set(run["kept"][0])) == (plan, kept)
         assert run["digests"][-1:] == ([digest] if digest else [])
         levels = next(shown)["level"]
-        assert {p for p, data in levels.items() if data["level"] == "8"} == kept
+        assert {p for p, data in levels.items() if data["level"] == "12"} == kept
     for d in list_differences(four):
         found = next(shown)
         for kind, sets in (("both", d.both), ("only-a", d.only_a), ("only-b", d.only_b)):
@@ -363,7 +363,7 @@ def test_the_page_shows_the_sets_of_the_reports(four: Comparison, page: str) -> 
     runs, pairs = articles[: len(four.runs)], articles[len(four.runs) :]
     for run, article in zip(four.runs, runs, strict=True):
         if run.result is not None:
-            assert patches(article, "level", ' data-level="8"') == run.kept(0)
+            assert patches(article, "level", ' data-level="12"') == run.kept(0)
     for d, article in zip(list_differences(four), pairs, strict=True):
         assert patches(article, "both") == d.both[0]
         assert patches(article, "only-a") == d.only_a[0]

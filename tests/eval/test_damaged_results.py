@@ -117,7 +117,7 @@ LINES: list[tuple[Callable[[bytes], bytes], str]] = [
     (in_metadata(prompt_tokens=0), "metadata.prompt_tokens"),
     (in_metadata(tokens_entering=5), "metadata.tokens_entering is 5"),
     (in_metadata(tokens_entering=[1, "x"]), r"metadata.tokens_entering\[1\] is 'x'"),
-    (in_metadata(image_tokens_entering=[]), "counts of other than 8 layers"),
+    (in_metadata(image_tokens_entering=[]), "counts of other than 12 layers"),
     (in_metadata(prefill="gone"), "metadata has no prefill"),
     (in_metadata(prefill=[0.1]), r"metadata.prefill is \[0.1\]"),
     (in_metadata(per_token="0.1"), r"metadata.per_token is '0.1', but must be float \| None"),
@@ -134,7 +134,7 @@ def test_a_damaged_line_is_named(
     change_line(path, 1, change)
     before = path.read_bytes()
     with pytest.raises(ValueError, match=reason) as error:
-        AnswerFile(path, PLAN, layers=8).merge()
+        AnswerFile(path, PLAN, layers=12).merge()
     said = str(error.value)
     assert said.startswith(f"{path}, line 2 is not an answer of eval.run under the plan {PLAN}: ")
     assert "delete the line" in said

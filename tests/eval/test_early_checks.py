@@ -36,8 +36,8 @@ def test_kv_cache_checks_the_prompt_with_several_images(
 ) -> None:
     monkeypatch.setattr(kv_cache, "generate", None)
     argv = ["--out", str(tmp_path), "--new-tokens", "3", "--times", "1", "2"]
-    assert kv_cache.main([*argv, "--prune", "divprune:keep=65"]) == 2
-    assert "65" in refusal(capsys)
+    assert kv_cache.main([*argv, "--prune", "divprune:keep=145"]) == 2
+    assert "145" in refusal(capsys)
 
 
 @pytest.mark.parametrize(
@@ -89,7 +89,7 @@ def test_measured_memory_allows_plans_that_are_too_large_for_the_demo(
     def answer(opened: bench.Bench, plan: object) -> None:
         asked.append(plan)
         if len(asked) <= 2:  # of the demo, which is asked first
-            raise ValueError("keep=144 is more than 64")
+            raise ValueError("keep=150 is more than 144")
 
     monkeypatch.setattr(memory, "_first_token", answer)
     parser = argparse.ArgumentParser()

@@ -15,11 +15,11 @@ from eval.credits import Credits
 
 
 def test_a_users_method_beside_the_unpruned_model(tmp_path: Path) -> None:
-    plan, out = f"{user_method.write(tmp_path)}:layer=4,keep=16", tmp_path / "found"
+    plan, out = f"{user_method.write(tmp_path)}:layer=3,keep=16", tmp_path / "found"
     assert demo.main(["--questions", "2", "--kinds", "where", "--out", str(out), plan]) == 0
     rows = json.loads(out.with_suffix(".json").read_text())["rows"]
-    assert [row["plan"] for row in rows] == ["none", plan, "random:keep=40"]
-    assert rows[1]["image_tokens_entering_a_layer"] == (4 * 64 + 4 * 16) / 8
+    assert [row["plan"] for row in rows] == ["none", plan, "random:keep=48"]
+    assert rows[1]["image_tokens_entering_a_layer"] == (3 * 144 + 9 * 16) / 12
     assert f"| `{plan}` |" in out.with_suffix(".md").read_text()
 
 
@@ -79,7 +79,7 @@ def test_plans_that_draw_are_asked_with_every_seed(
 
 
 def test_a_mistake_in_it_is_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    plan = user_method.write(tmp_path, user_method.FIRST.replace("int(k)", "99"))
+    plan = user_method.write(tmp_path, user_method.FIRST.replace("int(k)", "199"))
     assert demo.main(["--questions", "2", plan]) == 2
     error = capsys.readouterr().err.splitlines()[-1]
     assert error.startswith("error: ")

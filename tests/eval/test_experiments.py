@@ -39,7 +39,11 @@ CASES: dict[str, tuple[Main, list[str], list[str]]] = {
     "measures": (simignore.main, ["--share", "0.25", "0.5"], ["budget"]),
     "aokvqa": (aokvqa.main, [], ["score", "memory"]),
     "scienceqa": (scienceqa.main, [], ["score"]),
-    "kv_cache": (kv_cache.main, ["--new-tokens", "6", "--repeats", "1"], ["rows", "cache"]),
+    "kv_cache": (
+        kv_cache.main,
+        ["--times", "1", "4", "--new-tokens", "6", "--repeats", "1"],
+        ["rows", "cache"],
+    ),
     "nine": (nine.main, [], ["nine"]),
 }
 LIMIT = 9
@@ -149,22 +153,22 @@ def test_the_ablation_is_what_eval_run_finds(tmp_path: Path, results: Results) -
 def test_cache_bytes_and_prompts_of_the_kv_cache_experiment(results: Results) -> None:
     _, found = results("kv_cache")
     by = {(row["picture"], row[""]): row for row in rows_of(found)}
-    assert {picture for picture, _ in by} == {"x 1", "x 10"}
-    one, ten = by["x 1", "cache"], by["x 10", "cache"]
-    # nine more pictures of 64 tokens, each with a line break, which is two
-    assert ten["prompt tokens"] - one["prompt tokens"] == 9 * (64 + 2)
-    bytes_a_row = 2 * 128 * 4 * 8
+    assert {picture for picture, _ in by} == {"x 1", "x 4"}
+    one, four = by["x 1", "cache"], by["x 4", "cache"]
+    # three more pictures of 144 tokens, each with a line break, which is two
+    assert four["prompt tokens"] - one["prompt tokens"] == 3 * (144 + 2)
+    bytes_a_row = 2 * 128 * 4 * 12
     assert one["cache after the prefill, MB"] == one["prompt tokens"] * bytes_a_row / 1e6
     assert one["cache, MB"] == (one["prompt tokens"] + 5) * bytes_a_row / 1e6
     assert by["x 1", "no cache"]["cache, MB"] == 0
-    pruned = by["x 10", "cache, fastv:k=2,r=0.5"]
-    rows = 2 * ten["prompt tokens"] + 6 * (ten["prompt tokens"] - 320)
+    pruned = by["x 4", "cache, fastv:k=2,r=0.5"]
+    rows = 2 * four["prompt tokens"] + 10 * (four["prompt tokens"] - 288)
     assert pruned["cache after the prefill, MB"] == rows * 2 * 128 * 4 / 1e6
     # six tokens: the prompt and five rows with a cache, six growing sequences without
     T = one["prompt tokens"]
     assert one["rows through a layer"] == T + 5
     assert by["x 1", "no cache"]["rows through a layer"] == sum(range(T, T + 6))
-    assert pruned["rows through a layer"] == rows / 8 + 5
+    assert pruned["rows through a layer"] == rows / 12 + 5
 
 
 def test_tables_of_the_demo_have_no_times(results: Results) -> None:
@@ -306,13 +310,14 @@ def test_a_users_method(
     rows = rows_of(json.loads((out / "results.json").read_text()))
     (row, *_) = [row for row in rows if any(method in str(cell) for cell in row.values())]
     if main == kv_cache.main:
-        cached = 4 * row["prompt tokens"] + 4 * (row["prompt tokens"] - 48)
+        cached = 4 * row["prompt tokens"] + 8 * (row["prompt tokens"] - 128)
         assert row["cache after the prefill, MB"] == cached * 2 * 128 * 4 / 1e6
         return
     layers = 3 if main == simignore.main else 4  # the method's own default
-    counts = [64] * layers + [16] * (8 - layers)
+    kept = 36 if main in (ablation.main, simignore.main) else 16  # a quarter
+    counts = [144] * layers + [kept] * (12 - layers)
     found = row.get("image tokens a layer", row.get("visible image tokens a layer"))
-    assert found == sum(counts) / 8
+    assert found == sum(counts) / 12
     user_method.write(tmp_path, user_method.LAST)
     capsys.readouterr()
     assert main(argv) == 2

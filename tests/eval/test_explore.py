@@ -442,7 +442,7 @@ def test_answers_come_in_pieces_and_then_the_sheet(asker: Asker) -> None:
     step = last.comparison.runs[1].result.report.kept[0]  # type: ignore[union-attr]
     first = last.comparison.runs[1].result.starts[0][0]  # type: ignore[union-attr]
     kept = tuple(p - first for p in step.positions[0])
-    assert limits.check_patches(left["uniform:keep=16"], 64) == kept
+    assert limits.check_patches(left["uniform:keep=16"], 144) == kept
 
 
 def test_an_answer_that_nobody_reads_ends(asker: Asker, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -489,5 +489,5 @@ def test_the_number_of_requests_that_wait_is_bounded(asker: Asker) -> None:
         with pytest.raises(ValueError, match="8 requests wait"):
             next(asker.ask(request))
         waiting.pop().close()
-    assert all(list(answer)[-1].texts == {NONE: "8"} for answer in waiting)
-    assert list(asker.ask(request))[-1].texts == {NONE: "8"}
+    assert all(list(answer)[-1].texts == {NONE: "1"} for answer in waiting)
+    assert list(asker.ask(request))[-1].texts == {NONE: "1"}

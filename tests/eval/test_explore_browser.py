@@ -153,28 +153,30 @@ def test_choose_ask_brush_and_see_the_picture_change(open_page: Callable[..., An
     page.locator("#picker img").nth(0).click()
     page.wait_for_function("location.search.includes('picture=example')")
     ask(page)
-    assert answers(page)["unpruned"] == "8"
+    assert answers(page)["unpruned"] == "1"
     assert len(answers(page)) == 3
     before = page.locator("#sheet img").get_attribute("src")
-    # the red 8 lies in the patches of rows 5 and 6, columns 0 to 2
+    # the red 1 lies in the patches of rows 7 to 10, columns 9 to 11
     box = page.locator(".board").bounding_box()
-    side = box["width"] / 8
-    page.mouse.move(box["x"] + 0.5 * side, box["y"] + 5.5 * side)
+    side = box["width"] / 12
+    page.mouse.move(box["x"] + 9.5 * side, box["y"] + 7.5 * side)
     page.mouse.down()
-    for row, column in ((5, 1.5), (5, 2.5), (6, 2.5), (6, 1.5), (6, 0.5), (7, 0.5), (7, 1.5)):
+    for row, column in ((7, 11.5), (8, 11.5), (8, 9.5), (9, 9.5), (9, 11.5), (10, 11.5), (10, 9.5)):
         page.mouse.move(box["x"] + column * side, box["y"] + (row + 0.5) * side, steps=6)
     page.mouse.up()
     left = kept(page)
-    assert sorted(set(range(64)) - set(left)) == [40, 41, 42, 48, 49, 50, 56, 57]
+    assert sorted(set(range(144)) - set(left)) == [
+        12 * row + column for row in (7, 8, 9, 10) for column in (9, 10, 11)
+    ]
     page.wait_for_function("location.search.includes('patches=')")
     ask(page)
     (by_hand,) = (plan for plan in answers(page) if plan.startswith("hand:"))
-    assert by_hand == "hand:patches=0-39/43-47/51-55/58-63"
-    assert answers(page)[by_hand] != "8", "without its patches, the red digit is not seen"
+    assert by_hand == "hand:patches=0-92/96-104/108-116/120-128/132-143"
+    assert answers(page)[by_hand] != "1", "without its patches, the red digit is not seen"
     assert page.locator("#sheet img").get_attribute("src") != before
     words = page.locator("#sheet img").get_attribute("alt")
     assert by_hand in words
-    assert "leaves 56 patches" in words or "56" in words
+    assert "leaves 132 patches" in words or "132" in words
 
 
 def test_the_address_brings_the_same_page_back(open_page: Callable[..., Any]) -> None:
@@ -204,7 +206,7 @@ def test_a_suggested_plan_and_the_patches_that_a_plan_has_left(
 ) -> None:
     page = open_page("?plan=divprune:keep=5&budgets=0")
     page.get_by_role("button", name="Add this plan").click()
-    page.wait_for_function("location.search.includes('plan=fastv:k=2,keep=16')")
+    page.wait_for_function("location.search.includes('plan=fastv:k=2,keep=36')")
     ask(page)
     page.locator("#again input").click()
     page.get_by_role("option", name="divprune:keep=5").click()
@@ -237,16 +239,16 @@ def test_the_keyboard_alone(open_page: Callable[..., Any]) -> None:
     page.keyboard.press("Space")  # 0 out
     page.keyboard.press("ArrowRight")
     page.keyboard.press("ArrowDown")
-    page.keyboard.press("Enter")  # 9 out
-    page.keyboard.press("Shift+ArrowDown")  # 17 out
+    page.keyboard.press("Enter")  # 13 out
+    page.keyboard.press("Shift+ArrowDown")  # 25 out
     page.keyboard.press("ArrowLeft")
     page.keyboard.press("ArrowLeft")  # the border of the picture is one
-    assert sorted(set(range(64)) - set(kept(page))) == [0, 9, 17]
-    assert page.evaluate("document.activeElement.ariaLabel") == "patch 16, row 3, column 1"
+    assert sorted(set(range(144)) - set(kept(page))) == [0, 13, 25]
+    assert page.evaluate("document.activeElement.ariaLabel") == "patch 24, row 3, column 1"
     tab_to("e.id === 'ask'")
     page.keyboard.press("Enter")
     wait_for_answer(page)
-    assert "hand:patches=1-8/10-16/18-63" in answers(page)
+    assert "hand:patches=1-12/14-24/26-143" in answers(page)
     tab_to("e.className === 'sheet'")
 
 
@@ -267,10 +269,10 @@ def test_two_sessions_at_once(open_page: Callable[..., Any]) -> None:
     second.click("#ask")
     wait_for_answer(first)
     wait_for_answer(second)
-    assert answers(first)["unpruned"] == "8"
+    assert answers(first)["unpruned"] == "1"
     assert list(answers(first)) == ["unpruned", "uniform:keep=8"]
     assert list(answers(second)) == ["unpruned", "uniform:keep=9"]
-    assert answers(second)["unpruned"] != "8"
+    assert answers(second)["unpruned"] != "1"
 
 
 # ---------------------------------------------------------------- uploads
@@ -381,7 +383,7 @@ def test_addresses_that_are_refused(open_page: Callable[..., Any]) -> None:
         ("?picture=/etc/passwd", "there is no picture '/etc/passwd'"),
         ("?tokens=100000", "new tokens"),
         ("?patches=<script>", "patches"),
-        ("?patches=0-64", "64"),
+        ("?patches=0-144", "144"),
         ("?x=1", "'x'"),
         ("?" + "&".join(f"plan=uniform:keep={k}" for k in range(1, 9)), "8 plans"),
     ):
@@ -398,7 +400,7 @@ def test_many_clicks_and_a_tab_that_is_closed_during_an_answer(
     page.close()
     other = open_page("?budgets=0")
     ask(other)
-    assert answers(other)["unpruned"] == "8"
+    assert answers(other)["unpruned"] == "1"
     other.click("#ask")
     other.click("#stop")
     message(other, "Stopped.")

@@ -16,7 +16,7 @@ from eval.plans import read_plans
 from minillava import load
 from minillava.quant.linear import weight_bytes
 
-TEXT, PATCHES, LAYERS = 20, 64, 8
+TEXT, PATCHES, LAYERS = 20, 144, 12
 WORDS = f"--repeats 2 --new-tokens 2 --text-tokens {TEXT} --prune fastv:k=2,keep=9".split()
 
 
@@ -101,7 +101,7 @@ def test_a_table_is_printed_with_the_machine(capsys: pytest.CaptureFixture[str])
     assert "memory reads 10.0 GB/s" in first
     assert head.startswith("| form | plan | batch | vision s |")
     assert [row.split(" | ")[1] for row in rows] == ["`none`", "`fastv:k=2,keep=9`"]
-    assert "2 x 84, 6 x 29" in rows[1]
+    assert "2 x 164, 10 x 29" in rows[1]
 
 
 def test_a_users_method_is_read_once(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -110,7 +110,7 @@ def test_a_users_method_is_read_once(tmp_path: Path, capsys: pytest.CaptureFixtu
     assert main([*words, "--prune", f"{method}:layer=4,keep=9", "--json"]) == 0
     row = json.loads(capsys.readouterr().out)["rows"][1]
     assert row["plan"] == f"{method}:layer=4,keep=9"
-    assert row["tokens_entering"] == [TEXT + PATCHES] * 4 + [TEXT + 9] * 4
+    assert row["tokens_entering"] == [TEXT + PATCHES] * 4 + [TEXT + 9] * 8
     assert row["choosing"] > 0
     assert mark.read_text() == "run "
 

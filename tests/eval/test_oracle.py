@@ -20,7 +20,7 @@ from eval.smallest import name_patches, smallest
 from minillava.pruning import parse_plan
 
 LIMIT = 4
-METHODS = ["fastervlm:keep=32", "pyramiddrop:layers=2/4/6,ratios=0.5/0.25/0.125"]
+METHODS = ["fastervlm:keep=32", "pyramiddrop:layers=3/6/9,ratios=0.5/0.25/0.125"]
 COMMON = ["--prune", *METHODS, "--budgets", "16", "3", "--limit", str(LIMIT), "--out"]
 
 
@@ -110,7 +110,7 @@ def test_the_same_command_again_asks_nothing(
         (["--seed", "3"], "was begun with seed=0, not 3"),
         (["--limit", "2"], "is of question 2, but 2 are asked"),
         (["--prune", "none"], "--prune none keeps every answer"),
-        (["--budgets", "99"], "--budgets 99 must be from 1 to 64"),
+        (["--budgets", "199"], "--budgets 199 must be from 1 to 144"),
     ],
 )
 def test_other_settings_are_refused(

@@ -55,7 +55,7 @@ def test_predictions_have_the_shape_of_llavas(whole: Path) -> None:
     assert len({row["answer_id"] for row in rows}) == 12
     told = rows[0]["metadata"]
     assert told["plan"] == PLAN
-    assert told["image_tokens_entering"] == [64] * 3 + [16] * 5
+    assert told["image_tokens_entering"] == [144] * 3 + [16] * 9
     assert told["cache_bytes"] == sum(told["tokens_entering"]) * 2 * 128 * 4
 
 
@@ -78,7 +78,7 @@ def test_the_result_says_how_it_came_about(whole: Path) -> None:
     assert result["score"]["figure"] == f"{result['score']['value']:.2f}"
     costs = result["costs"]
     assert costs["questions"] == 12
-    assert costs["image_tokens"] == (3 * 64 + 5 * 16) / 8
+    assert costs["image_tokens"] == (3 * 144 + 9 * 16) / 12
     assert 0 < costs["fastv_share"] < costs["sparsevlm_share"] + 0.01 < 1.01
     assert costs["prefill"]["low"] <= costs["prefill"]["median"] <= costs["prefill"]["high"]
 
@@ -306,7 +306,7 @@ def test_a_users_method_is_read_once_and_resumed(
     assert ask(out, plan=plan) == 0
     assert mark.read_text() == "run "
     path = out / f"{file_name(plan)}.jsonl"
-    assert rows_of(path)[0]["metadata"]["image_tokens_entering"] == [64] * 3 + [16] * 5
+    assert rows_of(path)[0]["metadata"]["image_tokens_entering"] == [144] * 3 + [16] * 9
     monkeypatch.setattr(predict, "generate", None)
     assert ask(out, plan=plan) == 0
 

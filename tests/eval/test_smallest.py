@@ -58,13 +58,13 @@ def test_no_patch_more_can_be_left_out(demo: tuple[Any, Any], prompts_run: list[
     assert 1 < len(found.patches) < 40
     assert sum(prompts_run) == found.prefills
     assert max(prompts_run) >= 8, "many sets are asked at a time"
-    assert found.sizes[0] == (1, 64)
+    assert found.sizes[0] == (1, 144)
     assert found.sizes[-1][1] == len(found.patches)
     assert [left for _, left in found.sizes] == sorted({n for _, n in found.sizes}, reverse=True)
     plan = parse_plan(found.plan.text)  # as a user pastes it
     result = generate(model, batch, plan, max_new_tokens=48)
     assert result.tokens[0] == answer
-    assert result.report.image_tokens_entering == [[len(found.patches)]] * 8
+    assert result.report.image_tokens_entering == [[len(found.patches)]] * 12
     for patch in found.patches:
         rest = [p for p in found.patches if p != patch]
         fewer = parse_plan(f"hand:patches={name_patches(rest)},positions=original")
@@ -82,7 +82,7 @@ def test_a_limit_holds_and_the_search_goes_on_from_there(
         found = smallest(model, batch, limit=limit)
         assert found.prefills == sum(prompts_run) <= limit
         assert not found.minimal
-    assert len(found.patches) < 64
+    assert len(found.patches) < 144
     more = smallest(model, batch, start=found.patches)
     assert more.minimal
     assert {*more.patches} < {*found.patches}
@@ -109,7 +109,7 @@ def test_an_answer_that_needs_no_picture(demo: tuple[Any, Any]) -> None:
 
 def test_each_sample_of_a_batch_has_its_own_patches(demo: tuple[Any, Any]) -> None:
     model, batch = demo[0], ask(demo, QUESTION)
-    sets = ((3, 9, 48), (), (0, 63), tuple(range(64)))
+    sets = ((3, 9, 48), (), (0, 143), tuple(range(144)))
     n = len(sets)
     several = Batch(
         batch.ids.expand(n, -1), batch.mask.expand(n, -1), batch.pixels.repeat(n, 1, 1, 1)
@@ -153,12 +153,12 @@ def test_the_command_prints_a_plan_and_draws_it(
     out = tmp_path / "small.svg"
     assert command.main(["--out", str(out)]) == 0
     lines = capsys.readouterr().out.splitlines()
-    assert lines[:2] == ["answer: 8", "64 left after 1 prefill"]
+    assert lines[:2] == ["answer: 1", "144 left after 1 prefill"]
     assert lines[-1].startswith("hand:patches=")
     count, prefills = lines[-2].split()[0], lines[-2].split()[4]
     text = out.read_text("utf-8")
     assert f"Search&quot;: &quot;{prefills} prefills: no patch more" in text
-    assert text.count('data-level="8"') == int(count)
+    assert text.count('data-level="12"') == int(count)
     assert lines[-1] in text
     assert command.main(["--start", lines[-1], "--limit", "2"]) == 0
     last = capsys.readouterr().out.splitlines()
@@ -185,7 +185,7 @@ def test_an_interrupt_prints_what_there_is(
     ("options", "said"),
     [
         ("--start fastv:k=2", "--start fastv:k=2 must be a plan that this command printed"),
-        ("--start hand:patches=64", "patches names 64, but the patches are 0 to 63"),
+        ("--start hand:patches=144", "patches names 144, but the patches are 0 to 143"),
         ("--start hand:patches=0", "hand:patches=0,positions=original does not keep the answer"),
         ("--limit 1", "limit=1 must be 2 or more"),
         ("--prompt x", "has no image"),

@@ -11,17 +11,17 @@ from minillava.pruning import Keep, Method
 
 @dataclass(frozen=True)
 class Mine(Method):
-    keep: float = 0.5  # of the demo's 64 image tokens
+    keep: float = 0.5  # of the demo's 144 image tokens
     layer: int = 3
 
     def stages(self):
         return (("decoder", self.layer),)
 
     def choose(self, c):
-        k = self.keep if self.keep >= 1 else round(64 * self.keep)
+        k = self.keep if self.keep >= 1 else round(144 * self.keep)
         return Keep(torch.arange(int(k)))
 """
-LAST = FIRST.replace("torch.arange(int(k))", "torch.arange(64 - int(k), 64)")
+LAST = FIRST.replace("torch.arange(int(k))", "torch.arange(144 - int(k), 144)")
 
 
 def write(folder: Path, text: str = FIRST) -> str:

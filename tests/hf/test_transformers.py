@@ -23,7 +23,6 @@ transformers = pytest.importorskip("transformers")
 ROOT = Path(__file__).parents[2]
 DEMO = ROOT / "weights" / "demo"
 NEW = 4
-OTHER_SIZES = {"mustdrop"}  # of the image's grid than the demo has
 
 
 @pytest.fixture(scope="module")
@@ -109,11 +108,11 @@ def with_attention(model: Any, name: str) -> Iterator[None]:
 # ---------------------------------------------------------------- equal to ours
 
 
-@pytest.mark.parametrize("name", sorted(METHODS.keys() - OTHER_SIZES))
+@pytest.mark.parametrize("name", sorted(METHODS))
 def test_methods(name: str, theirs: Any, ours: Any, processor: Any, inputs: Any, clip: Any) -> None:
     special = {
-        "autoprune": "autoprune:depth=8,target=5",
-        "fitprune": "fitprune:delete=4/0/15/0/3/0/12/0",
+        "autoprune": "autoprune:depth=12,target=5",
+        "fitprune": "fitprune:delete=40/0/35/0/3/0/42/0/0/5/0/0",
         "trim": f"trim:keep=5,clip={clip}",
         "cdpruner": f"cdpruner:keep=5,clip={clip}",
     }
@@ -126,7 +125,7 @@ def test_methods(name: str, theirs: Any, ours: Any, processor: Any, inputs: Any,
     [
         "fastv:k=3,r=0.75,positions=compact",
         "fastv:k=3,r=0.75,cache=all",
-        "pyramiddrop:layers=2/4/6,ratios=0.5/0.25/0.125,cache=all,positions=compact",
+        "pyramiddrop:layers=3/6/9,ratios=0.5/0.25/0.125,cache=all,positions=compact",
         "visionzip:dominant=10,contextual=4+sparsevlm:layers=3/5,keep=8/4,positions=original",
         "divprune:keep=20,scope=all+fastv:layer=2,keep=7",
     ],
@@ -191,7 +190,7 @@ def test_a_plan_that_keeps_everything_changes_nothing(
     options: dict[str, Any], use_cache: bool, theirs: Any, processor: Any, inputs: Any
 ) -> None:
     """Beams, drawn answers and rules for tokens, for prompts with one, two and no pictures."""
-    model, found = to_transformers(theirs, processor, parse_plan("fastv:layer=3,keep=64")), []
+    model, found = to_transformers(theirs, processor, parse_plan("fastv:layer=3,keep=144")), []
     pair = {k: v[[0, 2]] if k != "pixel_values" else v[:1] for k, v in inputs.items()}
     for each in (theirs, model):
         torch.manual_seed(3)
@@ -307,7 +306,7 @@ def test_arguments_of_generate_that_do_not_go_with_a_plan(
 
 def test_a_plan_beyond_the_model_is_refused(theirs: Any, processor: Any, one: Any) -> None:
     model = to_transformers(theirs, processor, parse_plan("fastv:k=99,r=0.5"))
-    with pytest.raises(ValueError, match="layer=99, but the decoder has layers 0 to 7"):
+    with pytest.raises(ValueError, match="layer=99, but the decoder has layers 0 to 11"):
         answers(model, one)
 
 
@@ -322,7 +321,7 @@ def test_the_call_in_the_readme(ours: Any) -> None:
         '"llava-hf/llava-1.5-13b-hf"': repr(str(DEMO)),
         "requests.get(image_file, stream=True).raw": repr(str(DEMO / "example.png")),
         '"image_token_start_index": 5': '"image_token_start_index": 4',
-        '"image_token_length": 576': '"image_token_length": 64',
+        '"image_token_length": 576': '"image_token_length": 144',
         ".to(0)": '.to("cpu")',
         ".to(0, torch.float16)": '.to("cpu", torch.float16)',
         "min_new_tokens=300": "min_new_tokens=3",

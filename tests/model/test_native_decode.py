@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from copy import deepcopy
 from dataclasses import replace
 from typing import Any
 
@@ -13,16 +14,20 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from minillava import Batch, load, parse_plan
-from minillava.attention import token_attention
-from minillava.cache import KVCache, write_rows
+from minillava.cache import KVCache
+from minillava.config import TextConfig
 from minillava.engine import State, decode, hidden_states_read, prefill
 from minillava.generate import generate
-from minillava.llama import RMSNorm, rotate
+from minillava.llama import Block
 from minillava.loading import native_decode
+from minillava.loading.compiled import run_blocks
 from minillava.loading.native_decode import NativeDecode, native_decoding
-from minillava.quant.integer import to_digits
-from minillava.quant.native import Kernels, kernels
+from minillava.quant.integer import Int8Linear
+from minillava.quant.native import FEW_ROWS, Kernels, kernels
+from minillava.quant.quantise import to_int8
+from minillava.quant.stored import Int8
 from minillava.request import prompts_of
+from minillava.sample import CacheView
 
 pytestmark = pytest.mark.skipif(kernels() is None, reason="native.c was not compiled")
 PROMPTS = ("ttItttt", "tt", "tItIt")
@@ -153,6 +158,103 @@ def test_a_layer_is_few_operations(integer_model: Any) -> None:
     assert count(integer_model.compiled) < 50 < count(decode)
 
 
+@pytest.mark.parametrize(("plan", "calls"), [("", 1), ("fastv:k=1,r=0.5", 2)])
+def test_a_token_is_one_call_for_each_segment(
+    integer_model: Any, compiled: Kernels, monkeypatch: pytest.MonkeyPatch, plan: str, calls: int
+) -> None:
+    """Beside the digits and the product of the output head."""
+    seen: Counter[str] = Counter()
+    with torch.inference_mode():
+        state = prefilled(integer_model, plan, tiny.make_batch(integer_model, *PROMPTS))
+        call = compiled._call
+
+        def count(name: str, *arguments: Any) -> None:
+            seen[name] += 1
+            call(name, *arguments)
+
+        monkeypatch.setattr(compiled, "_call", count)
+        integer_model.compiled(integer_model, torch.tensor([3, 4, 5]), state)
+    assert seen.pop("decode_layers") == calls
+    assert all(n == 1 for n in seen.values())
+
+
+def test_more_samples_than_few_rows_are_those_of_the_engine(integer_model: Any) -> None:
+    batch = tiny.make_batch(integer_model, *["tt"] * (FEW_ROWS + 1))
+    ours = logits_of(integer_model.compiled, integer_model, "", batch)
+    assert torch.equal(ours, logits_of(decode, integer_model, "", batch))
+
+
+# ---------------------------------------------------------------- weights that change
+
+
+def in_place(model: Any) -> None:
+    model.block(1).attn.q_proj.scale.mul_(1.5)
+
+
+def in_data(model: Any) -> None:
+    layer = model.block(2).mlp.down_proj
+    layer.weight.data = layer.weight.data.flip(0)
+
+
+def in_the_module(model: Any) -> None:
+    model.block(1).norm2.weight = torch.nn.Parameter(model.block(1).norm2.weight * 2)
+
+
+def by_another_layer(model: Any) -> None:
+    mlp = model.block(3).mlp
+    mlp.gate_proj, mlp.up_proj = mlp.up_proj, mlp.gate_proj
+
+
+def by_another_block(model: Any) -> None:
+    model.llama.blocks[0] = deepcopy(model.llama.blocks[2])
+
+
+def by_loading(model: Any) -> None:
+    state = {name: t.clone() for name, t in model.llama.state_dict().items()}
+    state["blocks.1.attn.o_proj.weight"] = state["blocks.1.attn.o_proj.weight"].flip(1)
+    model.llama.load_state_dict(state, assign=True)
+
+
+@pytest.mark.parametrize(
+    "change", [in_place, in_data, in_the_module, by_another_layer, by_another_block, by_loading]
+)
+def test_changed_weights_are_read(folder: Any, change: Any) -> None:
+    model = load(folder, quantize="int8")[0]
+    if model.compiled is None:
+        pytest.skip("other layers multiply this form here")
+    batch = tiny.make_batch(model, "tt")
+    before = logits_of(model.compiled, model, "", batch)
+    change(model)
+    after = logits_of(model.compiled, model, "", batch)
+    assert not torch.equal(after, before)
+    assert torch.equal(after, logits_of(native_decoding(model), model, "", batch))
+
+
+def test_a_layer_of_another_form_is_run_by_torch(folder: Any) -> None:
+    model = load(folder, quantize="int8")[0]
+    if model.compiled is None:
+        pytest.skip("other layers multiply this form here")
+    mlp, batch = model.block(1).mlp, tiny.make_batch(model, "tt")
+    mlp.down_proj = torch.nn.Linear(192, 128, bias=True)
+    ours = logits_of(model.compiled, model, "", batch)
+    assert torch.equal(ours, logits_of(decode, model, "", batch))
+
+
+def test_a_model_that_was_converted_is_refused(integer_model: Any) -> None:
+    model = deepcopy_of(integer_model).half()
+    with pytest.raises(ValueError, match=r"got a tensor of torch.float16 on cpu, .* load it with"):
+        logits_of(integer_model.compiled, model, "", tiny.make_batch(model, "tt"))
+
+
+def deepcopy_of(model: Any) -> Any:
+    """A copy of a model; what was compiled cannot be copied."""
+    step, model.compiled = model.compiled, None
+    try:
+        return deepcopy(model)
+    finally:
+        model.compiled = step
+
+
 def test_a_plan_that_chooses_again_goes_through_the_engine(
     integer_model: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -184,49 +286,28 @@ def test_a_width_that_cannot_be_rotated_has_the_engine(integer_model: Any) -> No
         integer_model.config = config
 
 
-# ---------------------------------------------------------------- the functions in C
+# ---------------------------------------------------------------- one layer
 
 
-@pytest.mark.parametrize("digits", [1, 2])
-@pytest.mark.parametrize("K", [24, 192])
-def test_a_normalised_row_has_the_digits_of_torch(compiled: Kernels, digits: int, K: int) -> None:
-    x, norm = torch.randn(5, K) * 3, RMSNorm(K, 1e-5)
-    norm.weight.data.normal_()
-    codes, step = compiled.normalised_to_digits(x, norm.weight, 1e-5, digits, 127)
-    expected = to_digits(norm(x), digits, 127)
-    assert_same_digits(codes, step, expected.codes, expected.step, digits)
+def random_layer(compiled: Kernels, D: int, M: int, H: int, Hkv: int) -> tuple[Block, NativeDecode]:
+    """A layer with int8 weights and two digits, whose rounding is as small as float32's errors."""
+    config = TextConfig(
+        hidden_size=D, intermediate_size=M, num_attention_heads=H, num_key_value_heads=Hkv,
+        head_dim=D // H,
+    )  # fmt: skip
+    block = Block(config).requires_grad_(False)
+    for part in (block.attn, block.mlp):
+        for name, layer in list(part.named_children()):
+            weight = torch.randn_like(layer.weight) * 2 / layer.in_features**0.5
+            setattr(part, name, Int8Linear(Int8(*to_int8(weight)), None, 2))
+    for norm in (block.norm1, block.norm2):
+        norm.weight.normal_()
+    return block, NativeDecode(compiled, config, block)
 
 
-@pytest.mark.parametrize("digits", [1, 2])
-def test_a_gated_row_has_the_digits_of_torch(compiled: Kernels, digits: int) -> None:
-    gate, x = torch.randn(5, 192) * 20, torch.randn(5, 192)
-    codes, step = compiled.gated_to_digits(gate, x, digits, 127)
-    expected = to_digits(torch.nn.functional.silu(gate) * x, digits, 127)
-    assert_same_digits(codes, step, expected.codes, expected.step, digits)
-
-
-def assert_same_digits(
-    codes: Tensor, step: Tensor, expected: Tensor, expected_step: Tensor, digits: int
-) -> None:
-    torch.testing.assert_close(step, expected_step, rtol=2e-6, atol=0)
-    value, other = (c.float().view(digits, len(step), -1) for c in (codes, expected))
-    if digits == 2:
-        value, other = value[:1] + value[1:] / 254, other[:1] + other[1:] / 254
-    allowed = 1.01 if digits == 1 else 1.01 / 254
-    assert (value - other).abs().max() <= allowed
-    assert (value - other).abs().mean() <= allowed / 50
-
-
-@pytest.mark.parametrize("value", [float("nan"), float("inf")])
-def test_what_is_not_finite_stays_so(compiled: Kernels, value: float) -> None:
-    x, weight = torch.randn(3, 64), torch.ones(64)
-    x[1, 9] = value
-    for step in (
-        compiled.normalised_to_digits(x, weight, 1e-5, 1, 127)[1],
-        compiled.gated_to_digits(torch.ones(3, 64), x, 1, 127)[1],
-        compiled.gated_to_digits(x, torch.ones(3, 64), 1, 127)[1],
-    ):
-        assert step[:, 0].isfinite().tolist() == [True, False, True]
+def random_rope(B: int, Dh: int) -> tuple[Tensor, Tensor]:
+    angle = torch.randn(B, 1, Dh // 2)
+    return torch.cat((angle.cos(),) * 2, -1), torch.cat((-angle.sin(), angle.sin()), -1)
 
 
 @pytest.mark.parametrize(
@@ -234,33 +315,42 @@ def test_what_is_not_finite_stays_so(compiled: Kernels, value: float) -> None:
 )
 @pytest.mark.parametrize("ragged", [False, True])
 @pytest.mark.parametrize("scale", [1.0, 30.0])
-def test_attention_is_that_of_torch(
+def test_a_layer_is_that_of_torch(
     compiled: Kernels, B: int, H: int, Hkv: int, Dh: int, ragged: bool, scale: float
 ) -> None:
+    torch.manual_seed(0)
     end, room = 37, 50
-    q, k, v = torch.randn(B, H, Dh) * scale, torch.randn(B, Hkv, Dh), torch.randn(B, Hkv, Dh)
-    angle = torch.randn(B, 1, Dh // 2)
-    rope = torch.cat((angle.cos(),) * 2, -1), torch.cat((-angle.sin(), angle.sin()), -1)
-    held = torch.randn(2, B, Hkv, room, Dh)
+    block, decoding = random_layer(compiled, H * Dh, 192, H, Hkv)
+    block.norm2.weight.mul_(scale)  # wide gates
+    x, rope, held = torch.randn(B, H * Dh), random_rope(B, Dh), torch.randn(2, B, Hkv, room, Dh)
     held[:, :, :, end:] = float("nan")  # nobody reads it
     at = torch.tensor([36, 20, 30])[:B].contiguous() if ragged else None
     visible = torch.arange(end) <= at[:, None] if at is not None else None
     if visible is not None:
         visible[:, 4:9] = False  # a mask of a plan
         visible = visible[:, None, None]
-    ours, theirs = held.clone(), held.clone()
-    y = compiled.attend_token((q, k, v), rope, (ours[0], ours[1]), end, at, visible)
-    for rows, new in ((theirs[0], rotate(k, rope)), (theirs[1], v)):
-        write_rows(rows[:, :, :end], new, at)
-    parts = (part[:, :, :end] for part in theirs)
-    expected = token_attention(rotate(q, rope), *parts, visible).flatten(1)
-    torch.testing.assert_close(ours, theirs, equal_nan=True)
-    torch.testing.assert_close(y, expected, rtol=1e-4, atol=1e-5)
+    view, ours, theirs = CacheView(end, at, visible), held.clone(), held.clone()
+    before = x.clone()
+    y = decoding.run([block], x, rope, [(ours[0], ours[1])], view)
+    expected = run_blocks([block], x, rope, [(theirs[0], theirs[1])], view)
+    assert torch.equal(x, before)
+    torch.testing.assert_close(ours, theirs, equal_nan=True, rtol=1e-4, atol=1e-4)
+    tiny.assert_close(y, expected, 1e-3)
+    assert block in decoding.prepared  # native.c ran it
 
 
-def test_attention_to_what_is_not_a_number_is_not_a_number(compiled: Kernels) -> None:
-    one, held = torch.ones(1, 1, 8), torch.ones(2, 1, 1, 4, 8)
-    held[0, :, :, 1] = float("nan")
-    rope = torch.ones(1, 1, 8), torch.zeros(1, 1, 8)
-    y = compiled.attend_token((one, one, one), rope, (held[0], held[1]), 4, None, None)
-    assert y.isnan().all()
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+@pytest.mark.parametrize("where", ["x", "up_proj", "gate_proj", "cache"])
+def test_what_is_not_finite_stays_so(compiled: Kernels, where: str, value: float) -> None:
+    block, decoding = random_layer(compiled, 64, 64, 2, 2)
+    x, held = torch.randn(3, 64), torch.randn(2, 3, 2, 4, 32)
+    if where == "x":
+        x[1, 9] = value
+    elif where == "cache":
+        held[0, 1, :, 1] = float("nan")
+    else:
+        getattr(block.mlp, where).scale[5] = value
+    view = CacheView(4, None, None)
+    y = decoding.run([block], x, random_rope(3, 32), [(held[0], held[1])], view)
+    alone = where in ("x", "cache")
+    assert y.isfinite().all(1).tolist() == ([True, False, True] if alone else [False] * 3)

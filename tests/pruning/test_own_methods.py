@@ -83,13 +83,16 @@ def test_a_sound_one_runs(tried: Try) -> None:
         ("return Keep(torch.arange(4).view(2, 2))", "not index (2, 2)"),
         ("return Keep(torch.arange(4.0))", "not index (4,) torch.float32"),
         ("return Keep(torch.tensor([]))", "not index (0,) torch.float32"),
-        ("return Keep(torch.ones(64, dtype=torch.bool))", "mask.nonzero()"),
+        ("return Keep(torch.ones(144, dtype=torch.bool))", "mask.nonzero()"),
         (
             "return Keep(torch.tensor([7, 7, 9]))",
-            "Keep.index has 7; name each of the 64 candidates, 0 to 63, at most once",
+            "Keep.index has 7; name each of the 144 candidates, 0 to 143, at most once",
         ),
-        ("return Keep(torch.tensor([3, 64]))", "has 64; name each of the 64 candidates, 0 to 63"),
-        ("return Keep(torch.tensor([-1, 3]))", "has -1; name each of the 64 candidates, 0 to 63"),
+        (
+            "return Keep(torch.tensor([3, 144]))",
+            "has 144; name each of the 144 candidates, 0 to 143",
+        ),
+        ("return Keep(torch.tensor([-1, 3]))", "has -1; name each of the 144 candidates, 0 to 143"),
         ("return Keep(torch.arange(2), merged=c.features()[:2])", "say drops_only = False"),
         ("return Keep(torch.arange(2), extra=c.features()[:2])", "say drops_only = False"),
         ("return Keep(torch.arange(2), ordered=True)", "say drops_only = False"),
@@ -122,7 +125,7 @@ def test_an_error_between_tokens_has_a_line_of_its_own(tried: Try) -> None:
     """Whoever reads both streams on one terminal."""
     once = "type(self).asked = getattr(type(self), 'asked', 0) + 1; assert self.asked < 3; "
     question = ("--image", str(EXAMPLE), "--prompt", "What is in the picture?", "--no-cache")
-    code, out, err = tried(once + "return Keep(torch.arange(64))", argv=question)
+    code, out, err = tried(once + "return Keep(torch.arange(144))", argv=question)
     assert code == 2
     assert err.startswith("error: ")
     assert "mine.py, line 15: AssertionError" in err
@@ -303,9 +306,9 @@ def test_a_declaration_that_nothing_would_read(tried: Try, declared: str, words:
         (
             "return Keep(top(c.vision_state()[0], 3, c.where))",
             "",
-            "top() ranks scores (n,), not (65, 128); mean over heads?",
+            "top() ranks scores (n,), not (145, 128); mean over heads?",
         ),
-        ("", ":keep=99999", "keep=99999, but there are 64 image tokens"),
+        ("", ":keep=99999", "keep=99999, but there are 144 image tokens"),
         (
             "",
             ":until=5",
