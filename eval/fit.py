@@ -2,7 +2,7 @@
 
     python -m eval.fit vtw [--threshold 0.003]     the layer from which image tokens are withdrawn
     python -m eval.fit fitprune --save 60          a delete= list that saves 60 % of the FLOPs
-    python -m eval.fit ivcprune:layer=4,average=32 the options that let 32 tokens enter a layer
+    python -m eval.fit ivcprune:layer=4,average=60 the options that let 60 tokens enter a layer
 
 Without --samples, they are fitted to the demo checkpoint on its scenes; with --samples FILE, to
 --model. FILE has one JSON object on each line, with `image` (a path relative to FILE) and `text`
@@ -373,7 +373,7 @@ def _run(args: argparse.Namespace) -> None:
     if budget is not None and not isinstance(budget, AveragePlan):
         raise ValueError(
             f"{args.method} must be vtw, fitprune, or a plan with average=, such as "
-            "ivcprune:layer=4,average=32"
+            "ivcprune:layer=4,average=60"
         )
     pairs = samples(args.samples, args.number, args.seed)
     model, processor = load(args.model)

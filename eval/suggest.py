@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 # these have no option for a budget
-ADAPTIVE = ("prumerge", "prumerge-plus", "border", "text-only", "mustdrop")
+ADAPTIVE = ("prumerge", "prumerge-plus", "border", "text-only")
+MUSTDROP = (3, 7, 11, 15)  # its layers, of 32
 
 
 def suggest_plan(
@@ -14,8 +15,9 @@ def suggest_plan(
     layer: whose input methods in the decoder prune. By default it is 2, and the middle for methods
     that also prune before the decoder. Methods with several layers prune the input of three,
     `layer` and two more in equal steps (of fewer, if there are not so many), and reduce the tokens
-    by equal ratios. VTW drops all tokens at one layer, which follows from the share. A method
-    without a budget is given by its name. The plan may be one that the model refuses.
+    by equal ratios. VTW drops all tokens at one layer, which follows from the share. MustDrop has
+    no budget, and its layers are scaled to n_layers. Other methods without a budget are given by
+    their names. The plan may be one that the model refuses.
     """
     k = round(n_tokens * share)
     first, middle = (2, n_layers // 2) if layer is None else (layer, layer)
@@ -24,6 +26,7 @@ def suggest_plan(
     steps = [round(n_tokens * share ** (i / m)) for i in range(1, m + 1)]
     side, cells = max(1, round(k**0.5)), (round(n_tokens**0.5) // 2) ** 2  # the latter are Nuwa's
     early = min(n_tokens, k + k // 2)
+    fewer = sorted({max(1, round(x * n_layers / 32)) for x in MUSTDROP})
     halves = f"layer={middle},keep={early},final={k - k // 2}"
     special = {
         "fastv": f"fastv:k={first},keep={k}",
@@ -40,6 +43,7 @@ def suggest_plan(
         "apet": f"apet:{halves},basis={max(1, min(10, k - k // 2 - 1))}",
         "autoprune": f"autoprune:depth={n_layers},target={k}",
         "ivcprune": f"ivcprune:layer={first},foreground={max(1, k - 2 * (k // 8))},axes={k // 8}",
+        "mustdrop": f"mustdrop:layers={'/'.join(map(str, fewer))}",
         "grid": f"grid:h={side},w={side}",
         "pool": f"pool:h={side},w={side}",
         **{adaptive: adaptive for adaptive in ADAPTIVE},

@@ -61,4 +61,4 @@ def test_the_other_examples_in_the_readme_run(
 ) -> None:
     file = write_example("more.py", tmp_path)
     assert main(["--prune", f"{file}:{method}"]) == 0
-    assert capsys.readouterr().out == "8\n"
+    assert capsys.readouterr().out == "1\n"
