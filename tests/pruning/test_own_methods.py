@@ -171,7 +171,7 @@ def test_a_stage_that_is_none(tried: Try, stages: str) -> None:
     ("options", "words"),
     [
         (":keep=-3", "keep=-3"),
-        (":keep=65", "keep=65, but there are 64"),
+        (":keep=145", "keep=145, but there are 144"),
         (":keep=1.5", "keep=1.5"),
         (":kep=3", "no option 'kep'"),
         (":layer=2.5", "whole number"),
