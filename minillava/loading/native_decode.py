@@ -38,7 +38,7 @@ def native_decoding(model: LLaVA) -> NativeDecode | None:
     columns = (text.hidden_size, text.intermediate_size, text.head_dim)
     if (
         compiled is None
-        or not isinstance(model.block(0).attn.q_proj, Int4Linear | Int8Linear)
+        or not native_form(model.block(0))
         or any(block_size(K, ROTATED_COLUMNS) < LANES for K in columns)
     ):
         return None
@@ -121,6 +121,14 @@ def form_of(layer: nn.Module) -> tuple[Any, ...]:
     if not isinstance(layer, Int4Linear | Int8Linear):
         return (type(layer),)
     return type(layer), layer.digits, layer.limit, layer.bias is None
+
+
+def native_form(block: Block) -> bool:
+    """Whether all linear layers compute alike, without bias, and native.c has their products."""
+    layers = linear_layers(block)
+    first = layers[0]
+    alike = all(form_of(layer) == form_of(first) for layer in layers)
+    return alike and isinstance(first, Int4Linear | Int8Linear) and first.bias is None
 
 
 def stored_tensors(block: Block) -> list[Tensor | None]:

@@ -193,14 +193,16 @@ def test_answers_over_budgets(demo: Any, image: Image.Image, four: Comparison) -
     model, processor = demo
     batch = processor([processor.prompt(QUESTION, 1)], [[image]])
     assert [drift.plan for drift in four.drifts] == PLANS
+    corner = compare(*demo, image, QUESTION, ["uniform:keep=16"], budgets=[1]).drifts
     for drift in four.drifts:
         assert [(cell.budget, cell.left) for cell in drift.cells] == [(16, 16), (5, 5)]
+    for drift in (*four.drifts, *corner):
         for cell in drift.cells:
             alone = generate(model, batch, parse_plan(cell.plan), max_new_tokens=64)
             assert cell.same == (alone.tokens == unpruned.result.tokens)
             assert (alone.texts or [""])[0].startswith(cell.text)
             assert len(alone.report.kept[-1].positions[0]) == cell.budget
-    same = {cell.same for drift in four.drifts for cell in drift.cells}
+    same = {cell.same for drift in (*four.drifts, *corner) for cell in drift.cells}
     assert same == {False, True}
 
 

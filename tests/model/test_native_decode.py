@@ -269,6 +269,15 @@ def test_other_forms_have_the_engine(folder: Any, quantize: str | None) -> None:
     assert load(folder, quantize=quantize)[0].compiled is None
 
 
+def test_layers_that_compute_differently_have_the_engine(folder: Any) -> None:
+    model, other = (load(folder, quantize=form)[0] for form in ("int8-dynamic", "int4"))
+    if other.compiled is None or model.compiled is None:
+        pytest.skip("other layers multiply these forms here")
+    for block, its in zip(model.llama.blocks, other.llama.blocks, strict=True):
+        block.mlp.down_proj = its.mlp.down_proj
+    assert native_decoding(model) is None
+
+
 def test_without_a_library_there_is_the_engine(
     folder: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
