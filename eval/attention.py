@@ -39,7 +39,6 @@ from .attention_figure import Shown, View, draw_attention, draw_one_map, format_
 from .watch import KINDS, Seen, watch
 
 NEW_TOKENS = 48
-FOR_ANSWERS = "a token of the answer is shown by the row that it is chosen from"
 
 
 @dataclass(frozen=True)

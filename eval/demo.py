@@ -58,7 +58,6 @@ LENGTH = 48  # new tokens; the longest answer is a caption
 SHARES = (0.5, 0.25, 0.11)
 BY_HAND = ("hand",)  # a person's choice of patches is no method
 NEED_MORE = ("trim", "cdpruner")  # than the demo's vision tower has
-
 SEEDS = (0, 1_000_000, 2_000_000)  # question i draws with seed + i
 
 Group = tuple[Batch, list[scenes.Example]]

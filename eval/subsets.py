@@ -123,11 +123,7 @@ def format_parts(parts: Sequence[Part], metric: str, confidence: float = CONFIDE
             str(part.questions),
             f"{part.estimate.value:.2f}" if part.questions else "-",
             str(part.estimate),
-            *(
-                ["-", "-", ""]
-                if part.against is None
-                else comparison.format_difference(part.against)
-            ),
+            *_cells(part.against),
         ]
         for part in parts
     ]

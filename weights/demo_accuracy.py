@@ -39,14 +39,14 @@ def quick_accuracy(model: Demo, n: int, draw: bool) -> list[str]:
     kinds = [asked[-1][1] for asked in batch.asked]
     lines = [by_kind(right, kinds)]
     newest = torch.tensor([asked[-1][0] for asked in batch.asked]) - A  # row of the last question
-    scores = {i: attention[i][torch.arange(n), :, newest].float().mean(1) for i in (1, 2)}  # (n, N)
+    fastv = attention[1][torch.arange(n), :, newest].float().mean(1)  # (n, N)
     plain = torch.tensor([kind != "caption" for kind in kinds])
     small = torch.tensor([asked[-1][3] for asked in batch.asked]) & plain
     thing = batch.owners >= 0
-    found = (scores[1] * thing).sum(1) / scores[1].sum(1)
+    found = (fastv * thing).sum(1) / fastv.sum(1)
     about = 1 << batch.owners.clamp(min=0)
     meant = (batch.things[torch.arange(n), newest + A][:, None] & about) * thing > 0
-    hit = (scores[1] * meant).sum(1) / scores[1].sum(1)
+    hit = (fastv * meant).sum(1) / fastv.sum(1)
     lines.append(
         f"attention in block 1: {float(found[plain].mean()):.3f} on things, "
         f"{float(hit[meant.any(1)].mean()):.3f} on what is asked"
@@ -57,11 +57,11 @@ def quick_accuracy(model: Demo, n: int, draw: bool) -> list[str]:
     alike = F.normalize(image.float(), dim=-1) @ F.normalize(words.float(), dim=-1).mT
     alike = alike.masked_fill(batch.segments[:, None, A:] < 1, -2).amax(-1)
     plans = {
-        "fastv r=.5": (scores[1], 72, 2),
+        "fastv r=.5": (fastv, 72, 2),
         "random 84": (noise, 84, 0),
-        "fastv r=.75": (scores[1], 36, 2),
+        "fastv r=.75": (fastv, 36, 2),
         "random 54": (noise, 54, 0),
-        "fastv r=.89": (scores[1], 16, 2),
+        "fastv r=.89": (fastv, 16, 2),
         "simignore 36": (alike, 36, 0),
         "random 36": (noise, 36, 0),
         "random 16": (noise, 16, 0),

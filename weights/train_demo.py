@@ -15,7 +15,7 @@ There are seven seeded stages. Each saves its state to RUNS/<stage>.pt and resum
     python -m weights.train_demo --runs DIR                      all unfinished stages
     python -m weights.train_demo --runs DIR --stage reader       one stage
     python -m weights.train_demo --runs DIR --without salience   an ablation, in its own DIR
-    python -m weights.train_demo --runs DIR --export captions      writes the checkpoint here
+    python -m weights.train_demo --runs DIR --export captions    writes the checkpoint here
     python -m weights.train_demo --runs DIR --export joint --to FOLDER
 """
 
@@ -386,7 +386,10 @@ def stage_loss(
 
 def load_earlier_stage(model: Demo, runs: Path, earlier: str) -> None:
     """Load the averaged weights of an earlier stage, but only the parts that it trained."""
-    saved = torch.load(runs / f"{earlier}.pt", weights_only=True)["average"]
+    path = runs / f"{earlier}.pt"
+    if not path.exists():
+        raise ValueError(f"{path} is not there; train its stage first: --stage {earlier}")
+    saved = torch.load(path, weights_only=True)["average"]
     parts = {"tower": ("vision", "projector", "heads"), "reader": ("llama",)}
     wanted = parts.get(earlier, ("vision", "projector", "heads", "llama"))
     state = {key: value for key, value in saved.items() if key.startswith(wanted)}
@@ -452,7 +455,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--save-every", type=parse_float, default=100.0, metavar="SECONDS")
     parser.add_argument("--measure-every", type=parse_float, default=600.0, metavar="SECONDS")
     parser.add_argument(
-        "--export", choices=STAGES, help="write a checkpoint from this stage (reader: with tower)"
+        "--export",
+        choices=STAGES,
+        help="write a checkpoint from this stage (tower, reader: with both)",
     )
     parser.add_argument("--to", type=Path, default=DEMO, help="its folder; default: weights/demo")
     return run_command(lambda: _run(parser.parse_args(argv)))

@@ -31,7 +31,6 @@ from ..statistics import Estimate
 
 Row = Mapping[str, Any]
 
-
 INTERVAL = "95 %"  # the column of intervals
 SEEDS = (0, 1_000_000, 2_000_000)  # apart by more than a benchmark has questions
 

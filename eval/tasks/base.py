@@ -19,8 +19,6 @@ from ..credits import Credits
 from ..metrics.vqa import soft_accuracy
 from ..typed import refuse_special_file
 
-PROTOCOLS = ("llava", "lmms")
-
 SHORT = "\nAnswer the question using a single word or phrase."
 LETTER = "\nAnswer with the option's letter from the given choices directly."
 

@@ -3,12 +3,13 @@
 A token of a 7B model streams gigabytes of weights through the CPU's caches, which leaves none of
 the interpreter's and torch's own code there: an operation that takes 2 microseconds in a loop then
 takes 10, and a decoder layer has fifty. NativeDecode therefore runs whole layers in C. It gives the
-same as engine.decode up to the rounding of float32. Hooks on modules inside a layer do not run.
+same as engine.decode up to the rounding of float32. Hooks on layers and on modules inside them
+do not run.
 
 Weights may be moved or replaced between two tokens: the addresses that native.c is given are
 compared with the modules' tensors for each token, in 1 ms for 32 layers, and collected anew if any
-differs. Layers that are then not stored as the first was when the model was loaded are run by
-torch, and so are batches of more than FEW_ROWS samples.
+differs. A segment with a layer that is then not stored as the first was when the model was loaded
+is run by torch, and so are batches of more than FEW_ROWS samples.
 """
 
 from __future__ import annotations
@@ -68,7 +69,7 @@ class NativeDecode(LayerDecode):
     """decode() with its decoder layers in C."""
 
     def __init__(self, compiled: Kernels, text: TextConfig, first: Block) -> None:
-        """first: a layer; those that are not stored as it is are run by torch."""
+        """first: a layer; segments with one that is not stored as it is are run by torch."""
         self.kernels, self.eps = compiled, text.rms_norm_eps
         self.sizes = text.intermediate_size, text.num_attention_heads, text.num_key_value_heads
         layers = linear_layers(first)
@@ -76,6 +77,10 @@ class NativeDecode(LayerDecode):
         self.forms = [form_of(layer) for layer in layers]
         self.shapes = [None if t is None else state_of(t)[1:] for t in stored_tensors(first)]
         self.prepared: MutableMapping[Block, NativeLayer] = WeakKeyDictionary()
+
+    def __getstate__(self) -> dict[str, Any]:
+        """What a copy has: it prepares the layers of its own model."""
+        return {**self.__dict__, "prepared": WeakKeyDictionary()}
 
     def prepare(self, block: Block) -> NativeLayer | None:
         """A layer's weights; None: they are not stored as those of the first layer were."""

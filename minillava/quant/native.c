@@ -3,8 +3,9 @@
  *
  * native.py compiles this file and documents its functions. R rows of activations x (R, K) are
  * multiplied by a weight (N, K). All matrices are contiguous, row by row. Sums of integers are
- * exact, and floating-point operations are those of the torch code that runs without this file,
- * in the same order, so both give the same bits (the rotation apart, which sums in another order).
+ * exact. Rounding, scaling and widening give the same bits as the torch code that runs without this
+ * file (the rotation apart, which sums in another order). Norms, gates and attention of whole layers
+ * sum in another order too.
  */
 
 #include <immintrin.h>

@@ -23,6 +23,7 @@ import subprocess
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from huggingface_hub import cached_assets_path
@@ -74,15 +75,14 @@ class Kernels:
                 *[ctypes.c_float] * numbers, ctypes.c_int,
             )  # fmt: skip
 
+    def __reduce__(self) -> tuple[Any, tuple[()]]:
+        """A copy of a model uses the same functions."""
+        return kernels, ()
+
     def _call(self, name: str, tensors: Sequence[Tensor | None], *numbers: float) -> None:
         for t, kind in zip(tensors, _ARGUMENTS[name][0].split(), strict=True):
-            allowed = _DTYPES[kind]
-            if t is not None and not (t.dtype in allowed and t.is_cpu and t.is_contiguous()):
-                raise ValueError(
-                    f"an integer layer of a CPU got a tensor of {t.dtype} on {t.device}, but it "
-                    f"needs {allowed[0]} on cpu, row by row; do not convert or move a quantised "
-                    "model: load it with the dtype and the device that it is to have"
-                )
+            if t is not None:
+                check_readable(t, _DTYPES[kind])
         pointers = [None if t is None else t.data_ptr() for t in tensors]
         if self.functions[name](*pointers, *numbers, torch.get_num_threads()):
             raise MemoryError(f"{name} could not allocate memory for its temporary values")
@@ -139,6 +139,14 @@ class Kernels:
         of sample.CacheView. sizes: M, H, Hkv, Dh and room. digits: how many, and their limit.
         """
         (B, D), (end, at, visible), (count, limit) = x.shape, view, digits
+        _, _, Hkv, Dh, room = sizes
+        for rows in (rows for both in held for rows in both):
+            check_readable(rows, _DTYPES["float"])
+            if rows.shape != (B, Hkv, room, Dh) or end > room:
+                raise ValueError(
+                    f"rows of the cache are {tuple(rows.shape)}, but a token that sees {end} rows "
+                    f"needs {(B, Hkv, max(room, end), Dh)}; reserve them in the cache first"
+                )
         tensors = [(layer, *rows) for layer, rows in zip(layers, held, strict=True)]
         addresses = [t.data_ptr() for each in tensors for t in each]
         y = x.clone(memory_format=torch.contiguous_format)
@@ -153,6 +161,16 @@ class Kernels:
         """Rows of a 4-bit weight as integers: out (n, K) int8."""
         self._call("widen_int4", (codes, step, low, out), codes.numel() // GROUP_COLUMNS)
         return out
+
+
+def check_readable(t: Tensor, dtypes: tuple[torch.dtype, ...]) -> None:
+    """Raise ValueError for a tensor that native.c cannot read."""
+    if not (t.dtype in dtypes and t.is_cpu and t.is_contiguous()):
+        raise ValueError(
+            f"an integer layer of a CPU got a tensor of {t.dtype} on {t.device}, but it needs "
+            f"{dtypes[0]} on cpu, row by row; do not convert or move a quantised model: load it "
+            "with the dtype and the device that it is to have"
+        )
 
 
 @functools.cache

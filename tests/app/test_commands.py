@@ -167,6 +167,7 @@ BAD = [
     ("weights.quantise", "no/such/folder b --bits 4", "no folder 'no/such/folder'"),
     ("weights.train_demo", "--stage reader", "--runs"),
     ("weights.train_demo", "--runs r --export last", "'last'"),
+    ("weights.train_demo", "--runs r --export captions", "captions.pt is not there; train"),
     ("weights.train_demo", "--runs r --stage last", "'last'"),
     ("weights.train_demo", "--runs r --without sight", "--without sight: the losses are answers"),
     ("weights.train_demo", "--runs r --workers 0", "--workers: '0' must be a whole number"),

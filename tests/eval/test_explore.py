@@ -159,6 +159,8 @@ def test_suggested_plans_can_be_read() -> None:
                 assert plan.startswith(name)
                 parse_plan(plan)
     assert suggest_plan("fastv", 0.25, 32, 576, 5) == "fastv:k=5,keep=144"
+    assert suggest_plan("mustdrop", 0.25, 32, 576) == "mustdrop:layers=3/7/11/15"
+    assert suggest_plan("mustdrop", 0.25, 12, 144) == "mustdrop:layers=1/3/4/6"
     assert suggest_plan("sparsevlm", 0.125, 32, 576) == "sparsevlm:layers=2/12/22,keep=288/144/72"
 
 

@@ -56,7 +56,7 @@ def test_each_notebook_runs(shown: list[Any]) -> None:
     else:
         right = values[-1]
         assert min(right.values()) > 90
-        assert all(abs(right[k, "original"] - right[k, "compact"]) < 10 for k in ("what", "where"))
+        assert all(abs(right[k, "original"] - right[k, "compact"]) < 4 for k in ("what", "where"))
 
 
 def test_there_are_three_and_they_hold_no_outputs() -> None:

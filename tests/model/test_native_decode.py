@@ -22,10 +22,10 @@ from minillava.llama import Block
 from minillava.loading import native_decode
 from minillava.loading.compiled import run_blocks
 from minillava.loading.native_decode import NativeDecode, native_decoding
-from minillava.quant.integer import Int8Linear
+from minillava.quant.integer import Int4Linear, Int8Linear
 from minillava.quant.native import FEW_ROWS, Kernels, kernels
-from minillava.quant.quantise import to_int8
-from minillava.quant.stored import Int8
+from minillava.quant.quantise import to_int4, to_int8
+from minillava.quant.stored import Int4, Int8
 from minillava.request import prompts_of
 from minillava.sample import CacheView
 
@@ -295,11 +295,21 @@ def test_a_width_that_cannot_be_rotated_has_the_engine(integer_model: Any) -> No
         integer_model.config = config
 
 
+def test_a_copy_of_a_model_decodes_as_it(integer_model: Any) -> None:
+    batch = tiny.make_batch(integer_model, *PROMPTS)
+    copied = deepcopy(integer_model)
+    assert copied.compiled is not integer_model.compiled
+    ours, theirs = (logits_of(m.compiled, m, "", batch) for m in (copied, integer_model))
+    assert torch.equal(ours, theirs)
+
+
 # ---------------------------------------------------------------- one layer
 
 
-def random_layer(compiled: Kernels, D: int, M: int, H: int, Hkv: int) -> tuple[Block, NativeDecode]:
-    """A layer with int8 weights and two digits, whose rounding is as small as float32's errors."""
+def random_layer(
+    compiled: Kernels, D: int, M: int, H: int, Hkv: int, form: str = "two digits"
+) -> tuple[Block, NativeDecode]:
+    """A layer with integer weights; two digits round as finely as float32 errs."""
     config = TextConfig(
         hidden_size=D, intermediate_size=M, num_attention_heads=H, num_key_value_heads=Hkv,
         head_dim=D // H,
@@ -308,7 +318,12 @@ def random_layer(compiled: Kernels, D: int, M: int, H: int, Hkv: int) -> tuple[B
     for part in (block.attn, block.mlp):
         for name, layer in list(part.named_children()):
             weight = torch.randn_like(layer.weight) * 2 / layer.in_features**0.5
-            setattr(part, name, Int8Linear(Int8(*to_int8(weight)), None, 2))
+            made: Int4Linear | Int8Linear
+            if form == "int4":
+                made = Int4Linear(Int4(*to_int4(weight)), None)
+            else:
+                made = Int8Linear(Int8(*to_int8(weight)), None, 2 if form == "two digits" else 1)
+            setattr(part, name, made)
     for norm in (block.norm1, block.norm2):
         norm.weight.normal_()
     return block, NativeDecode(compiled, config, block)
@@ -356,10 +371,49 @@ def test_what_is_not_finite_stays_so(compiled: Kernels, where: str, value: float
     if where == "x":
         x[1, 9] = value
     elif where == "cache":
-        held[0, 1, :, 1] = float("nan")
+        held[0, 1, :, 1] = value
     else:
         getattr(block.mlp, where).scale[5] = value
     view = CacheView(4, None, None)
     y = decoding.run([block], x, random_rope(3, 32), [(held[0], held[1])], view)
     alone = where in ("x", "cache")
     assert y.isfinite().all(1).tolist() == ([True, False, True] if alone else [False] * 3)
+
+
+@pytest.mark.parametrize("form", ["one digit", "int4"])
+def test_coarser_digits_are_those_of_torch(compiled: Kernels, form: str) -> None:
+    """One digit that rounds the other way moves a result by about 1 % of it: most must be equal."""
+    torch.manual_seed(0)
+    block, decoding = random_layer(compiled, 128, 192, 4, 2, form)
+    x, rope, held = torch.randn(3, 128), random_rope(3, 32), torch.randn(2, 3, 2, 9, 32)
+    view, theirs = CacheView(9, None, None), held.clone()
+    y = decoding.run([block], x, rope, [(held[0], held[1])], view)
+    expected = run_blocks([block], x, rope, [(theirs[0], theirs[1])], view)
+    assert block in decoding.prepared
+    error = (y - expected).abs() / expected.square().mean().sqrt()
+    assert error.median() < 1e-4
+    assert error.max() < 0.02
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda rows: rows.half(), "got a tensor of torch.float16"),
+        (lambda rows: rows.transpose(2, 3).contiguous().transpose(2, 3), "row by row"),
+        (lambda rows: rows[:, :, :3].contiguous(), "a token that sees 4 rows"),
+        (lambda rows: rows[:, :1].contiguous(), "rows of the cache are"),
+    ],
+)
+def test_a_cache_that_cannot_be_read_is_refused(
+    compiled: Kernels, change: Any, message: str
+) -> None:
+    block, decoding = random_layer(compiled, 64, 64, 2, 2)
+    held = change(torch.randn(3, 2, 4, 32))
+    with pytest.raises(ValueError, match=message):
+        decoding.run(
+            [block],
+            torch.randn(3, 64),
+            random_rope(3, 32),
+            [(held, held)],
+            CacheView(4, None, None),
+        )

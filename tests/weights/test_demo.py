@@ -219,7 +219,7 @@ def test_transformers_opens_it_and_answers_the_same():
     theirs = transformers.LlavaForConditionalGeneration.from_pretrained(DEMO).float().eval()
     their_processor = transformers.AutoProcessor.from_pretrained(DEMO)
     model, processor = load(DEMO)
-    for scene, example in scenes.held_out(12, 4):
+    for scene, example in scenes.held_out(12, 4, ("where", "choice", "caption", "digit")):
         prompt = f"USER: <image>\n{example.question} ASSISTANT:"
         inputs = their_processor(images=scene.image, text=prompt, return_tensors="pt")
         batch = processor([prompt], images=[[scene.image]])
