@@ -1,6 +1,7 @@
-"""The accuracy of plans on the demo checkpoint by kind of question, offline and in minutes.
+"""The accuracy of plans on the demo checkpoint by kind of question, offline.
 
-    python -m eval.demo --out eval/results/demo   every method at 50, 25 and 11 % of the tokens
+    python -m eval.demo --out eval/results/demo   every method at 50, 25 and 11 % of the tokens,
+                                                  in half an hour on one core
     python -m eval.demo PLAN [PLAN ...]           these plans and the unpruned model
     python -m eval.demo --kinds where PLAN        only some kinds of question
 
