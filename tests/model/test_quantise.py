@@ -134,7 +134,7 @@ def accuracy(form: str | None) -> float:
     from eval import demo
 
     model, processor = load(DEMO, quantize=form)
-    groups = demo.questions(processor, 7, 64, ["digit", "where", "count", "shape"])
+    groups = demo.questions(processor, 7, 40, ["digit", "where", "count", "shape"])
     return demo.measure(model, processor, groups, "").scores()["all"].value
 
 
