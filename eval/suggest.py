@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from minillava.pruning.mustdrop import MustDrop
+
 # these have no option for a budget
 ADAPTIVE = ("prumerge", "prumerge-plus", "border", "text-only")
-MUSTDROP = (3, 7, 11, 15)  # its layers, of 32
 
 
 def suggest_plan(
@@ -26,7 +27,7 @@ def suggest_plan(
     steps = [round(n_tokens * share ** (i / m)) for i in range(1, m + 1)]
     side, cells = max(1, round(k**0.5)), (round(n_tokens**0.5) // 2) ** 2  # the latter are Nuwa's
     early = min(n_tokens, k + k // 2)
-    fewer = sorted({max(1, round(x * n_layers / 32)) for x in MUSTDROP})
+    fewer = sorted({max(1, round(x * n_layers / 32)) for x in MustDrop.layers})
     halves = f"layer={middle},keep={early},final={k - k // 2}"
     special = {
         "fastv": f"fastv:k={first},keep={k}",

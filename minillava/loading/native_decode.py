@@ -72,9 +72,8 @@ class NativeDecode(LayerDecode):
         """first: a layer; segments with one that is not stored as it is are run by torch."""
         self.kernels, self.eps = compiled, text.rms_norm_eps
         self.sizes = text.intermediate_size, text.num_attention_heads, text.num_key_value_heads
-        layers = linear_layers(first)
-        self.digits = layers[0].digits, layers[0].limit
-        self.forms = [form_of(layer) for layer in layers]
+        layer = linear_layers(first)[0]  # the others compute as it does, see native_form
+        self.digits, self.form = (layer.digits, layer.limit), form_of(layer)
         self.shapes = [None if t is None else state_of(t)[1:] for t in stored_tensors(first)]
         self.prepared: MutableMapping[Block, NativeLayer] = WeakKeyDictionary()
 
@@ -88,7 +87,7 @@ class NativeDecode(LayerDecode):
         if known is not None and known.is_current():
             return known
         self.prepared.pop(block, None)
-        if [form_of(layer) for layer in linear_layers(block)] != self.forms:
+        if any(form_of(layer) != self.form for layer in linear_layers(block)):
             return None
         stored = stored_tensors(block)
         tensors = [t for t in stored if t is not None]
@@ -130,9 +129,8 @@ def form_of(layer: nn.Module) -> tuple[Any, ...]:
 
 def native_form(block: Block) -> bool:
     """Whether all linear layers compute alike, without bias, and native.c has their products."""
-    layers = linear_layers(block)
-    first = layers[0]
-    alike = all(form_of(layer) == form_of(first) for layer in layers)
+    first, *others = linear_layers(block)
+    alike = all(form_of(layer) == form_of(first) for layer in others)
     return alike and isinstance(first, Int4Linear | Int8Linear) and first.bias is None
 
 

@@ -180,14 +180,14 @@ def window_patches(grid: int, side: int) -> Tensor:
     return patches.reshape(m, side, m, side).transpose(1, 2).reshape(m * m, side * side)
 
 
-# ---------------------------------------------------------------- the letterbox
-
-
 def with_neighbours(anchors: Tensor, grid: int) -> Tensor:
     """Anchors (a,) and their neighbours in the same image: (5 * a,), with repetitions."""
     N = grid * grid
     steps = torch.tensor([0, -1, 1, -grid, grid])
     return (anchors // N * N + (anchors % N + steps[:, None]).clamp(0, N - 1)).flatten()
+
+
+# ---------------------------------------------------------------- the letterbox
 
 
 def border_lines(width: int, height: int, config: VisionConfig) -> tuple[int, int]:

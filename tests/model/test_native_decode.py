@@ -241,18 +241,9 @@ def test_a_layer_of_another_form_is_run_by_torch(folder: Any) -> None:
 
 
 def test_a_model_that_was_converted_is_refused(integer_model: Any) -> None:
-    model = deepcopy_of(integer_model).half()
+    model = deepcopy(integer_model).half()
     with pytest.raises(ValueError, match=r"got a tensor of torch.float16 on cpu, .* load it with"):
         logits_of(integer_model.compiled, model, "", tiny.make_batch(model, "tt"))
-
-
-def deepcopy_of(model: Any) -> Any:
-    """A copy of a model; what was compiled cannot be copied."""
-    step, model.compiled = model.compiled, None
-    try:
-        return deepcopy(model)
-    finally:
-        model.compiled = step
 
 
 def test_a_plan_that_chooses_again_goes_through_the_engine(
