@@ -8,7 +8,8 @@ and attention in the forms that the CPU plugin fuses, and compressed weights as 
     u4    4 bits with a scale and a zero point for each group of 128 columns
 
 Everything else is OpenVINO's default: 8-bit keys and values, and activations quantised dynamically
-in groups of 32 where weights are compressed.
+in groups of 32 where weights are compressed. No two weights are equal, because OpenVINO multiplies
+an input only once by weights that are.
 """
 
 from __future__ import annotations
@@ -26,6 +27,7 @@ from .base import TOKENS, Times, scale
 
 GROUP = 128  # columns of a 4-bit weight that share a scale
 POOL = 2**20 + 7  # random values that a weight repeats
+SHIFT = 4099  # values of the pool by which the start of a weight differs from that of the one before
 _Node = Any  # openvino.Node
 _END = 2**31 - 1  # of a slice, as exporters write it: the fusion of RoPE looks for it
 
@@ -92,6 +94,7 @@ class _Graph:
         rng = np.random.default_rng(0)
         self.pool = rng.standard_normal(POOL, np.float32)  # repeated in every float weight
         self.codes = rng.integers(0, 256, POOL, np.uint8)  # and in every weight of integers
+        self.weights = 0  # that were made
         self.sinks: list[_Node] = []
 
     def decoder(self) -> Any:
@@ -202,10 +205,14 @@ class _Graph:
         return self.ov.op.Constant(tensor, shared_memory=False)
 
     def _random(self, N: int, K: int) -> Any:
-        return np.resize((self.pool * K**-0.5).astype(np.float16), (N, K))
+        return self._repeat((self.pool * K**-0.5).astype(np.float16), N, K)
 
     def _bytes(self, N: int, K: int) -> Any:
-        return np.resize(self.codes, (N, K))
+        return self._repeat(self.codes, N, K)
+
+    def _repeat(self, pool: Any, N: int, K: int) -> Any:
+        self.weights += 1
+        return np.resize(np.roll(pool, -SHIFT * self.weights), (N, K))
 
 
 def _sizes(config: TextConfig) -> tuple[int, int, int]:

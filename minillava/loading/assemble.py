@@ -104,17 +104,22 @@ def load_weights(
     storage: torch.dtype,
     forms: Mapping[str, str],
     progress: bool = False,
+    pack: bool = True,
 ) -> None:
     """Give a model on the meta device its weights, reading and converting one at a time.
 
     found: our name -> tensor in a file, for all weights. storage: dtype that linear and embedding
     weights are held in; all others are held in the dtype of the arithmetic. forms: the quantised
-    layers, see choose_forms. progress: a bar on stderr.
+    layers, see choose_forms. progress: a bar on stderr. pack: hold weights that a CPU multiplies in
+    bfloat16 as it reads them (Bfloat16Linear), which neither torch.compile nor processes that share
+    a decoder can use.
     Raises ValueError for values that the dtype or the integers cannot represent.
     """
     model.requires_grad_(False).eval()
     model.dtype = choose_arithmetic(device, storage, forms)
-    converted = {name for name in linear_layers(model) if name in forms or model.dtype != storage}
+    pack = pack and device.type == "cpu" and model.dtype == torch.bfloat16
+    convert_all = model.dtype != storage or (pack and kernel_works("bfloat16"))
+    converted = {name for name in linear_layers(model) if name in forms or convert_all}
     tied = TIED if model.config.text.tie_word_embeddings else ()
     if tied:
         stored = found[next(name for name in TIED if name in found)]
@@ -131,7 +136,7 @@ def load_weights(
             stored_bias = found.get(f"{layer}.bias")
             bias = None if stored_bias is None else _read_floats(stored_bias, device, model.dtype)
             digits = 1 if forms.get(layer) == "int8-dynamic" else 2
-            model.set_submodule(layer, choose_linear(weight, bias, digits))
+            model.set_submodule(layer, choose_linear(weight, bias, digits, model.dtype))
             del weight
             return_freed_memory()
         else:

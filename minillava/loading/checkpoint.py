@@ -118,7 +118,8 @@ def load(
         found = split_decoder(model, found, mesh)
     if compile:
         check_compilable(target, storage, forms)
-    load_weights(model, found, target, storage, forms, progress)
+    pack = mesh is None and not compile
+    load_weights(model, found, target, storage, forms, progress, pack)
     model.compiled = compile_decoding(model) if compile else native_decoding(model)
     return model, processor
 

@@ -6,7 +6,7 @@ dtype, multiplied, and overwritten by the next block.
 
     form          on a CPU                                                    anywhere else
     float16       float16 weights, float32 activations and sums               widened
-    bfloat16      widened (see below)                                         widened
+    bfloat16      bfloat16 weights, activations and results (see below)       nn.Linear
     int8          int8 weights, activations as two digits, exact sums         widened
     int8-dynamic  int8 weights, activations as one digit, exact sums          widened
     int4          4-bit codes of int8 weights, one digit, exact sums          widened
@@ -20,8 +20,8 @@ A digit is an integer of 8 bits where the CPU multiplies them exactly (AVX-512 V
 on other CPUs, whose instructions for 8 bits saturate: digit_limit() finds out by trying.
 
 A CPU that multiplies bfloat16 in hardware (AVX-512 BF16, AMX, Arm's BF16) does so at twice the rate
-of float32 or more. There a model in bfloat16 keeps its nn.Linear layers and computes in bfloat16,
-as on a GPU: multiplies_bfloat16() says whether this is such a CPU.
+of float32 or more. There a model in bfloat16 computes in bfloat16, as on a GPU, and elsewhere its
+weights are widened: multiplies_bfloat16() says whether this is such a CPU.
 
 A row's result does not depend on the other rows of the input: bit-exact in float32 for the forms
 with exact sums, up to summation order otherwise. NaN in a row gives NaN in its result.
@@ -35,19 +35,35 @@ import torch
 from torch import Tensor, nn
 
 from . import native
-from .cpu import digit_limit
+from .cpu import digit_limit, multiplies_bfloat16
 from .integer import FbgemmLinear, Int4Linear, Int8Linear, PackedInt4Linear
 from .nf4 import Nf4
 from .quantise import to_int4, to_int8
-from .stored import HalfLinear, Int4, Int8, Nf4Linear, RowInt8, StoredLinear, Weight, WidenedLinear
+from .stored import (
+    Bfloat16Linear,
+    HalfLinear,
+    Int4,
+    Int8,
+    Nf4Linear,
+    RowInt8,
+    StoredLinear,
+    Weight,
+    WidenedLinear,
+)
 
 PACKED_GROUPS = (32, 64, 128, 256)  # columns of a group that torch's int4 kernel supports
 
 
-def choose_linear(weight: Weight, bias: Tensor | None, digits: int = 2) -> StoredLinear:
+def choose_linear(
+    weight: Weight,
+    bias: Tensor | None,
+    digits: int = 2,
+    arithmetic: torch.dtype = torch.float32,
+) -> StoredLinear:
     """Make the layer that the table at the top of this file lists for a weight on its device.
 
     digits: how many digits activations get if they become integers (1 for int8-dynamic).
+    arithmetic: dtype of the inputs.
     """
     if isinstance(weight, Nf4):
         return Nf4Linear(weight, bias)
@@ -66,6 +82,8 @@ def choose_linear(weight: Weight, bias: Tensor | None, digits: int = 2) -> Store
             return Int4Linear(weight, bias)
         if on_cpu and K // groups in PACKED_GROUPS and kernel_works("int4"):
             return PackedInt4Linear(weight, bias)
+    elif weight.dtype == arithmetic == torch.bfloat16 and kernel_works("bfloat16"):
+        return Bfloat16Linear(weight, bias)
     elif weight.dtype == torch.float16 and kernel_works("float16") and _is_finite(weight):
         return HalfLinear(weight, bias)
     return WidenedLinear(weight, bias)
@@ -80,11 +98,12 @@ def _is_finite(weight: Tensor) -> bool:
 def kernel_works(kind: str) -> bool:
     """Whether this torch on this CPU has the kernel for a form, and it computes correctly.
 
-    "float16" and "fbgemm" (int8) are fbgemm's, "int4" is torch's. "onednn" is int8 by oneDNN where
-    its products of 8 bits are exact. "native" is int4 by native.c.
+    "float16" and "fbgemm" (int8) are fbgemm's, "int4" is torch's. "bfloat16" is oneDNN's where the
+    CPU multiplies it, "onednn" is int8 by oneDNN where its products of 8 bits are exact. "native"
+    is int4 by native.c.
     """
     works = {
-        "float16": _half_works, "onednn": _onednn_works, "fbgemm": _fbgemm_works,
+        "float16": _half_works, "bfloat16": _bfloat16_works, "onednn": _onednn_works, "fbgemm": _fbgemm_works,
         "int4": _packed_int4_works, "native": _native_works,
     }  # fmt: skip
     try:
@@ -103,6 +122,11 @@ def _half_works() -> bool:
     x, weight = _examples()
     weight = weight * 2.0**-20  # below the normal range of float16
     return torch.equal(HalfLinear(weight, None).multiply(x), x @ weight.T)
+
+
+def _bfloat16_works() -> bool:
+    x, weight = (t.bfloat16() for t in _examples())
+    return multiplies_bfloat16() and torch.equal(Bfloat16Linear(weight, None)(x), x @ weight.T)
 
 
 def _onednn_works() -> bool:
@@ -145,5 +169,6 @@ def _multiply_few_and_many(layer: StoredLinear, x: Tensor) -> tuple[Tensor, Tens
 def weight_bytes(model: nn.Module) -> int:
     """Memory of all weights in their stored form; tied ones count once."""
     stored = {t.data_ptr(): t.nbytes for t in (*model.parameters(), *model.buffers())}
-    packed = [m for m in model.modules() if isinstance(m, HalfLinear | FbgemmLinear)]
+    kinds = (HalfLinear, Bfloat16Linear, FbgemmLinear)
+    packed = [m for m in model.modules() if isinstance(m, kinds)]
     return sum(stored.values()) + sum(module.nbytes for module in packed)

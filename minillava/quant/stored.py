@@ -7,10 +7,12 @@ integer activations are in integer.py; linear.py chooses between all of them.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .nf4 import Nested, Nf4, from_nf4, level_pairs
@@ -244,6 +246,61 @@ class HalfLinear(StoredLinear):
 
     def multiply(self, x: Tensor) -> Tensor:
         return torch.ops.quantized.linear_dynamic_fp16(x, self.packed)
+
+
+class Bfloat16Linear(StoredLinear):
+    """A bfloat16 weight and bfloat16 activations, multiplied by oneDNN in hardware.
+
+    The weight is held in the order in which oneDNN reads it. nn.Linear gives the same bits, but has
+    oneDNN bring the whole weight into that order for every product.
+    """
+
+    def __init__(self, weight: Tensor, bias: Tensor | None) -> None:
+        super().__init__(weight.shape[1], weight.shape[0], bias)
+        self.packed = pack_bfloat16(weight)
+        self.nbytes = weight.nbytes
+
+    @property
+    def arithmetic(self) -> str:
+        return "bfloat16"
+
+    @property
+    def rounding(self) -> float:
+        return 2 * torch.finfo(torch.bfloat16).eps ** 0.5
+
+    @property
+    def weight(self) -> Tensor:
+        """A copy (N, K) in the usual order."""
+        return self.packed.to_dense() if self.packed.is_mkldnn else self.packed
+
+    def forward(self, x: Tensor | Digits) -> Tensor:
+        assert isinstance(x, Tensor), "prepare() of this layer makes no digits"
+        if not self.packed.is_mkldnn:
+            return F.linear(x, self.packed, self.bias)
+        # the bias is added before the sum is rounded, as nn.Linear does
+        return torch.ops.mkldnn._linear_pointwise(x, self.packed, self.bias, "none", [], "")
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Bfloat16Linear:
+        """For to(), cuda() and their like: the weight on another device or in another dtype."""
+        self.packed = pack_bfloat16(fn(self.weight))
+        return super()._apply(fn, recurse)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """For copies and pickle, which cannot read a packed weight."""
+        return {**self.__dict__, "packed": self.weight}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__({**state, "packed": pack_bfloat16(state["packed"])})
+
+
+def pack_bfloat16(weight: Tensor) -> Tensor:
+    """A weight (N, K) in the order in which oneDNN multiplies it in bfloat16.
+
+    One that a CPU does not multiply in bfloat16, because of its device or dtype, stays as it is.
+    """
+    if weight.device.type != "cpu" or weight.dtype != torch.bfloat16:
+        return weight
+    return torch.ops.mkldnn._reorder_linear_weight(weight, None)
 
 
 def packed_values(shape: Sequence[int]) -> int:

@@ -15,7 +15,7 @@ import pytest
 from eval import rivals
 from eval.peers.base import Times, scale
 from eval.peers.llama_cpp import LlamaCpp
-from eval.peers.openvino import OpenVino
+from eval.peers.openvino import OpenVino, _Graph
 from eval.peers.ours import Ours, make_ours
 from eval.peers.transformers import Transformers
 from eval.plans import read_plans
@@ -126,6 +126,19 @@ def test_openvino_is_measured(form: str) -> None:
     last = peer._run(peer.ids[:, -1:], 39)  # the keys and values of the others were kept
     assert abs(whole - last).max() < 0.05 * abs(whole).max()
     check_times(peer.measure(), tower=False)
+
+
+@pytest.mark.parametrize("form", OpenVino.forms)
+def test_openvino_multiplies_by_every_weight(form: str) -> None:
+    """By equal weights it would multiply once for all: four times a layer instead of seven."""
+    openvino = pytest.importorskip("openvino")
+    graph = _Graph(form, TINY.text).decoder()
+    compiled = openvino.Core().compile_model(graph, "CPU")
+    kinds = [
+        getattr(info := op.get_rt_info()["layerType"], "value", info)
+        for op in compiled.get_runtime_model().get_ops()
+    ]
+    assert kinds.count("FullyConnected") == 7 * TINY.text.num_hidden_layers + 1
 
 
 @pytest.mark.parametrize("form", LlamaCpp.forms)
