@@ -5,8 +5,9 @@
     python -m eval.rivals --ours int8-dynamic --prune fastv:k=2,r=0.75 divprune:keep=64
 
 All run in one process with random weights, one image and 620 tokens, and take turns in each round,
-so that noise on the machine affects all of them alike; times are medians over the rounds, and the
-first round warms up and does not count. To fit in 24 GiB they have two decoder layers, and the time
+so that noise on the machine affects all of them alike. Every second round goes through them
+backwards, so that none always follows the same other one. Times are medians over the rounds, and
+the first round warms up and does not count. To fit in 24 GiB they have two decoder layers, and the time
 of a layer is multiplied by 16; the output head counts once and the vision tower is complete. With
 a pruning plan our models also have the layers before its last step, which count once, and their
 prefill is compared with the time that its layers take alone.
@@ -64,9 +65,11 @@ def default_forms() -> list[str]:
 
 def take_turns(models: Sequence[Measurable], repeats: int) -> dict[str, Times]:
     """Measure all in turn, in `repeats` rounds after one that does not count; medians, by name."""
-    rounds = [[model.measure() for model in models] for _ in range(repeats + 1)][1:]
-    columns = zip(*rounds, strict=True)
-    return {model.name: _median(column) for model, column in zip(models, columns, strict=True)}
+    times: dict[str, list[Times]] = {model.name: [] for model in models}
+    for number in range(repeats + 1):
+        for model in models if number % 2 == 0 else reversed(models):
+            times[model.name].append(model.measure())
+    return {name: _median(column[1:]) for name, column in times.items()}
 
 
 def _median(times: Sequence[Times]) -> Times:

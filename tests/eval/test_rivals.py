@@ -66,7 +66,7 @@ def test_models_take_turns_and_the_first_round_does_not_count() -> None:
     a = [Times(1.0, p, p / 10) for p in (99.0, 1.0, 5.0, 2.0)]
     b = [Times(None, 3.0, 0.3)] * 4
     found = take_turns([Recorded("a", order, *a), Recorded("b", order, *b)], 3)
-    assert order == ["a", "b"] * 4
+    assert order == ["a", "b", "b", "a"] * 2
     assert found == {"a": Times(1.0, 2.0, 0.2), "b": Times(None, 3.0, 0.3)}
 
 
