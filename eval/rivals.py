@@ -7,10 +7,10 @@
 All run in one process with random weights, one image and 620 tokens, and take turns in each round,
 so that noise on the machine affects all of them alike. Every second round goes through them
 backwards, so that none always follows the same other one. Times are medians over the rounds, and
-the first round warms up and does not count. To fit in 24 GiB they have two decoder layers, and the time
-of a layer is multiplied by 16; the output head counts once and the vision tower is complete. With
-a pruning plan our models also have the layers before its last step, which count once, and their
-prefill is compared with the time that its layers take alone.
+the first round warms up and does not count. To fit in 24 GiB they have two decoder layers, and the
+time of a layer is multiplied by 16; the output head counts once and the vision tower is complete.
+With a pruning plan our models also have the layers before its last step, which count once, and
+their prefill is compared with the time that its layers take alone.
 
 Times to the first token include the image. Implementations without a vision tower (llama.cpp and
 OpenVINO here) are given the fastest of transformers' towers in the same run. A peer that is not

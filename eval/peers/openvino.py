@@ -27,7 +27,7 @@ from .base import TOKENS, Times, scale
 
 GROUP = 128  # columns of a 4-bit weight that share a scale
 POOL = 2**20 + 7  # random values that a weight repeats
-SHIFT = 4099  # values of the pool by which the start of a weight differs from that of the one before
+SHIFT = 4099  # values of the pool between the start of a weight and that of the next
 _Node = Any  # openvino.Node
 _END = 2**31 - 1  # of a slice, as exporters write it: the fusion of RoPE looks for it
 

@@ -103,8 +103,8 @@ def kernel_works(kind: str) -> bool:
     is int4 by native.c.
     """
     works = {
-        "float16": _half_works, "bfloat16": _bfloat16_works, "onednn": _onednn_works, "fbgemm": _fbgemm_works,
-        "int4": _packed_int4_works, "native": _native_works,
+        "float16": _half_works, "bfloat16": _bfloat16_works, "onednn": _onednn_works,
+        "fbgemm": _fbgemm_works, "int4": _packed_int4_works, "native": _native_works,
     }  # fmt: skip
     try:
         return works[kind]()

@@ -20,6 +20,7 @@ from .quantise import rotate_columns, widen_codes
 
 WIDENED_ROWS = 512  # rows of a weight that are widened at a time
 INPUT_ROWS = 1024  # rows of an input that are multiplied at a time
+FEWEST_ROWS = 5  # oneDNN multiplies fewer rows by a packed bfloat16 weight more slowly than these
 PACKED_COLUMNS = 512  # fbgemm pads the columns of a weight to a multiple of this
 INT8_ROUNDING, INT4_ROUNDING = 0.4, 0.7  # see StoredLinear.rounding
 
@@ -251,14 +252,17 @@ class HalfLinear(StoredLinear):
 class Bfloat16Linear(StoredLinear):
     """A bfloat16 weight and bfloat16 activations, multiplied by oneDNN in hardware.
 
-    The weight is held in the order in which oneDNN reads it. nn.Linear gives the same bits, but has
+    The weight is held in the order in which oneDNN reads it. nn.Linear computes the same, but has
     oneDNN bring the whole weight into that order for every product.
     """
 
     def __init__(self, weight: Tensor, bias: Tensor | None) -> None:
         super().__init__(weight.shape[1], weight.shape[0], bias)
-        self.packed = pack_bfloat16(weight)
-        self.nbytes = weight.nbytes
+        self.hold(weight)
+
+    def hold(self, weight: Tensor) -> None:
+        """Take a weight (N, K) in the usual order."""
+        self.packed, self.nbytes = pack_bfloat16(weight), weight.nbytes
 
     @property
     def arithmetic(self) -> str:
@@ -277,20 +281,26 @@ class Bfloat16Linear(StoredLinear):
         assert isinstance(x, Tensor), "prepare() of this layer makes no digits"
         if not self.packed.is_mkldnn:
             return F.linear(x, self.packed, self.bias)
+        few = x.shape[0] if x.ndim == 2 and 0 < x.shape[0] < FEWEST_ROWS else None
+        if few:
+            x = F.pad(x, (0, 0, 0, FEWEST_ROWS - few))
         # the bias is added before the sum is rounded, as nn.Linear does
-        return torch.ops.mkldnn._linear_pointwise(x, self.packed, self.bias, "none", [], "")
+        y = torch.ops.mkldnn._linear_pointwise(x, self.packed, self.bias, "none", [], "")
+        return y[:few]
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Bfloat16Linear:
         """For to(), cuda() and their like: the weight on another device or in another dtype."""
-        self.packed = pack_bfloat16(fn(self.weight))
-        return super()._apply(fn, recurse)
+        self.hold(fn(self.weight))
+        nn.Module._apply(self, fn, recurse)
+        return self
 
     def __getstate__(self) -> dict[str, Any]:
         """For copies and pickle, which cannot read a packed weight."""
         return {**self.__dict__, "packed": self.weight}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        super().__setstate__({**state, "packed": pack_bfloat16(state["packed"])})
+        self.__dict__.update(state)
+        self.hold(state["packed"])
 
 
 def pack_bfloat16(weight: Tensor) -> Tensor:
