@@ -111,8 +111,8 @@ def load_weights(
     found: our name -> tensor in a file, for all weights. storage: dtype that linear and embedding
     weights are held in; all others are held in the dtype of the arithmetic. forms: the quantised
     layers, see choose_forms. progress: a bar on stderr. pack: hold weights that a CPU multiplies in
-    bfloat16 as it reads them (Bfloat16Linear), which neither torch.compile nor processes that share
-    a decoder can use.
+    bfloat16 as it reads them (Bfloat16Linear), which neither torch's inductor nor processes that
+    share a decoder can use.
     Raises ValueError for values that the dtype or the integers cannot represent.
     """
     model.requires_grad_(False).eval()

@@ -6,7 +6,7 @@ dtype, multiplied, and overwritten by the next block.
 
     form          on a CPU                                                    anywhere else
     float16       float16 weights, float32 activations and sums               widened
-    bfloat16      bfloat16 weights, activations and results (see below)       nn.Linear
+    bfloat16      bfloat16 (see below)                                        nn.Linear
     int8          int8 weights, activations as two digits, exact sums         widened
     int8-dynamic  int8 weights, activations as one digit, exact sums          widened
     int4          4-bit codes of int8 weights, one digit, exact sums          widened
@@ -20,8 +20,8 @@ A digit is an integer of 8 bits where the CPU multiplies them exactly (AVX-512 V
 on other CPUs, whose instructions for 8 bits saturate: digit_limit() finds out by trying.
 
 A CPU that multiplies bfloat16 in hardware (AVX-512 BF16, AMX, Arm's BF16) does so at twice the rate
-of float32 or more. There a model in bfloat16 computes in bfloat16, as on a GPU, and elsewhere its
-weights are widened: multiplies_bfloat16() says whether this is such a CPU.
+of float32 or more. There a model in bfloat16 computes in bfloat16, as on a GPU; on other CPUs its
+weights are widened. multiplies_bfloat16() says whether this is such a CPU.
 
 A row's result does not depend on the other rows of the input: bit-exact in float32 for the forms
 with exact sums, up to summation order otherwise. NaN in a row gives NaN in its result.
@@ -35,7 +35,7 @@ import torch
 from torch import Tensor, nn
 
 from . import native
-from .cpu import digit_limit, multiplies_bfloat16
+from .cpu import digit_limit
 from .integer import FbgemmLinear, Int4Linear, Int8Linear, PackedInt4Linear
 from .nf4 import Nf4
 from .quantise import to_int4, to_int8
@@ -126,7 +126,9 @@ def _half_works() -> bool:
 
 def _bfloat16_works() -> bool:
     x, weight = (t.bfloat16() for t in _examples())
-    return multiplies_bfloat16() and torch.equal(Bfloat16Linear(weight, None)(x), x @ weight.T)
+    layer, expected = Bfloat16Linear(weight, None), x @ weight.T
+    few_and_many = torch.cat([layer(rows) for rows in x.split(1)]), layer(x)
+    return layer.packed.is_mkldnn and all(torch.equal(y, expected) for y in few_and_many)
 
 
 def _onednn_works() -> bool:

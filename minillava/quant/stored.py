@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from .cpu import multiplies_bfloat16
 from .nf4 import Nested, Nf4, from_nf4, level_pairs
 from .quantise import rotate_columns, widen_codes
 
@@ -253,7 +254,8 @@ class Bfloat16Linear(StoredLinear):
     """A bfloat16 weight and bfloat16 activations, multiplied by oneDNN in hardware.
 
     The weight is held in the order in which oneDNN reads it. nn.Linear computes the same, but has
-    oneDNN bring the whole weight into that order for every product.
+    oneDNN bring the whole weight into that order for every product. Where a CPU does not multiply
+    the weight in bfloat16, because it was moved, converted or unpickled, this is an nn.Linear.
     """
 
     def __init__(self, weight: Tensor, bias: Tensor | None) -> None:
@@ -262,7 +264,10 @@ class Bfloat16Linear(StoredLinear):
 
     def hold(self, weight: Tensor) -> None:
         """Take a weight (N, K) in the usual order."""
-        self.packed, self.nbytes = pack_bfloat16(weight), weight.nbytes
+        self.packed, self.nbytes = weight, weight.nbytes
+        if weight.device.type == "cpu" and weight.dtype == torch.bfloat16 and multiplies_bfloat16():
+            self.packed = torch.ops.mkldnn._reorder_linear_weight(weight, None)
+            self.nbytes = torch.ops.mkldnn._nbytes(self.packed)  # with oneDNN's padding
 
     @property
     def arithmetic(self) -> str:
@@ -279,8 +284,8 @@ class Bfloat16Linear(StoredLinear):
 
     def forward(self, x: Tensor | Digits) -> Tensor:
         assert isinstance(x, Tensor), "prepare() of this layer makes no digits"
-        if not self.packed.is_mkldnn:
-            return F.linear(x, self.packed, self.bias)
+        if not self.packed.is_mkldnn or (x.requires_grad and torch.is_grad_enabled()):
+            return F.linear(x, self.weight, self.bias)  # oneDNN's product has no gradient
         few = x.shape[0] if x.ndim == 2 and 0 < x.shape[0] < FEWEST_ROWS else None
         if few:
             x = F.pad(x, (0, 0, 0, FEWEST_ROWS - few))
@@ -301,16 +306,6 @@ class Bfloat16Linear(StoredLinear):
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
         self.hold(state["packed"])
-
-
-def pack_bfloat16(weight: Tensor) -> Tensor:
-    """A weight (N, K) in the order in which oneDNN multiplies it in bfloat16.
-
-    One that a CPU does not multiply in bfloat16, because of its device or dtype, stays as it is.
-    """
-    if weight.device.type != "cpu" or weight.dtype != torch.bfloat16:
-        return weight
-    return torch.ops.mkldnn._reorder_linear_weight(weight, None)
 
 
 def packed_values(shape: Sequence[int]) -> int:

@@ -19,6 +19,7 @@ from minillava import load
 from minillava.generate import generate
 from minillava.loading import assemble, checkpoint
 from minillava.pruning import METHODS
+from minillava.quant import stored
 from minillava.quant.cpu import multiplies_bfloat16
 from minillava.quant.linear import kernel_works, weight_bytes
 from minillava.quant.stored import Bfloat16Linear, WidenedLinear
@@ -98,8 +99,28 @@ def test_a_packed_layer_can_be_copied_saved_and_moved(packed: Bfloat16Linear) ->
         assert torch.equal(same(x), y)
     wide = deepcopy(packed).float()
     assert torch.equal(wide(x.float()), as_linear(packed)(x.float()))
-    assert weight_bytes(wide) == 2 * weight_bytes(packed) == 4 * (70 * 64 + 70)
+    assert weight_bytes(wide) == 4 * (70 * 64 + 70)
+    assert weight_bytes(packed) >= 2 * (70 * 64 + 70)  # oneDNN pads it
     assert packed.to("meta")(x.to("meta")).shape == (40, 70)
+
+
+def test_gradients_reach_the_input_of_a_packed_layer(packed: Bfloat16Linear) -> None:
+    x = torch.ones(3, 64, dtype=torch.bfloat16, requires_grad=True)
+    packed(x).sum().backward()
+    assert x.grad is not None
+    torch.testing.assert_close(x.grad[0].float(), packed.weight.float().sum(0), rtol=0.02, atol=0.1)
+
+
+def test_a_packed_layer_is_torchs_on_a_cpu_that_does_not_multiply_bfloat16(
+    packed: Bfloat16Linear, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    state = pickle.dumps(packed)
+    monkeypatch.setattr(stored, "multiplies_bfloat16", lambda: False)
+    there = pickle.loads(state)
+    assert not there.packed.is_mkldnn
+    assert there.nbytes == 2 * 70 * 64
+    x = torch.randn(40, 64, generator=torch.Generator().manual_seed(1)).bfloat16()
+    torch.testing.assert_close(there(x), packed(x), rtol=2.0**-7, atol=1e-5)
 
 
 def test_linear_layers_in_bfloat16_are_packed_unless_they_are_compiled(
@@ -113,7 +134,7 @@ def test_linear_layers_in_bfloat16_are_packed_unless_they_are_compiled(
     kinds = {name: type(module) for name, module in packed.named_modules()}
     assert {name for name, kind in kinds.items() if kind is Bfloat16Linear} == names
     assert names > {"llama.lm_head", "vision.blocks.0.mlp.fc1"}
-    assert weight_bytes(packed) == weight_bytes(compiled)
+    assert weight_bytes(packed) >= weight_bytes(compiled)
     batch = tiny.make_batch(packed, "tIttt", "ttItIttt")
     a, b = (
         generate(m, batch, max_new_tokens=1, output_logits=True).logits for m in (packed, compiled)
