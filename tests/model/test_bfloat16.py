@@ -31,6 +31,15 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[int, Path]:
     return {g: tiny.write_folder(tmp_path_factory, image_size=14 * g) for g in (4, 6)}
 
 
+@pytest.fixture(scope="module")
+def models(folders: dict[int, Path]) -> dict[int, tuple[Any, Any]]:
+    """In float32 and in bfloat16."""
+    with pytest.MonkeyPatch.context() as patch:
+        return {
+            g: (load(f)[0], load_on(True, f, patch, dtype="bfloat16")) for g, f in folders.items()
+        }
+
+
 @pytest.fixture
 def folder(folders: dict[int, Path], request: pytest.FixtureRequest) -> Path:
     return folders[tiny.grid_for(request)]
@@ -200,11 +209,10 @@ def test_logits_in_bfloat16_are_those_of_float32_to_its_precision(
 
 @pytest.mark.parametrize("name", sorted(METHODS))
 def test_every_method_chooses_in_bfloat16(
-    folder: Path, monkeypatch: pytest.MonkeyPatch, name: str
+    models: dict[int, tuple[Any, Any]], request: pytest.FixtureRequest, name: str
 ) -> None:
     """It keeps as many tokens as in float32, and no intermediate value overflows or is NaN."""
-    plan, exact = tiny.example(name), load(folder)[0]
-    model = load_on(True, folder, monkeypatch, dtype="bfloat16")
+    plan, (exact, model) = tiny.example(name), models[tiny.grid_for(request)]
     batch = tiny.make_batch(model, "tIttt", "ttItIttt")
     wanted, found = (
         generate(m, batch, plan, max_new_tokens=2, output_logits=True) for m in (exact, model)
