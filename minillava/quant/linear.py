@@ -6,7 +6,7 @@ dtype, multiplied, and overwritten by the next block.
 
     form          on a CPU                                                    anywhere else
     float16       float16 weights, float32 activations and sums               widened
-    bfloat16      bfloat16 (see below)                                        nn.Linear
+    bfloat16      bfloat16 weights and activations, or widened (see below)    nn.Linear
     int8          int8 weights, activations as two digits, exact sums         widened
     int8-dynamic  int8 weights, activations as one digit, exact sums          widened
     int4          4-bit codes of int8 weights, one digit, exact sums          widened
@@ -127,7 +127,7 @@ def _half_works() -> bool:
 def _bfloat16_works() -> bool:
     x, weight = (t.bfloat16() for t in _examples())
     layer, expected = Bfloat16Linear(weight, None), x @ weight.T
-    few_and_many = torch.cat([layer(rows) for rows in x.split(1)]), layer(x)
+    few_and_many = _multiply_few_and_many(layer, x, few=1)
     return layer.packed.is_mkldnn and all(torch.equal(y, expected) for y in few_and_many)
 
 
@@ -163,9 +163,9 @@ def _int4_works(layer: type[Int4Linear | PackedInt4Linear]) -> bool:
     return torch.equal(few, many) and torch.allclose(many, expected, rtol=3e-2, atol=4.0)
 
 
-def _multiply_few_and_many(layer: StoredLinear, x: Tensor) -> tuple[Tensor, Tensor]:
+def _multiply_few_and_many(layer: StoredLinear, x: Tensor, few: int = 5) -> tuple[Tensor, Tensor]:
     """The product with some rows at a time, and with all at once, which another kernel may take."""
-    return torch.cat([layer.multiply(rows) for rows in x.split(5)]), layer.multiply(x)
+    return torch.cat([layer(rows) for rows in x.split(few)]), layer(x)
 
 
 def weight_bytes(model: nn.Module) -> int:

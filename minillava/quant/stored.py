@@ -253,9 +253,11 @@ class HalfLinear(StoredLinear):
 class Bfloat16Linear(StoredLinear):
     """A bfloat16 weight and bfloat16 activations, multiplied by oneDNN in hardware.
 
-    The weight is held in the order in which oneDNN reads it. nn.Linear computes the same, but has
-    oneDNN bring the whole weight into that order for every product. Where a CPU does not multiply
-    the weight in bfloat16, because it was moved, converted or unpickled, this is an nn.Linear.
+    The weight (N, K) is held in the order in which oneDNN reads it. nn.Linear computes the same,
+    but has oneDNN bring the whole weight into that order for every product. With the weights of a
+    7B model that adds three quarters to the product of one row, and a fifteenth to that of 620.
+    Where a CPU does not multiply the weight in bfloat16, because it was moved, converted or
+    unpickled, this is an nn.Linear.
     """
 
     def __init__(self, weight: Tensor, bias: Tensor | None) -> None:
