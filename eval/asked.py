@@ -102,7 +102,7 @@ def open_question(args: argparse.Namespace, argv: Sequence[str], name: str) -> A
     with quiet_decoders():
         images = [open_image(file) for file in files]
     model, processor = load(
-        args.model, args.device, args.dtype, args.quantize, args.revision, progress=True
+        args.model, args.device, args.dtype, args.quantize, args.revision, progress=True, pack=True
     )
     check_length(model, question)
     prompt = processor.prompt(question, len(images))

@@ -94,7 +94,8 @@ class Bench:
             if args.ids:
                 items = choose_items(items, read_ids(args.ids), args.ids)
             device = ranks.device(args.device)
-            both = load(args.model, device, args.dtype, args.quantize, args.revision, progress=True)
+            names = args.model, device, args.dtype, args.quantize, args.revision
+            both = load(*names, progress=True, pack=True)
             found.append(cls(args, task, items, *both, ranks))
 
         ranks.gather(prepare)

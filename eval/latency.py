@@ -112,7 +112,7 @@ class Random(StoredTensor):
 
 
 def random_model(config: Config, form: str, device: torch.device) -> LLaVA:
-    """A model of this shape with random weights, built as load() builds it from float16 files."""
+    """A model of this shape with random weights, as load(pack=True) makes it of float16 files."""
     model = empty_model(config)
     found = {
         name: Random(Path(), name, tuple(tensor.shape), "F16")
@@ -120,9 +120,8 @@ def random_model(config: Config, form: str, device: torch.device) -> LLaVA:
     }
     quantize = form if form in QUANTIZE else None
     storage = torch.float16 if quantize else DTYPES[form]
-    load_weights(
-        model, found, device, storage, choose_forms(model, found, quantize, Path()), progress=True
-    )
+    forms = choose_forms(model, found, quantize, Path())
+    load_weights(model, found, device, storage, forms, progress=True, pack=(storage,))
     model.compiled = native_decoding(model)
     return model
 
@@ -294,7 +293,7 @@ def _model(args: argparse.Namespace, form: str, device: torch.device) -> LLaVA:
     if args.shape is None:
         quantize = form if form in QUANTIZE else None
         dtype = None if quantize else form
-        return load(args.model, device, dtype, quantize, progress=True)[0]
+        return load(args.model, device, dtype, quantize, progress=True, pack=True)[0]
     return random_model(_config(args), form, device)
 
 

@@ -92,7 +92,7 @@ def _run(args: argparse.Namespace, argv: Sequence[str]) -> None:
         images = [open_image(file) for file in files]
     name = find_demo() if args.model is None else args.model
     model, processor = load(
-        name, args.device, args.dtype, args.quantize, args.revision, progress=True
+        name, args.device, args.dtype, args.quantize, args.revision, progress=True, pack=True
     )
     about = {"Command": shlex.join(["python", "-m", "eval.compare", *argv]), "Model": name}
     about["Seed"] = "0, the default" if args.seed is None else str(args.seed)

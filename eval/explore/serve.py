@@ -30,7 +30,7 @@ def serve(
     """Answer requests at a socket. folder: for everything that is written."""
     name = str(DEMO) if args.model is None else args.model
     model, processor = load(
-        name, args.device, args.dtype, args.quantize, args.revision, progress=True
+        name, args.device, args.dtype, args.quantize, args.revision, progress=True, pack=True
     )
     (folder / "uploads").mkdir()
     uploads = Uploads(folder / "uploads")

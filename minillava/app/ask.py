@@ -95,6 +95,7 @@ def _load_chat(args: argparse.Namespace, files: list[str], ranks: Ranks) -> Chat
         progress=True,
         mesh=mesh,
         compile=args.compile,
+        pack=True,
     )
     load_seconds = time.perf_counter() - start
     if plan.methods and not images:

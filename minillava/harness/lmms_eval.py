@@ -93,6 +93,7 @@ class MiniLLaVA(lmms):  # type: ignore[misc,unused-ignore]
             _optional("dtype", dtype),
             _optional("quantize", quantize),
             _optional("revision", revision),
+            pack=True,
         )
         self.device = self.model.device  # read by lmms-eval's collectives
 

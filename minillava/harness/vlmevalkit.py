@@ -54,7 +54,7 @@ class MiniLLaVA(BaseModel):  # type: ignore[misc,unused-ignore]
         if image_aspect is not None:
             check_aspect(image_aspect)
         self.plan, self.aspect, self.most = parse_plan(prune), image_aspect, max_new_tokens
-        self.model, self.processor = load(pretrained, device, dtype, quantize, revision)
+        self.model, self.processor = load(pretrained, device, dtype, quantize, revision, pack=True)
         self.template = template or self.processor.template
 
     def generate_inner(self, message: Sequence[Mapping[str, Any]], dataset: Any = None) -> str:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 
 import torch
@@ -12,7 +12,7 @@ from tqdm import tqdm  # type: ignore[import-untyped,unused-ignore]
 
 from ..llava import LLaVA
 from ..quant.cpu import multiplies_bfloat16
-from ..quant.linear import choose_linear, kernel_works
+from ..quant.linear import can_pack, choose_linear, kernel_works
 from ..quant.nf4 import Nf4, absmax_of, to_nf4
 from ..quant.quantise import to_int4, to_int8
 from ..quant.stored import Int4, Int8, Weight, WidenedLinear
@@ -23,7 +23,8 @@ from .tensor_files import FLOATS, StoredTensor
 TIED = ("llama.embed_tokens.weight", "llama.lm_head.weight")  # one tensor in some models
 BLOCKS = ("llama.blocks.",)
 TOWER = ("vision.", "projector.")
-HEAD, PROJECTOR = "llama.lm_head", "projector."
+HEAD, PROJECTOR, DECODER = "llama.lm_head", "projector.", "llama."
+LARGE = 2**20  # values of a float32 weight for which packing pays, such as (1024, 1024)
 # The form of a weight by the dtype that safetensors names, or by a JoinedWeight's kind.
 _FORMS = {"U8": "int4", "NF4": "nf4", "FP4": "fp4", LLM_INT8: LLM_INT8, "I8": "int8"}
 
@@ -83,6 +84,24 @@ def choose_forms(
     }
 
 
+def packed_layers(model: LLaVA, pack: Collection[torch.dtype]) -> set[str]:
+    """The linear layers whose weights pay packed on a CPU, if the arithmetic is one of `pack`.
+
+    bfloat16: all. float32: large ones of the decoder, which new tokens multiply by few rows. MKL,
+    which multiplies the others, starts sooner, and on some CPUs it is faster for many rows.
+    """
+    if model.dtype not in pack or not can_pack(model.dtype):
+        return set()
+    layers = linear_layers(model)
+    if model.dtype == torch.bfloat16:
+        return set(layers)
+    return {
+        name
+        for name, layer in layers.items()
+        if name.startswith(DECODER) and layer.in_features * layer.out_features >= LARGE
+    }
+
+
 def choose_arithmetic(
     device: torch.device, storage: torch.dtype, forms: Mapping[str, str]
 ) -> torch.dtype:
@@ -104,22 +123,22 @@ def load_weights(
     storage: torch.dtype,
     forms: Mapping[str, str],
     progress: bool = False,
-    pack: bool = True,
+    pack: Collection[torch.dtype] = (torch.bfloat16,),
 ) -> None:
     """Give a model on the meta device its weights, reading and converting one at a time.
 
     found: our name -> tensor in a file, for all weights. storage: dtype that linear and embedding
     weights are held in; all others are held in the dtype of the arithmetic. forms: the quantised
-    layers, see choose_forms. progress: a bar on stderr. pack: hold weights that a CPU multiplies in
-    bfloat16 as it reads them (Bfloat16Linear), which neither torch's inductor nor processes that
-    share a decoder can use.
+    layers, see choose_forms. progress: a bar on stderr. pack: the dtypes of arithmetic in which a
+    CPU holds weights packed (PackedLinear), which neither torch's inductor nor processes that share
+    a decoder can use.
     Raises ValueError for values that the dtype or the integers cannot represent.
     """
     model.requires_grad_(False).eval()
     model.dtype = choose_arithmetic(device, storage, forms)
-    pack = pack and device.type == "cpu" and model.dtype == torch.bfloat16
-    convert_all = model.dtype != storage or (pack and kernel_works("bfloat16"))
-    converted = {name for name in linear_layers(model) if name in forms or convert_all}
+    converted = set(forms) | (packed_layers(model, pack) if device.type == "cpu" else set())
+    if model.dtype != storage:
+        converted |= set(linear_layers(model))
     tied = TIED if model.config.text.tie_word_embeddings else ()
     if tied:
         stored = found[next(name for name in TIED if name in found)]

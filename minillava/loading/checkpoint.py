@@ -67,6 +67,7 @@ def load(
     progress: bool = False,
     mesh: DeviceMesh | None = None,
     compile: bool = False,
+    pack: bool = False,
 ) -> tuple[LLaVA, Processor]:
     """Read a LLaVA-1.5 checkpoint in the llava-hf layout.
 
@@ -83,7 +84,10 @@ def load(
     that is a terminal. mesh: the processes that share the decoder. Each of them calls load(), reads
     its own part, and then takes part in every generation (README.md in this folder). compile:
     prepare the generation of tokens with torch.compile (CPU; for weights that are stored as they
-    are computed with) or CUDA graphs, see compiled.py; the tokens are the same.
+    are computed with) or CUDA graphs, see compiled.py; the tokens are the same. pack: hold the
+    decoder's float32 weights on a CPU in the order in which it multiplies them, as it holds those
+    of bfloat16 anyway. New tokens are faster then, batches above all, but the weights are no
+    parameters, which could be changed or trained. It has no effect with mesh or compile.
 
     Raises ValueError for every failure, in one line with the value, what is allowed and what to do.
     """
@@ -118,8 +122,10 @@ def load(
         found = split_decoder(model, found, mesh)
     if compile:
         check_compilable(target, storage, forms)
-    pack = mesh is None and not compile
-    load_weights(model, found, target, storage, forms, progress, pack)
+    packed = {torch.bfloat16, torch.float32} if pack else {torch.bfloat16}
+    if mesh is not None or compile:
+        packed = set()
+    load_weights(model, found, target, storage, forms, progress, packed)
     model.compiled = compile_decoding(model) if compile else native_decoding(model)
     return model, processor
 

@@ -3,13 +3,13 @@
 A token of a 7B model streams gigabytes of weights through the CPU's caches, which leaves none of
 the interpreter's and torch's own code there: an operation that takes 2 microseconds in a loop then
 takes 10, and a decoder layer has fifty. NativeDecode therefore runs whole layers in C. It gives the
-same as engine.decode up to the rounding of float32. Hooks on layers and on modules inside them
-do not run.
+same as engine.decode up to the rounding of float32.
 
 Weights may be moved or replaced between two tokens: the addresses that native.c is given are
 compared with the modules' tensors for each token, in 1 ms for 32 layers, and collected anew if any
-differs. A segment with a layer that is then not stored as the first was when the model was loaded
-is run by torch, and so are batches of more than FEW_ROWS samples.
+differs. Torch runs a segment with a layer that is then not stored as the first was when the model
+was loaded, or that has a hook or a forward() of its own on any module, and batches of more than
+FEW_ROWS samples.
 """
 
 from __future__ import annotations
@@ -56,12 +56,14 @@ class NativeLayer:
     tensors: list[Tensor]
     states: list[tuple[Any, ...]]  # of the tensors, see state_of
     places: list[tuple[dict[str, Any], str, Any]]  # what every module inside the layer held
+    modules: list[nn.Module]
 
     def is_current(self) -> bool:
         """Whether the modules hold the same tensors in the same places of memory."""
         return (
             all(holder.get(name) is value for holder, name, value in self.places)
             and [state_of(t) for t in self.tensors] == self.states
+            and not any(map(is_changed, self.modules))
         )
 
 
@@ -87,6 +89,9 @@ class NativeDecode(LayerDecode):
         if known is not None and known.is_current():
             return known
         self.prepared.pop(block, None)
+        modules = list(block.modules())
+        if any(map(is_changed, modules)):
+            return None
         if any(form_of(layer) != self.form for layer in linear_layers(block)):
             return None
         stored = stored_tensors(block)
@@ -94,7 +99,8 @@ class NativeDecode(LayerDecode):
         if [None if t is None else state_of(t)[1:] for t in stored] != self.shapes:
             return None
         record = torch.tensor([0 if t is None else t.data_ptr() for t in stored])
-        found = NativeLayer(record, tensors, [state_of(t) for t in tensors], places_in(block))
+        states = [state_of(t) for t in tensors]
+        found = NativeLayer(record, tensors, states, places_in(block), modules)
         self.prepared[block] = found
         return found
 
@@ -144,6 +150,11 @@ def state_of(tensor: Tensor) -> tuple[Any, ...]:
     """The address of a tensor, and what native.c relies on there."""
     where = tensor.data_ptr(), tensor.dtype, tensor.shape
     return *where, tensor.is_contiguous(), tensor.is_cpu
+
+
+def is_changed(module: nn.Module) -> bool:
+    """Whether somebody gave a module something to do that native.c does not know of."""
+    return bool(module._forward_hooks or module._forward_pre_hooks or "forward" in vars(module))
 
 
 def places_in(block: Block) -> list[tuple[dict[str, Any], str, Any]]:

@@ -5,6 +5,7 @@ outputs have the model's dtype. "Widened" means that a block of the weight is co
 dtype, multiplied, and overwritten by the next block.
 
     form          on a CPU                                                    anywhere else
+    float32       float32 weights and activations                             nn.Linear
     float16       float16 weights, float32 activations and sums               widened
     bfloat16      bfloat16 weights and activations, or widened (see below)    nn.Linear
     int8          int8 weights, activations as two digits, exact sums         widened
@@ -40,11 +41,11 @@ from .integer import FbgemmLinear, Int4Linear, Int8Linear, PackedInt4Linear
 from .nf4 import Nf4
 from .quantise import to_int4, to_int8
 from .stored import (
-    Bfloat16Linear,
     HalfLinear,
     Int4,
     Int8,
     Nf4Linear,
+    PackedLinear,
     RowInt8,
     StoredLinear,
     Weight,
@@ -82,11 +83,17 @@ def choose_linear(
             return Int4Linear(weight, bias)
         if on_cpu and K // groups in PACKED_GROUPS and kernel_works("int4"):
             return PackedInt4Linear(weight, bias)
-    elif weight.dtype == arithmetic == torch.bfloat16 and kernel_works("bfloat16"):
-        return Bfloat16Linear(weight, bias)
+    elif weight.dtype == arithmetic and can_pack(weight.dtype):
+        return PackedLinear(weight, bias)
     elif weight.dtype == torch.float16 and kernel_works("float16") and _is_finite(weight):
         return HalfLinear(weight, bias)
     return WidenedLinear(weight, bias)
+
+
+def can_pack(dtype: torch.dtype) -> bool:
+    """Whether weights of this dtype on a CPU can be multiplied by PackedLinear."""
+    name = str(dtype).removeprefix("torch.")
+    return name in ("float32", "bfloat16") and kernel_works(name)
 
 
 def _is_finite(weight: Tensor) -> bool:
@@ -98,13 +105,14 @@ def _is_finite(weight: Tensor) -> bool:
 def kernel_works(kind: str) -> bool:
     """Whether this torch on this CPU has the kernel for a form, and it computes correctly.
 
-    "float16" and "fbgemm" (int8) are fbgemm's, "int4" is torch's. "bfloat16" is oneDNN's where the
-    CPU multiplies it, "onednn" is int8 by oneDNN where its products of 8 bits are exact. "native"
-    is int4 by native.c.
+    "float16" and "fbgemm" (int8) are fbgemm's, "int4" is torch's. "float32" and "bfloat16" are
+    oneDNN's, the latter where the CPU multiplies it, "onednn" is int8 by oneDNN where its products
+    of 8 bits are exact. "native" is int4 by native.c.
     """
     works = {
-        "float16": _half_works, "bfloat16": _bfloat16_works, "onednn": _onednn_works,
-        "fbgemm": _fbgemm_works, "int4": _packed_int4_works, "native": _native_works,
+        "float32": _float32_works, "float16": _half_works, "bfloat16": _bfloat16_works,
+        "onednn": _onednn_works, "fbgemm": _fbgemm_works, "int4": _packed_int4_works,
+        "native": _native_works,
     }  # fmt: skip
     try:
         return works[kind]()
@@ -124,9 +132,17 @@ def _half_works() -> bool:
     return torch.equal(HalfLinear(weight, None).multiply(x), x @ weight.T)
 
 
+def _float32_works() -> bool:
+    return _packed_works(torch.float32)
+
+
 def _bfloat16_works() -> bool:
-    x, weight = (t.bfloat16() for t in _examples())
-    layer, expected = Bfloat16Linear(weight, None), x @ weight.T
+    return _packed_works(torch.bfloat16)
+
+
+def _packed_works(dtype: torch.dtype) -> bool:
+    x, weight = (t.to(dtype) for t in _examples())
+    layer, expected = PackedLinear(weight, None), x @ weight.T
     few_and_many = _multiply_few_and_many(layer, x, few=1)
     return layer.packed.is_mkldnn and all(torch.equal(y, expected) for y in few_and_many)
 
@@ -171,6 +187,6 @@ def _multiply_few_and_many(layer: StoredLinear, x: Tensor, few: int = 5) -> tupl
 def weight_bytes(model: nn.Module) -> int:
     """Memory of all weights in their stored form; tied ones count once."""
     stored = {t.data_ptr(): t.nbytes for t in (*model.parameters(), *model.buffers())}
-    kinds = (HalfLinear, Bfloat16Linear, FbgemmLinear)
+    kinds = (HalfLinear, PackedLinear, FbgemmLinear)
     packed = [m for m in model.modules() if isinstance(m, kinds)]
     return sum(stored.values()) + sum(module.nbytes for module in packed)

@@ -15,13 +15,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .cpu import multiplies_bfloat16
+from .cpu import fewest_rows, multiplies
 from .nf4 import Nested, Nf4, from_nf4, level_pairs
 from .quantise import rotate_columns, widen_codes
 
 WIDENED_ROWS = 512  # rows of a weight that are widened at a time
 INPUT_ROWS = 1024  # rows of an input that are multiplied at a time
-FEWEST_ROWS = 5  # oneDNN multiplies fewer rows by a packed bfloat16 weight more slowly than these
 PACKED_COLUMNS = 512  # fbgemm pads the columns of a weight to a multiple of this
 INT8_ROUNDING, INT4_ROUNDING = 0.4, 0.7  # see StoredLinear.rounding
 
@@ -250,13 +249,15 @@ class HalfLinear(StoredLinear):
         return torch.ops.quantized.linear_dynamic_fp16(x, self.packed)
 
 
-class Bfloat16Linear(StoredLinear):
-    """A bfloat16 weight and bfloat16 activations, multiplied by oneDNN in hardware.
+class PackedLinear(StoredLinear):
+    """A float32 or bfloat16 weight, multiplied by oneDNN with activations of the same dtype.
 
-    The weight (N, K) is held in the order in which oneDNN reads it. nn.Linear computes the same,
-    but has oneDNN bring the whole weight into that order for every product. With the weights of a
-    7B model that adds three quarters to the product of one row, and a fifteenth to that of 620.
-    Where a CPU does not multiply the weight in bfloat16, because it was moved, converted or
+    The weight (N, K) is held in the order in which oneDNN reads it. nn.Linear computes the same
+    from the usual order. In bfloat16 it has oneDNN reorder the whole weight for every product: with
+    the weights of a 7B model that adds three quarters to the product of one row, and a fifteenth to
+    that of 620. In float32 it has MKL multiply, which is as fast for many rows or slower, depending
+    on the CPU, and up to four times as slow for two to eight.
+    Where a CPU does not multiply the weight in its dtype, because it was moved, converted or
     unpickled, this is an nn.Linear.
     """
 
@@ -267,17 +268,17 @@ class Bfloat16Linear(StoredLinear):
     def hold(self, weight: Tensor) -> None:
         """Take a weight (N, K) in the usual order."""
         self.packed, self.nbytes = weight, weight.nbytes
-        if weight.device.type == "cpu" and weight.dtype == torch.bfloat16 and multiplies_bfloat16():
+        if weight.device.type == "cpu" and multiplies(weight.dtype):
             self.packed = torch.ops.mkldnn._reorder_linear_weight(weight, None)
             self.nbytes = torch.ops.mkldnn._nbytes(self.packed)  # with oneDNN's padding
 
     @property
     def arithmetic(self) -> str:
-        return "bfloat16"
+        return str(self.packed.dtype).removeprefix("torch.")
 
     @property
     def rounding(self) -> float:
-        return 2 * torch.finfo(torch.bfloat16).eps ** 0.5
+        return 2 * torch.finfo(self.packed.dtype).eps ** 0.5
 
     @property
     def weight(self) -> Tensor:
@@ -288,14 +289,14 @@ class Bfloat16Linear(StoredLinear):
         assert isinstance(x, Tensor), "prepare() of this layer makes no digits"
         if not self.packed.is_mkldnn or (x.requires_grad and torch.is_grad_enabled()):
             return F.linear(x, self.weight, self.bias)  # oneDNN's product has no gradient
-        few = x.shape[0] if x.ndim == 2 and 0 < x.shape[0] < FEWEST_ROWS else None
+        few = x.shape[0] if x.ndim == 2 and 0 < x.shape[0] < fewest_rows() else None
         if few:
-            x = F.pad(x, (0, 0, 0, FEWEST_ROWS - few))
+            x = F.pad(x, (0, 0, 0, fewest_rows() - few))
         # the bias is added before the sum is rounded, as nn.Linear does
         y = torch.ops.mkldnn._linear_pointwise(x, self.packed, self.bias, "none", [], "")
         return y[:few]
 
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Bfloat16Linear:
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> PackedLinear:
         """For to(), cuda() and their like: the weight on another device or in another dtype."""
         self.hold(fn(self.weight))
         nn.Module._apply(self, fn, recurse)

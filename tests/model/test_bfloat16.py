@@ -3,26 +3,21 @@
 from __future__ import annotations
 
 import os
-import pickle
 import subprocess
 import sys
-from copy import deepcopy
 from pathlib import Path
 from typing import Any
 
 import pytest
 import tiny
 import torch
-from torch import nn
 
 from minillava import load
 from minillava.generate import generate
 from minillava.loading import assemble, checkpoint
 from minillava.pruning import METHODS
-from minillava.quant import stored
 from minillava.quant.cpu import multiplies_bfloat16
-from minillava.quant.linear import kernel_works, weight_bytes
-from minillava.quant.stored import Bfloat16Linear, WidenedLinear
+from minillava.quant.stored import WidenedLinear
 
 
 @pytest.fixture(scope="module")
@@ -63,105 +58,6 @@ def test_bfloat16_is_arithmetic_only_where_it_is_native(
     assert isinstance(layer, WidenedLinear) != native
     report = generate(model, tiny.make_batch(model, "tItt"), max_new_tokens=2).report
     assert report.arithmetic == ("bfloat16" if native else "weights widened from bfloat16")
-
-
-@pytest.fixture
-def packed() -> Bfloat16Linear:
-    """A layer (70, 64) with a bias."""
-    if not kernel_works("bfloat16"):
-        pytest.skip("this CPU does not multiply bfloat16")
-    generator = torch.Generator().manual_seed(0)
-    weight, bias = (torch.randn(*n, generator=generator).bfloat16() for n in ((70, 64), (70,)))
-    return Bfloat16Linear(weight, bias)
-
-
-def as_linear(layer: Bfloat16Linear) -> nn.Linear:
-    """The same weight in float32, in torch's layer."""
-    plain = nn.Linear(64, 70)
-    plain.load_state_dict({"weight": layer.weight.float(), "bias": layer.bias.float()})
-    return plain
-
-
-@pytest.mark.parametrize("rows", [(0,), (1,), (3,), (40,), (2, 20)])
-def test_a_packed_weight_gives_the_product_rounded_once(
-    packed: Bfloat16Linear, rows: tuple[int, ...]
-) -> None:
-    """To half of bfloat16's last digit: the bias is in the sum before that is rounded."""
-    x = torch.randn(*rows, 64, generator=torch.Generator().manual_seed(1)).bfloat16()
-    y, exact = packed(x), as_linear(packed)(x.float())
-    assert y.dtype == torch.bfloat16
-    torch.testing.assert_close(y.float(), exact, rtol=2.0**-8, atol=1e-5)
-    assert torch.equal(packed(x.mT.contiguous().mT), y)  # rows that are not next to each other
-
-
-def test_nan_in_a_row_gives_nan_in_its_product_alone(packed: Bfloat16Linear) -> None:
-    x = torch.ones(40, 64, dtype=torch.bfloat16)
-    x[7, 5] = torch.nan
-    assert packed(x).isnan().any(1).nonzero().flatten().tolist() == [7]
-
-
-def test_a_packed_layer_can_be_copied_saved_and_moved(packed: Bfloat16Linear) -> None:
-    x = torch.randn(40, 64, generator=torch.Generator().manual_seed(1)).bfloat16()
-    y = packed(x)
-    for same in (deepcopy(packed), pickle.loads(pickle.dumps(packed)), packed.to(torch.bfloat16)):
-        assert same.packed.is_mkldnn
-        assert torch.equal(same(x), y)
-    wide = deepcopy(packed).float()
-    assert torch.equal(wide(x.float()), as_linear(packed)(x.float()))
-    assert weight_bytes(wide) == 4 * (70 * 64 + 70)
-    assert weight_bytes(packed) >= 2 * (70 * 64 + 70)  # oneDNN pads it
-    assert packed.to("meta")(x.to("meta")).shape == (40, 70)
-
-
-def test_gradients_reach_the_input_of_a_packed_layer(packed: Bfloat16Linear) -> None:
-    x = torch.ones(3, 64, dtype=torch.bfloat16, requires_grad=True)
-    packed(x).sum().backward()
-    assert x.grad is not None
-    # to bfloat16's last digit
-    torch.testing.assert_close(
-        x.grad[0].float(), packed.weight.float().sum(0), rtol=2.0**-7, atol=1e-5
-    )
-
-
-def test_a_packed_layer_is_torchs_on_a_cpu_that_does_not_multiply_bfloat16(
-    packed: Bfloat16Linear, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    state = pickle.dumps(packed)
-    monkeypatch.setattr(stored, "multiplies_bfloat16", lambda: False)
-    there = pickle.loads(state)
-    assert not there.packed.is_mkldnn
-    assert there.nbytes == 2 * 70 * 64
-    x = torch.randn(40, 64, generator=torch.Generator().manual_seed(1)).bfloat16()
-    torch.testing.assert_close(there(x), packed(x), rtol=2.0**-7, atol=1e-5)
-
-
-def test_linear_layers_in_bfloat16_are_packed_unless_they_are_compiled(
-    folder: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(checkpoint, "compile_decoding", lambda model: None)  # it takes a while
-    if not kernel_works("bfloat16"):
-        pytest.skip("this CPU does not multiply bfloat16")
-    packed, compiled = (load(folder, dtype="bfloat16", compile=c)[0] for c in (False, True))
-    names = set(assemble.linear_layers(compiled))
-    kinds = {name: type(module) for name, module in packed.named_modules()}
-    assert {name for name, kind in kinds.items() if kind is Bfloat16Linear} == names
-    assert names > {"llama.lm_head", "vision.blocks.0.mlp.fc1"}
-    assert weight_bytes(packed) >= weight_bytes(compiled)
-    batch = tiny.make_batch(packed, "tIttt", "ttItIttt")
-    a, b = (
-        generate(m, batch, max_new_tokens=1, output_logits=True).logits for m in (packed, compiled)
-    )
-    # bfloat16 has eight bits, and few rows are summed in another order
-    torch.testing.assert_close(a, b, rtol=0.0, atol=0.02 * float(b.std()))
-
-
-def test_without_the_kernel_layers_stay_torchs(
-    folder: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(assemble, "kernel_works", lambda kind: False)
-    model = load_on(True, folder, monkeypatch, dtype="bfloat16")
-    assert type(model.llama.blocks[0].mlp.down_proj) is nn.Linear
-    assert model.dtype == torch.bfloat16
 
 
 def test_the_default_and_float16_stay_float32(

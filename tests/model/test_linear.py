@@ -390,6 +390,7 @@ def test_without_the_kernels_weights_are_widened(
 
 @pytest.mark.parametrize(("kind", "op"), [
     ("float16", (torch.ops.quantized, "linear_prepack_fp16")),
+    ("float32", (torch.ops.mkldnn, "_linear_pointwise")),
     ("bfloat16", (torch.ops.mkldnn, "_linear_pointwise")),
     ("onednn", (torch, "_int_mm")),
     ("fbgemm", (torch.ops.quantized, "linear_dynamic")),

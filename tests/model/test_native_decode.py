@@ -230,6 +230,57 @@ def test_changed_weights_are_read(folder: Any, change: Any) -> None:
     assert torch.equal(after, logits_of(native_decoding(model), model, "", batch))
 
 
+def double(*args: Any) -> Any:
+    return 2.0 * args[-1]
+
+
+def add_hook(block: Any) -> Any:
+    return block.register_forward_hook(double)
+
+
+def add_inner_hook(block: Any) -> Any:
+    return block.mlp.down_proj.register_forward_hook(double)
+
+
+def add_hook_before(block: Any) -> Any:
+    return block.norm2.register_forward_pre_hook(lambda _, args: (args[0] + 1.0, *args[1:]))
+
+
+@pytest.mark.parametrize("add", [add_hook, add_inner_hook, add_hook_before])
+def test_a_hook_runs_until_it_is_removed(integer_model: Any, add: Any) -> None:
+    batch = tiny.make_batch(integer_model, "tItt")
+
+    def both() -> tuple[Tensor, Tensor]:
+        ours, theirs = (logits_of(s, integer_model, "", batch) for s in (step, decode))
+        return ours, theirs
+
+    step = integer_model.compiled
+    before, _ = both()
+    hook = add(integer_model.block(1))
+    try:
+        hooked, expected = both()
+    finally:
+        hook.remove()
+    assert_near(hooked, expected)
+    assert not torch.allclose(hooked, before, atol=0.05 * float(before.abs().max()))
+    assert torch.equal(both()[0], before)
+
+
+def test_a_forward_that_was_replaced_runs(
+    integer_model: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    block, ran = integer_model.block(1), []
+    forward = block.mlp.forward
+
+    def spy(x: Tensor) -> Tensor:
+        ran.append(len(x))
+        return forward(x)
+
+    monkeypatch.setattr(block.mlp, "forward", spy)
+    logits_of(integer_model.compiled, integer_model, "", tiny.make_batch(integer_model, "tt"))
+    assert ran == [2, *[1] * len(TOKENS)]  # the prefill, then each token
+
+
 def test_a_layer_of_another_form_is_run_by_torch(folder: Any) -> None:
     model = load(folder, quantize="int8")[0]
     if model.compiled is None:
