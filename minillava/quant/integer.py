@@ -2,8 +2,8 @@
 
 A digit is an integer of 8 bits where the CPU sums products of 8 bits exactly (AVX-512 VNNI, AMX),
 of 7 bits on other CPUs. Sums are exact, so a row's result does not depend on the other rows.
-native.c does the rounding, the scaling, and the products of a few rows where it could be compiled;
-torch's operations do the rest.
+native.c does the rounding, the scaling, and the products of a few rows where it could be compiled,
+with AVX2 alone also those of many rows; torch's operations do the rest.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from .cpu import (
     multiply_unsigned,
     packed_block_rows,
 )
-from .native import FEW_ROWS, LANES, TINY, Stored, kernels
+from .native import FEW_ROWS, LANES, TINY, Stored, kernels, multiplies_many
 from .quantise import (
     GROUP_COLUMNS,
     ROTATED_COLUMNS,
@@ -77,22 +77,27 @@ class IntegerLinear(StoredLinear):
     def to_digits(self, x: Tensor) -> Digits:
         return to_digits(x, self.digits, self.limit)
 
+    @property
+    def multiplier(self) -> str:
+        """What multiplies many rows of digits by a weight row by row, for reports."""
+        return "native.c" if multiplies_many(self.limit) else "oneDNN"
+
 
 class Int8Linear(IntegerLinear):
-    """An int8 weight and digits of 8 bits, multiplied by oneDNN."""
+    """An int8 weight and digits, multiplied by oneDNN or native.c."""
 
     scale: Tensor
 
     def __init__(self, weight: Int8, bias: Tensor | None, digits: int) -> None:
         N, K = weight.codes.shape
-        super().__init__((N, K), bias, digits)
+        super().__init__((N, K), bias, digits, digit_limit())
         self.weight = nn.Parameter(weight.codes, requires_grad=False)
         self.register_buffer("scale", weight.scale)
         self.nbytes = weight.codes.nbytes + weight.scale.nbytes
 
     @property
     def arithmetic(self) -> str:
-        return f"int8 weights, {self.activations} (oneDNN)"
+        return f"int8 weights, {self.activations} ({self.multiplier})"
 
     @property
     def stored(self) -> Stored:
@@ -100,7 +105,7 @@ class Int8Linear(IntegerLinear):
 
     def multiply_digits(self, digits: Digits) -> Tensor:
         compiled, share = kernels(), 0.5 / self.limit if self.digits == 2 else 0.0
-        if compiled and digits.step.shape[0] <= FEW_ROWS:
+        if compiled and (digits.step.shape[0] <= FEW_ROWS or multiplies_many(self.limit)):
             y = compiled.multiply(digits.codes, digits.step, self.stored, share)
         else:
             sums = multiply_integers(digits.codes, self.weight, self.limit)
@@ -151,8 +156,8 @@ class FbgemmLinear(IntegerLinear):
 class Int4Linear(IntegerLinear):
     """A 4-bit weight and activations of one digit, by native.c.
 
-    For more than a few rows the whole weight is widened to int8 first and multiplied as such, which
-    takes a fiftieth of the time of the product.
+    For oneDNN, which multiplies more than a few rows on most CPUs, the whole weight is widened to
+    int8 first, which takes a fiftieth of the time of the product.
     """
 
     codes: Tensor
@@ -179,7 +184,8 @@ class Int4Linear(IntegerLinear):
 
     @property
     def arithmetic(self) -> str:
-        return f"int4 weights, {self.activations} (native.c and oneDNN)"
+        names = dict.fromkeys(("native.c", self.multiplier))
+        return f"int4 weights, {self.activations} ({' and '.join(names)})"
 
     @property
     def stored(self) -> Stored:
@@ -192,7 +198,7 @@ class Int4Linear(IntegerLinear):
     def multiply_digits(self, digits: Digits) -> Tensor:
         compiled = kernels()
         assert compiled, "this layer is made only where native.c was compiled"
-        if digits.step.shape[0] <= FEW_ROWS:
+        if digits.step.shape[0] <= FEW_ROWS or multiplies_many(self.limit):
             y = compiled.multiply(digits.codes, digits.step, self.stored)
         else:
             wide = torch.empty(self.out_features, self.in_features, dtype=torch.int8)

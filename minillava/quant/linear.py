@@ -18,7 +18,8 @@ stored.py has the layers that widen or multiply floats, integer.py those with in
 Where a C compiler is installed, native.c does part of their work; without it torch's kernels do.
 
 A digit is an integer of 8 bits where the CPU multiplies them exactly (AVX-512 VNNI, AMX), of 7 bits
-on other CPUs, whose instructions for 8 bits saturate: digit_limit() finds out by trying.
+on other CPUs, whose instructions for 8 bits saturate: digit_limit() finds out by trying. oneDNN
+multiplies 8 bits. 7 bits are multiplied by native.c with AVX2, and otherwise by fbgemm.
 
 A CPU that multiplies bfloat16 in hardware (AVX-512 BF16, AMX, Arm's BF16) does so at twice the rate
 of float32 or more. There a model in bfloat16 computes in bfloat16, as on a GPU; on other CPUs its
@@ -72,7 +73,7 @@ def choose_linear(
         return WidenedLinear(weight, bias)
     if isinstance(weight, Int8):
         on_cpu = weight.codes.device.type == "cpu"
-        if on_cpu and kernel_works("onednn"):
+        if on_cpu and (kernel_works("onednn") or kernel_works("many")):
             return Int8Linear(weight, bias, digits)
         if on_cpu and kernel_works("fbgemm"):
             return FbgemmLinear(weight, bias, digits)
@@ -107,12 +108,12 @@ def kernel_works(kind: str) -> bool:
 
     "float16" and "fbgemm" (int8) are fbgemm's, "int4" is torch's. "float32" and "bfloat16" are
     oneDNN's, the latter where the CPU multiplies it, "onednn" is int8 by oneDNN where its products
-    of 8 bits are exact. "native" is int4 by native.c.
+    of 8 bits are exact. "native" is int4 by native.c, "many" is int8 by it.
     """
     works = {
         "float32": _float32_works, "float16": _half_works, "bfloat16": _bfloat16_works,
         "onednn": _onednn_works, "fbgemm": _fbgemm_works, "int4": _packed_int4_works,
-        "native": _native_works,
+        "native": _native_works, "many": _many_works,
     }  # fmt: skip
     try:
         return works[kind]()
@@ -149,6 +150,10 @@ def _packed_works(dtype: torch.dtype) -> bool:
 
 def _onednn_works() -> bool:
     return digit_limit() == 127 and _int8_works(Int8Linear)
+
+
+def _many_works() -> bool:
+    return native.multiplies_many(digit_limit()) and _int8_works(Int8Linear)
 
 
 def _fbgemm_works() -> bool:

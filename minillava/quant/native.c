@@ -19,6 +19,10 @@
 #define LANES 8 /* floats of a vector */
 #define LINE 64 /* bytes of a line of the CPU's cache */
 #define GROUP 32 /* columns of an int4 weight that share a step and a low */
+#define PANEL 16 /* rows of a weight that many rows of activations are multiplied by at a time */
+#define PANEL_AHEAD 512 /* bytes of them that are fetched ahead, from the second cache to the first */
+#define TILE 4 /* rows of activations that are multiplied by them at a time */
+#define SHIFT 64 /* makes digits of 7 bits unsigned */
 
 static inline int32_t sum_lanes(__m256i v) {
     __m128i s = _mm_add_epi32(_mm256_castsi256_si128(v), _mm256_extracti128_si256(v, 1));
@@ -285,6 +289,142 @@ int multiply(int8_t *codes, float *step, const void *w, const uint8_t *wstep, co
     return 0;
 }
 
+/* Two groups of a 4-bit weight as integers, wide (2 GROUP). */
+static inline void widen_pair(const uint8_t *w, const uint8_t *step, const int8_t *low, int8_t *wide) {
+    const __m256i nibble = _mm256_set1_epi8(15);
+    const __m128i count = _mm_setr_epi8(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
+    __m256i bytes = _mm256_loadu_si256((const __m256i *)w), level[2];
+    for (int i = 0; i < 2; i++) { /* the 16 values of a group, modulo 256 */
+        __m256i products = _mm256_mullo_epi16(_mm256_cvtepu8_epi16(count), _mm256_set1_epi16(step[i]));
+        __m128i values = _mm_packus_epi16(_mm256_castsi256_si128(products), _mm256_extracti128_si256(products, 1));
+        values = _mm_add_epi8(values, _mm_set1_epi8(low[i]));
+        level[i] = _mm256_broadcastsi128_si256(values);
+    }
+    __m256i first = _mm256_shuffle_epi8(level[0], _mm256_and_si256(bytes, nibble));
+    __m256i second = _mm256_shuffle_epi8(level[1], _mm256_and_si256(_mm256_srli_epi16(bytes, 4), nibble));
+    _mm256_storeu_si256((__m256i *)wide, first);
+    _mm256_storeu_si256((__m256i *)(wide + GROUP), second);
+}
+
+/* Eight vectors of eight 32-bit values, rows become columns. */
+static inline void transpose(__m256i v[8]) {
+    __m256i a[8], b[8];
+    for (int i = 0; i < 8; i += 2) {
+        a[i] = _mm256_unpacklo_epi32(v[i], v[i + 1]);
+        a[i + 1] = _mm256_unpackhi_epi32(v[i], v[i + 1]);
+    }
+    for (int i = 0; i < 8; i += 4)
+        for (int j = 0; j < 2; j++) {
+            b[i + 2 * j] = _mm256_unpacklo_epi64(a[i + j], a[i + j + 2]);
+            b[i + 2 * j + 1] = _mm256_unpackhi_epi64(a[i + j], a[i + j + 2]);
+        }
+    for (int i = 0; i < 4; i++) {
+        v[i] = _mm256_permute2x128_si256(b[i], b[i + 4], 0x20);
+        v[i + 4] = _mm256_permute2x128_si256(b[i], b[i + 4], 0x31);
+    }
+}
+
+/* A panel: PANEL rows of a weight from row n on, four columns of each after one another, so that
+ * a vector holds four columns of eight rows. panel (Kp / 4, PANEL, 4), zeros after column K and
+ * after row N. scratch: memory for PANEL rows of Kp. offsets: SHIFT times the sum of each row. */
+static void fill_panel(const weight *w, long n, long N, long K, long Kp, int8_t *scratch, int8_t *panel,
+                       int32_t *offsets) {
+    const long G = K / GROUP;
+    for (long i = 0; i < PANEL; i++) {
+        int8_t *row = scratch + i * Kp;
+        const long at = n + i;
+        memset(row, 0, Kp);
+        if (at < N && w->step)
+            for (long p = 0; p < G / 2; p++)
+                widen_pair((const uint8_t *)w->codes + at * K / 2 + p * GROUP, w->step + at * G + 2 * p,
+                           w->low + at * G + 2 * p, row + 2 * p * GROUP);
+        else if (at < N)
+            memcpy(row, (const int8_t *)w->codes + at * K, K);
+        int32_t total = 0;
+        for (long k = 0; k < Kp; k++)
+            total += row[k];
+        offsets[i] = SHIFT * total;
+    }
+    for (long k = 0; k < Kp; k += 32)
+        for (long half = 0; half < PANEL; half += 8) {
+            __m256i v[8];
+            for (int i = 0; i < 8; i++)
+                v[i] = _mm256_loadu_si256((const __m256i *)(scratch + (half + i) * Kp + k));
+            transpose(v);
+            for (int i = 0; i < 8; i++)
+                _mm256_storeu_si256((__m256i *)(panel + (k + 4 * i) * PANEL + 4 * half), v[i]);
+        }
+}
+
+/* sums (TILE, PANEL) of products of TILE rows of x (TILE, Kp) and a panel. */
+static inline void multiply_tile(const uint8_t *x, const int8_t *panel, int32_t *sums, long Kp) {
+    const __m256i ones = _mm256_set1_epi16(1);
+    __m256i s[TILE][2];
+    for (int r = 0; r < TILE; r++)
+        s[r][0] = s[r][1] = _mm256_setzero_si256();
+    for (long k = 0; k < Kp; k += 4, panel += 4 * PANEL) {
+        _mm_prefetch((const char *)panel + PANEL_AHEAD, _MM_HINT_T0);
+        const __m256i low = _mm256_loadu_si256((const __m256i *)panel);
+        const __m256i high = _mm256_loadu_si256((const __m256i *)(panel + 32));
+        for (int r = 0; r < TILE; r++) {
+            int32_t four;
+            memcpy(&four, x + r * Kp + k, 4);
+            const __m256i a = _mm256_set1_epi32(four);
+            s[r][0] = _mm256_add_epi32(s[r][0], _mm256_madd_epi16(_mm256_maddubs_epi16(a, low), ones));
+            s[r][1] = _mm256_add_epi32(s[r][1], _mm256_madd_epi16(_mm256_maddubs_epi16(a, high), ones));
+        }
+    }
+    for (int r = 0; r < TILE; r++) {
+        _mm256_storeu_si256((__m256i *)(sums + r * PANEL), s[r][0]);
+        _mm256_storeu_si256((__m256i *)(sums + r * PANEL + 8), s[r][1]);
+    }
+}
+
+/* The same as multiply(), for many rows of digits between -63 and 63. These become unsigned by
+ * adding SHIFT, for an instruction that multiplies unsigned by signed bytes and adds two products in
+ * 16 bits: 2 * 127 * 127 fits. */
+int multiply_many(const int8_t *codes, const float *step, const void *w, const uint8_t *wstep, const int8_t *wlow,
+                  const float *scale, float *y, long R, long N, long K, float share, int threads) {
+    const weight matrix = {w, wstep, wlow, scale};
+    const long count = share == 0.0f ? 1 : 2, Kp = (K + 31) / 32 * 32, Rp = (R + TILE - 1) / TILE * TILE;
+    uint8_t *x = malloc(count * Rp * Kp); /* each digit's rows, and rows that complete a tile */
+    int failed = !x;
+#pragma omp parallel num_threads(threads) reduction(| : failed)
+    {
+        int8_t *panel = malloc(2 * PANEL * Kp), *scratch = panel + PANEL * Kp;
+        int32_t offsets[PANEL], sums[2][TILE * PANEL];
+        failed |= !panel;
+        if (x)
+#pragma omp for
+            for (long r = 0; r < count * Rp; r++) {
+                const long digit = r / Rp, row = r % Rp;
+                memset(x + r * Kp, SHIFT, Kp);
+                for (long k = 0; row < R && k < K; k++)
+                    x[r * Kp + k] = (uint8_t)(codes[(digit * R + row) * K + k] + SHIFT);
+            }
+        if (x)
+#pragma omp for schedule(dynamic)
+            for (long n = 0; n < N; n += PANEL) {
+                if (!panel)
+                    continue;
+                fill_panel(&matrix, n, N, K, Kp, scratch, panel, offsets);
+                for (long r = 0; r < R; r += TILE) {
+                    for (long digit = 0; digit < count; digit++)
+                        multiply_tile(x + (digit * Rp + r) * Kp, panel, sums[digit], Kp);
+                    for (long i = 0; i < TILE && r + i < R; i++)
+                        for (long j = 0; j < PANEL && n + j < N; j++) {
+                            const int32_t first = sums[0][i * PANEL + j] - offsets[j];
+                            const int32_t second = count == 2 ? sums[1][i * PANEL + j] - offsets[j] : 0;
+                            y[(r + i) * N + n + j] = scaled(first, second, share, scale[n + j], step[r + i]);
+                        }
+                }
+            }
+        free(panel);
+    }
+    free(x);
+    return failed;
+}
+
 /* One head of a new row: y = softmax(q k^T / sqrt(Dh)) v over S rows, q and y (Dh). visible: which
  * rows it sees, NULL: all. weights: memory for S floats and 8 more. */
 static void attend_head(const float *q, const float *k, const float *v, const uint8_t *visible, float *y,
@@ -453,21 +593,8 @@ int decode_layers(const layer *layers, float *x, const float *cosine, const floa
 
 int widen_int4(const uint8_t *w, const uint8_t *step, const int8_t *low, int8_t *wide, long pairs,
                 int threads) {
-    const __m256i nibble = _mm256_set1_epi8(15);
-    const __m128i count = _mm_setr_epi8(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
 #pragma omp parallel for num_threads(threads)
-    for (long p = 0; p < pairs; p++) {
-        __m256i bytes = _mm256_loadu_si256((const __m256i *)(w + p * GROUP)), level[2];
-        for (int i = 0; i < 2; i++) { /* the 16 values of a group, modulo 256 */
-            __m256i products = _mm256_mullo_epi16(_mm256_cvtepu8_epi16(count), _mm256_set1_epi16(step[2 * p + i]));
-            __m128i values = _mm_packus_epi16(_mm256_castsi256_si128(products), _mm256_extracti128_si256(products, 1));
-            values = _mm_add_epi8(values, _mm_set1_epi8(low[2 * p + i]));
-            level[i] = _mm256_broadcastsi128_si256(values);
-        }
-        __m256i first = _mm256_shuffle_epi8(level[0], _mm256_and_si256(bytes, nibble));
-        __m256i second = _mm256_shuffle_epi8(level[1], _mm256_and_si256(_mm256_srli_epi16(bytes, 4), nibble));
-        _mm256_storeu_si256((__m256i *)(wide + 2 * p * GROUP), first);
-        _mm256_storeu_si256((__m256i *)(wide + (2 * p + 1) * GROUP), second);
-    }
+    for (long p = 0; p < pairs; p++)
+        widen_pair(w + p * GROUP, step + 2 * p, low + 2 * p, wide + 2 * p * GROUP);
     return 0;
 }

@@ -2,9 +2,11 @@
 
 torch has no fast kernel for a few rows times a 4-bit weight, rounding activations to integers
 takes it ten passes over them, and its attention of one row reads the cache at half of memory's
-rate. native.c has all three, and runs the decoder layers of a new token whole. It needs an x86 CPU
-with AVX2 and a C compiler: the first process that makes an integer layer compiles it within a
-second or two and puts the library in huggingface-hub's folder for the files of other libraries.
+rate. native.c has all three, and runs the decoder layers of a new token whole. Many rows times a
+weight are left to oneDNN, except on CPUs with AVX2 alone, where native.c is faster than oneDNN and
+fbgemm. It needs an x86 CPU with AVX2 and a C compiler: the first process that makes an integer
+layer compiles it within a second or two and puts the library in huggingface-hub's folder for the
+files of other libraries.
 Without such a CPU, a compiler or a folder to write to, kernels() is None, and the layers use
 torch's operations.
 
@@ -36,7 +38,7 @@ COMPILERS = ("cc", "gcc", "clang")
 # Contracting a * b + c to one rounding would give other bits than torch's operations.
 FLAGS = ("-O3", "-mavx2", "-ffp-contract=off", "-fopenmp", "-shared", "-fPIC")
 COMPILER_SECONDS = 60
-FEW_ROWS = 16  # of activations; for more, oneDNN is faster
+FEW_ROWS = 16  # of activations; more are multiplied by oneDNN or by multiply_many
 LANES = 8  # a rotated block of columns has at least so many
 TINY = torch.finfo(torch.float32).tiny
 
@@ -56,6 +58,7 @@ _ARGUMENTS = {
     "to_digits": ("float byte float", 4, 2),
     "scale_sums": ("int float float float", 2, 1),
     "multiply": ("byte float byte byte byte float float", 3, 1),
+    "multiply_many": ("byte float byte byte byte float float", 3, 1),
     "widen_int4": ("byte byte byte byte", 1, 0),
     "decode_layers": ("long float float float long bool", 10, 4),
 }
@@ -113,11 +116,12 @@ class Kernels:
     def multiply(self, codes: Tensor, step: Tensor, weight: Stored, share: float = 0.0) -> Tensor:
         """Digits (R, K), of two (2 R, K), with step (R, 1) times a weight (N, K) -> (R, N).
 
-        share: see scale_sums.
+        share: see scale_sums. More than FEW_ROWS must be digits of 7 bits, see multiplies_many.
         """
         (R, N), K = (step.shape[0], weight[-1].shape[0]), codes.shape[1]
         y = step.new_empty(R, N)
-        self._call("multiply", (codes, step, *weight, y), R, N, K, share)
+        name = "multiply" if R <= FEW_ROWS else "multiply_many"
+        self._call(name, (codes, step, *weight, y), R, N, K, share)
         return y
 
     def decode_layers(
@@ -161,6 +165,14 @@ class Kernels:
         """Rows of a 4-bit weight as integers: out (n, K) int8."""
         self._call("widen_int4", (codes, step, low, out), codes.numel() // GROUP_COLUMNS)
         return out
+
+
+def multiplies_many(limit: int) -> bool:
+    """Whether native.c is what multiplies many rows of digits fastest. limit: of a digit.
+
+    It has no instructions newer than AVX2, and takes digits of 7 bits.
+    """
+    return limit == 63 and torch.backends.cpu.get_cpu_capability() == "AVX2" and bool(kernels())
 
 
 def check_readable(t: Tensor, dtypes: tuple[torch.dtype, ...]) -> None:

@@ -143,6 +143,68 @@ def test_the_largest_and_smallest_integers_are_summed_exactly(rows: int) -> None
         assert torch.equal(layer.multiply_digits(given), expected)
 
 
+def random_digits(rows: int, K: int) -> tuple[Tensor, Tensor]:
+    """Digits of 7 bits (rows, K) and their steps (rows, 1)."""
+    generator = torch.Generator().manual_seed(rows)
+    codes = torch.randint(-63, 64, (rows, K), generator=generator, dtype=torch.int8)
+    return codes, torch.rand(rows, 1, generator=generator) + 0.5
+
+
+@needs_native
+@pytest.mark.parametrize(("R", "N", "K"), [(17, 80, 192), (20, 5, 7), (41, 33, 100), (64, 16, 96)])
+@pytest.mark.parametrize("form", ["one digit", "two digits", "int4"])
+def test_many_rows_are_the_bits_of_few(R: int, N: int, K: int, form: str) -> None:
+    """Also where rows and columns do not fill the tiles and panels of multiply_many."""
+    compiled, weight = native.kernels(), example(1, K, N)[1]
+    assert compiled is not None
+    if form == "int4":
+        if K % 64:
+            pytest.skip("int4 is stored in pairs of groups of 32 columns")
+        layer: StoredLinear = int4_layer(weight)
+    else:
+        layer = int8_layer(weight, 1)
+    assert isinstance(layer, Int4Linear | Int8Linear)
+    count, share = (2, 0.5 / 63) if form == "two digits" else (1, 0.0)
+    codes, _ = random_digits(count * R, K)
+    step = random_digits(R, K)[1]
+    y = compiled.multiply(codes, step, layer.stored, share)
+    few = [
+        compiled.multiply(torch.cat([c[r] for c in codes.split(R)]), step[r], layer.stored, share)
+        for r in torch.arange(R).split(native.FEW_ROWS)
+    ]
+    assert torch.equal(y, torch.cat(few))
+
+
+@needs_native
+def test_many_rows_of_the_largest_digits_do_not_saturate() -> None:
+    K, compiled = 11008, native.kernels()
+    assert compiled is not None
+    weight = torch.full((20, K), 127, dtype=torch.int8)
+    weight[1], weight[2, ::2] = -127, -127
+    for digit in (-63, 63):
+        codes = torch.full((24, K), digit, dtype=torch.int8)
+        stored = weight, None, None, torch.ones(20)
+        y = compiled.multiply(codes, torch.ones(24, 1), stored)
+        expected = (weight.long().sum(1) * digit).float().expand(24, -1)
+        assert torch.equal(y, expected)
+
+
+@needs_native
+def test_many_rows_are_multiplied_where_nothing_newer_than_avx2_is(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    for capability, limit, expected in (
+        ("AVX2", 63, True),
+        ("AVX2", 127, False),  # instructions that sum 8 bits exactly: oneDNN has them
+        ("AVX512", 63, False),
+    ):
+        monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda c=capability: c)
+        assert native.multiplies_many(limit) == expected
+    monkeypatch.setattr(native, "kernels", lambda: None)
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "AVX2")
+    assert not native.multiplies_many(63)
+
+
 @pytest.mark.parametrize("limit", [63, 127])
 @pytest.mark.parametrize("rows", [1, 3, 20])
 def test_integers_are_multiplied_exactly_whatever_the_strides(limit: int, rows: int) -> None:
