@@ -8,8 +8,8 @@ same as engine.decode up to the rounding of float32.
 Weights may be moved or replaced between two tokens: the addresses that native.c is given are
 compared with the modules' tensors for each token, in 1 ms for 32 layers, and collected anew if any
 differs. Torch runs a segment with a layer that is then not stored as the first was when the model
-was loaded, or that has a hook or a forward() of its own on any module, and batches of more than
-FEW_ROWS samples.
+was loaded, or of which any module has a hook, another class, or another forward(). It also runs
+batches of more than FEW_ROWS samples.
 """
 
 from __future__ import annotations
@@ -21,16 +21,20 @@ from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.module import _global_forward_hooks, _global_forward_pre_hooks
 
 from ..cache import Held
 from ..config import TextConfig
-from ..llama import Block, Rope
+from ..llama import MLP, Attention, Block, RMSNorm, Rope
 from ..llava import LLaVA
 from ..quant.integer import Int4Linear, Int8Linear
 from ..quant.native import FEW_ROWS, LANES, Kernels, kernels
 from ..quant.quantise import ROTATED_COLUMNS, block_size
 from ..sample import CacheView
 from .compiled import LayerDecode, run_blocks
+
+# What native.c does is what these do.
+FORWARDS = {kind: kind.forward for kind in (Block, Attention, MLP, RMSNorm, Int8Linear, Int4Linear)}
 
 
 def native_decoding(model: LLaVA) -> NativeDecode | None:
@@ -56,14 +60,19 @@ class NativeLayer:
     tensors: list[Tensor]
     states: list[tuple[Any, ...]]  # of the tensors, see state_of
     places: list[tuple[dict[str, Any], str, Any]]  # what every module inside the layer held
-    modules: list[nn.Module]
+    hooks: list[dict[int, Any]]  # of every module
+    attributes: list[dict[str, Any]]  # of every module
+    modules: list[nn.Module]  # inside the layer, not itself: it is the key of this value
+    kinds: list[type[nn.Module]]  # of them
 
     def is_current(self) -> bool:
         """Whether the modules hold the same tensors in the same places of memory."""
         return (
             all(holder.get(name) is value for holder, name, value in self.places)
             and [state_of(t) for t in self.tensors] == self.states
-            and not any(map(is_changed, self.modules))
+            and not any(self.hooks)
+            and not any("forward" in held for held in self.attributes)
+            and [type(m) for m in self.modules] == self.kinds
         )
 
 
@@ -100,7 +109,11 @@ class NativeDecode(LayerDecode):
             return None
         record = torch.tensor([0 if t is None else t.data_ptr() for t in stored])
         states = [state_of(t) for t in tensors]
-        found = NativeLayer(record, tensors, states, places_in(block), modules)
+        found = NativeLayer(
+            record, tensors, states, places_in(block),
+            [hooks for m in modules for hooks in (m._forward_hooks, m._forward_pre_hooks)],
+            [vars(m) for m in modules], modules[1:], [type(m) for m in modules[1:]],
+        )  # fmt: skip
         self.prepared[block] = found
         return found
 
@@ -108,7 +121,12 @@ class NativeDecode(LayerDecode):
         self, blocks: Sequence[Block], x: Tensor, rope: Rope, held: Sequence[Held], view: CacheView
     ) -> Tensor:
         """As run_blocks."""
-        layers = [self.prepare(block) for block in blocks] if len(x) <= FEW_ROWS else []
+        native = len(x) <= FEW_ROWS and not (
+            _global_forward_hooks
+            or _global_forward_pre_hooks
+            or any(kind.forward is not forward for kind, forward in FORWARDS.items())
+        )
+        layers = [self.prepare(block) for block in blocks] if native else []
         records = [layer.record for layer in layers if layer is not None]
         if len(records) < len(blocks):
             return run_blocks(blocks, x, rope, held, view)
@@ -154,7 +172,8 @@ def state_of(tensor: Tensor) -> tuple[Any, ...]:
 
 def is_changed(module: nn.Module) -> bool:
     """Whether somebody gave a module something to do that native.c does not know of."""
-    return bool(module._forward_hooks or module._forward_pre_hooks or "forward" in vars(module))
+    hooks = module._forward_hooks or module._forward_pre_hooks
+    return bool(hooks) or "forward" in vars(module) or type(module) not in FORWARDS
 
 
 def places_in(block: Block) -> list[tuple[dict[str, Any], str, Any]]:

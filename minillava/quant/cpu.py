@@ -39,7 +39,8 @@ def multiplies(dtype: torch.dtype) -> bool:
 def fewest_rows() -> int:
     """The number of rows that oneDNN multiplies by a packed weight at least as fast as fewer ones.
 
-    With AVX-512 it reads the weight of a 7B model at 28 GB/s for five rows and at 21 for one.
+    With AVX-512 it reads the bfloat16 weights of a 7B model at 28 GB/s for five rows and at 21 for
+    one; with AVX2 one row of float32 is fastest. It was not measured on other CPUs.
     """
     return 5 if torch.backends.cpu.get_cpu_capability() == "AVX512" else 1
 

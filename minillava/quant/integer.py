@@ -106,7 +106,7 @@ class Int8Linear(IntegerLinear):
     def multiply_digits(self, digits: Digits) -> Tensor:
         compiled, share = kernels(), 0.5 / self.limit if self.digits == 2 else 0.0
         if compiled and (digits.step.shape[0] <= FEW_ROWS or multiplies_many(self.limit)):
-            y = compiled.multiply(digits.codes, digits.step, self.stored, share)
+            y = compiled.multiply(digits.codes, digits.step, self.stored, self.limit, share)
         else:
             sums = multiply_integers(digits.codes, self.weight, self.limit)
             y = scale_sums(sums, self.scale, digits.step, share)
@@ -199,7 +199,7 @@ class Int4Linear(IntegerLinear):
         compiled = kernels()
         assert compiled, "this layer is made only where native.c was compiled"
         if digits.step.shape[0] <= FEW_ROWS or multiplies_many(self.limit):
-            y = compiled.multiply(digits.codes, digits.step, self.stored)
+            y = compiled.multiply(digits.codes, digits.step, self.stored, self.limit)
         else:
             wide = torch.empty(self.out_features, self.in_features, dtype=torch.int8)
             compiled.widen_int4(self.codes, self.step, self.low, wide)

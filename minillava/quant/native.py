@@ -2,11 +2,11 @@
 
 torch has no fast kernel for a few rows times a 4-bit weight, rounding activations to integers
 takes it ten passes over them, and its attention of one row reads the cache at half of memory's
-rate. native.c has all three, and runs the decoder layers of a new token whole. Many rows times a
-weight are left to oneDNN, except on CPUs with AVX2 alone, where native.c is faster than oneDNN and
-fbgemm. It needs an x86 CPU with AVX2 and a C compiler: the first process that makes an integer
-layer compiles it within a second or two and puts the library in huggingface-hub's folder for the
-files of other libraries.
+rate. native.c has all three, and runs the decoder layers of a new token whole. On CPUs with AVX2
+alone it also multiplies many rows, faster than oneDNN and fbgemm, which do so on others. It needs
+an x86 CPU with AVX2 and a C compiler: the first process that makes an integer layer compiles it
+within a second or two and puts the library in huggingface-hub's folder for the files of other
+libraries.
 Without such a CPU, a compiler or a folder to write to, kernels() is None, and the layers use
 torch's operations.
 
@@ -113,14 +113,22 @@ class Kernels:
         self._call("scale_sums", (sums, y, scale, step), R, N, share)
         return y
 
-    def multiply(self, codes: Tensor, step: Tensor, weight: Stored, share: float = 0.0) -> Tensor:
+    def multiply(
+        self, codes: Tensor, step: Tensor, weight: Stored, limit: int, share: float = 0.0
+    ) -> Tensor:
         """Digits (R, K), of two (2 R, K), with step (R, 1) times a weight (N, K) -> (R, N).
 
-        share: see scale_sums. More than FEW_ROWS must be digits of 7 bits, see multiplies_many.
+        limit: the largest value of a digit. share: see scale_sums.
+        Raises ValueError for more than FEW_ROWS of digits of 8 bits, whose products would saturate.
         """
         (R, N), K = (step.shape[0], weight[-1].shape[0]), codes.shape[1]
         y = step.new_empty(R, N)
         name = "multiply" if R <= FEW_ROWS else "multiply_many"
+        if name == "multiply_many" and limit != 63:
+            raise ValueError(
+                f"{R} rows of digits up to {limit}, but native.c multiplies more than {FEW_ROWS} "
+                "only of digits up to 63; use oneDNN (integer.multiply_integers)"
+            )
         self._call(name, (codes, step, *weight, y), R, N, K, share)
         return y
 

@@ -93,7 +93,11 @@ class StoredLinear(nn.Module):
         return x
 
     def forward(self, x: Tensor | Digits) -> Tensor:
-        """x (..., K), or what prepare() made of it -> (..., N) in the dtype of x."""
+        """x (..., K), or what prepare() made of it -> (..., N) in the dtype of x.
+
+        Raises ValueError for another number of columns.
+        """
+        self.check_columns(x)
         if isinstance(x, Digits):
             y = self.multiply_digits(x)
         else:
@@ -101,6 +105,14 @@ class StoredLinear(nn.Module):
         if self.bias is not None:
             y = y.add_(self.bias)
         return y.view(*x.shape[:-1], self.out_features)
+
+    def check_columns(self, x: Tensor | Digits) -> None:
+        """Raise ValueError for x that is not (..., K): the kernels do not look."""
+        if not x.shape or x.shape[-1] != self.in_features:
+            raise ValueError(
+                f"a linear layer of {self.in_features} columns got an input {tuple(x.shape)}; its "
+                f"last dimension must be {self.in_features}"
+            )
 
     def _multiply_in_parts(self, x: Tensor) -> Tensor:
         if len(x) <= INPUT_ROWS:
@@ -287,6 +299,12 @@ class PackedLinear(StoredLinear):
 
     def forward(self, x: Tensor | Digits) -> Tensor:
         assert isinstance(x, Tensor), "prepare() of this layer makes no digits"
+        self.check_columns(x)
+        if x.dtype != self.packed.dtype:
+            raise ValueError(
+                f"a linear layer in {self.packed.dtype} got an input in {x.dtype}; convert one of "
+                "them with to()"
+            )
         if not self.packed.is_mkldnn or (x.requires_grad and torch.is_grad_enabled()):
             return F.linear(x, self.weight, self.bias)  # oneDNN's product has no gradient
         few = x.shape[0] if x.ndim == 2 and 0 < x.shape[0] < fewest_rows() else None

@@ -97,7 +97,7 @@ def test_without_native_a_row_does_not_depend_on_its_neighbours(
     form: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(
-        linear, "kernel_works", lambda kind: kind != "native" and kernel_works(kind)
+        linear, "kernel_works", lambda kind: kind not in ("native", "many") and kernel_works(kind)
     )
     x, weight = example(40)
     x[3] *= 1e4
@@ -107,6 +107,7 @@ def test_without_native_a_row_does_not_depend_on_its_neighbours(
         assert "native" not in layer.arithmetic
     else:
         layer = choose_linear(Int8(*to_int8(weight)), None, digits=2 - (form != "int8"))
+        assert isinstance(layer, Int8Linear) == kernel_works("onednn")
     together = layer(x)
     kept = from_int4(*to_int4(weight)) if form == "int4" else weight
     error = (together - x @ kept.T).abs().amax(1) / together.square().mean(1).sqrt()
@@ -118,29 +119,51 @@ def test_without_native_a_row_does_not_depend_on_its_neighbours(
 
 
 @needs_native
+@pytest.mark.parametrize("R", [3, 40])
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
-def test_a_value_that_is_not_finite_reaches_every_result_of_its_row(value: float) -> None:
-    x, weight = example(3, K=256)
+def test_a_value_that_is_not_finite_reaches_every_result_of_its_row(value: float, R: int) -> None:
+    x, weight = example(R, K=256)
     x[1, 77] = value
     for layer in (int8_layer(weight, 1), int8_layer(weight, 2), int4_layer(weight)):
         y = layer(x)
         assert not y[1].isfinite().any()
-        assert y[[0, 2]].isfinite().all()
+        assert y[[0, *range(2, R)]].isfinite().all()
 
 
 @needs_native
 @pytest.mark.parametrize("rows", [1, 40])
 def test_the_largest_and_smallest_integers_are_summed_exactly(rows: int) -> None:
-    """Activations of -127 and 127 times weights of -127 and 127 over 11,008 columns."""
+    """The largest digits times weights of -127 and 127 over 11,008 columns."""
     K, N = 11008, 4
     codes = torch.full((N, K), 127, dtype=torch.int8)
     codes[1], codes[2, ::2] = -127, -127
     layer = Int8Linear(Int8(codes, torch.ones(N)), None, digits=1)
-    digits = torch.full((rows, K), -127, dtype=torch.int8)
-    expected = torch.tensor([-1.0, 1.0, 0.0, -1.0]).expand(rows, -1) * (127 * 127 * K)
-    if rows == 1 or digit_limit() == 127:
-        given = Digits(digits, torch.ones(rows, 1), torch.Size((rows, K)), torch.float32)
-        assert torch.equal(layer.multiply_digits(given), expected)
+    digits = torch.full((rows, K), -layer.limit, dtype=torch.int8)
+    expected = torch.tensor([-1.0, 1.0, 0.0, -1.0]).expand(rows, -1) * (127 * layer.limit * K)
+    given = Digits(digits, torch.ones(rows, 1), torch.Size((rows, K)), torch.float32)
+    assert torch.equal(layer.multiply_digits(given), expected)
+
+
+@needs_native
+@pytest.mark.parametrize("R", [3, 20])
+@pytest.mark.parametrize("columns", [128, 512])
+def test_another_number_of_columns_is_refused(R: int, columns: int) -> None:
+    weight = example(1, K=256)[1]
+    for layer in (int8_layer(weight, 1), int4_layer(weight)):
+        x = example(R, K=columns)[0]
+        for given in (x, layer.prepare(x)):
+            with pytest.raises(ValueError, match=f"256 columns got an input .*{columns}"):
+                layer(given)
+
+
+@needs_native
+def test_many_rows_of_digits_of_8_bits_are_refused() -> None:
+    compiled = native.kernels()
+    assert compiled is not None
+    stored = torch.zeros(80, 64, dtype=torch.int8), None, None, torch.ones(80)
+    codes = torch.full((20, 64), 127, dtype=torch.int8)
+    with pytest.raises(ValueError, match=r"20 rows of digits up to 127.* more than 16"):
+        compiled.multiply(codes, torch.ones(20, 1), stored, 127)
 
 
 def random_digits(rows: int, K: int) -> tuple[Tensor, Tensor]:
@@ -167,12 +190,45 @@ def test_many_rows_are_the_bits_of_few(R: int, N: int, K: int, form: str) -> Non
     count, share = (2, 0.5 / 63) if form == "two digits" else (1, 0.0)
     codes, _ = random_digits(count * R, K)
     step = random_digits(R, K)[1]
-    y = compiled.multiply(codes, step, layer.stored, share)
+    y = compiled.multiply(codes, step, layer.stored, 63, share)
     few = [
-        compiled.multiply(torch.cat([c[r] for c in codes.split(R)]), step[r], layer.stored, share)
+        compiled.multiply(
+            torch.cat([c[r] for c in codes.split(R)]), step[r], layer.stored, 63, share
+        )
         for r in torch.arange(R).split(native.FEW_ROWS)
     ]
     assert torch.equal(y, torch.cat(few))
+
+
+@needs_native
+@pytest.mark.parametrize("form", ["int8", "int8-dynamic", "int4"])
+@pytest.mark.parametrize("many", [True, False])
+def test_layers_leave_many_rows_to_native_c_where_it_is_fastest(
+    form: str, many: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In one call. oneDNN's sums are exact too."""
+    monkeypatch.setattr(integer, "digit_limit", lambda: 63)
+    monkeypatch.setattr(integer, "multiplies_many", lambda limit: many and limit == 63)
+    x, weight = example(40)
+    layer: StoredLinear
+    if form == "int4":
+        layer = Int4Linear(Int4(*to_int4(weight)), None)
+    else:
+        layer = int8_layer(weight, digits=2 - (form == "int8-dynamic"))
+    assert ("oneDNN" in layer.arithmetic) != many
+    digits = layer.prepare(x)
+    assert isinstance(digits, Digits)
+    y = layer.multiply_digits(digits)
+    compiled = native.kernels()
+    assert compiled is not None
+    called, call = [], compiled._call
+    monkeypatch.setattr(compiled, "_call", lambda *a: (called.append(a[0]), call(*a)))
+    again = layer.multiply_digits(digits)
+    expected = ["multiply_many"] if many else ["widen_int4"] if form == "int4" else []
+    assert [name for name in called if name != "scale_sums"] == expected
+    assert torch.equal(again, y)
+    monkeypatch.setattr(integer, "multiplies_many", lambda limit: not many)
+    torch.testing.assert_close(layer.multiply_digits(digits), y, rtol=1e-6, atol=0)
 
 
 @needs_native
@@ -184,7 +240,7 @@ def test_many_rows_of_the_largest_digits_do_not_saturate() -> None:
     for digit in (-63, 63):
         codes = torch.full((24, K), digit, dtype=torch.int8)
         stored = weight, None, None, torch.ones(20)
-        y = compiled.multiply(codes, torch.ones(24, 1), stored)
+        y = compiled.multiply(codes, torch.ones(24, 1), stored, 63)
         expected = (weight.long().sum(1) * digit).float().expand(24, -1)
         assert torch.equal(y, expected)
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gc
+import weakref
 from collections import Counter
 from copy import deepcopy
 from dataclasses import replace
@@ -18,7 +20,7 @@ from minillava.cache import KVCache
 from minillava.config import TextConfig
 from minillava.engine import State, decode, hidden_states_read, prefill
 from minillava.generate import generate
-from minillava.llama import Block
+from minillava.llama import MLP, Block
 from minillava.loading import native_decode
 from minillava.loading.compiled import run_blocks
 from minillava.loading.native_decode import NativeDecode, native_decoding
@@ -264,6 +266,58 @@ def test_a_hook_runs_until_it_is_removed(integer_model: Any, add: Any) -> None:
     assert_near(hooked, expected)
     assert not torch.allclose(hooked, before, atol=0.05 * float(before.abs().max()))
     assert torch.equal(both()[0], before)
+
+
+def by_another_norm(block: Any, _: pytest.MonkeyPatch) -> None:
+    norm = torch.nn.LayerNorm(128, bias=False)
+    norm.weight = block.norm1.weight
+    block.norm1 = norm
+
+
+class DoubledMLP(MLP):
+    def forward(self, x: Tensor) -> Tensor:
+        return 2.0 * super().forward(x)
+
+
+def by_another_class(block: Any, _: pytest.MonkeyPatch) -> None:
+    block.mlp.__class__ = DoubledMLP
+
+
+def by_a_class_that_was_changed(_: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(MLP, "forward", lambda self, x: 2.0 * self.down_proj(self.up_proj(x)))
+
+
+def by_a_hook_of_all(_: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    def hook(module: Any, __: Any, y: Tensor) -> Tensor | None:
+        return 2.0 * y if isinstance(module, MLP) else None
+
+    monkeypatch.setitem(torch.nn.modules.module._global_forward_hooks, 0, hook)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [by_another_norm, by_another_class, by_a_class_that_was_changed, by_a_hook_of_all],
+)
+def test_other_code_in_a_layer_runs(
+    folder: Any, change: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = load(folder, quantize="int4")[0]
+    batch = tiny.make_batch(model, "tItt")
+    before = logits_of(model.compiled, model, "", batch)
+    change(model.block(1), monkeypatch)
+    ours, theirs = (logits_of(step, model, "", batch) for step in (model.compiled, decode))
+    monkeypatch.undo()
+    assert torch.equal(ours, theirs)
+    assert not torch.allclose(ours, before, atol=0.05 * float(before.abs().max()))
+
+
+def test_a_layer_that_was_replaced_is_not_kept(folder: Any) -> None:
+    model = load(folder, quantize="int4")[0]
+    old = weakref.ref(model.block(1))
+    logits_of(model.compiled, model, "", tiny.make_batch(model, "tt"))
+    model.llama.blocks[1] = deepcopy(model.block(1))
+    gc.collect()
+    assert old() is None
 
 
 def test_a_forward_that_was_replaced_runs(

@@ -131,6 +131,14 @@ def test_a_packed_layer_is_torchs_on_a_cpu_that_does_not_multiply_its_dtype(
     torch.testing.assert_close(there(x), packed(x), **near)
 
 
+def test_an_input_that_does_not_fit_a_packed_layer_is_refused(packed: PackedLinear) -> None:
+    dtype = packed.packed.dtype
+    with pytest.raises(ValueError, match=r"64 columns got an input .3, 65."):
+        packed(torch.zeros(3, 65, dtype=dtype))
+    with pytest.raises(ValueError, match=rf"in {dtype} got an input in torch.float16"):
+        packed(torch.zeros(3, 64, dtype=torch.float16))
+
+
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[int, Path]:
     """Models by the patches along a side of an image."""
@@ -143,6 +151,11 @@ def models(folders: dict[int, Path]) -> dict[int, tuple[Any, Any]]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(assemble, "LARGE", 0)
         return {g: (load(f)[0], load(f, pack=True)[0]) for g, f in folders.items()}
+
+
+needs_float32 = pytest.mark.skipif(
+    not kernel_works("float32"), reason="torch cannot pack float32 here"
+)
 
 
 def packed_names(model: nn.Module) -> set[str]:
@@ -168,6 +181,7 @@ def test_bfloat16_is_packed_unless_it_is_compiled(
     torch.testing.assert_close(a, b, rtol=0.0, atol=0.02 * float(b.std()))
 
 
+@needs_float32
 def test_the_decoders_float32_is_packed_on_request_alone(
     folders: dict[int, Path],
     models: dict[int, tuple[Any, Any]],
@@ -185,6 +199,7 @@ def test_the_decoders_float32_is_packed_on_request_alone(
     assert packed_names(load(folders[4], pack=True, compile=True)[0]) == set()
 
 
+@needs_float32
 @pytest.mark.parametrize("name", sorted(METHODS))
 def test_every_method_keeps_the_same_with_packed_weights(
     models: dict[int, tuple[Any, Any]], request: pytest.FixtureRequest, name: str
