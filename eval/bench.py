@@ -94,8 +94,10 @@ class Bench:
             if args.ids:
                 items = choose_items(items, read_ids(args.ids), args.ids)
             device = ranks.device(args.device)
-            names = args.model, device, args.dtype, args.quantize, args.revision
-            both = load(*names, progress=True, pack=True)
+            both = load(
+                args.model, device, args.dtype, args.quantize, args.revision, progress=True,
+                pack=True,
+            )  # fmt: skip
             found.append(cls(args, task, items, *both, ranks))
 
         ranks.gather(prepare)

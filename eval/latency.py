@@ -121,7 +121,7 @@ def random_model(config: Config, form: str, device: torch.device) -> LLaVA:
     quantize = form if form in QUANTIZE else None
     storage = torch.float16 if quantize else DTYPES[form]
     forms = choose_forms(model, found, quantize, Path())
-    load_weights(model, found, device, storage, forms, progress=True, pack=(storage,))
+    load_weights(model, found, device, storage, forms, progress=True)
     model.compiled = native_decoding(model)
     return model
 

@@ -77,6 +77,12 @@ def goldens(request: pytest.FixtureRequest) -> Path:
 
 
 @pytest.fixture(scope="session")
+def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[int, Path]:
+    """Folders of random models by the patches along a side of an image, see tiny.grid_for."""
+    return {g: tiny.write_folder(tmp_path_factory, image_size=14 * g) for g in (4, 6)}
+
+
+@pytest.fixture(scope="session")
 def small_model(tmp_path_factory: pytest.TempPathFactory) -> Any:
     """A random model with four decoder layers, grouped-query attention and 16 tokens per image."""
     return tiny.write_model(tmp_path_factory)

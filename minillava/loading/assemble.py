@@ -24,6 +24,7 @@ TIED = ("llama.embed_tokens.weight", "llama.lm_head.weight")  # one tensor in so
 BLOCKS = ("llama.blocks.",)
 TOWER = ("vision.", "projector.")
 HEAD, PROJECTOR, DECODER = "llama.lm_head", "projector.", "llama."
+PACKABLE = torch.bfloat16, torch.float32  # dtypes of a PackedLinear
 LARGE = 2**20  # values of a float32 weight for which packing pays, such as (1024, 1024)
 # The form of a weight by the dtype that safetensors names, or by a JoinedWeight's kind.
 _FORMS = {"U8": "int4", "NF4": "nf4", "FP4": "fp4", LLM_INT8: LLM_INT8, "I8": "int8"}
@@ -123,7 +124,7 @@ def load_weights(
     storage: torch.dtype,
     forms: Mapping[str, str],
     progress: bool = False,
-    pack: Collection[torch.dtype] = (torch.bfloat16,),
+    pack: Collection[torch.dtype] = PACKABLE,
 ) -> None:
     """Give a model on the meta device its weights, reading and converting one at a time.
 

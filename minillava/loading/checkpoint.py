@@ -24,7 +24,7 @@ from ..processing.processor import Processor
 from ..processing.tokenizer import Tokenizer
 from ..quant.cpu import multiplies_bfloat16
 from ..quant.quantise import stored_parts
-from .assemble import TIED, choose_arithmetic, choose_forms, linear_layers, load_weights
+from .assemble import PACKABLE, TIED, choose_arithmetic, choose_forms, linear_layers, load_weights
 from .bitsandbytes_layout import JoinedWeight, read_tensors
 from .compiled import check_compilable, compile_decoding
 from .config_file import read_config, read_generation_rules
@@ -122,10 +122,8 @@ def load(
         found = split_decoder(model, found, mesh)
     if compile:
         check_compilable(target, storage, forms)
-    packed = {torch.bfloat16, torch.float32} if pack else {torch.bfloat16}
-    if mesh is not None or compile:
-        packed = set()
-    load_weights(model, found, target, storage, forms, progress, packed)
+    packable = () if mesh is not None or compile else PACKABLE if pack else (torch.bfloat16,)
+    load_weights(model, found, target, storage, forms, progress, packable)
     model.compiled = compile_decoding(model) if compile else native_decoding(model)
     return model, processor
 

@@ -60,19 +60,14 @@ class NativeLayer:
     tensors: list[Tensor]
     states: list[tuple[Any, ...]]  # of the tensors, see state_of
     places: list[tuple[dict[str, Any], str, Any]]  # what every module inside the layer held
-    hooks: list[dict[int, Any]]  # of every module
-    attributes: list[dict[str, Any]]  # of every module
     modules: list[nn.Module]  # inside the layer, not itself: it is the key of this value
-    kinds: list[type[nn.Module]]  # of them
 
     def is_current(self) -> bool:
-        """Whether the modules hold the same tensors in the same places of memory."""
+        """Whether the modules hold the same tensors in the same places, and compute as before."""
         return (
             all(holder.get(name) is value for holder, name, value in self.places)
             and [state_of(t) for t in self.tensors] == self.states
-            and not any(self.hooks)
-            and not any("forward" in held for held in self.attributes)
-            and [type(m) for m in self.modules] == self.kinds
+            and not any(map(is_changed, self.modules))
         )
 
 
@@ -93,13 +88,14 @@ class NativeDecode(LayerDecode):
         return {**self.__dict__, "prepared": WeakKeyDictionary()}
 
     def prepare(self, block: Block) -> NativeLayer | None:
-        """A layer's weights; None: they are not stored as those of the first layer were."""
+        """A layer's weights; None: they are not stored as those of the first layer were, or the
+        layer does something else."""
         known = self.prepared.get(block)
-        if known is not None and known.is_current():
+        if known is not None and not is_changed(block) and known.is_current():
             return known
         self.prepared.pop(block, None)
-        modules = list(block.modules())
-        if any(map(is_changed, modules)):
+        itself, *inside = block.modules()
+        if any(map(is_changed, (itself, *inside))):
             return None
         if any(form_of(layer) != self.form for layer in linear_layers(block)):
             return None
@@ -109,11 +105,7 @@ class NativeDecode(LayerDecode):
             return None
         record = torch.tensor([0 if t is None else t.data_ptr() for t in stored])
         states = [state_of(t) for t in tensors]
-        found = NativeLayer(
-            record, tensors, states, places_in(block),
-            [hooks for m in modules for hooks in (m._forward_hooks, m._forward_pre_hooks)],
-            [vars(m) for m in modules], modules[1:], [type(m) for m in modules[1:]],
-        )  # fmt: skip
+        found = NativeLayer(record, tensors, states, places_in(block), inside)
         self.prepared[block] = found
         return found
 

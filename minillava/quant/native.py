@@ -6,9 +6,8 @@ rate. native.c has all three, and runs the decoder layers of a new token whole. 
 alone it also multiplies many rows, faster than oneDNN and fbgemm, which do so on others. It needs
 an x86 CPU with AVX2 and a C compiler: the first process that makes an integer layer compiles it
 within a second or two and puts the library in huggingface-hub's folder for the files of other
-libraries.
-Without such a CPU, a compiler or a folder to write to, kernels() is None, and the layers use
-torch's operations.
+libraries. Without such a CPU, a compiler or a folder to write to, kernels() is None, and the layers
+use torch's operations.
 
 All tensors are contiguous, on the CPU, and row by row. R: rows of activations, K: their columns,
 N: rows of the weight.
@@ -123,12 +122,13 @@ class Kernels:
         """
         (R, N), K = (step.shape[0], weight[-1].shape[0]), codes.shape[1]
         y = step.new_empty(R, N)
-        name = "multiply" if R <= FEW_ROWS else "multiply_many"
-        if name == "multiply_many" and limit != 63:
+        many = R > FEW_ROWS
+        if many and limit != 63:
             raise ValueError(
                 f"{R} rows of digits up to {limit}, but native.c multiplies more than {FEW_ROWS} "
                 "only of digits up to 63; use oneDNN (integer.multiply_integers)"
             )
+        name = "multiply_many" if many else "multiply"
         self._call(name, (codes, step, *weight, y), R, N, K, share)
         return y
 

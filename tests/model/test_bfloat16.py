@@ -21,12 +21,6 @@ from minillava.quant.stored import WidenedLinear
 
 
 @pytest.fixture(scope="module")
-def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[int, Path]:
-    """Models by the patches along a side of an image."""
-    return {g: tiny.write_folder(tmp_path_factory, image_size=14 * g) for g in (4, 6)}
-
-
-@pytest.fixture(scope="module")
 def models(folders: dict[int, Path]) -> dict[int, tuple[Any, Any]]:
     """In float32 and in bfloat16."""
     with pytest.MonkeyPatch.context() as patch:

@@ -283,6 +283,15 @@ def by_another_class(block: Any, _: pytest.MonkeyPatch) -> None:
     block.mlp.__class__ = DoubledMLP
 
 
+class DoubledBlock(Block):
+    def forward(self, *args: Any) -> Any:
+        return 2.0 * super().forward(*args)
+
+
+def by_another_class_of_the_layer(block: Any, _: pytest.MonkeyPatch) -> None:
+    block.__class__ = DoubledBlock
+
+
 def by_a_class_that_was_changed(_: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(MLP, "forward", lambda self, x: 2.0 * self.down_proj(self.up_proj(x)))
 
@@ -296,7 +305,13 @@ def by_a_hook_of_all(_: Any, monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.parametrize(
     "change",
-    [by_another_norm, by_another_class, by_a_class_that_was_changed, by_a_hook_of_all],
+    [
+        by_another_norm,
+        by_another_class,
+        by_another_class_of_the_layer,
+        by_a_class_that_was_changed,
+        by_a_hook_of_all,
+    ],
 )
 def test_other_code_in_a_layer_runs(
     folder: Any, change: Any, monkeypatch: pytest.MonkeyPatch

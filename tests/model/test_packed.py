@@ -140,12 +140,6 @@ def test_an_input_that_does_not_fit_a_packed_layer_is_refused(packed: PackedLine
 
 
 @pytest.fixture(scope="module")
-def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[int, Path]:
-    """Models by the patches along a side of an image."""
-    return {g: tiny.write_folder(tmp_path_factory, image_size=14 * g) for g in (4, 6)}
-
-
-@pytest.fixture(scope="module")
 def models(folders: dict[int, Path]) -> dict[int, tuple[Any, Any]]:
     """In float32, with parameters and packed."""
     with pytest.MonkeyPatch.context() as patch:
