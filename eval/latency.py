@@ -300,6 +300,11 @@ def _model(args: argparse.Namespace, form: str, device: torch.device) -> LLaVA:
 def _config(args: argparse.Namespace) -> Config:
     config = SHAPES[args.shape]
     layers = args.layers or config.text.num_hidden_layers
+    return with_layers(config, layers)
+
+
+def with_layers(config: Config, layers: int) -> Config:
+    """The same shape with another number of decoder layers."""
     return replace(config, text=replace(config.text, num_hidden_layers=layers))
 
 

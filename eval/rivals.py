@@ -8,7 +8,8 @@ All run in one process with random weights, one image and 620 tokens, and take t
 so that noise on the machine affects all of them alike. Every second round goes through them
 backwards, so that none always follows the same other one. Times are medians over the rounds, and
 the first round warms up and does not count. To fit in 24 GiB they have two decoder layers, and the
-time of a layer is multiplied by 16; the output head counts once and the vision tower is complete.
+time of a layer is multiplied by 16 (llama.cpp's by 31: its last layer is shorter and counts once);
+the output head counts once and the vision tower is complete.
 With a pruning plan our models also have the layers before its last step, which count once, and
 their prefill is compared with the time that its layers take alone.
 
@@ -35,7 +36,7 @@ from minillava.app.command import CommandParser, parse_positive_int, run_command
 from minillava.config import Config
 from minillava.quant.cpu import multiplies_bfloat16
 
-from .latency import FORMS, SHAPES, available_memory, model_bytes
+from .latency import FORMS, SHAPES, available_memory, model_bytes, with_layers
 from .peers.base import ALL_LAYERS, Measurable, Peer, Times
 from .peers.llama_cpp import LlamaCpp
 from .peers.openvino import OpenVino
@@ -156,7 +157,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _run(args: argparse.Namespace) -> None:
     began = time.perf_counter()
     shape, plans = SHAPES["7b"], read_plans([NONE, *args.prune])
-    config = replace(shape, text=replace(shape.text, num_hidden_layers=args.layers))
+    config = with_layers(shape, args.layers)
     missing = {name: _missing_packages(PEERS[name][0]) for name in args.peers}
     peers = [name for name, packages in missing.items() if not packages]
     _check(args, config, peers, plans)
@@ -220,10 +221,13 @@ def _needed_memory(
     forms: Sequence[str], config: Config, peers: Sequence[str], plans: Mapping[str, TypedPlan]
 ) -> float:
     """About the bytes of all models at once, with 2 GB for activations and libraries."""
-    weights = model_bytes(config, "float32") / 4
-    theirs = sum(PEERS[name][0].forms[PEERS[name][1]] for name in peers) * weights
+    theirs = sum(
+        kind.forms[form] * model_bytes(shape, "float32") / 4
+        for kind, form in (PEERS[name] for name in peers)
+        for shape in kind.shapes(config)
+    )
     deeper = config.text.num_hidden_layers + max(full_layers(p.plan) for p in plans.values())
-    config = replace(config, text=replace(config.text, num_hidden_layers=deeper))
+    config = with_layers(config, deeper)
     return theirs + sum(model_bytes(config, form) for form in forms) + 2e9
 
 

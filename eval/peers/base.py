@@ -38,6 +38,10 @@ class Peer(Measurable, Protocol):
 
     def __init__(self, form: str, config: Config, tokens: int) -> None: ...
 
+    @staticmethod
+    def shapes(config: Config) -> list[Config]:
+        """The models that are made to measure config's number of decoder layers."""
+
 
 def scale(seconds: float, head: float, layers: int) -> float:
     """Seconds with ALL_LAYERS, from those with `layers`; `head` of them are the output head's."""

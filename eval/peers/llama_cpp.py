@@ -19,26 +19,48 @@ import torch
 
 from minillava.config import Config, TextConfig
 
-from .base import TOKENS, Times, scale
+from ..latency import with_layers
+from .base import ALL_LAYERS, TOKENS, Times
 
 POOL = 4099  # random rows that a matrix repeats
 
 
 class LlamaCpp:
-    """The decoder in a context of libllama; it has no vision tower."""
+    """Two decoders in contexts of libllama: of one layer, and of one more than are to be measured.
+
+    In its last layer llama.cpp computes the MLP only for rows whose logits are asked for: a few
+    layers, multiplied up, would seem too fast. The two decoders differ by whole layers. There is no
+    vision tower.
+    """
 
     packages: ClassVar[tuple[str, ...]] = ("llama_cpp", "gguf")
     forms: ClassVar[Mapping[str, float]] = {"bf16": 2.0, "f16": 2.0, "q8_0": 1.1, "q4_0": 0.6}
 
     def __init__(self, form: str, config: Config, tokens: int) -> None:
+        self.name, self.layers = f"llama.cpp {form}", config.text.num_hidden_layers
+        self.small, self.large = (_Decoder(form, c.text, tokens) for c in self.shapes(config))
+
+    @staticmethod
+    def shapes(config: Config) -> list[Config]:
+        return [with_layers(config, n) for n in (1, 1 + config.text.num_hidden_layers)]
+
+    def measure(self) -> Times:
+        prefill, per_token = (
+            small + (ALL_LAYERS - 1) * (large - small) / self.layers
+            for small, large in zip(self.small.measure(), self.large.measure(), strict=True)
+        )
+        return Times(None, prefill, per_token)
+
+
+class _Decoder:
+    def __init__(self, form: str, config: TextConfig, tokens: int) -> None:
         import llama_cpp
 
-        self.cpp, self.name = llama_cpp, f"llama.cpp {form}"
-        self.layers, threads = config.text.num_hidden_layers, torch.get_num_threads()
+        self.cpp, threads = llama_cpp, torch.get_num_threads()
         llama_cpp.llama_log_set(_LOG, ctypes.c_void_p())
         with tempfile.TemporaryDirectory() as folder:
             path = Path(folder) / "random.gguf"
-            write_gguf(path, form, config.text)
+            write_gguf(path, form, config)
             settings = llama_cpp.llama_model_default_params()
             settings.use_mmap = False  # the file may go
             self.model = llama_cpp.llama_model_load_from_file(str(path).encode(), settings)
@@ -51,24 +73,21 @@ class LlamaCpp:
         self.context = llama_cpp.llama_init_from_model(self.model, context)
         self.batch = llama_cpp.llama_batch_init(tokens, 0, 1)
         rng = np.random.default_rng(0)
-        self.ids = [int(i) for i in rng.integers(3, config.text.vocab_size, tokens)]
+        self.ids = [int(i) for i in rng.integers(3, config.vocab_size, tokens)]
 
-    def measure(self) -> Times:
+    def measure(self) -> tuple[float, float]:
+        """Seconds of the prompt, and of a token after it."""
         self.cpp.llama_memory_clear(self.cpp.llama_get_memory(self.context), True)
         T = len(self.ids)
-        prefill = self._seconds(self.ids, 0, logits=True)
-        with_head = sum(self._seconds([5], T + i, logits=True) for i in range(TOKENS)) / TOKENS
-        T += TOKENS
-        without = sum(self._seconds([5], T + i, logits=False) for i in range(TOKENS)) / TOKENS
-        head = max(0.0, with_head - without)
-        return Times(None, scale(prefill, head, self.layers), scale(with_head, head, self.layers))
+        prefill = self._seconds(self.ids, 0)
+        return prefill, sum(self._seconds([5], T + i) for i in range(TOKENS)) / TOKENS
 
-    def _seconds(self, ids: list[int], past: int, logits: bool) -> float:
-        """Seconds of a pass over ids that follow `past` earlier ones; logits: of the last one."""
+    def _seconds(self, ids: list[int], past: int) -> float:
+        """Seconds until the logits of the last of the ids, which follow `past` earlier ones."""
         for i, token in enumerate(ids):
             self.batch.token[i], self.batch.pos[i] = token, past + i
             self.batch.n_seq_id[i], self.batch.seq_id[i][0] = 1, 0
-            self.batch.logits[i] = logits and i == len(ids) - 1
+            self.batch.logits[i] = i == len(ids) - 1
         self.batch.n_tokens = len(ids)
         start = time.perf_counter()
         if failed := self.cpp.llama_decode(self.context, self.batch):

@@ -58,6 +58,10 @@ class OpenVino:
         self.ids = np.random.default_rng(0).integers(3, text.vocab_size, (1, tokens))
         self.row = np.zeros((1, 1, text.hidden_size), np.float32)
 
+    @staticmethod
+    def shapes(config: Config) -> list[Config]:
+        return [config]
+
     def measure(self) -> Times:
         self.decoder.reset_state()
         start = time.perf_counter()

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping
-from dataclasses import replace
 
 import torch
 
@@ -14,7 +13,7 @@ from minillava.generate import generate
 from minillava.llava import LLaVA
 from minillava.pruning.base import Plan
 
-from ..latency import layers_alone, random_batch, random_model
+from ..latency import layers_alone, random_batch, random_model, with_layers
 from ..plans import NONE, TypedPlan
 from .base import ALL_LAYERS, TOKENS, Times, scale
 
@@ -27,7 +26,7 @@ def make_ours(form: str, config: Config, tokens: int, plans: Mapping[str, TypedP
     The model has the layers before the last pruning step, and config's number of layers after it.
     """
     layers = config.text.num_hidden_layers + max(full_layers(p.plan) for p in plans.values())
-    config = replace(config, text=replace(config.text, num_hidden_layers=layers))
+    config = with_layers(config, layers)
     model = random_model(config, form, _CPU)
     batch = random_batch(config, tokens - config.vision.num_patches, _CPU)
     return [

@@ -24,6 +24,10 @@ class Transformers:
         self.pixels = torch.randn(1, 3, size, size, dtype=self.model.dtype)
         self.ids = torch.randint(3, config.text.vocab_size, (1, tokens))
 
+    @staticmethod
+    def shapes(config: Config) -> list[Config]:
+        return [config]
+
     @torch.inference_mode()
     def measure(self) -> Times:
         model, language, head = self.model, self.model.model.language_model, self.model.lm_head

@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 
 from eval import rivals
+from eval.peers import llama_cpp
 from eval.peers.base import Times, scale
 from eval.peers.llama_cpp import LlamaCpp
 from eval.peers.openvino import OpenVino, _Graph
@@ -146,6 +147,24 @@ def test_llama_cpp_is_measured(form: str) -> None:
     pytest.importorskip("llama_cpp")
     pytest.importorskip("gguf")
     check_times(LlamaCpp(form, TINY, 40).measure(), tower=False)
+
+
+def test_llama_cpps_last_layer_counts_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Seconds that are given: 1.5 of the last layer and the head, 2 of every other layer."""
+
+    class Given:
+        def __init__(self, form: str, config: TextConfig, tokens: int) -> None:
+            self.layers = config.num_hidden_layers
+
+        def measure(self) -> tuple[float, float]:
+            prefill = 1.5 + 2.0 * (self.layers - 1)
+            return prefill, prefill / 10
+
+    monkeypatch.setattr(llama_cpp, "_Decoder", Given)
+    times = LlamaCpp("q4_0", TINY, 40).measure()
+    assert times.prefill == pytest.approx(1.5 + 31 * 2.0)
+    assert times.per_token == pytest.approx(0.15 + 31 * 0.2)
+    assert [c.text.num_hidden_layers for c in LlamaCpp.shapes(TINY)] == [1, 3]
 
 
 def test_ours_is_measured_with_the_layers_before_the_last_step() -> None:
