@@ -80,7 +80,7 @@ def prefill(
         prune(model, state, plan.at("decoder", layers.start))
         hidden, rows = [s.hidden(layers.start) for s in samples], [s.rows for s in samples]
         n_images = [len(s.visible_images(layers.start)) for s in samples]
-        state.segments.append(Segment(layers, rows, hidden, n_images, held=list(rows)))
+        state.segments.append(Segment(layers, rows, n_images, list(rows), hidden))
         if cache is not None:
             cache.reserve(layers, [len(s.rows) for s in samples])
         rope = model.llama.rope(torch.cat([s.rows.position for s in samples]), model.dtype)
@@ -233,6 +233,8 @@ def forget_rows(state: State, method: Method) -> None:
         stay = [torch.isin(rows.id, s.rows.id).nonzero()[:, 0] for rows, s in pairs]
         held = [rows.select(i) for rows, i in zip(segment.held, stay, strict=True)]
         segment.held[:] = [replace(r, next_position=len(r)) if method.compact else r for r in held]
+        hidden = zip(segment.hidden, stay, strict=True)
+        segment.hidden[:] = [None if h is None else h[i] for h, i in hidden]
         if state.cache is not None:
             state.cache.cut(segment.layers, stay)
 

@@ -136,9 +136,9 @@ class Segment:
 
     layers: range
     rows: list[Rows]  # [b] of the prompt
-    hidden: list[Tensor | None]  # [b] (S,) bool, as the prefill left it
     n_images: list[int]  # [b] image rows that the prefill left visible
     held: list[Rows]  # [b] those in the KV cache: fewer if later steps cut it (cache=all)
+    hidden: list[Tensor | None]  # [b] (S,) bool, which of those the prefill left masked
 
 
 @dataclass(frozen=True)

@@ -30,6 +30,7 @@ from minillava.request import Settings, prompts_of
 VERSION = tuple(int(part) for part in torch.__version__.split(".")[:2])
 older = pytest.mark.skipif(VERSION < (2, 14), reason="older versions of Dynamo were not tried")
 Graphs = list[torch.fx.GraphModule]
+MASK_AND_CUT = "random:keep=8,mode=mask+fastv:layer=2,keep=3,cache=all"
 
 
 @pytest.fixture
@@ -149,6 +150,7 @@ def test_a_long_answer_compiles_nothing_more(prepared: Any, graphs: Graphs) -> N
 def test_masks_that_stand_are_compiled_and_others_are_not(prepared: Any, graphs: Graphs) -> None:
     batch = tiny.make_batch(prepared, "ttItttt")
     both(prepared, batch, parse_plan("simignore:keep=8,mode=mask,until=2"))
+    both(prepared, batch, parse_plan(MASK_AND_CUT))
     assert len(graphs) == 2
     again = parse_plan("fastv:layer=2,keep=4,mode=mask")
     assert compiled.asks_again(again, prepared)
@@ -275,7 +277,7 @@ def test_graphs_serve_to_the_last_row_of_the_cache(
 
     monkeypatch.setattr(KVCache, "reserve", reserve_nan)
     batch = tiny.make_batch(here, *BATCHES[kind])
-    for text in ("", "fastv:layer=2,r=0.5", "simignore:keep=8,mode=mask,until=2"):
+    for text in ("", "fastv:layer=2,r=0.5", "simignore:keep=8,mode=mask,until=2", MASK_AND_CUT):
         assert_tokens(here, there, batch, parse_plan(text), 20)
 
 

@@ -91,6 +91,8 @@ def assert_near(ours: Tensor, theirs: Tensor) -> None:
         "vtw:layer=2",
         "pyramiddrop:layers=1/2,ratios=0.5/0.25",
         "visionzip:dominant=3,contextual=2",
+        "simignore:keep=4,mode=mask",
+        "random:keep=6,mode=mask+fastv:k=1,keep=3,cache=all",  # masked rows leave the cache
     ],
 )
 def test_logits_are_those_of_the_engine(integer_model: Any, plan: str) -> None:
