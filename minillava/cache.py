@@ -81,4 +81,5 @@ def write_rows(held: Tensor, rows: Tensor, at: Tensor | None) -> None:
     """Write a row per sample (B, Hkv, Dh) into held (B, Hkv, S, Dh) at (B,); None: as the last."""
     held[:, :, -1] = rows if at is None else 0.0
     if at is not None:
-        held.scatter_(2, at[:, None, None, None].expand_as(rows[:, :, None]), rows[:, :, None])
+        rows = rows[:, :, None].to(held.dtype)  # under autocast values have another one
+        held.scatter_(2, at[:, None, None, None].expand_as(rows), rows)

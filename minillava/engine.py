@@ -47,9 +47,6 @@ class State:
     graph: Any = None  # a CUDA graph of one token, if the model was loaded with compile=True
 
 
-# ---------------------------------------------------------------- prompt
-
-
 def prefill(
     model: LLaVA,
     prompts: Sequence[Prompt],
@@ -109,7 +106,7 @@ def begin_sample(
         vision = {i: state[mine] for i, state in encoded.items()}
         # (images, 1 + N, C); any state serves if a method computes all image features itself
         features = vision.get(model.feature_layer, next(iter(vision.values())))
-        x[on_device((rows.image >= 0).nonzero()[:, 0], x)] = features[:, 1:].flatten(0, 1)
+        x[on_device((rows.image >= 0).nonzero()[:, 0], x)] = features[:, 1:].flatten(0, 1).to(x)
     generator = torch.Generator().manual_seed(seed)
     return Sample(prompt, rows, x, vision, generator, memory, len(prompt.ids) - prompt.length)
 
@@ -122,7 +119,7 @@ def embed_rows(model: LLaVA, samples: Sequence[Sample]) -> None:
     # rows that methods added have no token: any one stands in, and is overwritten
     ids = [s.prompt.ids[s.rows.id.clamp(max=len(s.prompt.ids) - 1)] for s in samples]
     y = model.embed(torch.cat(ids))  # (R, D)
-    y[images] = features
+    y[images] = features.to(y)  # under autocast they have another dtype
     unpack_rows(samples, y)
 
 

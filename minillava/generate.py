@@ -203,6 +203,7 @@ class Tokens:
                 self.stopped[b] = self._reason_to_stop(b)
         return taken
 
+    @torch.inference_mode(False)  # so that the owner of the result may change it
     def stack(self, steps: list[Tensor], logits: Tensor) -> Tensor:
         """Logits of all steps (B, n_new, V), NaN after a sample's end; `logits` gives the shape."""
         kept = torch.stack([*steps, logits], 1)[:, : len(steps)]

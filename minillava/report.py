@@ -163,7 +163,8 @@ def explain_sample(pruned: Pruned, b: int, rounding: float) -> dict[str, Any]:
 def measure_margin(keep: Keep, scores: list[float]) -> tuple[float, float]:
     """`margin` and `closest` (see Kept) of a choice by scores [n]; [] or infinite: not known."""
     kept = set(keep.index.tolist())
-    closest = min([] if keep.closest is None else keep.closest.flatten().tolist(), default=math.inf)
+    near = [] if keep.closest is None else torch.as_tensor(keep.closest).flatten().tolist()
+    closest = min(near, default=math.inf)
     first_dropped = max((s for i, s in enumerate(scores) if i not in kept), default=-math.inf)
     above = [s for i, s in enumerate(scores) if i in kept and s >= first_dropped]
     margin = min(above, default=math.inf) - first_dropped

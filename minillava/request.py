@@ -37,7 +37,7 @@ class Settings:
 
     @property
     def stop_strings(self) -> tuple[str, ...]:
-        return (self.stop,) if isinstance(self.stop, str) else tuple(self.stop)
+        return (self.stop,) if isinstance(self.stop, str | None) else tuple(self.stop)
 
     def __post_init__(self) -> None:
         for name in ("max_new_tokens", "min_new_tokens"):
@@ -45,13 +45,14 @@ class Settings:
             if isinstance(value, bool) or not isinstance(value, int) or value < 0:
                 raise ValueError(f"{name}={value!r} must be a whole number, 0 or more")
         least, most, t, p = self.min_new_tokens, self.max_new_tokens, self.temperature, self.top_p
+        seed = 0 if self.seed is None else self.seed
         texts, real = all(isinstance(s, str) and s for s in self.stop_strings), (int, float)
         for good, rule in (
             (least <= most, f"min_new_tokens={least} is more than max_new_tokens={most}"),
             (isinstance(t, real) and 0 <= t < inf, f"temperature={t!r} must be 0 or more, finite"),
             (isinstance(p, real) and 0 < p <= 1, f"top_p={p!r} must be above 0, at most 1"),
             (texts, f"stop={self.stop!r}: stop strings must be text, not empty"),
-            (0 <= (self.seed or 0) < 2**62, f"seed={self.seed} must be from 0 to 2^62 - 1"),
+            (type(seed) is int and 0 <= seed < 2**62, f"seed={seed!r} must be from 0 to 2^62 - 1"),
         ):
             if not good:
                 raise ValueError(rule)

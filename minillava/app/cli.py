@@ -20,6 +20,7 @@ from .command import (
     end_program,
     parse_float,
     parse_int,
+    parse_path,
     run_command,
     silence_other_ranks,
 )
@@ -76,7 +77,7 @@ def _make_parser() -> argparse.ArgumentParser:
     add("--no-cache", action="store_true", help="run the whole model again for each token")
     add("--json", action="store_true", help="print one object with the answer and a report")
     overlay_help = "draw what the plan did to the patches, and why: FILE.png or FILE.svg"
-    add("--overlay", metavar="FILE", type=Path, help=overlay_help)
+    add("--overlay", metavar="FILE", type=parse_path, help=overlay_help)
     add("--chat", action="store_true", help="go on with questions from stdin")
     add("--list-methods", action="store_true", help="show pruning methods, options and presets")
     return parser

@@ -24,6 +24,8 @@ def find_checkpoint(path_or_hub_id: str | Path, revision: str | None = None) -> 
     Raises ValueError if there is neither a folder nor a repository of that name.
     """
     name = str(path_or_hub_id)
+    if not name:  # Path("") is the current folder, which an unset variable does not mean
+        raise ValueError("'' is no checkpoint; give a folder (for this one .) or a hub id")
     folder = Path(os.path.expanduser(name))
     if os.path.isdir(folder):  # Path.is_dir would raise for a name that is too long
         if revision is not None:

@@ -84,8 +84,11 @@ class NativeDecode(LayerDecode):
         self.prepared: MutableMapping[Block, NativeLayer] = WeakKeyDictionary()
 
     def __getstate__(self) -> dict[str, Any]:
-        """What a copy has: it prepares the layers of its own model."""
-        return {**self.__dict__, "prepared": WeakKeyDictionary()}
+        """What a copy has, also one in a file: it prepares the layers of its own model."""
+        return {name: value for name, value in self.__dict__.items() if name != "prepared"}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__ = {**state, "prepared": WeakKeyDictionary()}
 
     def prepare(self, block: Block) -> NativeLayer | None:
         """A layer's weights; None: they are not stored as those of the first layer were, or the

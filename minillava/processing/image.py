@@ -62,7 +62,7 @@ def preprocess(image: Image.Image, config: ImageConfig, aspect: str = "crop") ->
     pixels = levels.permute(2, 0, 1)  # (3, S, S)
     # As in the reference: the product in float64, rounded once, and the rest in float32.
     scaled = (pixels.double() * config.rescale).float()
-    mean, std = (torch.tensor(v).view(3, 1, 1) for v in (config.mean, config.std))
+    mean, std = torch.tensor([config.mean, config.std], dtype=torch.float32)[..., None, None]
     return ((scaled - mean) / std).contiguous()
 
 

@@ -8,15 +8,16 @@ projector `keep` tokens stay, and at the input of decoder layer 16 `final` of th
    of the Gram matrix). The error is the L2 norm of the rest. Those with the largest errors stay.
 3. Of these, the last `basis` by error are overwritten by the basis rows, so a basis row stands at
    another token's place: in the first stage in the order of the grid, in the second by falling
-   error. A basis row has next to no error itself, so it is usually among the dropped, too.
+   error. A basis row has no error itself, so it is among the dropped, too, unless almost all stay.
 4. Each dropped row goes to the most similar of the others that stay (cosine), which becomes the
    mean of itself and those.
 Tokens stay in reading order and are renumbered. 96 and 32 are 64 tokens in the mean over 32 layers;
 without `final` a third of `keep` stays. `first` gives the first basis row of each stage, the second
 counted among the rows that are left: first=11/9.
 
-Deviations: rows are not rounded to float16 between the steps. A stage that would keep all rows
-changes nothing.
+Deviations: rows are not rounded to float16 between the steps. The error of a basis row is 0, not
+what rounding leaves: of these rows, the first in reading order stay. A stage that would keep all
+rows changes nothing.
 """
 
 from __future__ import annotations
@@ -82,8 +83,9 @@ class ApET(TwoStages):
             first = torch.tensor(self.first[c.stage_index : c.stage_index + 1])
         rows = x.float()
         basis, closest = farthest_points(rows, first, self.basis)  # (b,)
-        error = approximation_error(rows, rows[basis])  # (n,)
+        error = approximation_error(rows, rows[basis]).index_fill(0, basis, 0.0)  # (n,)
         order = top(error, n, c.where)
+        ranked = error[order[: n - self.basis]]  # the basis rows are last
         own, places, dropped = order.split([k - self.basis, self.basis, n - k])
         if c.stage_index == 0:
             places = places.sort().values
@@ -93,5 +95,5 @@ class ApET(TwoStages):
             merged=torch.cat((merged, x[basis])),
             scores=error,
             merged_into=into,
-            closest=least(closest, lead(error, k - self.basis), lead(error, k)),
+            closest=least(closest, *(lead(ranked, i) for i in (k - self.basis, k))),
         )

@@ -34,9 +34,6 @@ WHILE_DECODING = (
 )
 
 
-# ---------------------------------------------------------------- options
-
-
 def option(
     default: Any = MISSING,
     *,
@@ -272,7 +269,7 @@ def check_keep(method: Method, keep: Any, n: int, width: int) -> Keep:
         x, real = getattr(keep, what), what not in ("order", "merged_into")
         good = isinstance(x, Tensor) and x.ndim > 0 and x.is_floating_point() == real
         if x is not None and not (good and [*x.shape[1:]] == rest and first in ("M", "k", len(x))):
-            said = tuple(x.shape) if isinstance(x, Tensor) else type(x).__name__
+            said = f"{(*x.shape,)} {x.dtype}" if isinstance(x, Tensor) else type(x).__name__
             form = f"({', '.join(map(str, (first, *rest)))}) {'floats' if real else 'integers'}"
             raise ValueError(f"{who}: Keep.{what} must be {form}, not {said}")
         if x is not None and x.ndim == 2:
@@ -548,10 +545,8 @@ class Plan:
         return [s for s in self.steps if s.stage == stage and s.layer == layer]
 
     def segments(self, n_layers: int) -> list[range]:
-        """The decoder's layers in runs that see the same rows: a step or a mask's end begins one.
-
-        fastv:k=2 with 32 layers: [0, 1], [2, ..., 31].
-        """
+        """The decoder's layers in runs that see the same rows: [0, 1], [2, ..., 31] for fastv:k=2.
+        A step or a mask's end begins one."""
         starts = {0, *(s.layer for s in self.steps if s.stage == "decoder")}
         ends = {s.method.until for s in self.steps} | {s.method.cut_from for s in self.steps}
         inside = sorted(i for i in starts | ends if i is not None and i < n_layers)
@@ -578,7 +573,10 @@ class Plan:
         for step in self.steps:
             if step.stage != "decoder" and step.method.mode == "drop":
                 groups, images = (1, n_images) if step.method.scope == "all" else (n_images, 1)
-                most = groups * step.method.left(per_image * images)[step.stage_index]
+                numbers: Any = step.method.left(per_image * images)
+                if not isinstance(numbers, tuple) or len(numbers) != len(step.method.stages()):
+                    raise ValueError(f"{step.method.label}: left() gave no number for each stage")
+                most = groups * numbers[step.stage_index]
                 # a method that adds rows can leave more than there were
                 left = min(left, most) if step.method.drops_only else most
         return left

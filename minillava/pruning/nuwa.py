@@ -63,6 +63,7 @@ def gathering_weights(states: Tensor, score: Tensor, kept: Tensor, distance: flo
 @dataclass(frozen=True)
 class Nuwa(TwoStages):
     keep: float = amount(112, help="number or share kept before the decoder")
+    layer: int = option(16, low=1, help="decoder layer of the second stage")
     cell: int = option(1, low=1, high=4, help="patches of a 2 x 2 cell that can be kept")
     distance: float = option(280, low=1, help="square of the distance from which nothing comes")
 

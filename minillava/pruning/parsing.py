@@ -12,6 +12,7 @@ import dataclasses
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from decimal import Decimal
 from types import NoneType
 from typing import Any, get_args, get_type_hints
 
@@ -264,7 +265,9 @@ def write_plan(plan: Plan) -> str:
 
 
 def write_method(method: Method) -> str:
-    cls = METHODS.get(method.name, type(method))  # FastVWindow is written as fastv
+    cls = METHODS.get(method.name, type(method))
+    if not isinstance(method, cls):  # FastVWindow is written as fastv, a user's method is not
+        cls = type(method)
     name = f"{method.file}:{type(method).__name__}" if method.file else method.name
     fields, common = option_fields(cls), {f.name for f in dataclasses.fields(Method)}
     values = {key: getattr(method, key) for key in fields}
@@ -285,6 +288,8 @@ def write_method(method: Method) -> str:
 
 
 def write_value(value: Any) -> str:
+    if isinstance(value, float):
+        return f"{Decimal(str(value)):f}"  # 0.00005, not 5e-05
     if not isinstance(value, tuple):
         return str(int(value) if isinstance(value, bool) else value)
     runs: list[list[Any]] = []
@@ -294,7 +299,7 @@ def write_value(value: Any) -> str:
         else:
             runs.append([item])
     return "/".join(
-        f"{run[0]}-{run[-1]}" if len(run) > 3 else "/".join(map(str, run)) for run in runs
+        f"{run[0]}-{run[-1]}" if len(run) > 3 else "/".join(map(write_value, run)) for run in runs
     )
 
 

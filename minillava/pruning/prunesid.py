@@ -38,7 +38,7 @@ def principal_directions(x: Tensor, q: int, generator: torch.Generator) -> Tenso
     """The q first principal directions (n, q) of x (C, n), by two rounds of subspace iteration."""
     x = x - x.mean(0)
     tall = x if len(x) >= x.shape[1] else x.T
-    start = on_device(torch.randn(tall.shape[1], q, generator=generator), x)
+    start = on_device(torch.randn(tall.shape[1], q, generator=generator, dtype=x.dtype), x)
     basis = torch.linalg.qr(tall @ start).Q
     for _ in range(2):
         basis = torch.linalg.qr(tall @ torch.linalg.qr(tall.T @ basis).Q).Q

@@ -14,8 +14,9 @@ llava/model/llava_arch.py, encode_images, and modeling_llama_x.py, layer_prune.
    a third of T stays, as there.
 
 `block` counts from 0; without it, a tower that does not have 24 blocks uses the one at the same
-share of its depth. final=0 leaves the second part out. Deviation: for other grids the number of
-windows stays, not their size. Written from a description of the released code, not from its files.
+share of its depth. final=0 leaves the second part out. Deviations: for other grids the number of
+windows stays, not their size. Where the windows cannot share T // 2 equally, the others make up for
+it, so that T stay (281 of 281); the released code then keeps fewer (269).
 """
 
 from __future__ import annotations

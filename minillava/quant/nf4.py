@@ -73,7 +73,7 @@ class Nf4:
 
 def levels_of(kind: str) -> Tensor:
     """The level of each code, (16,) float32."""
-    return torch.tensor(LEVELS[kind])
+    return torch.tensor(LEVELS[kind], dtype=torch.float32)
 
 
 @functools.cache
@@ -83,9 +83,9 @@ def dynamic_levels(device: torch.device | str = "cpu") -> Tensor:
     They are 0 and 1, and for each e = 0..6 the middles of 2**e equal parts of 0.1..1, times
     10**(e - 6), with both signs.
     """
-    levels = [torch.tensor([0.0, 1.0])]
+    levels = [torch.tensor([0.0, 1.0], dtype=torch.float32)]
     for e in range(7):
-        ends = torch.linspace(0.1, 1, 2**e + 1)
+        ends = torch.linspace(0.1, 1, 2**e + 1, dtype=torch.float32)
         middles = (ends[:-1] + ends[1:]) / 2 * 10 ** (e - 6)  # (2**e,)
         levels += [middles, -middles]
     return torch.cat(levels).sort().values.to(device)

@@ -160,6 +160,11 @@ def test_a_name_that_is_neither_folder_nor_id_is_refused(hub: Hub, name: str) ->
     assert not hub.calls
 
 
+def test_nothing_is_not_the_current_folder(hub: Hub) -> None:
+    with pytest.raises(ValueError, match="'' is no checkpoint; give a folder"):
+        find_checkpoint("")
+
+
 def test_a_file_is_refused(tmp_path: Path) -> None:
     path = tmp_path / "model.safetensors"
     path.touch()

@@ -480,8 +480,11 @@ def test_placeholders_come_in_whole_pictures(model: Any, run: int) -> None:
         ({"top_p": float("nan")}, "nan"),
         ({"stop": [""]}, "''"),
         ({"stop": [5]}, "5"),
+        ({"stop": None}, "None"),
         ({"seed": -1}, "-1"),
         ({"seed": 2**64}, str(2**64)),
+        ({"seed": 1.5}, "1.5"),
+        ({"seed": "x"}, "'x'"),
     ],
 )
 def test_settings_that_cannot_be(
@@ -493,6 +496,24 @@ def test_settings_that_cannot_be(
     one = alone(model, batch, 0)
     with pytest.raises(ValueError, match=re.escape(named)):
         list(stream(model, processor, one, **({"max_new_tokens": 4} | options)))
+
+
+def test_the_logits_belong_to_the_caller(model: Any, batch: Batch) -> None:
+    """They are no inference tensor, which could be neither changed nor differentiated through."""
+    logits = generate(model, batch, max_new_tokens=2, output_logits=True).logits
+    assert logits is not None
+    logits[0, 0, 0] = 1.0
+
+
+@pytest.mark.parametrize("plan", ["", "fastv:k=1,keep=3"])
+def test_autocast_multiplies_in_its_dtype(model: Any, batch: Batch, plan: str) -> None:
+    options = {"max_new_tokens": 3, "min_new_tokens": 3, "output_logits": True}
+    expected = generate(model, batch, parse_plan(plan), **options).logits
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        found = generate(model, batch, parse_plan(plan), **options).logits
+    first, rounded = expected[:, 0], found[:, 0]
+    assert not torch.equal(rounded, first)
+    assert (rounded - first).square().mean().sqrt() < 0.05 * first.square().mean().sqrt()
 
 
 @pytest.mark.parametrize(("plan", "segments"), [(None, 1), ("fastv:k=1,keep=3", 2)])

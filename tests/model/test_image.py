@@ -97,6 +97,19 @@ def test_pixels_equal_the_goldens(
     assert compared >= 2
 
 
+def test_pixels_do_not_depend_on_torchs_default_dtype() -> None:
+    image = Image.new("RGB", (80, 60), (200, 100, 50))
+    expected = preprocess(image, ImageConfig(56, 56), "pad")
+    for dtype in (torch.bfloat16, torch.float64):
+        torch.set_default_dtype(dtype)
+        try:
+            found = preprocess(image, ImageConfig(56, 56), "pad")
+        finally:
+            torch.set_default_dtype(torch.float32)
+        assert found.dtype == torch.float32
+        assert torch.equal(found, expected)
+
+
 # ------------------------------------------------------------ against transformers, live
 
 

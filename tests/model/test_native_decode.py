@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import pickle
 import weakref
 from collections import Counter
 from copy import deepcopy
@@ -408,9 +409,14 @@ def test_a_width_that_cannot_be_rotated_has_the_engine(integer_model: Any) -> No
         integer_model.config = config
 
 
-def test_a_copy_of_a_model_decodes_as_it(integer_model: Any) -> None:
+def pass_through_pickle(model: Any) -> Any:
+    return pickle.loads(pickle.dumps(model))
+
+
+@pytest.mark.parametrize("copy", [deepcopy, pass_through_pickle])
+def test_a_copy_of_a_model_decodes_as_it(integer_model: Any, copy: Any) -> None:
     batch = tiny.make_batch(integer_model, *PROMPTS)
-    copied = deepcopy(integer_model)
+    copied = copy(integer_model)
     assert copied.compiled is not integer_model.compiled
     ours, theirs = (logits_of(m.compiled, m, "", batch) for m in (copied, integer_model))
     assert torch.equal(ours, theirs)

@@ -113,6 +113,16 @@ def test_the_levels_are_those_of_bitsandbytes() -> None:
         assert torch.equal(levels_of(kind), theirs.get_4bit_type(kind, "cpu"))
 
 
+def test_levels_do_not_depend_on_torchs_default_dtype() -> None:
+    expected = [*map(levels_of, LEVELS), dynamic_levels.__wrapped__()]
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        found = [*map(levels_of, LEVELS), dynamic_levels.__wrapped__()]
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert all(map(torch.equal, found, expected))
+
+
 @pytest.mark.parametrize("what", VALUES)
 @pytest.mark.parametrize("kind", LEVELS)
 def test_codes_and_absmax_are_bit_equal(kind: str, what: str) -> None:

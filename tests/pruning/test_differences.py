@@ -11,7 +11,7 @@ import torch
 from contexts import make_context, make_model
 
 from minillava import parse_plan
-from minillava.pruning import METHODS, PRESETS, cdpruner
+from minillava.pruning import METHODS, PRESETS, cdpruner, vscan
 from minillava.pruning.average import average_entering
 
 ROOT = Path(__file__).parents[2]
@@ -68,6 +68,14 @@ def test_a_choice_in_two_halves_is_another_one() -> None:
     split = [*halves[0].tolist(), *(halves[1] + 20).tolist()]
     assert sum(i >= 20 for i in split) == 4
     assert sum(i >= 20 for i in whole) < 4
+
+
+@pytest.mark.parametrize(("keep", "released"), [(64, 64), (96, 96), (281, 269)])
+def test_vscan_keeps_as_many_as_it_is_told(keep: int, released: int) -> None:
+    """The released code takes keep - int(keep / 2) of all and (keep // 2) // 16 of each window."""
+    local, whole = torch.rand(2, 576, generator=torch.Generator().manual_seed(0))
+    assert len(vscan.scan_patches(local, whole, keep, "a test")[0]) == keep
+    assert keep - int(keep * 0.5) + 16 * ((keep // 2) // 16) == released
 
 
 def test_v2drops_quoted_shares_are_other_ones() -> None:

@@ -108,6 +108,14 @@ def test_a_plan_can_be_written_and_read(name: str, more: tuple[str, ...]) -> Non
     assert parse_plan(write_plan(plan)).methods == plan.methods
 
 
+@pytest.mark.parametrize("share", [0.00005, 1e-9, 0.1, 2 / 3])
+def test_shares_are_written_without_an_exponent(share: float) -> None:
+    plan = Plan((METHODS["random"](keep=share),))
+    assert parse_plan(write_plan(plan)).methods == plan.methods
+    plan = Plan((METHODS["v2drop"](layers=(2,), ratios=(share,)),))
+    assert parse_plan(write_plan(plan)).methods == plan.methods
+
+
 def test_presets_are_written_in_full() -> None:
     for name in PRESETS:
         plan = parse_plan(name)

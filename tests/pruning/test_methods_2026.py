@@ -442,6 +442,7 @@ def test_what_a_plan_cannot_say(plan: str, said: str) -> None:
         ("apet:keep=9,layer=2,final=3,basis=2,first=3", "must name a row for each of 2 stages"),
         ("apet:keep=9,layer=2,final=3,basis=2,first=3/9", "there are 9 rows in stage 1"),
         ("apet:keep=9", "apet: layer=16, but the decoder has layers 0 to 3"),
+        ("nuwa:keep=9,layer=0,final=3", "nuwa: layer=0 must be 1 or more"),
         ("nuwa:keep=4,layer=2,final=5", "final=5 is more than the 4 tokens of keep"),
         ("fastervlm:keep=3,blocks=4-11", "blocks names 11, but the vision tower has blocks 0 to 9"),
         ("uniform:keep=3,cache=all", "cache=all is for methods inside the decoder"),
@@ -502,6 +503,15 @@ def test_keeping_nothing_is_the_plain_text(model: Any, plan: str) -> None:
     result = generate(model, batch, parse_plan(plan + ",positions=original"), 2, output_logits=True)
     assert result.report.kept[0].positions == [[], []]
     tiny.assert_close(result.logits, expected.logits)
+
+
+def test_apets_basis_rows_have_no_error_and_stay_in_reading_order(model: Any) -> None:
+    """What rounding leaves of their errors differs from machine to machine."""
+    plan = parse_plan("apet:keep=14,basis=4,first=5,final=0")
+    (kept,) = generate(model, tiny.make_batch(model, "ttItt"), plan, 1).report.kept
+    basis = [2 + i for i, score in enumerate(kept.scores[0]) if score == 0.0]
+    assert len(basis) == 4
+    assert sorted({*range(2, 18)} - {*kept.positions[0]}) == basis[2:]
 
 
 @pytest.mark.parametrize("plan", ["prunesid:keep=12", "apet:keep=6,basis=2,final=0"])

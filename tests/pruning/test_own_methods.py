@@ -221,6 +221,16 @@ def test_what_else_it_overrides(tried: Try, asked: str, words: str) -> None:
     refused(tried(more=f"    def {asked}\n"), f"mine.py, line 11: {words}")
 
 
+@pytest.mark.parametrize("said", ["16", "()", "(16, 8)"])
+def test_what_is_left_is_a_number_for_each_stage(tried: Try, said: str) -> None:
+    more = f"    def left(self, n_tokens):\n        return {said}\n"
+    refused(tried(more=more, stages='(("vision", 0),)'), "left() gave no number for each stage")
+
+
+def test_a_decision_can_be_a_number_of_python(tried: Try) -> None:
+    assert tried("return Keep(torch.arange(4), closest=0.5)")[0] == 0
+
+
 @pytest.mark.parametrize(
     ("layers", "said"),
     [("(-2,)", "(-2,)"), ("(n_layers + 1,)", "(7,)"), ("3", "3")],

@@ -192,8 +192,7 @@ def test_methods_of_the_readme(
     here: Any, there: Any, readme: dict[str, type[Method]], name: str, mode: str
 ) -> None:
     assert len(readme) == 5
-    fitting = {"block": 2} if name == "Central" else {}  # the model has 10 vision blocks
-    method = readme[name](**fitting)
+    method = readme[name]()
     if mode == "mask" and not method.drops_only:
         pytest.skip("it does not only drop")
     batch = tiny.make_batch(here, "tItIttt", "tttt", "tIItt")
