@@ -18,6 +18,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, field
+from functools import cache
 from typing import Any
 from unittest import mock
 
@@ -26,7 +27,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
-from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 
 CUDA, CPU = torch.device("cuda:0"), torch.device("cpu")
 # Operators that wait for the device, and how often. multinomial checks the sum and the signs.
@@ -46,6 +47,17 @@ COPIES = ("_to_copy", "copy_")
 TAKE_SCALARS = ("index_put", "index_put_", "_index_put_impl_", "fill_", "copy_", "_to_copy")
 INDEXING = ("index", "index_put", "index_put_", "_index_put_impl_")
 PRODUCTS = ("mm", "bmm", "addmm", "baddbmm", "mv", "dot", "matmul")
+# Functions that _Functions looks at, beside those with arguments by name.
+SEEN = {
+    Tensor.to,
+    Tensor.cpu,
+    Tensor.tolist,
+    Tensor.numpy,
+    Tensor.new_tensor,
+    Tensor.__getitem__,
+    Tensor.__setitem__,
+    F.scaled_dot_product_attention,
+}
 CPU_ONLY = ("quantized::", "aten::_weight_int4pack_mm_for_cpu", "aten::mkldnn")
 
 
@@ -148,7 +160,8 @@ class PretendedGenerator(torch.Generator):
 class PretendedGraph:
     """A torch.cuda.CUDAGraph: operators that are repeated on the same memory."""
 
-    calls: list[tuple[Any, Any, Any, Any]] = field(default_factory=list)
+    # operators with their arguments, and of each result the tensor if its memory is new
+    calls: list[tuple[Any, Any, Any, list[Tensor | None]]] = field(default_factory=list)
     made: set[int] = field(default_factory=set)  # addresses of memory that operators made
     changed: dict[int, Any] = field(default_factory=dict)  # other memory that they write to
     counts: Counts = field(default_factory=Counts)
@@ -163,18 +176,21 @@ class PretendedGraph:
                     self.changed[storage.data_ptr()] = storage, storage.clone()
         result = func(*args, **kwargs)
         there = {address(x) for x in tensors_of((args, kwargs))}
-        self.made |= {address(x) for x in tensors_of(result)} - there
-        self.calls.append((func, args, kwargs, result))
+        results = [(x, address(x)) for x in tensors_of(result)]
+        self.made |= {at for _, at in results} - there
+        new = [None if at in there else x for x, at in results]  # no view, not changed in place
+        self.calls.append((func, args, kwargs, new))
         return result
 
     def replay(self) -> None:
         self.counts.starts += 1
-        for func, args, kwargs, result in self.calls:
-            there = {address(x) for x in tensors_of((args, kwargs))}
-            again = func(*args, **kwargs)
-            for x, new in zip(tensors_of(result), tensors_of(again), strict=True):
-                if address(x) not in there:  # neither a view nor changed in place
-                    x.copy_(new)
+        # all of it was checked when it was recorded
+        with _disable_current_modes(), torch._C.DisableTorchFunction():
+            for func, args, kwargs, new in self.calls:
+                again = func(*args, **kwargs)
+                for x, value in zip(new, tensors_of(again), strict=True):
+                    if x is not None:
+                        x.copy_(value)
 
 
 def address(x: Tensor) -> int:
@@ -186,17 +202,30 @@ def change(function: Callable[[Any], Any], x: Any) -> Any:
 
     torch's tree_map does the same and takes longer than the small operators of the tests.
     """
-    if isinstance(x, list | tuple):
-        return type(x)([change(function, i) for i in x]) if type(x) in (list, tuple) else x
-    if isinstance(x, dict):
+    kind = type(x)
+    if kind is tuple or kind is list:
+        return kind([change(function, i) for i in x])
+    if kind is dict:
         return {key: change(function, value) for key, value in x.items()}
-    return function(x)
+    return x if isinstance(x, tuple) else function(x)  # such as torch.Size
 
 
 def leaves_of(x: Any) -> list[Any]:
     found: list[Any] = []
-    change(found.append, x)
+    _add_leaves(found, x)
     return found
+
+
+def _add_leaves(found: list[Any], x: Any) -> None:
+    kind = type(x)
+    if kind is tuple or kind is list:
+        for i in x:
+            _add_leaves(found, i)
+    elif kind is dict:
+        for i in x.values():
+            _add_leaves(found, i)
+    elif not isinstance(x, tuple):
+        found.append(x)
 
 
 def tensors_of(x: Any) -> list[Tensor]:
@@ -213,9 +242,17 @@ def on_device(x: Any) -> Any:
     return change(lambda t: PretendedTensor(t) if type(t) is Tensor else t, x)
 
 
+@cache
 def _is_composite(func: Any) -> bool:
     """Whether an operator is nothing but calls of others."""
     return torch._C._dispatch_has_kernel_for_dispatch_key(func.name(), "CompositeImplicitAutograd")
+
+
+@cache
+def _takes_scalars(func: Any) -> bool:
+    """Whether scalars on the CPU may be among its operands."""
+    name = func._schema.name.partition("::")[2]
+    return torch.Tag.pointwise in func.tags or name in TAKE_SCALARS
 
 
 def _names_cuda(device: Any) -> bool:
@@ -230,6 +267,8 @@ class _Functions(TorchFunctionMode):
         self.counts = counts
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if not kwargs and func not in SEEN:
+            return func(*args)
         kwargs = dict(kwargs or {})
         first = args[0] if args else None
         there = isinstance(first, PretendedTensor)
@@ -334,8 +373,7 @@ class _Operators(TorchDispatchMode):
         if name in INDEXING and isinstance(args[0], PretendedTensor):
             self._count_index(name, args)
         elif name not in COPIES:
-            scalars = torch.Tag.pointwise in func.tags or name in TAKE_SCALARS
-            _refuse_mixed(name, leaves, scalars)
+            _refuse_mixed(name, leaves, _takes_scalars(func))
         self.counts_of(name, kwargs)
 
     def counts_of(self, name: str, kwargs: Any) -> None:
