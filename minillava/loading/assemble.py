@@ -18,7 +18,7 @@ from ..quant.quantise import to_int4, to_int8
 from ..quant.stored import Int4, Int8, Weight, WidenedLinear
 from .bitsandbytes_layout import LLM_INT8, JoinedWeight
 from .memory import return_freed_memory
-from .tensor_files import FLOATS, StoredTensor
+from .tensor_files import FLOATS, StoredTensor, read_small
 
 TIED = ("llama.embed_tokens.weight", "llama.lm_head.weight")  # one tensor in some models
 BLOCKS = ("llama.blocks.",)
@@ -135,6 +135,7 @@ def load_weights(
     a decoder can use.
     Raises ValueError for values that the dtype or the integers cannot represent.
     """
+    found = read_small(found)
     model.requires_grad_(False).eval()
     model.dtype = choose_arithmetic(device, storage, forms)
     converted = set(forms) | (packed_layers(model, pack) if device.type == "cpu" else set())

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import math
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -16,6 +17,7 @@ from .error_text import cut, cut_path, shorten
 from .json_entries import read_json
 from .regular_files import is_present
 
+SMALL = 2**18  # values of a tensor that read_small reads
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 
 FLOATS = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
@@ -43,6 +45,37 @@ class StoredTensor:
             if self.part:
                 return file.get_slice(self.name)[self.part].to(device, dtype, copy=True)
             return file.get_tensor(self.name).to(device, dtype, copy=True)
+
+
+@dataclass(frozen=True)
+class SmallTensor(StoredTensor):
+    """A tensor whose values were read before."""
+
+    values: Tensor
+
+    def read(self, device: torch.device, dtype: torch.dtype) -> Tensor:
+        """As StoredTensor.read."""
+        return self.values.to(device, dtype, copy=True)
+
+
+def read_small(found: Mapping[str, StoredTensor]) -> dict[str, StoredTensor]:
+    """The same tensors, the small ones with their values.
+
+    Each file is opened once for these: to parse its header takes longer than to read one of them.
+    """
+    small = {
+        name: t
+        for name, t in found.items()
+        if type(t) is StoredTensor and not t.part and math.prod(t.shape) <= SMALL
+    }
+    read = dict(found)
+    for path in {t.file for t in small.values()}:
+        with _open_safetensors(path) as file:
+            for name, t in small.items():
+                if t.file == path:
+                    values = file.get_tensor(t.name).clone()
+                    read[name] = SmallTensor(t.file, t.name, t.shape, t.kind, values)
+    return read
 
 
 def read_headers(folder: Path) -> list[StoredTensor]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import re
 import shutil
@@ -21,7 +22,7 @@ from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForCon
 
 from minillava.config import Config, TextConfig, VisionConfig
 from minillava.llava import LLaVA
-from minillava.loading import assemble
+from minillava.loading import assemble, tensor_files
 from minillava.loading.assemble import choose_forms, quantised_layers
 from minillava.loading.checkpoint import empty_model, load, match_tensors, widest_dtype
 from minillava.loading.config_file import parse_config, read_config
@@ -560,6 +561,45 @@ def test_an_incomplete_folder_is_refused_with_a_remedy(
         load(folder)
     assert str(folder) in str(caught.value)
     assert "\n" not in str(caught.value)
+
+
+# ------------------------------------------------------------ opened files
+
+
+def test_a_file_is_opened_once_for_all_small_tensors(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And for each of the others alone."""
+    expected, open_file = load(folder)[0].state_dict(), tensor_files._open_safetensors
+    opened = []
+
+    def noting(path: Path) -> Any:
+        opened.append(path)
+        return open_file(path)
+
+    monkeypatch.setattr(tensor_files, "_open_safetensors", noting)
+    found = load(folder)[0].state_dict()
+    assert all(torch.equal(found[name], expected[name]) for name in expected)
+    assert len(opened) == 2  # the headers, and the values
+    opened.clear()
+    monkeypatch.setattr(tensor_files, "SMALL", 4000)
+    found = load(folder)[0].state_dict()
+    assert all(torch.equal(found[name], expected[name]) for name in expected)
+    large = sum(math.prod(tensor.shape) > 4000 for tensor in read_headers(folder))
+    assert large > 1
+    assert len(opened) == 2 + 1 + large  # listing the headers opened the file once more
+
+
+def test_small_tensors_are_read_from_their_own_files(tmp_path: Path) -> None:
+    """Also if another file has a tensor of the same name."""
+    for i, name in enumerate(("a", "b")):
+        save_file({"x": torch.full((2,), float(i))}, tmp_path / name)
+    found = {name: tensor_files.read_header(tmp_path / name)[0] for name in ("a", "b")}
+    read = tensor_files.read_small(found)
+    values = [t.read(torch.device("cpu"), torch.float32)[0] for t in read.values()]
+    assert values == [0.0, 1.0]
+    changed = read["a"].read(torch.device("cpu"), torch.float32).fill_(5.0)
+    assert changed[0] != read["a"].read(torch.device("cpu"), torch.float32)[0]
 
 
 # ------------------------------------------------------------ memory

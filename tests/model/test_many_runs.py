@@ -86,9 +86,9 @@ def test_a_thousand_generations_and_two_hundred_loads_leave_nothing() -> None:
     with Image.open(DEMO / "example.png") as image:
         prompt = "USER: <image>\nWhat is in the picture? ASSISTANT:"
         batch = processor([prompt], images=[[image.convert("RGB")]])
-    # the demo has no text tower for two of them, twice the layers that fitprune's example has, and
-    # another grid
-    needs_more = {"trim", "cdpruner", "fitprune", *tiny.GRIDS}
+    # the demo has no text tower for two of them, another grid, and three times the layers that the
+    # examples of fitprune and autoprune count on
+    needs_more = {"trim", "cdpruner", "fitprune", "autoprune", *tiny.GRIDS}
     names = [name for name in METHODS if name not in needs_more]
     samples: list[dict[str, int]] = []
     for i in range(1000):
