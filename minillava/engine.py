@@ -105,8 +105,8 @@ def begin_sample(
         mine = slice(prompt.images[0], prompt.images[-1] + 1)  # views: nothing is copied
         vision = {i: state[mine] for i, state in encoded.items()}
         # (images, 1 + N, C); any state serves if a method computes all image features itself
-        features = vision.get(model.feature_layer, next(iter(vision.values())))
-        x[on_device((rows.image >= 0).nonzero()[:, 0], x)] = features[:, 1:].flatten(0, 1).to(x)
+        features = vision.get(model.feature_layer, next(iter(vision.values()))).to(x.dtype)
+        x[on_device((rows.image >= 0).nonzero()[:, 0], x)] = features[:, 1:].flatten(0, 1)
     generator = torch.Generator().manual_seed(seed)
     return Sample(prompt, rows, x, vision, generator, memory, len(prompt.ids) - prompt.length)
 
@@ -119,7 +119,7 @@ def embed_rows(model: LLaVA, samples: Sequence[Sample]) -> None:
     # rows that methods added have no token: any one stands in, and is overwritten
     ids = [s.prompt.ids[s.rows.id.clamp(max=len(s.prompt.ids) - 1)] for s in samples]
     y = model.embed(torch.cat(ids))  # (R, D)
-    y[images] = features.to(y)  # under autocast they have another dtype
+    y[images] = features.to(y.dtype)  # under autocast they have another dtype
     unpack_rows(samples, y)
 
 
