@@ -530,6 +530,7 @@ def main():
         "eval.forms --out=",
         "eval.fit vtw --samples=",
         "eval.score --task demo --predictions=",
+        "minillava.app.cli --prompt Hi --overlay=",
     ],
 )
 def test_an_empty_path_is_not_the_current_folder(

@@ -38,7 +38,7 @@ def test_methods_and_presets_are_plain() -> None:
 
 STRANGE = [
     "", " ", "-", "--", ".", "..", "/", "./mine.py:Mine", "mine.py:Mine", "-mine.py:Mine",
-    "/tmp/mine.py:Mine", "a/b.py:Mine:keep=16", "a-b.py:Mine:keep=16", "a_b.py:Mine:keep=16",
+    "/a/mine.py:Mine", "a/b.py:Mine:keep=16", "a-b.py:Mine:keep=16", "a_b.py:Mine:keep=16",
     "MINE.py:Mine", "é.py:Mine", "日本.py:Mine", "fastv:k=2,r=.5", "fastv:k=2,r=0.5",
     "fastv: k=2,r=0.5", "fastv:k=2, r=0.5", "fastv:k=2,keep=1", "fastv:k=2,keep=1.",
     "hand:patches=3/7-12", "hand:patches=3-7/12", "x" * 300, "x" * 301, "+", "none", "None",

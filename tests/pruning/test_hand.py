@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import pytest
@@ -12,9 +12,10 @@ import torch
 from minillava import parse_plan
 from minillava.generate import generate
 from minillava.pruning import METHODS, PRESETS, Plan
+from minillava.pruning.base import Method, option
 from minillava.pruning.fastv import FastV
 from minillava.pruning.hand import Hand
-from minillava.pruning.parsing import LONGEST_RANGE, name_plan, write_plan
+from minillava.pruning.parsing import LONGEST_RANGE, name_plan, write_method, write_plan
 
 
 def kept(model: Any, plan: str, prompt: str = "ttItt") -> list[list[int]]:
@@ -114,6 +115,16 @@ def test_shares_are_written_without_an_exponent(share: float) -> None:
     assert parse_plan(write_plan(plan)).methods == plan.methods
     plan = Plan((METHODS["v2drop"](layers=(2,), ratios=(share,)),))
     assert parse_plan(write_plan(plan)).methods == plan.methods
+
+
+def test_a_method_with_the_name_of_another_is_written_with_its_own_options() -> None:
+    @dataclass(frozen=True)
+    class Namesake(Method):
+        least: int = option(3)
+
+        name = "fastv"
+
+    assert write_method(Namesake(least=4)) == "fastv:least=4"
 
 
 def test_presets_are_written_in_full() -> None:
