@@ -97,15 +97,9 @@ def variants_of(method: Method, n_layers: int, n_tokens: int) -> list[Method]:
 def average_entering(method: Method, n_layers: int, n_tokens: int) -> float:
     """Image tokens of one image that enter a decoder layer, averaged over the layers."""
     total, now, since = 0, n_tokens, 0
-    numbers: object = method.left(n_tokens)
-    if not isinstance(numbers, tuple) or len(numbers) != len(method.stages()):
-        raise ValueError(
-            f"{method.label}: left({n_tokens}) gave {numbers!r}, but must give a tuple with one "
-            f"number for each of its {len(method.stages())} stages"
-        )
-    for (_, layer), left in zip(method.stages(), numbers, strict=True):
-        total += now * (layer - since)
-        now, since = left, layer
+    for step in Plan((method,)).steps:
+        total += now * (step.layer - since)
+        now, since = step.left(n_tokens), step.layer
     return (total + now * (n_layers - since)) / n_layers
 
 
@@ -116,7 +110,7 @@ def most_entering(plan: Plan, n_layers: int, n_tokens: int) -> float | None:
         return None
     now, entering = n_tokens, [n_tokens] * n_layers
     for step in plan.steps:
-        left = step.method.left(n_tokens)[step.stage_index]
+        left = step.left(n_tokens)
         now = min(now, left) if step.method.drops_only else left
         entering[step.layer :] = [now] * (n_layers - step.layer)
     return sum(entering) / n_layers

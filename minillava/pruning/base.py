@@ -183,10 +183,8 @@ class Method:
                     "give one of these (what enters it is pruned)"
                 )
         if self.until is not None and not layers[0] < self.until <= n_layers:
-            raise ValueError(
-                f"{self.name}: until={self.until} must be a layer after {layers[0]}, at most "
-                f"{n_layers}"
-            )
+            allowed = f"a layer from {layers[0] + 1} to {n_layers}"
+            raise ValueError(f"{self.name}: until={self.until} must be {allowed}")
         for name, value, rule in self.options():
             for v in value if isinstance(value, tuple) else (value,):
                 if rule["amount"] and isinstance(v, int) and v > n_tokens:
@@ -510,6 +508,15 @@ class Step:
     stage: Stage
     layer: int
 
+    def left(self, n_tokens: int) -> int:
+        """Image rows left after it, out of n_tokens. Raises ValueError for a bad Method.left()."""
+        numbers: Any = self.method.left(n_tokens)
+        stages = len(self.method.stages())
+        if not isinstance(numbers, tuple) or [*map(type, numbers)] != [int] * stages:
+            form = f"a tuple of {stages} whole numbers, one for each stage, not {numbers!r}"
+            raise ValueError(f"{self.method.label}: left({n_tokens}) must give {form}")
+        return numbers[self.stage_index]
+
 
 @dataclass(frozen=True)
 class Plan:
@@ -557,11 +564,8 @@ class Plan:
 
         Only masks can change (a dropped row is gone), and only by a score of the newest token.
         """
-        return [
-            s
-            for s in self.at("decoder", layer)
-            if s.method.mode == "mask" and s.method.newest_row and not s.method.choice_stands
-        ]
+        again = [s for s in self.at("decoder", layer) if s.method.mode == "mask"]
+        return [s for s in again if s.method.newest_row and not s.method.choice_stands]
 
     def resolve(self, n_layers: int, n_tokens: int) -> Plan:
         """The plan with its options settled for a model (average.py settles average=)."""
@@ -573,10 +577,7 @@ class Plan:
         for step in self.steps:
             if step.stage != "decoder" and step.method.mode == "drop":
                 groups, images = (1, n_images) if step.method.scope == "all" else (n_images, 1)
-                numbers: Any = step.method.left(per_image * images)
-                if not isinstance(numbers, tuple) or len(numbers) != len(step.method.stages()):
-                    raise ValueError(f"{step.method.label}: left() gave no number for each stage")
-                most = groups * numbers[step.stage_index]
+                most = groups * step.left(per_image * images)
                 # a method that adds rows can leave more than there were
                 left = min(left, most) if step.method.drops_only else most
         return left

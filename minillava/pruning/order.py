@@ -17,7 +17,7 @@ def need_all_patches(method: Method, steps: Sequence[Step], per_image: int, n_im
     *earlier, own = steps
     for step in earlier if own.stage_index == 0 else ():
         tokens = per_image * (n_images if step.method.scope == "all" else 1)
-        left = step.method.left(tokens)[step.stage_index]
+        left = step.left(tokens)
         if step.method.adaptive or step.method.adds_rows or left < tokens:
             most = "at most " * step.method.adaptive
             raise refusal(own, step, "every patch of the image", f"{most}{left} of {tokens} rows")

@@ -10,6 +10,9 @@ from typing import Any
 import pytest
 
 from minillava.app.cli import DEMO, main
+from minillava.pruning.average import average_entering, most_entering
+from minillava.pruning.base import Plan
+from minillava.pruning.user_methods import load_file_method
 
 EXAMPLE = DEMO / "example.png"
 
@@ -221,10 +224,25 @@ def test_what_else_it_overrides(tried: Try, asked: str, words: str) -> None:
     refused(tried(more=f"    def {asked}\n"), f"mine.py, line 11: {words}")
 
 
-@pytest.mark.parametrize("said", ["16", "()", "(16, 8)"])
-def test_what_is_left_is_a_number_for_each_stage(tried: Try, said: str) -> None:
+@pytest.mark.parametrize("said", ["16", "()", "(16, 8)", "(16.0,)", "[16]"])
+@pytest.mark.parametrize("followed", ["", "+nuwa:layer=6"])
+def test_what_is_left_is_a_number_for_each_stage(tried: Try, said: str, followed: str) -> None:
+    """Whichever check of the plan asks first: of the prompt's length, or of what can follow."""
     more = f"    def left(self, n_tokens):\n        return {said}\n"
-    refused(tried(more=more, stages='(("vision", 0),)'), "left() gave no number for each stage")
+    done = tried(more=more, stages='(("vision", 0),)', options=followed)
+    words = "left(144) must give a tuple of 1 whole numbers, one for each stage"
+    refused(done, "error: mine (", f"mine.py): {words}, not {said}")
+
+
+@pytest.mark.parametrize("said", ["16", "(16, 8)"])
+def test_what_is_left_is_asked_for_a_table(tried: Try, said: str, tmp_path: Path) -> None:
+    """By the average over the layers that eval.cost counts, and the one that average= wants."""
+    more = f"    def left(self, n_tokens):\n        return {said}\n"
+    tried(more=more)
+    method = load_file_method(f"{tmp_path / 'mine.py'}:Mine")()
+    for count, of in ((average_entering, method), (most_entering, Plan((method,)))):
+        with pytest.raises(ValueError, match=r"left\(64\) must give a tuple of 1 whole numbers"):
+            count(of, 6, 64)
 
 
 def test_a_decision_can_be_a_number_of_python(tried: Try) -> None:
@@ -237,7 +255,7 @@ def test_a_decision_can_be_a_number_of_python(tried: Try) -> None:
 )
 def test_hidden_states_that_the_tower_lacks(tried: Try, layers: str, said: str) -> None:
     done = tried(more=f"    def vision_layers(self, n_layers):\n        return {layers}\n")
-    words = f"vision_layers() gave {said}; it must be a tuple of numbers from 0 to 6"
+    words = f"vision_layers() must give a tuple of numbers from 0 to 6, not {said}"
     refused(done, "error: mine (", f"mine.py): {words}")
 
 
