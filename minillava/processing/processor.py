@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from PIL import Image
@@ -50,20 +51,21 @@ class Processor:
         stand, without BOS; or any other text, without BOS. Raises ValueError if prompts, images
         and arguments do not fit each other.
         """
-        B = len(prompts)
-        if isinstance(prompts, str) or not B:
-            raise ValueError(f"prompts is {prompts!r}; give a list of at least one prompt")
+        B = len(_check_texts(prompts))
         aspect = self.aspect if image_aspect is None else image_aspect
         check_aspect(aspect)
         if tokens not in TOKENS:
             raise ValueError(f"tokens={tokens!r} must be one of {', '.join(TOKENS)}; choose one")
-        lists = [_check_images(b, i) for b, i in enumerate([()] * B if images is None else images)]
+        given = [()] * B if images is None else images
+        if not isinstance(given, Iterable):
+            raise ValueError(f"images is {type(given).__name__}; give a list with one per prompt")
+        lists = [_check_images(b, i) for b, i in enumerate(given)]
         if len(lists) != B:
             raise ValueError(
                 f"images has {len(lists)} entries for {B} prompts; give one list per prompt, "
                 "empty for a prompt without images"
             )
-        texts = [focus] * B if focus is None or isinstance(focus, str) else list(focus)
+        texts: Sequence[Any] = focus if isinstance(focus, list | tuple) else [focus] * B
         if len(texts) != B:
             raise ValueError(f"focus has {len(texts)} entries for {B} prompts; give one per prompt")
 
@@ -133,6 +135,8 @@ class Processor:
         if focus is None:
             return None
         encode = self.tokenizer.encode if tokens == "hf" else self.tokenizer.encode_original
+        if not isinstance(focus, str):
+            raise ValueError(f"the focus of prompt {b} is {focus!r}; give a text or None")
         if focus == "options":
             ids = encode(_split_choices(b, prompt, f"focus={focus!r}").texts)
         elif focus == "options-lettered":
@@ -152,6 +156,15 @@ def _split_choices(b: int, prompt: str, argument: str) -> Choices:
         return split_choices(prompt)
     except ValueError as error:
         raise ValueError(f"{argument} does not work for prompt {b}: {error}") from None
+
+
+def _check_texts(prompts: object) -> Sequence[str]:
+    if isinstance(prompts, list | tuple) and prompts:
+        others = [text for text in prompts if not isinstance(text, str)]
+        if not others:
+            return prompts
+        raise ValueError(f"prompts has {others[0]!r}; give a list of texts")
+    raise ValueError(f"prompts is {prompts!r}; give a list of at least one prompt")
 
 
 def _check_images(b: int, images: object) -> list[Image.Image]:

@@ -206,6 +206,13 @@ def test_focus_can_differ_from_prompt_to_prompt() -> None:
         ),
         ({"prompts": "Hi"}, "prompts is 'Hi'; give a list of at least one prompt"),
         ({"prompts": []}, "prompts is []; give a list of at least one prompt"),
+        ({"prompts": None}, "prompts is None; give a list of at least one prompt"),
+        ({"prompts": ["Hi", None]}, "prompts has None; give a list of texts"),
+        (
+            {"prompts": ["<image>"], "images": make_image(0)},
+            "images is Image; give a list with one per prompt",
+        ),
+        ({"prompts": ["Hi"], "focus": 3}, "the focus of prompt 0 is 3; give a text or None"),
         ({"prompts": ["Hi"], "tokens": "gpt"}, "tokens='gpt' must be one of hf, llava, simignore"),
         (
             {"prompts": ["<image>"], "images": [[make_image(0)]], "image_aspect": "square"},
