@@ -228,6 +228,7 @@ def grid_for(request: pytest.FixtureRequest) -> int:
     return GRIDS.get(callspec.params.get("name", ""), 4) if callspec else 4
 
 
+@cache
 def example(name: str, *more: str) -> Plan:
     """A plan of this method that prunes the small model; `more` are further options."""
     options = {}

@@ -1,6 +1,7 @@
 """Which methods follow which: a plan generates, or is refused before the vision tower runs.
 
-Every ordered pair of methods is tried on a model, and every preset before and after every method.
+Every ordered pair of methods is tried on a model (most pairs by a slow test), and every preset
+before and after every method.
 """
 
 from __future__ import annotations
@@ -38,8 +39,13 @@ def outcome(model: Any, plan: Plan, batch: Any = None) -> str:
 
 
 @pytest.mark.parametrize("first", METHODS)
-def test_pairs_run_or_are_refused_before_any_forward(model: Any, wide: Any, first: str) -> None:
-    for second in METHODS:
+@pytest.mark.parametrize("part", [0, *(pytest.param(n, marks=pytest.mark.slow) for n in (1, 2))])
+def test_pairs_run_or_are_refused_before_any_forward(
+    model: Any, wide: Any, first: str, part: int
+) -> None:
+    """Each method before every third one, itself among them; the slow parts are the others."""
+    names = list(METHODS)
+    for second in names[(names.index(first) + part) % 3 :: 3]:
         plan = Plan(example(first).methods + example(second).methods)
         error = outcome(wide if "mustdrop" in (first, second) else model, plan)
         assert "\n" not in error
