@@ -33,8 +33,9 @@ from minillava.config import TextConfig, VisionConfig
 from minillava.engine import Pruned, hidden_states_read, prefill
 from minillava.llava import LLaVA
 from minillava.report import describe_arithmetic, explain_sample, measure_margin
-from minillava.request import Batch, Settings, check_plan, prompts_of
+from minillava.request import Settings, check_plan, prompts_of
 from minillava.rows import Choice
+from minillava.sample import Batch
 
 from .parity_case import LLAVA_IMAGE, Case, read_case
 from .parity_context import choose_from_inputs

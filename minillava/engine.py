@@ -272,8 +272,8 @@ def hidden_states_read(model: LLaVA, plan: Plan) -> set[int]:
     for method in plan.methods:
         layers: Any = method.vision_layers(n)
         if not isinstance(layers, tuple) or not set(layers) <= {*range(n + 1)}:
-            form = f"a tuple of numbers from 0 to {n}, not {layers!r}"
-            raise ValueError(f"{method.label}: vision_layers() must give {form}")
+            said, form = f"vision_layers() gave {layers!r}", f"a tuple of numbers from 0 to {n}"
+            raise ValueError(f"{method.label}: {said}; it must be {form}")
         read |= set(layers)
     own = [method.own_features(model.config.vision.num_patches) for method in plan.methods]
-    return read if own == [True] else read | {model.feature_layer}
+    return read if read and own == [True] else read | {model.feature_layer}

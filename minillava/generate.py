@@ -24,7 +24,8 @@ from .llava import Encoded, LLaVA
 from .pruning.base import Plan
 from .report import Result as Result
 from .report import make_report, read_clock
-from .request import Batch, Settings, check_encoded, check_plan, prompts_of
+from .request import Settings, check_encoded, check_plan, prompts_of
+from .sample import Batch
 from .sampling import sample
 
 if TYPE_CHECKING:
@@ -71,16 +72,15 @@ def stream(
     return processor.stream_text(answer, answer.settings.stop_strings)
 
 
+@torch.inference_mode()
 def encode_images(model: LLaVA, batch: Batch, plan: Plan | None = None) -> Encoded | None:
     """Run the vision tower once, for any number of calls with the same images. It keeps the hidden
     states that the plan's methods read; None for a batch without images."""
     prompts_of(model, batch)
-    # an Answer checks the plan; without a plan the prompts may be longer than the model can read
-    read = Answer(model, batch, plan, Settings(), None).states_read if plan else None
-    if batch.pixels is None:
-        return None
-    with torch.inference_mode():
-        return model.encode(batch.pixels, read or {model.feature_layer})
+    # Answer() checks the plan; without one nothing is checked, since a later plan may prune more
+    read = {model.feature_layer}
+    read = Answer(model, batch, plan, Settings(), None).states_read if plan else read
+    return None if batch.pixels is None else model.encode(batch.pixels, read)
 
 
 class Answer:

@@ -49,7 +49,7 @@ class LLaVA(nn.Module):
     dtype is that of its arithmetic; weights may be stored in a smaller one. tokenizer turns ids
     into text for stop strings and for pruning methods that read the question as text; without one
     these two are refused. rules: what the checkpoint says about choosing tokens, if anything.
-    compiled: what load() puts in the place of engine.decode, if anything.
+    compiled: a faster engine.decode that load() sets, if there is one.
     """
 
     def __init__(
@@ -60,10 +60,8 @@ class LLaVA(nn.Module):
         rules: GenerationRules | None = None,
     ) -> None:
         super().__init__()
-        self.config = config
-        self.dtype = dtype
-        self.tokenizer = tokenizer
-        self.rules = rules
+        self.config, self.dtype = config, dtype
+        self.tokenizer, self.rules = tokenizer, rules
         self.compiled: Callable[[LLaVA, Tensor, Any], Tensor] | None = None
         self.vision = CLIPVision(config.vision)
         self.projector = Projector(config)

@@ -17,8 +17,7 @@ from torch import Tensor
 from .config import Config
 from .llava import Encoded, LLaVA
 from .pruning.base import Plan
-from .sample import Batch as Batch
-from .sample import Prompt
+from .sample import Batch, Prompt
 
 
 @dataclass(frozen=True)

@@ -25,7 +25,8 @@ from minillava.pruning.base import Plan
 from minillava.pruning.parsing import name_plan, write_plan
 from minillava.pruning.user_methods import describe_user_error
 from minillava.report import read_clock
-from minillava.request import Batch, Settings
+from minillava.request import Settings
+from minillava.sample import Batch
 
 from .runs import NONE, Cell, Comparison, Drift, Run
 

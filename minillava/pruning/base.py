@@ -175,16 +175,20 @@ class Method:
         """
         layers = [layer for _, layer in self.stages()]
         if self.cache == "all" and not any(layers):
-            raise ValueError(f"{self.name}: cache=all is for methods inside the decoder")
+            allowed = "methods inside the decoder, from layer 1 on; use cache=drop"
+            raise ValueError(f"{self.name}: cache=all is for {allowed}")
         for layer in layers:
             if not 0 <= layer < n_layers:
                 raise ValueError(
                     f"{self.name}: layer={layer}, but the decoder has layers 0 to {n_layers - 1}; "
                     "give one of these (what enters it is pruned)"
                 )
-        if self.until is not None and not layers[0] < self.until <= n_layers:
-            allowed = f"a layer from {layers[0] + 1} to {n_layers}"
+        if self.until is not None and not max(layers) < self.until <= n_layers:
+            allowed = f"a layer from {max(layers) + 1} to {n_layers}"
             raise ValueError(f"{self.name}: until={self.until} must be {allowed}")
+        if len(starts) > 1 and any(map(self.shift, starts)):
+            said = f"released=1 knows one image, the prompt has {len(starts)}; leave it out"
+            raise ValueError(f"{self.name}: {said}")
         for name, value, rule in self.options():
             for v in value if isinstance(value, tuple) else (value,):
                 if rule["amount"] and isinstance(v, int) and v > n_tokens:
@@ -233,16 +237,24 @@ def check_method(method: Any) -> None:
     """Raise ValueError for an object that is not a method, or whose class is not complete."""
     if not isinstance(method, Method):
         raise ValueError(f"a plan holds pruning methods, not {method!r}; derive one from Method")
+    cls, who = type(method), method.label
     for needed in ("stages", "choose"):
-        if getattr(type(method), needed) is getattr(Method, needed):
-            raise ValueError(f"class {type(method).__name__} has no method {needed}(); see Method")
+        if getattr(cls, needed) is getattr(Method, needed):
+            raise ValueError(f"class {cls.__name__} has no method {needed}(); see Method")
+    if cls.numbering not in ("original", "compact"):
+        raise ValueError(f"{who}: numbering={cls.numbering!r} must be original or compact")
+    taken = min({f.name for f in fields(Method)} & get_annotations(cls).keys(), default=None)
+    if taken and not cls.__module__.startswith(f"{__package__}."):
+        raise ValueError(
+            f"{method.label}: the option {taken!r} is the engine's; choose another name"
+        )
     stages: Any = method.stages()
     for pair in stages if isinstance(stages, tuple) and stages else (stages,):
         match pair:
             case ("vision" | "embed", 0) | ("decoder", int()) if isinstance(pair, tuple):
                 continue
         raise ValueError(
-            f"{method.label}: stages() gave {stages!r}; it must be a tuple of pairs: "
+            f"{who}: stages() gave {stages!r}; it must be a tuple of pairs: "
             '("vision", 0) before the projector, ("embed", 0) after it, ("decoder", K) at the '
             "input of layer K"
         )
@@ -513,8 +525,8 @@ class Step:
         numbers: Any = self.method.left(n_tokens)
         stages = len(self.method.stages())
         if not isinstance(numbers, tuple) or [*map(type, numbers)] != [int] * stages:
-            form = f"a tuple of {stages} whole numbers, one for each stage, not {numbers!r}"
-            raise ValueError(f"{self.method.label}: left({n_tokens}) must give {form}")
+            said, form = f"left({n_tokens}) gave {numbers!r}", f"a tuple of {stages} whole numbers"
+            raise ValueError(f"{self.method.label}: {said}; it must be {form}, one for each stage")
         return numbers[self.stage_index]
 
 
@@ -578,6 +590,5 @@ class Plan:
             if step.stage != "decoder" and step.method.mode == "drop":
                 groups, images = (1, n_images) if step.method.scope == "all" else (n_images, 1)
                 most = groups * step.left(per_image * images)
-                # a method that adds rows can leave more than there were
-                left = min(left, most) if step.method.drops_only else most
+                left = min(left, most) if step.method.drops_only else most  # others may add rows
         return left

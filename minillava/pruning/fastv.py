@@ -35,13 +35,6 @@ class FastV(Method):
         keep = max(1, round(n_tokens * (1 - self.r))) if self.keep is None else self.keep
         return (count(keep, n_tokens),)
 
-    def check(self, n_layers: int, n_tokens: int, starts: tuple[int, ...]) -> None:
-        super().check(n_layers, n_tokens, starts)
-        if self.released and len(starts) > 1:
-            raise ValueError(
-                f"fastv: released=1 knows one image, the prompt has {len(starts)}; leave it out"
-            )
-
     def shift(self, start: int) -> int:
         return int(self.released)
 

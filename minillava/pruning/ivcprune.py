@@ -53,13 +53,6 @@ class IVCPrune(Method):
     strength = "foreground"
     check_order = need_layer_before
 
-    def check(self, n_layers: int, n_tokens: int, starts: tuple[int, ...]) -> None:
-        super().check(n_layers, n_tokens, starts)
-        if self.released and len(starts) > 1:
-            raise ValueError(
-                f"ivcprune: released=1 knows one image, the prompt has {len(starts)}; leave it out"
-            )
-
     def shift(self, start: int) -> int:
         return RELEASED_START - start if self.released else 0
 

@@ -227,6 +227,34 @@ def test_hidden_states_that_the_tower_lacks_are_refused(model: Any) -> None:
         run(model, Deep(), max_new_tokens=1)
 
 
+def test_features_of_its_own_may_need_no_hidden_state(model: Any) -> None:
+    """The tower then keeps LLaVA's own, from which the sequence begins."""
+
+    @dataclass(frozen=True)
+    class Own(Loud):
+        def own_features(self, n_tokens: int) -> bool:
+            return True
+
+    assert run(model, Own(), max_new_tokens=1).tokens
+
+
+def test_declarations_that_the_engine_would_misread_are_refused() -> None:
+    @dataclass(frozen=True)
+    class Renumbered(Loud):
+        numbering = "compakt"
+
+    @dataclass(frozen=True)
+    class Masked(Loud):
+        mode: str = "soft"
+
+    for method, words in (
+        (Renumbered, "renumbered: numbering='compakt' must be original or compact"),
+        (Masked, "masked: the option 'mode' is the engine's; choose another name"),
+    ):
+        with pytest.raises(ValueError, match=words):
+            Plan((method(),))
+
+
 def test_an_authors_exception_stays_what_it_is(model: Any) -> None:
     @dataclass(frozen=True)
     class Broken(Loud):

@@ -230,8 +230,8 @@ def test_what_is_left_is_a_number_for_each_stage(tried: Try, said: str, followed
     """Whichever check of the plan asks first: of the prompt's length, or of what can follow."""
     more = f"    def left(self, n_tokens):\n        return {said}\n"
     done = tried(more=more, stages='(("vision", 0),)', options=followed)
-    words = "left(144) must give a tuple of 1 whole numbers, one for each stage"
-    refused(done, "error: mine (", f"mine.py): {words}, not {said}")
+    words = f"left(144) gave {said}; it must be a tuple of 1 whole numbers, one for each stage"
+    refused(done, "error: mine (", f"mine.py): {words}")
 
 
 @pytest.mark.parametrize("said", ["16", "(16, 8)"])
@@ -241,7 +241,7 @@ def test_what_is_left_is_asked_for_a_table(tried: Try, said: str, tmp_path: Path
     tried(more=more)
     method = load_file_method(f"{tmp_path / 'mine.py'}:Mine")()
     for count, of in ((average_entering, method), (most_entering, Plan((method,)))):
-        with pytest.raises(ValueError, match=r"left\(64\) must give a tuple of 1 whole numbers"):
+        with pytest.raises(ValueError, match=r"left\(64\) gave .*; it must be a tuple of 1 whole"):
             count(of, 6, 64)
 
 
@@ -255,7 +255,7 @@ def test_a_decision_can_be_a_number_of_python(tried: Try) -> None:
 )
 def test_hidden_states_that_the_tower_lacks(tried: Try, layers: str, said: str) -> None:
     done = tried(more=f"    def vision_layers(self, n_layers):\n        return {layers}\n")
-    words = f"vision_layers() must give a tuple of numbers from 0 to 6, not {said}"
+    words = f"vision_layers() gave {said}; it must be a tuple of numbers from 0 to 6"
     refused(done, "error: mine (", f"mine.py): {words}")
 
 

@@ -309,7 +309,12 @@ def assert_refused(model: Any, prompts: list[str], plan: Any) -> str:
         ("simignore:keep=17,mode=mask", "keep=17, but there are 16"),
         ("simignore:keep=3,mode=mask,until=5", "until=5"),
         ("simignore:keep=3,mode=mask,until=0", "until=0"),
-        ("fastv:layer=2,mode=mask,until=2", "until=2"),
+        ("fastv:layer=2,mode=mask,until=2", "until=2 must be a layer from 3 to 4"),
+        (  # the mask of its last step would end before it begins
+            "pyramiddrop:layers=1/3,ratios=0.5/0.25,mode=mask,until=2",
+            "until=2 must be a layer from 4 to 4",
+        ),
+        ("fastv:k=0,keep=3,cache=all", "cache=all is for methods inside the decoder, from layer 1"),
         ("simignore-7b", "until=5"),
         ("uniform:keep=3+fastv:layer=9", "layer=9"),
     ],
