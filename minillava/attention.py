@@ -79,15 +79,15 @@ def attention_weights(
     """
     (r, H, Dh), (S, Hkv, _) = q.shape, k.shape
     columns, block = torch.arange(S, device=k.device), max(1, WEIGHT_ROWS // H)
-    gaps = k.dtype == torch.float32  # a CPU's product of 16 bits copies keys that have any
-    k = k.transpose(0, 1) if gaps else k.transpose(0, 1).contiguous()  # (Hkv, S, Dh)
+    strided = k.dtype == torch.float32  # in 16 bits a CPU would copy keys that are not contiguous
+    k = k.transpose(0, 1) if strided else k.transpose(0, 1).contiguous()  # (Hkv, S, Dh)
     at = torch.full((r,), S - 1) if at is None else at
     hidden = columns < 0 if hidden is None else on_device(F.pad(hidden, (0, S - len(hidden))), k)
     for start in range(0, r, block):
         rows, sees = q[start : start + block], at[start : start + block]  # (b, H, Dh), (b,)
         b, end = len(rows), int(sees.max()) + 1
         rows = rows.view(b, Hkv, H // Hkv, Dh).permute(1, 2, 0, 3).reshape(Hkv, -1, Dh)
-        weights = (rows @ (k[:, :end] if gaps else k).mT)[..., :end].float().reshape(H, b, end)
+        weights = (rows @ (k[:, :end] if strided else k).mT)[..., :end].float().reshape(H, b, end)
         unseen = hidden[:end] | (columns[:end] > on_device(sees, k)[:, None])  # (b, end)
         weights = (weights * Dh**-0.5).masked_fill(unseen, -torch.inf).softmax(-1)
         # a row that sees nothing gives nothing, where softmax gives NaN

@@ -54,7 +54,7 @@ class KVCache:
                 held[b, :, lengths[b] : max(lengths)] = 0.0
 
     def cut(self, layers: Sequence[int], rows: Sequence[Tensor]) -> None:
-        """Hold only the rows with these numbers (s,) of each sample in some layers."""
+        """Keep only the rows numbered rows[b] (s,) of each sample b in these layers."""
         for layer in layers:
             k, v = (
                 torch.cat([x[b][:, on_device(s, x)] for b, s in enumerate(rows)], 1).transpose(0, 1)
@@ -78,8 +78,8 @@ class KVCache:
 
 
 def write_rows(held: Tensor, rows: Tensor, at: Tensor | None) -> None:
-    """Write a row per sample (B, Hkv, Dh) into held (B, Hkv, S, Dh) at (B,); None: as the last."""
-    held[:, :, -1] = rows if at is None else 0.0
+    """Write a row per sample (B, Hkv, Dh) into held (B, Hkv, S, Dh), at at[b]; None: at the end."""
+    held[:, :, -1] = rows if at is None else 0.0  # as in store(): masked rows must not be NaN
     if at is not None:
         rows = rows[:, :, None].to(held.dtype)  # under autocast values have another one
         held.scatter_(2, at[:, None, None, None].expand_as(rows), rows)

@@ -41,7 +41,7 @@ class State:
     samples: list[Sample]
     cache: KVCache | None
     segments: list[Segment] = field(default_factory=list)  # that ran
-    history: dict[int, list[Pruned]] = field(default_factory=dict)  # by tokens generated before
+    history: dict[int, list[Pruned]] = field(default_factory=dict)  # by tokens generated until then
     position: Tensor = field(init=False)  # (segments, B) of the next token in their layers
     length: Tensor = field(init=False)  # (segments, B) rows that these hold of each sample
     graph: Any = None  # a CUDA graph of one token, if the model was loaded with compile=True
@@ -76,8 +76,8 @@ def prefill(
     for layers in plan.segments(model.config.text.num_hidden_layers):
         prune(model, state, plan.at("decoder", layers.start))
         hidden, rows = [s.hidden(layers.start) for s in samples], [s.rows for s in samples]
-        n_images = [len(s.visible_images(layers.start)) for s in samples]
-        state.segments.append(Segment(layers, rows, n_images, list(rows), hidden))
+        n_image_rows = [len(s.visible_images(layers.start)) for s in samples]
+        state.segments.append(Segment(layers, rows, n_image_rows, list(rows), hidden))
         if cache is not None:
             cache.reserve(layers, [len(s.rows) for s in samples])
         rope = model.llama.rope(torch.cat([s.rows.position for s in samples]), model.dtype)
@@ -141,7 +141,7 @@ def unpack_rows(samples: Sequence[Sample], x: Tensor) -> None:
 
 
 def begin_decoding(state: State) -> None:
-    """Forget what only methods of the prefill could read, and count what the caches hold."""
+    """Free what only methods of the prefill read; count the rows that each layer's cache holds."""
     for s in state.samples:
         s.vision, s.embedded, s.x = {}, None, s.x.new_empty(0, s.x.shape[1])
     held = [segment.held for segment in state.segments]
@@ -152,7 +152,7 @@ def begin_decoding(state: State) -> None:
 def decode(model: LLaVA, tokens: Tensor, state: State) -> Tensor:
     """Feed one token per sample (B,): logits (B, V) of the next. Advances the state's KV cache.
 
-    Dropped rows are gone; masks of methods that read the newest row are chosen again, if they may.
+    Dropped rows are gone. Masks by a score of the newest row are chosen again (Plan.chosen_again).
     """
     cache, samples, plan = state.cache, state.samples, state.plan
     assert cache is not None, "decoding needs a cache; without one, the prompt is prefilled again"
@@ -222,7 +222,7 @@ def prune(model: LLaVA, state: State, steps: Sequence[Step]) -> None:
 
 
 def forget_rows(state: State, method: Method) -> None:
-    """Take rows that have left the sequence out of the caches of earlier layers (cache=all)."""
+    """Cut from the caches of earlier layers the rows that have left the sequence (cache=all)."""
     for segment in state.segments:
         if method.cut_from is None or segment.layers.start < method.cut_from:
             continue

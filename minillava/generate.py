@@ -91,7 +91,7 @@ class Answer:
     def __init__(
         self, model: LLaVA, batch: Batch, plan: Plan, settings: Settings, encoded: Encoded | None
     ) -> None:
-        """Checks everything that can be refused."""
+        """Raises ValueError for a request that cannot be answered, before any forward."""
         if not isinstance(plan, Plan):
             raise ValueError(f"plan={plan!r} must be a Plan: parse_plan(text), or Plan((method,))")
         self.model, self.batch, self.settings, self.encoded = model, batch, settings, encoded
@@ -205,7 +205,7 @@ class Tokens:
 
     @torch.inference_mode(False)  # so that the owner of the result may change it
     def stack(self, steps: list[Tensor], logits: Tensor) -> Tensor:
-        """Logits of all steps (B, n_new, V), NaN after a sample's end; `logits` gives the shape."""
+        """Logits of all steps (B, n_new, V), NaN after each end; `logits` serves n_new = 0."""
         kept = torch.stack([*steps, logits], 1)[:, : len(steps)]
         for b, ids in enumerate(self.tokens):
             kept[b, len(ids) :] = float("nan")

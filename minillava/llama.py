@@ -24,13 +24,13 @@ Attend = Callable[[Tensor, Tensor, Tensor], Tensor]  # q (R, H, Dh), k, v (R, Hk
 
 
 def rotate(x: Tensor, rope: Rope) -> Tensor:
-    """Rotate (R, H, Dh). The first half of a head holds the x coordinates, the second the y."""
+    """Turn (R, H, Dh): the halves x, y of a head become x cos - y sin and y cos + x sin."""
     cos, sin = rope
     return x.roll(x.shape[-1] // 2, dims=-1).mul_(sin).add_(x * cos)
 
 
 def share_input(x: Tensor, *layers: nn.Module) -> Tensor:
-    """x as these layers read it: layers with integer weights can share x in integers."""
+    """x for all these layers: integer layers round it once together, instead of once each."""
     prepare = getattr(layers[0], "prepare", None)
     return prepare(x) if prepare and len({*map(type, layers)}) == 1 else x
 
@@ -100,14 +100,14 @@ class Llama(nn.Module):
 
     def __init__(self, config: TextConfig) -> None:
         super().__init__()
-        self.config = config
+        self.config = config  # of this process: parallel.py lowers the numbers of heads
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.num_hidden_layers))
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         if config.tie_word_embeddings:
             self.lm_head.weight = self.embed_tokens.weight
-        # where processes share the decoder (loading/parallel.py): all heads, and the first's choice
+        # parallel.py replaces both: the heads of all processes, and the first process's choice
         self.whole_heads, self.agree = nn.Identity(), nn.Identity()
 
     def rope(self, positions: Tensor, dtype: torch.dtype = torch.float32) -> Rope:

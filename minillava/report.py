@@ -24,8 +24,8 @@ from .rows import Keep
 
 @dataclass(frozen=True)
 class Kept:
-    """Which image tokens of each sample [b] one pruning step left, and why, see pruning/README.md.
-    Rows are named by their index in the unpruned prompt (Rows.id), added ones from its end on."""
+    """Which image tokens of each sample [b] one pruning step left, and why (pruning/README.md).
+    A row is named by its index in the unpruned prompt (Rows.id), an added one from its end on."""
 
     rule: str  # name of the method
     stage: str  # vision, embed or decoder
@@ -38,7 +38,7 @@ class Kept:
     merged_into: list[list[int]]  # row that each candidate went into, or -1; [] if none did
     margin: list[float | None]  # score of the last kept row less that of the first dropped one
     closest: list[float | None]  # the closest decision, as a share of what it compared
-    within_rounding: list[bool | None]  # whether `closest` is; None: it is not known
+    within_rounding: list[bool | None]  # whether rounding can turn `closest`; None: not known
     digest: list[str]  # SHA-256 of json.dumps(positions[b])
 
 
@@ -48,7 +48,7 @@ class Report:
 
     prompt_tokens: list[int]  # [b]
     kept: list[Kept]
-    chosen_again: list[list[Kept]]  # [token] of what ran for it; [] if no step ran again
+    chosen_again: list[list[Kept]]  # [token] steps that chose again for it; [] if none ever does
     tokens_entering: list[list[int]]  # [layer][b] all rows
     image_tokens_entering: list[list[int]]  # [layer][b] image rows; mask mode: the visible ones
     cache_lengths: list[list[int]]  # [layer][b] after the prefill; 0 without a cache
@@ -57,7 +57,7 @@ class Report:
     vision: float  # in the vision tower
     prefill: float
     first_token: float  # from the start to the first token
-    per_token: float  # mean of the later ones
+    per_token: float  # mean of the tokens after the first
     cache_bytes: int  # keys and values that this process holds after the prefill
     peak_bytes: int | None  # peak of allocated memory, CUDA only
     arithmetic: str  # of the decoder's linear layers: float32, bfloat16, or its stored form's
@@ -100,7 +100,7 @@ def make_report(model: LLaVA, state: State, stopped: list[str], times: list[floa
             for steps in (state.history.values() if len(state.history) > 1 else [])
         ],
         tokens_entering=[[len(rows) for rows in layer.rows] for layer in by_layer],
-        image_tokens_entering=[list(segment.n_images) for segment in by_layer],
+        image_tokens_entering=[list(segment.n_image_rows) for segment in by_layer],
         cache_lengths=cached,
         next_position=[rows.next_position for rows in state.segments[0].held],
         stopped=stopped,
@@ -115,8 +115,8 @@ def make_report(model: LLaVA, state: State, stopped: list[str], times: list[floa
 
 
 def describe_arithmetic(model: LLaVA) -> tuple[str, float]:
-    """What the decoder's linear layers compute with: a stored form's words, or "bfloat16". And how
-    far rounding may move a score, as a share of it: about half of the digits are safe."""
+    """In words, what the decoder's linear layers compute with; and the share of itself by which
+    rounding may move a score: about half of a dtype's digits are safe."""
     layer, eps = model.block(0).mlp.down_proj, torch.finfo(model.dtype).eps
     words = getattr(layer, "arithmetic", str(model.dtype)[len("torch.") :])
     return words, max(2 * eps**0.5, getattr(layer, "rounding", 0.0))

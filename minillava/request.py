@@ -1,4 +1,4 @@
-"""Everything that is settled, or refused, before the first forward of a generation.
+"""Check a request and split it into prompts, before the first forward of a generation.
 
 Each check raises ValueError with one line that names the value, what was allowed and what to do.
 """

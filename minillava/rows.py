@@ -88,7 +88,7 @@ class Keep:
     scores: Tensor | None = None  # (n,) what the candidates were ranked by, higher is better
     order: Tensor | None = None  # (k,) candidates that were picked one after the other
     merged_into: Tensor | None = None  # (n,) number in `index`, K + m: row m of `extra`, -1: none
-    closest: Tensor | None = None  # () smallest lead() of its decisions, or (k,) of each pick
+    closest: Tensor | None = None  # () or (k,) how near its decisions were to others: margins.py
 
 
 @dataclass(frozen=True)
@@ -116,7 +116,7 @@ def drop_rows(x: Tensor, rows: Rows, choice: Choice) -> tuple[Tensor, Rows]:
     left, x_left = rows.select(remaining), take_rows(x, remaining)
     if keep.extra is not None:
         image = int(rows.image[choice.window[0]])
-        at = int(choice.window[0]) + (0 if keep.extra_first else len(kept))  # all before it stay
+        at = int(choice.window[0]) + (0 if keep.extra_first else len(kept))  # earlier rows stay
         left = left.insert(at, len(keep.extra), image)
         x_left = torch.cat((x_left[:at], keep.extra.to(x.dtype), x_left[at:]))
     return x_left, left

@@ -115,7 +115,7 @@ class Sample:
     position: Tensor = field(init=False)  # (1,) while decoding: that of the new token
 
     def hidden(self, layer: int, before: int | None = None) -> Tensor | None:
-        """Which rows (S,) a layer hides, by steps before number `before`, on the CPU; None: none"""
+        """Rows (S,) that steps before number `before` (None: all) hide in a layer; None: no row."""
         result = None
         for number, mask in self.masks.items():
             ended = mask.until is not None and layer >= mask.until
@@ -136,7 +136,7 @@ class Segment:
 
     layers: range
     rows: list[Rows]  # [b] of the prompt
-    n_images: list[int]  # [b] image rows that the prefill left visible
+    n_image_rows: list[int]  # [b] image rows that the prefill left visible
     held: list[Rows]  # [b] those in the KV cache: fewer if later steps cut it (cache=all)
     hidden: list[Tensor | None]  # [b] (S,) bool, which of those the prefill left masked
 
@@ -160,7 +160,7 @@ class LayerAttention:
     hidden: list[Tensor | None]  # [b] (S,) bool, on the CPU
     seen: list[Tensor | None]  # [b] prompts: numbers (s,) of rows that are not hidden; None: all
     view: CacheView | None  # of new tokens; None: these are the rows of the prompts
-    entered: Tensor | None  # (R, D) rows as they enter it, if a method looks back at this layer
+    x: Tensor | None  # (R, D) rows as they enter it, if a method looks back at this layer
 
     def __call__(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """q (R, H, Dh), k, v (R, Hkv, Dh) of all samples -> (R, H, Dh)."""
@@ -171,8 +171,8 @@ class LayerAttention:
             self.cache.store(self.layer, k, v)
         lengths = [len(s.rows) for s in self.samples]
         parts = list(zip(*(t.split(lengths) for t in (q, k, v)), self.seen, strict=True))
-        if self.entered is not None:
-            each = zip(parts, self.entered.split(lengths), self.hidden, strict=True)
+        if self.x is not None:
+            each = zip(parts, self.x.split(lengths), self.hidden, strict=True)
             for s, ((q_, k_, *_), x, hidden) in zip(self.samples, each, strict=True):
                 s.last = LastAttention(q_, k_, x, hidden, s.rows)
         outputs = [causal_attention(*part) for part in parts]
@@ -181,8 +181,8 @@ class LayerAttention:
     def _tokens(self, q: Tensor, k: Tensor, v: Tensor, view: CacheView) -> Tensor:
         assert self.cache is not None
         keys, values = self.cache.append(self.layer, k, v, view.end, view.at)
-        if self.entered is not None:
+        if self.x is not None:
             for b, s in enumerate(self.samples):
                 k, mine = self.cache.keys_of(self.layer, b), slice(b, b + 1)
-                s.last = LastAttention(q[mine], k, self.entered[mine], self.hidden[b], s.rows)
+                s.last = LastAttention(q[mine], k, self.x[mine], self.hidden[b], s.rows)
         return token_attention(q, keys, values, view.visible)

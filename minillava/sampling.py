@@ -21,6 +21,6 @@ def sample(
     ordered, tokens = probabilities.sort(descending=True, stable=True)  # (V,), (V,)
     before = ordered.cumsum(0) - ordered  # (V,) total probability of the more likely tokens
     ordered = ordered.masked_fill((before >= top_p) & (before > 0), 0.0)
-    # as torch.multinomial draws, which waits for a GPU to check what is known to be a distribution
+    # torch.multinomial draws in the same way, but makes the host wait for a check of its input
     noise = torch.empty_like(ordered).exponential_(generator=generator)
     return tokens.index_select(0, (ordered / noise).argmax(keepdim=True))[0]

@@ -255,7 +255,7 @@ class TheirBlock(nn.Module):
     def forward(self, x: Tensor, rope: Rope, attend: Attend) -> Tensor:
         """x (S, D) -> (S, D)."""
         assert isinstance(attend, LayerAttention)
-        if attend.entered is not None:
+        if attend.x is not None:
             self._note(x, rope, attend)
         mask = None  # causal
         if self.layer.self_attn.config._attn_implementation == "eager":

@@ -48,14 +48,14 @@ def option(
     """An option of a method: a dataclass field with what its values may be.
 
     low, high: bounds, both included, of a number or of each number of a list. choices: the values
-    of a text. alias: a second spelling. instead_of: options of which only one may be given. amount:
+    of a text. alias: a second spelling. instead_of: options that exclude this one. amount:
     a number of tokens (int), or a share of them (float from 0 to 1). No default: it must be given.
     """
     return field(default=default, metadata={k: v for k, v in locals().items() if k != "default"})
 
 
 def amount(default: Any = MISSING, help: str = "number or share kept", **rule: Any) -> Any:
-    """An option that says how many tokens; count() makes a number of it."""
+    """An option that is a number of tokens or a share of them; count() makes it a number."""
     return option(default, help=help, amount=True, **rule)
 
 
@@ -109,11 +109,11 @@ class Method:
 
     file: ClassVar[str] = ""  # the user's file that the class was read from
     name: ClassVar[str]  # default: the class's name in lower case
-    identity: ClassVar[str | None] = None  # options that keep everything, if there are any
+    identity: ClassVar[str | None] = None  # options that keep every token, for the tests
     drops_only: ClassVar[bool] = True  # nothing is merged, added or put in another order
-    newest_row: ClassVar[bool] = False  # the score reads the newest row
+    newest_row: ClassVar[bool] = False  # the score reads the newest row, so masks are chosen again
+    choice_stands: ClassVar[bool] = False  # although newest_row is True, they are not
     adaptive: ClassVar[bool] = False  # how many stay depends on the image; left() says at most
-    choice_stands: ClassVar[bool] = False  # ... but mode=mask does not choose again for new tokens
     adds_rows: ClassVar[bool] = False  # it may return Keep.extra, rows that are no patches
     numbering: ClassVar[str] = "original"  # default of `positions`
     strength: ClassVar[str] = "keep"  # the option that average= sets (average.py)
@@ -160,11 +160,11 @@ class Method:
         raise NotImplementedError
 
     def left(self, n_tokens: int) -> tuple[int, ...]:
-        """Image rows left after each stage, out of n_tokens; at most that many, if it depends."""
+        """Image rows left of n_tokens after each stage; an adaptive method says at most."""
         return tuple(n_tokens for _ in self.stages())
 
     def variants(self, n_layers: int, n_tokens: int) -> Iterator[Method]:
-        """What average= chooses among, if not the method with every value of keep (average.py)."""
+        """What average= chooses among; by default the method with every value of keep."""
         return iter(())
 
     def check(self, n_layers: int, n_tokens: int, starts: tuple[int, ...]) -> None:
@@ -198,10 +198,10 @@ class Method:
                     )
 
     def check_order(self, steps: Sequence[Step], per_image: int, n_images: int) -> None:
-        """Raise ValueError, before any forward, if the last step, its own, cannot follow these."""
+        """Raise ValueError, before any forward, if steps[-1], its own, cannot follow the others."""
 
     def check_model(self, model: LLaVA) -> None:
-        """Raise ValueError, before any forward, for a model that it cannot serve."""
+        """Raise ValueError, before any forward, for a model that it cannot run on."""
 
     def vision_layers(self, n_layers: int) -> tuple[int, ...]:
         """Numbers of the vision tower's hidden states that `choose` reads, besides LLaVA's own;
@@ -215,11 +215,11 @@ class Method:
 
     @property
     def label(self) -> str:
-        """The name in errors: a user's method with the file that it was read from."""
+        """The name in errors about what a class declares or returns: a user's with its file."""
         return f"{self.name} ({self.file})" if self.file else self.name
 
     def shift(self, start: int) -> int:
-        """Rows by which the window of an image that starts there is moved (FastV released: 1)."""
+        """Row shift of the window of an image that begins at `start` (FastV released=1: 1)."""
         return 0
 
     @property
@@ -365,9 +365,9 @@ class Context:
         return self.model.embed(self._ids(self._sample.prompt.focus))
 
     def focus_text(self) -> str:
-        """The same text as a string, for methods with a text encoder of their own."""
+        """The text of focus() as a string, for methods with a text encoder of their own."""
         if self.model.tokenizer is None:
-            raise ValueError("this method reads text: it needs a model with a tokenizer (load)")
+            raise self._error("it reads text, so the model needs a tokenizer, as load() gives it")
         return self.model.tokenizer.decode(self._ids(self._sample.prompt.focus).tolist())
 
     def _ids(self, focus: Tensor | None) -> Tensor:
@@ -514,7 +514,7 @@ class Context:
 class Step:
     """One stage of one method of a plan."""
 
-    number: int  # in the order in which the steps run
+    number: int  # of the step, in the order in which the plan's steps run, from 0
     method: Method
     stage_index: int  # index in the method's stages()
     stage: Stage
@@ -550,7 +550,7 @@ class Plan:
 
     @cached_property
     def steps(self) -> tuple[Step, ...]:
-        """All stages of all methods in the order they run; at one place, in that of the methods."""
+        """All stages of all methods in running order; at one place, in the order of the methods."""
         found = [
             Step(0, method, index, stage, layer)
             for method in self.methods
@@ -564,8 +564,8 @@ class Plan:
         return [s for s in self.steps if s.stage == stage and s.layer == layer]
 
     def segments(self, n_layers: int) -> list[range]:
-        """The decoder's layers in runs that see the same rows: [0, 1], [2, ..., 31] for fastv:k=2.
-        A step or a mask's end begins one."""
+        """The decoder's layers in runs that hold the same rows: [0, 1], [2, ..., 31] for fastv:k=2.
+        A step, the end of a mask, or the first layer of a cache that is cut begins a run."""
         starts = {0, *(s.layer for s in self.steps if s.stage == "decoder")}
         ends = {s.method.until for s in self.steps} | {s.method.cut_from for s in self.steps}
         inside = sorted(i for i in starts | ends if i is not None and i < n_layers)

@@ -7,7 +7,7 @@ through them from pair `i_index` in steps of `step` and keeps each pair's image 
 different ones are kept. With step=1 and i_index=0 these are the tokens with the largest maximum.
 
 Deviations: any prompt and any number of images, not ScienceQA's with one. The released FastV ends
-Simignore's mask (`until=`), and there the other measures are commented out (the nearest is first).
+Simignore's mask (`until=`), and there the other measures are commented out (the smallest is best).
 """
 
 from __future__ import annotations
