@@ -31,6 +31,7 @@ from torch import Tensor
 from minillava import Batch, load
 from minillava.app.cli import DEMO
 from minillava.app.command import CommandParser, parse_path, parse_positive_int, run_command
+from minillava.app.output_file import check_output, replace_whole
 from minillava.attention import causal_attention
 from minillava.cache import KVCache
 from minillava.engine import decode, hidden_states_read, prefill
@@ -104,12 +105,21 @@ def read(model: LLaVA, ids: Tensor) -> Tensor:
     return model.llama.logits(x)[None]
 
 
-def pieces(processor: Processor, file: Path, limit: int) -> list[Tensor]:
-    """The first `limit` pieces of a text, PIECE ids each (ValueError if it is shorter than one)."""
+def read_text(file: Path) -> str:
+    """The text of the file that --text names. Raises ValueError if it cannot be read."""
     try:
-        text = file.read_text("utf-8")
+        return file.read_text("utf-8")
+    except OSError as error:
+        raise ValueError(
+            f"--text {file} cannot be read ({error.strerror}); give a text file"
+        ) from None
     except UnicodeDecodeError as error:
         raise ValueError(f"--text {file} is not UTF-8 ({error}); give a text file") from None
+
+
+def pieces(processor: Processor, file: Path, text: str, limit: int) -> list[Tensor]:
+    """The first `limit` pieces of a file's text, PIECE ids each (ValueError if it is shorter than
+    one)."""
     ids = torch.tensor(processor.tokenizer.encode(text))
     if len(ids) < PIECE:
         raise ValueError(f"--text {file} has {len(ids)} tokens; give a text of at least {PIECE}")
@@ -161,12 +171,14 @@ def measure(model: LLaVA, form: str, asked: Questions | Text) -> Row:
     return Row(form, kl, same, weight_bytes(model), describe_arithmetic(model)[0])
 
 
-def ask(model: LLaVA, processor: Processor, args: argparse.Namespace) -> Questions | Text:
-    """Let float32 answer the questions or read the text."""
-    if args.text is None:
+def ask(
+    model: LLaVA, processor: Processor, args: argparse.Namespace, given: str | None
+) -> Questions | Text:
+    """Let float32 answer the questions or read the text that is given."""
+    if given is None:
         groups = questions(processor, args.seed, args.limit or QUESTIONS, None)
         return Questions([answer(model, batch) for batch, _ in groups])
-    ids = pieces(processor, args.text, args.limit or PIECES)
+    ids = pieces(processor, args.text, given, args.limit or PIECES)
     text = Text(ids, [read(model, piece).cpu() for piece in ids])
     print(f"{sum(map(len, ids)):,} tokens; float32's loss is {text.loss():.3f} nats for each\n")
     return text
@@ -174,8 +186,11 @@ def ask(model: LLaVA, processor: Processor, args: argparse.Namespace) -> Questio
 
 def run(args: argparse.Namespace) -> list[Row]:
     device = find_device(args.device)
+    if args.out is not None:
+        check_output("--out", args.out, (".json",))
+    given = None if args.text is None else read_text(args.text)
     model, processor = load(args.model, device, "float32", progress=True)
-    asked = ask(model, processor, args)
+    asked = ask(model, processor, args, given)
     rows = [measure(model, "float32", asked)]
     del model
     for form in args.form:
@@ -198,7 +213,12 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _main(argv: Sequence[str] | None) -> None:
-    parser = CommandParser(prog="python -m eval.forms", description=__doc__, allow_abbrev=False)
+    parser = CommandParser(
+        prog="python -m eval.forms",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
     add = parser.add_argument
     add("--model", default=str(DEMO), metavar="DIR|HUB_ID", help="default: the demo")
     add("--form", nargs="+", choices=FORMS, default=list(FORMS), help="default: all")
@@ -211,8 +231,9 @@ def _main(argv: Sequence[str] | None) -> None:
     args = parser.parse_args(argv)
     rows = run(args)
     print(table(rows))
-    if args.out:
-        args.out.write_text(json.dumps([asdict(row) for row in rows], indent=1), "utf-8")
+    if args.out is not None:
+        with replace_whole(args.out) as part:
+            part.write_text(json.dumps([asdict(row) for row in rows], indent=1), "utf-8")
 
 
 if __name__ == "__main__":

@@ -8,8 +8,9 @@ from typing import Any
 
 import pytest
 import torch
-from tiny import make_batch
+from tiny import make_batch, refusal
 
+from eval import forms
 from eval.forms import Answered, answer, compare, follow, main, read
 from minillava import Batch
 from minillava.generate import generate
@@ -80,3 +81,35 @@ def test_the_table_of_a_text(capsys: pytest.CaptureFixture[str], tmp_path: Path)
         text.write_bytes(content)
         assert main(argv) == 2
         assert reason in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("option", "name", "reason"),
+    [
+        ("--text", "missing", "--text missing cannot be read (No such file or directory); give"),
+        ("--text", "folder", "--text folder cannot be read (Is a directory); give a text file"),
+        ("--text", "latin", "--text latin is not UTF-8 ("),
+        ("--out", "none/x.json", "--out none/x.json: there is no folder none; create it first"),
+        ("--out", "x.txt", "--out x.txt must be a file; give a name that ends in .json"),
+        ("--out", "folder.json", "--out folder.json must be a file; give a name that ends in"),
+    ],
+)
+def test_files_are_checked_before_a_model_is_loaded(
+    option: str, name: str, reason: str,
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(forms, "load", None)
+    for folder in ("folder", "folder.json"):
+        Path(folder).mkdir()
+    Path("latin").write_bytes(b"f\xfcr")
+    assert main([option, name]) == 2
+    assert reason in refusal(capsys)
+
+
+def test_the_help_keeps_its_lines(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        main(["--help"])
+    lines = capsys.readouterr().out.splitlines()
+    assert "    python -m eval.forms --model DIR --text FILE            on running text" in lines
+    assert any(line.startswith("- KL: mean") for line in lines)
