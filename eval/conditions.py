@@ -167,7 +167,6 @@ class Measurement:
         questions = self.questions.of_seed[seed]
         found = ask(self.model, self.processor, questions, way)
         right = "".join("01"[ok] for ok in found.right)
-        path.parent.mkdir(exist_ok=True)
         kept = {**asked, **by, "right": right, "tokens": found.tokens}
         store.write_atomically(path, json.dumps(kept))
         share = estimate(questions.short(found))
@@ -385,16 +384,43 @@ def main(argv: Sequence[str] | None = None) -> int:
     add("--model", type=Path, default=DEMO, metavar="DIR", help="default: weights/demo")
     add("--questions", type=parse_positive_int, default=600, metavar="N", help="of each seed: 600")
     seeds = (20261201, 20270101, 20270102)
-    add("--scenes", nargs="+", type=parse_non_negative_int, default=seeds, metavar="SEED")
-    add("--out", type=parse_path, required=True, metavar="DIR")
-    add("--only", nargs="+", choices=(*OTHERS, *PLANS, *UNIFORM), default=[], metavar="NAME")
-    add("--random", nargs="+", type=parse_positive_int, default=[], metavar="K")
+    shown = " ".join(map(str, seeds))
+    scenes_help = f"draw the scenes with these seeds; default {shown}"
+    add(
+        "--scenes",
+        nargs="+",
+        type=parse_non_negative_int,
+        default=seeds,
+        metavar="SEED",
+        help=scenes_help,
+    )
+    add("--out", type=parse_path, required=True, metavar="DIR", help="folder of answers and tables")
+    names = (*OTHERS, *PLANS, *UNIFORM)
+    add(
+        "--only",
+        nargs="+",
+        choices=names,
+        default=[],
+        metavar="NAME",
+        help="ask only in these ways and keep the answers; prints and writes no table. NAME: "
+        + ", ".join(names),
+    )
+    add(
+        "--random",
+        nargs="+",
+        type=parse_positive_int,
+        default=[],
+        metavar="K",
+        help="the same with K tokens chosen at random",
+    )
     return run_command(lambda: _run(parser.parse_args(argv)))
 
 
 def _run(args: argparse.Namespace) -> None:
     folder = args.out / "answers"
-    folder.mkdir(parents=True, exist_ok=True)
+    for own in (folder / str(seed) for seed in args.scenes):
+        with store.name_file_in_errors(own):
+            own.mkdir(parents=True, exist_ok=True)
     model, processor = load(args.model)
     weights = " ".join(digest_file(file) for file in sorted(args.model.glob("*.safetensors")))
     questions = Questions(tuple(args.scenes), args.questions)

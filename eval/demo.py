@@ -19,6 +19,7 @@ A PLAN may also use a method in a file of your own: ./mine.py:Mine:keep=16.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import math
 import os
@@ -40,6 +41,7 @@ from minillava.app.command import (
     parse_positive_int,
     run_command,
 )
+from minillava.app.output_file import check_output
 from minillava.generate import Result, generate
 from minillava.llava import LLaVA
 from minillava.processing.processor import Processor
@@ -292,12 +294,14 @@ def check_plans(model: LLaVA, batch: Batch, texts: Sequence[str]) -> None:
 
 def _output_files(name: Path) -> list[Path]:
     """NAME.json and NAME.md. Raises ValueError if one of them cannot be written."""
-    name.parent.mkdir(parents=True, exist_ok=True)
+    with contextlib.suppress(OSError):  # check_output says why
+        name.parent.mkdir(parents=True, exist_ok=True)
     stem = name.with_suffix("") if name.suffix in (".json", ".md") else name
     files = [stem.with_name(f"{stem.name}{suffix}") for suffix in (".json", ".md")]
     for path in files:
-        if path.is_dir() or not os.access(path.parent, os.W_OK):
-            raise ValueError(f"--out {name}: {path} cannot be written; give another name")
+        if os.path.isdir(path):  # Path.is_dir would raise for a name that is too long
+            raise ValueError(f"--out {name}: {path} is a folder; give another name")
+        check_output("--out", path, (path.suffix,))
     return files
 
 

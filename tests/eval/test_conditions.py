@@ -8,6 +8,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from tiny import refusal
 
 from eval import conditions
 from eval.conditions import Condition, Outcome, Way, budget
@@ -98,3 +99,26 @@ def test_verdicts(bounds: tuple[Any, Any, Any], at_most: bool, verdict: str) -> 
 @pytest.mark.parametrize(("tokens", "keep"), [(84.0, 84), (52.2, 56), (14.0, 16), (20.1, 36)])
 def test_a_random_choice_has_at_least_as_many_tokens(tokens: float, keep: int) -> None:
     assert budget(Outcome(None, (), tokens)) == keep
+
+
+def test_a_file_in_place_of_the_folder_is_refused(
+    asked: list[Way], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = tmp_path / "file"
+    file.write_text("")
+    assert conditions.main(["--out", str(file)]) == 2
+    line = refusal(capsys)
+    assert line.startswith(f"error: {file / 'answers'}")
+    assert " cannot be written (Not a directory); correct this" in line
+    (tmp_path / "answers").mkdir()
+    (tmp_path / "answers" / "4").write_text("")
+    assert conditions.main(["--scenes", "4", "--out", str(tmp_path)]) == 2
+    assert f"{tmp_path / 'answers' / '4'} cannot be written (File exists)" in refusal(capsys)
+    assert not asked
+
+
+def test_the_help_says_what_only_does(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        conditions.main(["--help"])
+    text = " ".join(capsys.readouterr().out.split())
+    assert "ask only in these ways and keep the answers; prints and writes no table" in text

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import user_method
+from tiny import refusal
 
 from eval import demo
 from eval.credits import Credits
@@ -94,3 +95,17 @@ def test_the_names_of_its_files(name: str, stem: str, tmp_path: Path) -> None:
         tmp_path / f"{stem}.json",
         tmp_path / f"{stem}.md",
     ]
+
+
+def test_an_output_that_cannot_be_written_is_refused_before_loading(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(demo, "load", None)
+    file = tmp_path / "file"
+    file.write_text("")
+    (tmp_path / "found.md").mkdir()
+    for out in (file / "x", file / "y" / "x", tmp_path / "found", tmp_path / ("x" * 300)):
+        assert demo.main(["--out", str(out)]) == 2
+        line = refusal(capsys)
+        assert line.startswith(f"error: --out {out}")
+        assert "; give another name" in line
