@@ -36,6 +36,8 @@ from minillava.generate import generate
 from minillava.llava import LLaVA
 from minillava.loading.assemble import choose_forms, load_weights
 from minillava.loading.checkpoint import DTYPES, QUANTIZE, empty_model, find_device
+from minillava.loading.config_file import read_config
+from minillava.loading.hub import find_checkpoint
 from minillava.loading.native_decode import native_decoding
 from minillava.loading.tensor_files import StoredTensor
 from minillava.quant.linear import weight_bytes
@@ -263,8 +265,7 @@ def run(args: argparse.Namespace) -> tuple[list[Row], Limits]:
     if args.layers and args.shape is None:
         raise ValueError(f"--layers {args.layers} is of --shape; give --shape 7b or 13b with it")
     plans = read_plans([NONE, *args.prune])
-    if args.shape:
-        _check_shape(args, plans)
+    _check(args, plans)
     limits = Limits(cost.memory_bandwidth(device), {})
     rows: list[Row] = []
     for form in args.form:
@@ -298,6 +299,8 @@ def _model(args: argparse.Namespace, form: str, device: torch.device) -> LLaVA:
 
 
 def _config(args: argparse.Namespace) -> Config:
+    if args.shape is None:
+        return read_config(find_checkpoint(args.model) / "config.json")
     config = SHAPES[args.shape]
     layers = args.layers or config.text.num_hidden_layers
     return with_layers(config, layers)
@@ -308,14 +311,23 @@ def with_layers(config: Config, layers: int) -> Config:
     return replace(config, text=replace(config.text, num_hidden_layers=layers))
 
 
-def _check_shape(args: argparse.Namespace, plans: Mapping[str, TypedPlan]) -> None:
-    """Refuse plans and forms that a shape does not allow, before weights are made (ValueError)."""
+def _check(args: argparse.Namespace, plans: Mapping[str, TypedPlan]) -> None:
+    """Refuse plans, lengths and forms that a model does not allow, before it is loaded or made
+    (ValueError)."""
     config = _config(args)
     layers, patches = config.text.num_hidden_layers, config.vision.num_patches
+    most = config.text.max_position_embeddings
+    if args.text_tokens + patches > most:
+        raise ValueError(
+            f"--text-tokens {args.text_tokens} and the image's {patches} are more than the model's "
+            f"{most} positions; give at most {most - patches}"
+        )
     start = _image_start(args.text_tokens)
     for typed in plans.values():
         for method in typed.plan.resolve(layers, patches).methods:
             method.check(layers, patches, (start,))
+    if args.shape is None:
+        return
     rows = args.text_tokens + patches + args.new_tokens
     for form in args.form:
         itemsize = 2 if form in ("float16", "bfloat16") else 4

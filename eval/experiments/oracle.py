@@ -213,6 +213,8 @@ def run(args: argparse.Namespace) -> str:
     began, typed = time.perf_counter(), read_plans(args.prune or METHODS)
     if NONE in typed:
         raise ValueError(f"--prune {NONE} keeps every answer; give plans that prune")
+    if args.prefills == 1:
+        raise ValueError("--prefills 1 must be 2 or more: for the answer, and for the result")
     bench = base.open_bench(args)
     with_picture = [item for item in bench.items if item.images]
     left_out = len(bench.items) - len(with_picture)

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import user_method
+from tiny import refusal
 
 from eval import cost, latency
 from eval.latency import DEMO, Limits, main
@@ -176,6 +177,23 @@ def test_memory_that_only_caches_files_is_free(tmp_path: Path) -> None:
     assert latency.available_memory(tmp_path / "missing") == math.inf
 
 
-def test_a_prompt_beyond_the_positions_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["--text-tokens", "9000"]) == 2
-    assert "error: " in capsys.readouterr().err.splitlines()[-1]
+@pytest.mark.parametrize(("shape", "most"), [([], 1904), (["--shape", "7b"], 3520)])
+def test_a_prompt_beyond_the_positions_is_refused_before_loading(
+    shape: list[str], most: int,
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    monkeypatch.setattr(latency, "available_memory", lambda: 1e12)
+    monkeypatch.setattr(latency, "_model", None)
+    assert main([*shape, "--text-tokens", str(most + 1)]) == 2
+    assert f"--text-tokens {most + 1} and the image's" in (line := refusal(capsys))
+    assert f"give at most {most}" in line
+    with pytest.raises(TypeError):  # where the model would be loaded
+        main([*shape, "--text-tokens", str(most)])
+
+
+def test_a_plan_that_a_checkpoint_cannot_run_is_refused_before_loading(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(latency, "_model", None)
+    assert main(["--prune", "fastv:k=99,r=0.5"]) == 2
+    assert "99" in refusal(capsys)

@@ -140,3 +140,11 @@ def test_a_damaged_line_is_named(
     with pytest.raises(ValueError, match=r"smallest\.jsonl, line 1 is ") as refused:
         oracle.read_sets(path, items)
     assert said in str(refused.value)
+
+
+def test_too_few_prefills_are_refused_before_a_model_is_loaded(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(oracle.base, "open_bench", None)
+    assert oracle.main(["--prefills", "1", "--out", str(tmp_path)]) == 2
+    assert "--prefills 1 must be 2 or more: for the answer, and" in refusal(capsys)
