@@ -31,7 +31,7 @@ from minillava.app.command import (
 )
 from minillava.app.output_file import check_output
 
-from . import comparison, ids, plots, results, store, subsets
+from . import comparison, ids, plots, results, subsets
 from .answers import AnswerRow, Answers, read_answers, read_rows
 from .downsample import budget_of
 from .plans import NONE, file_name
@@ -237,8 +237,9 @@ def run(args: argparse.Namespace) -> str:
     if args.figure:
         plots.require_matplotlib()
         check_output("--figure", args.figure, (".png", ".svg"))
-    with store.locked(args.folder):
-        folder = read_folder(args.folder, args.data, args.limit)
+    for text in args.save:
+        check_output("--save", Path(text.partition("=")[2]), ())
+    folder = read_folder(args.folder, args.data, args.limit)
     plans = [folder.require(plan) for plan in args.prune] if args.prune else folder.plans
     against = [folder.require(args.against)] if args.against else []
     ordered = [*against, *(p for p in plans if p.plan != args.against)]

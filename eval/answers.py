@@ -135,8 +135,9 @@ def read_answers(folder: Path, result: PlanResult, task: Task, items: Sequence[I
     """
     if digest_questions(items) != result.questions:
         raise ValueError(
-            f"{result.run.plan} in {folder} answers other questions than the {len(items)} of "
-            f"{task.name} that are read now; give the same --data, --limit and --ids"
+            f"{folder / file_name(result.run.plan)}.jsonl answers other questions than the "
+            f"{len(items)} of {task.name} that are read now; give the same --data, --limit and "
+            "--ids as to eval.run, or its command again if a file of answers was changed"
         )
     name = f"{file_name(result.run.plan)}.jsonl"
     others = sorted(folder.glob(f"seed-*/{name}")) if result.draws else []
@@ -162,6 +163,11 @@ def _read_seed(path: Path, result: PlanResult, task: Task, items: Sequence[Item]
             "their order; give the command of eval.run again"
         )
     for row, item in zip(rows, items, strict=True):
+        if row.plan != result.run.plan:
+            raise ValueError(
+                f"{path} has an answer under the plan {row.plan}, not {result.run.plan}: question "
+                f"{row.question_id}; delete the file, and give the command of eval.run again"
+            )
         if not row.prompt.endswith(item.text):
             raise ValueError(
                 f"{path} answers {row.prompt[-60:]!r} under the id {row.question_id}, whose "
@@ -171,6 +177,12 @@ def _read_seed(path: Path, result: PlanResult, task: Task, items: Sequence[Item]
     if score.credits is None:  # it was read from its file
         answers = [Answer(item, row.text) for item, row in zip(items, rows, strict=True)]
         score = task.score(answers, result.run.protocol)
+        if score.value != result.scored.score.value:
+            raise ValueError(
+                f"{path} scores {score.value:.4f}, but {path.with_suffix('.json').name} says "
+                f"{result.scored.score.value:.4f}: one of them was changed; give the command of "
+                "eval.run again, which scores the answers"
+            )
     if score.credits is None:
         raise ValueError(f"{task.name} has no right answers here, so plans cannot be compared")
     texts, kl = tuple(row.text for row in rows), tuple(row.kl for row in rows)
@@ -182,6 +194,7 @@ class AnswerRow:
     """What comparisons need of a line of an answer file."""
 
     number: int
+    plan: str
     question_id: str | int
     prompt: str
     text: str
@@ -206,9 +219,14 @@ def _read_row(line: bytes, where: str) -> AnswerRow:
         row = parse_json(line)
         more = row["metadata"]
         found = AnswerRow(
-            more["number"], row["question_id"], row["prompt"], row["text"], more.get("kl")
+            more["number"],
+            more["plan"],
+            row["question_id"],
+            row["prompt"],
+            row["text"],
+            more.get("kl"),
         )
-        texts = isinstance(found.prompt, str) and isinstance(found.text, str)
+        texts = all(isinstance(text, str) for text in (found.plan, found.prompt, found.text))
         numbers = isinstance(found.number, int) and isinstance(found.kl, float | int | None)
         named = isinstance(found.question_id, str | int)
         reason = "" if texts and numbers and named else "an entry has another type"

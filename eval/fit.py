@@ -346,23 +346,22 @@ def main(argv: Sequence[str] | None = None) -> int:
     add("--samples", type=parse_path, metavar="FILE.jsonl")
     add("--number", type=parse_positive_int, default=20, help="number of samples, default 20")
     add("--seed", type=parse_non_negative_int, default=0)
-    add("--threshold", type=parse_float, default=0.003, help="of vtw, default 0.003")
-    add(
-        "--first",
-        type=parse_non_negative_int,
-        default=5,
-        help="of vtw: first layer to try, default 5",
-    )
-    add(
-        "--save",
-        type=parse_positive_int,
-        default=60,
-        help="of fitprune: percent of the FLOPs, default 60",
-    )
+    add("--threshold", type=parse_float, help="of vtw, default 0.003")
+    add("--first", type=parse_non_negative_int, help="of vtw: first layer to try, default 5")
+    add("--save", type=parse_positive_int, help="of fitprune: percent of the FLOPs, default 60")
     return run_command(lambda: _run(parser.parse_args(argv)))
 
 
+# option -> the method that has it, and its default
+OPTIONS = {"threshold": ("vtw", 0.003), "first": ("vtw", 5), "save": ("fitprune", 60)}
+
+
 def _run(args: argparse.Namespace) -> None:
+    for name, (method, default) in OPTIONS.items():
+        if getattr(args, name) is None:
+            setattr(args, name, default)
+        elif args.method != method:
+            raise ValueError(f"--{name} is an option of {method}, not of {args.method}; omit it")
     if args.save > 99:
         raise ValueError(
             f"--save {args.save} must be a percentage from 1 to 99; give a smaller one"

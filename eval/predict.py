@@ -52,7 +52,11 @@ class Run:
 
 def check(model: LLaVA, processor: Processor, item: Item, run: Run, plan: Plan) -> None:
     """Check the first question before anything is computed (ValueError if it cannot run)."""
-    config = model.config
+    config, keep, most = model.config, budget_of(run.plan) or 0, processor.num_image_tokens
+    if keep > most:
+        raise ValueError(
+            f"{run.plan}: keep={keep}, but an image has {most} tokens; give at most that many"
+        )
     plan = plan.resolve(config.text.num_hidden_layers, config.vision.num_patches)
     settings = Settings(run.max_new_tokens, 0, (), 0.0, 1.0, run.seed)
     prompts = prompts_of(model, batch_of(processor, [item], run))

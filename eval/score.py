@@ -23,6 +23,7 @@ from typing import Any, TypedDict
 
 from minillava import parse_plan
 from minillava.app.command import CommandParser, parse_path, parse_positive_int, run_command
+from minillava.app.output_file import check_output
 
 from . import ids, predictions, published, statistics, store
 from .plans import NONE, files_of
@@ -142,7 +143,7 @@ def score(
         result.split or task.split,
         protocol,
         result,
-        matched.missing,
+        sum(a.text is None for a in task.counted(matched.answers)),
         matched.unknown,
         matched.duplicates,
         find_intervals(result),
@@ -216,6 +217,19 @@ def _submit(
     store.write_atomically(path, store.as_json(rows))
 
 
+def _check_compared(args: argparse.Namespace, plan: str, weights: str) -> None:
+    """Refuse mistakes in --model, --prune and --weights before anything is read."""
+    if not args.model:
+        if given := [n for n in ("prune", "weights") if getattr(args, n) is not None]:
+            raise ValueError(f"--{given[0]} says what --model measured; give --model, too")
+        return
+    if not files_of(plan):
+        parse_plan("" if plan == NONE else plan)
+    known = {figure.group.weights for figure in published.read_figures()}
+    if weights not in known:
+        raise ValueError(f"--weights {weights}: published are {', '.join(sorted(known))}")
+
+
 def _figure(value: object) -> str:
     return f"{value:.2f}" if isinstance(value, float) else str(value)
 
@@ -236,23 +250,20 @@ def main(argv: Sequence[str] | None = None) -> int:
     add("--limit", type=parse_positive_int, metavar="N", help="score only the first N questions")
     add("--ids", type=parse_path, metavar="FILE", help="only these questions; see eval.analyse")
     add("--model", choices=published.LAYERS, help="also print its published figures")
-    add("--prune", default=NONE, metavar="PLAN", help="with --model: the plan that was measured")
-    add(
-        "--weights",
-        default=published.UNQUANTISED,
-        metavar="W",
-        help="with --model: unquantised (default), nf4, …",
-    )
+    add("--prune", metavar="PLAN", help=f"with --model: the plan that was measured, or {NONE}")
+    add("--weights", metavar="W", help="with --model: unquantised (default), nf4, …")
     add("--submission", type=parse_path, metavar="FILE", help="write a file for the server (VQAv2)")
     add("--json", action="store_true", help="print one JSON object with every number")
 
     def act() -> None:
         args = parser.parse_args(argv)
         task, protocol = find_task(args.task, args.protocol)
-        if args.model and not files_of(args.prune):  # mistakes are refused before anything is read
-            parse_plan("" if args.prune == NONE else args.prune)
-        if args.submission and task.submission([]) is None:
-            raise ValueError(f"--submission: there is no server for {task.name}; leave it out")
+        plan, weights = args.prune or NONE, args.weights or published.UNQUANTISED
+        _check_compared(args, plan, weights)
+        if args.submission:
+            if task.submission([]) is None:
+                raise ValueError(f"--submission: there is no server for {task.name}; leave it out")
+            check_output("--submission", args.submission, ())
         items = read_questions(task, args.questions, protocol, args.limit)
         if args.ids:
             items = ids.choose_items(items, ids.read_ids(args.ids), args.ids)
@@ -262,7 +273,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             _submit(task, items, found, args.submission)
         print(json.dumps(scored.json()) if args.json else scored.text(), flush=True)
         if args.model and not args.json:
-            text = format_published(scored, args.model, args.prune, args.weights)
+            text = format_published(scored, args.model, plan, weights)
             print(text or "there is no published figure to compare it with", flush=True)
 
     return run_command(act)

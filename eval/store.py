@@ -80,7 +80,7 @@ def name_file_in_errors(path: Path) -> Iterator[None]:
 
 def _not_writable(path: Path, error: OSError) -> ValueError:
     return ValueError(
-        f"{error.filename or path} cannot be written ({error.strerror or error}); correct this, "
+        f"{path} cannot be written ({error.strerror or error}); correct this, "
         "and the same command continues, or give another --out"
     )
 

@@ -163,6 +163,10 @@ class Task(ABC):
         Raises ValueError, one line with the missing path or the malformed line.
         """
 
+    def counted(self, answers: Sequence[Answer]) -> Sequence[Answer]:
+        """The answers that count: all, but for tasks that leave questions out."""
+        return answers
+
     @abstractmethod
     def score(self, answers: Sequence[Answer], protocol: str) -> Score:
         """Score all questions; a missing answer is wrong. ValueError without gold answers."""

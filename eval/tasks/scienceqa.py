@@ -156,17 +156,20 @@ class ScienceQA(Task):
         gold = {"answer": None if answer is None else LETTERS[answer], "choices": len(choices)}
         return Item(str(number), text, sources, gold)
 
+    def counted(self, answers: Sequence[Answer]) -> Sequence[Answer]:
+        asked = [a for a in answers if a.item.images]
+        blind = [a for a in answers if not a.item.images]
+        return asked if asked and all(a.text is None for a in blind) else answers
+
     def score(self, answers: Sequence[Answer], protocol: str) -> Score:
         """The accuracy. If no question without an image has an answer, these are left out.
 
         Papers ask only the questions with an image.
         """
-        asked = [a for a in answers if a.item.images]
+        every, answers = answers, self.counted(answers)
         notes: tuple[str, ...] = ()
-        if asked and all(a.text is None for a in answers if not a.item.images):
-            if left := len(answers) - len(asked):
-                notes = (f"none of the {left} questions without an image is answered: left out",)
-            answers = asked
+        if left := len(every) - len(answers):
+            notes = (f"none of the {left} questions without an image is answered: left out",)
         golds = [gold_of(a) for a in answers]
         letters = [_letter(a, protocol) for a in answers]
         right = [letter == gold for letter, gold in zip(letters, golds, strict=True)]

@@ -10,7 +10,7 @@ from pathlib import Path
 
 def check_output(option: str, path: Path, suffixes: Sequence[str]) -> None:
     """Raise ValueError if the file that an option names cannot be written, or has another suffix
-    than one of these."""
+    than one of these; (): any suffix is allowed."""
     try:
         part_of(path).lstat()
     except FileNotFoundError:
@@ -19,8 +19,9 @@ def check_output(option: str, path: Path, suffixes: Sequence[str]) -> None:
         raise ValueError(
             f"{option} {path} cannot be written ({error}); give another name"
         ) from error
-    if path.suffix.lower() not in suffixes or path.is_dir():
-        names = f"{', '.join(suffixes[:-1])} or {suffixes[-1]}"
+    if (suffixes and path.suffix.lower() not in suffixes) or path.is_dir():
+        *first, last = suffixes or ["its name"]
+        names = f"{', '.join(first)} or {last}" if first else last
         raise ValueError(f"{option} {path} must be a file; give a name that ends in {names}")
     if not path.parent.is_dir():
         raise ValueError(f"{option} {path}: there is no folder {path.parent}; create it first")

@@ -139,6 +139,11 @@ class LlavaForConditionalGeneration(transformers.LlavaForConditionalGeneration):
         """transformers' forward; pruning: what `generate` asks for, then only the newest row has
         logits, (rows, 1, V)."""
         if pruning is None:
+            if self.pruner is not None and pixel_values is not None:
+                raise ValueError(
+                    "a plan acts in generate() alone; call that, or for a forward without pruning "
+                    "the model of transformers itself"
+                )
             return super().forward(
                 input_ids=input_ids,
                 pixel_values=pixel_values,

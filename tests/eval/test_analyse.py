@@ -14,7 +14,7 @@ import torch
 from PIL import Image
 from tiny import refusal
 
-from eval import analyse, downsample, run, score
+from eval import analyse, downsample, run, score, store
 from eval.experiments import ablation
 from eval.first_token import FirstLogits, distribution, divergence
 from eval.plans import file_name
@@ -273,6 +273,8 @@ def test_pictures_are_shrunk_to_the_detail_of_tokens(
         (200, 100),
     ]
     assert downsample.shrink(wide, 56, "crop").size == (112, 56)
+    assert run.main([*argv, "downsample:keep=145"]) == 2
+    assert "downsample:keep=145: keep=145, but an image has 144 tokens" in refusal(capsys)
     assert run.main([*argv, "downsample:keep=0.5"]) == 2
     assert "downsample:keep=64" in refusal(capsys)
 
@@ -383,3 +385,55 @@ def test_too_few_questions_for_the_confidence_are_said(
     assert analyse.main([str(folder), "--confidence", "0.99999"]) == 0
     n = math.ceil(math.log2(2 / 1e-5))
     assert f"it takes at least {n}" in capsys.readouterr().out
+
+
+def test_answers_under_another_plan_are_refused(
+    folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = folder / f"{file_name('pool:keep=16')}.jsonl"
+    shutil.copy(folder / f"{file_name('text-only')}.jsonl", path)
+    assert analyse.main([str(folder)]) == 2
+    words = f"{path} has an answer under the plan text-only, not pool:keep=16"
+    assert words in refusal(capsys)
+
+
+def test_a_changed_answer_is_noticed(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Its score is then another than the one in the plan's file."""
+    path = folder / "none.jsonl"
+    first, *others = path.read_text().splitlines(keepends=True)
+    row = json.loads(first)
+    path.write_text(json.dumps({**row, "text": f"not {row['text']}"}) + "\n" + "".join(others))
+    assert analyse.main([str(folder)]) == 2
+    assert f"{path} scores " in refusal(capsys)
+
+
+def test_lines_that_were_lost_are_told_by_file(
+    folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = folder / "none.jsonl"
+    path.write_text("".join(path.read_text().splitlines(keepends=True)[:-1]))
+    assert analyse.main([str(folder)]) == 2
+    words = f"{path} answers other questions than the {LIMIT - 1} of demo that are read now"
+    assert words in refusal(capsys)
+
+
+def test_it_only_reads(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    missing, file = tmp_path / "missing", tmp_path / "file"
+    file.touch()
+    for wrong in (missing, file):
+        assert analyse.main([str(wrong)]) == 2
+        assert f"there is no folder {wrong}; give the --out of eval.run" in refusal(capsys)
+    assert not missing.exists()
+    before = sorted(folder.rglob("*"))
+    with store.locked(folder):  # by a run that goes on
+        assert analyse.main([str(folder)]) == 0
+    assert sorted(folder.rglob("*")) == before
+
+
+@pytest.mark.parametrize("file", ["nodir/x.json", "."])
+def test_a_part_that_cannot_be_saved_is_refused_first(
+    file: str, folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    argv = ["--judge", "pool:keep=16", "--save", f"hard={file}"]
+    assert analyse.main([str(folder), *argv]) == 2
+    assert f"error: --save {file}" in refusal(capsys)

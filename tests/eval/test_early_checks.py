@@ -126,7 +126,11 @@ def test_latency_checks_a_shape_before_it_makes_weights(
     ("argv", "words"),
     [
         (["--model", "llava-1.5-7b", "--prune", "nonsense"], "nonsense"),
+        (["--model", "llava-1.5-7b", "--weights", "nf5"], "--weights nf5: published are nf4, unquantised"),
+        (["--prune", "none"], "--prune says what --model measured; give --model, too"),
+        (["--weights", "nf4"], "--weights says what --model measured; give --model, too"),
         (["--submission", "x.json"], "there is no server for demo"),
+        (["--task", "vqav2", "--submission", "no/x.json"], "--submission no/x.json: there is no"),
     ],
 )
 def test_score_checks_its_options_before_it_reads_files(

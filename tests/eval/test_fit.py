@@ -209,6 +209,17 @@ def test_a_plan_without_average_is_refused(capsys: pytest.CaptureFixture[str]) -
         assert said in tiny.refusal(capsys)
 
 
+@pytest.mark.parametrize(
+    ("method", "option"),
+    [("fitprune", "threshold"), ("ivcprune:layer=4,average=60", "first"), ("vtw", "save")],
+)
+def test_an_option_of_another_method_is_refused(
+    method: str, option: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert fit.main([method, f"--{option}", "6"]) == 2
+    assert f"--{option} is an option of " in capsys.readouterr().err
+
+
 def test_what_no_image_can_exceed() -> None:
     from minillava.pruning.average import most_entering
 

@@ -13,7 +13,8 @@ from typing import Any
 import pytest
 from PIL import Image
 
-from eval.predictions import match, read
+from eval.predictions import Prediction, match, read
+from eval.score import score
 from eval.tasks import TASKS
 from eval.tasks.base import Answer, Item, Score
 from minillava.processing.templates import conversation
@@ -345,6 +346,15 @@ def test_scienceqa_by_its_three_rules(tmp_path: Path) -> None:
     assert (found.right, found.n, found.split) == (1, 2, "test with image")
     assert "1 questions without an image is answered" in found.notes[0]
     assert scored("scienceqa", items[:1], [None], "llava").n == 1
+
+
+def test_questions_that_are_left_out_are_not_missing(tmp_path: Path) -> None:
+    scienceqa(tmp_path)
+    task = TASKS["scienceqa"]
+    items = task.items(tmp_path / "llava_test_CQM-A.json", "llava")
+    said = [Prediction((str(items[1].question_id),), "B", "line 1")]
+    found = score(task, items, said, "llava")  # of three questions, two with an image
+    assert (found.score.n, found.missing) == (2, 1)
 
 
 def test_the_picture_stands_before_the_question_wherever_the_file_has_it(tmp_path: Path) -> None:

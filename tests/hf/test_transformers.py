@@ -304,6 +304,13 @@ def test_arguments_of_generate_that_do_not_go_with_a_plan(
         answers(model, one, **options)
 
 
+def test_a_forward_that_would_not_prune_is_refused(theirs: Any, processor: Any, one: Any) -> None:
+    with pytest.raises(ValueError, match=r"a plan acts in generate\(\) alone"):
+        to_transformers(theirs, processor, parse_plan("fastv:k=2,r=0.5"))(**one)
+    unpruned = to_transformers(theirs, processor, parse_plan("none"))(**one)
+    assert torch.equal(unpruned.logits, theirs(**one).logits)
+
+
 def test_a_plan_beyond_the_model_is_refused(theirs: Any, processor: Any, one: Any) -> None:
     model = to_transformers(theirs, processor, parse_plan("fastv:k=99,r=0.5"))
     with pytest.raises(ValueError, match="layer=99, but the decoder has layers 0 to 11"):

@@ -243,6 +243,10 @@ def test_focus_can_differ_from_prompt_to_prompt() -> None:
             "prompts with one <image>, before the options; prompt 0 has 1",
         ),
         ({"prompts": ["a\ud800"]}, "half of a character pair"),
+        (
+            {"prompts": ["fu\udcfcr"]},
+            "has '\\udcfc' behind 'fu': half of a character pair, or a byte",
+        ),
     ],
 )
 def test_arguments_that_do_not_fit_are_refused(call: dict[str, Any], message: str) -> None:
