@@ -126,7 +126,7 @@ def test_latency_checks_a_shape_before_it_makes_weights(
     ("argv", "words"),
     [
         (["--model", "llava-1.5-7b", "--prune", "nonsense"], "nonsense"),
-        (["--model", "llava-1.5-7b", "--weights", "nf5"], "--weights nf5: published are nf4, unquantised"),
+        (["--model", "llava-1.5-7b", "--weights", "nf5"], "--weights nf5: published are nf4, "),
         (["--prune", "none"], "--prune says what --model measured; give --model, too"),
         (["--weights", "nf4"], "--weights says what --model measured; give --model, too"),
         (["--submission", "x.json"], "there is no server for demo"),
