@@ -207,14 +207,14 @@ def rename_golden(
 
 
 def patches_of_rows(sets: list[Tensor], place: Tensor, size: Tensor) -> list[Tensor]:
-    """MustDrop's kept sets, which name rows behind the tower, as patches; the tower's own is first.
+    """MustDrop's kept sets, which name rows after the tower, as patches; the tower's own is first.
 
     place (n,): a row's patch, of a merged window the last. size (n,): how many patches a row has.
     """
     side = round(float(size.sum()) ** 0.5)  # of the grid
     patches = place - (size > 1) * (2 * side + 2)  # ours of a window: the first of its 3 x 3
     if any(len(x) and not 0 <= int(x.min()) <= int(x.max()) < len(patches) for x in sets):
-        raise ValueError(f"a kept set names rows beyond the {len(patches)} behind the tower")
+        raise ValueError(f"a kept set names rows beyond the {len(patches)} after the tower")
     return [patches, *(patches[x] for x in sets)]
 
 

@@ -26,7 +26,7 @@ _LIST = re.compile(r"\[\s*" + r",\s*".join([_NUMBER] * 4) + r"\s*\]")
 def llava_box(text: str) -> Box | None:
     """The first list of at least four entries in a line, or None if its first four are no numbers.
 
-    The list begins at the line's first bracket and ends at the first "]" behind its third comma;
+    The list begins at the line's first bracket and ends at the first "]" after its third comma;
     what stands between must be whatever Python reads as a float, also ".5" and "1e-1". So
     "[1] is at [0, 0, 1, 1]" has no box.
     """

@@ -10,6 +10,7 @@ from ..pruning import CATALOGUE, METHODS, PRESETS, Method, option_fields
 from ..pruning.parsing import aliases
 
 WIDTH, INDENT = 100, 11
+SHARED = ("mode", "positions", "scope", "until", "cache")  # options of every method
 
 
 def list_methods() -> str:
@@ -19,9 +20,12 @@ def list_methods() -> str:
         "\n".join([f"{method.name}: {CATALOGUE[method.name].paper}", *_describe(method)])
         for method in METHODS.values()
     ]
+    helps = {name: option_fields(Method)[name].metadata["help"] for name in SHARED}
     notes = [
         "Options are listed with their defaults, and with other allowed values in brackets.",
         "A plan joins methods or presets with +: simignore:keep=452+fastv:layer=5,keep=144",
+        "Options that methods share:",
+        *(line for name, text in helps.items() for line in _wrap_entry(name, text)),
     ]
     return "\n\n".join([*blocks, "\n".join(notes)])
 
@@ -32,9 +36,8 @@ def markdown_table() -> str:
         "| method | paper | acts | options | presets | checked against | released file |",
         "|---" * 7 + "|",
     ]
-    shared = {"positions", "mode", "scope", "until", "cache"}
     for method in METHODS.values():
-        options = [text for name, text in _list_options(method) if name not in shared]
+        options = [text for name, text in _list_options(method) if name not in SHARED]
         cells = [
             f"`{method.name}`",
             CATALOGUE[method.name].paper,
@@ -51,6 +54,9 @@ def markdown_table() -> str:
 def _describe(method: type[Method]) -> Iterator[str]:
     yield from _wrap_entry("acts", CATALOGUE[method.name].acts)
     yield from _wrap_entry("options", "; ".join(text for _, text in _list_options(method)))
+    for name, field in option_fields(method).items():
+        if name not in SHARED and field.metadata.get("help"):
+            yield from _wrap_entry("", f"{name}: {field.metadata['help']}")
     for name, plan in _list_presets(method):
         yield from _wrap_entry("preset", f"{name} = {plan}")
     yield from _wrap_entry("checked", CATALOGUE[method.name].checked)
@@ -66,7 +72,7 @@ def _list_presets(method: type[Method]) -> Iterator[tuple[str, str]]:
 
 
 def _wrap_entry(title: str, text: str) -> list[str]:
-    first, rest = f"  {title:{INDENT - 2}}", " " * INDENT
+    first, rest = f"  {title:{INDENT - 3}} ", " " * INDENT
     return textwrap.wrap(
         text, WIDTH, initial_indent=first, subsequent_indent=rest, break_on_hyphens=False
     )

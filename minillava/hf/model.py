@@ -1,4 +1,4 @@
-"""Pruning plans in transformers: our choice of tokens; their weights, layers, cache and generate.
+"""Pruning plans in transformers: minillava chooses the tokens, and transformers does the rest.
 
 LlavaForConditionalGeneration is transformers' class with another `forward`:
 

@@ -74,20 +74,17 @@ def load(
     path_or_hub_id: a folder, or a repository org/name on the Hugging Face hub. revision: a branch,
     tag or commit of that repository. device: cpu, cuda or cuda:N. dtype: float32, float16 or
     bfloat16, as a torch.dtype or by name; None means float32 on a CPU and the dtype of the files on
-    CUDA; "auto" the fastest 16-bit dtype of the device. On a CPU arithmetic is float32 and the
-    dtype only says how weights are stored, except that bfloat16 is computed in where the CPU has
-    instructions for it (AVX-512 BF16, AMX, Arm). quantize:
-    int8, int8-dynamic (faster and less accurate, CPU only) or int4 for the weights of the decoder's
-    blocks, or nf4, the 4-bit form of bitsandbytes; the other weights are then stored in the dtype
-    of the files unless `dtype` is given. A checkpoint that is already quantised, by
-    weights.quantise or by bitsandbytes, needs no `quantize`. progress: show a bar on stderr if
-    that is a terminal. mesh: the processes that share the decoder. Each of them calls load(), reads
-    its own part, and then takes part in every generation (README.md in this folder). compile:
-    prepare the generation of tokens with torch.compile (CPU; for weights that are stored as they
-    are computed with) or CUDA graphs, see compiled.py; the tokens are the same. pack: hold the
-    decoder's float32 weights on a CPU in the order in which it multiplies them, as it holds those
-    of bfloat16 anyway. New tokens are faster then, batches above all, but the weights are no
-    parameters, which could be changed or trained. It has no effect with mesh or compile.
+    CUDA; "auto" the fastest 16-bit dtype of the device. A CPU computes in float32 and only stores
+    weights in this dtype, except for bfloat16 where it has instructions for that (AVX-512 BF16,
+    AMX, Arm). quantize: int8, int8-dynamic (faster, less accurate, CPU only) or int4 for the
+    decoder's blocks, or nf4, bitsandbytes' 4 bits; other weights keep the dtype of the files unless
+    `dtype` is given. A checkpoint stored quantised needs no `quantize`. progress: show a bar on
+    stderr, if that is a terminal. mesh: the processes that share the decoder; each calls load(),
+    holds its part, and takes part in every generation (README.md in this folder). compile: prepare
+    decoding with torch.compile (CPU; unquantised weights in the dtype of the arithmetic) or CUDA
+    graphs, see compiled.py; the tokens are the same. pack: reorder the decoder's float32 weights
+    for a CPU, as bfloat16 weights always are. New tokens are then faster, but these weights are no
+    parameters and cannot be changed or trained. It has no effect with mesh or compile.
 
     Raises ValueError for every failure, in one line with the value, what is allowed and what to do.
     """

@@ -234,7 +234,7 @@ def _check_unicode(text: str) -> str:
         text.encode()
     except UnicodeEncodeError as error:
         raise ValueError(
-            f"the text has {text[error.start]!r} behind {text[: error.start][-20:]!r}: half of a "
+            f"the text has {text[error.start]!r} after {text[: error.start][-20:]!r}: half of a "
             "character pair, or a byte that is not UTF-8; remove it, or save the text as UTF-8"
         ) from None
     return text

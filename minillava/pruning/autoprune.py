@@ -3,23 +3,23 @@
 Wang et al., NeurIPS 2025, arXiv 2509.23931. Released code: AutoLab-SAI-SJTU/AutoPrune e4a9918,
 llava/model/language_model/modelling_sparse_llama.py, score.py; llava_arch.py. Behind layers 0, 1,
 2, ... (which is the input of the layers 1, 2, 3, ...) image tokens are dropped by the attention
-that they receive in that layer from the text behind the image, mean over heads and text rows. T
+that they receive in that layer from the text after the image, mean over heads and text rows. T
 is `target`, the image tokens that leave a layer, mean over layers.
 1. Behind layer 0, int(2.5 T) stay: the largest 0.3 * I / (text rows) * this attention + that from
    the class token in the tower's second-last block, mean over heads. The latter counts as 0 for
    patches of the letterbox that are more than about a patch away from the image. I is the mutual
    information of text rows and image tokens (bits, summed over heads) in that layer's attention.
-2. With I of layer 1 and n tokens, behind layer i the best ceil((n - 1) * s * share) stay, where
+2. With I of layer 1 and n tokens, after layer i the best ceil((n - 1) * s * share) stay, where
    share = 0.75 / (1 + exp(k (i - x0 - k))) and k = max(k0 - gamma * I, 0). The factor s is bisected
    to meet T, the means of step 3 included.
 3. As in SparseVLM, the best 30 % of the dropped are clustered and their means added.
 Positions are renumbered after every drop, and the position of a new token in a layer is the number
 of rows that this layer's cache holds. The counts differ from image to image, their mean does not.
-What the released code drops behind the last layer has no effect.
+What the released code drops after the last layer has no effect.
 
 Deviations: any number of images, each with its own curve. Attention is float32, and SparseVLM's
-noise on densities is zero. The README and scripts state target, x0, k0 and gamma alike for 7B and
-13B, which needs depth=40.
+noise on densities is zero. The released settings of 7B and 13B are the same, except
+that 13B needs depth=40.
 """
 
 from __future__ import annotations
@@ -73,7 +73,7 @@ def count_left(shares: list[float], scale: float, n: int, cap: int) -> list[int]
 
 
 def curve(slope: float, x0: float, n: int, target: int, cap: int, depth: int) -> list[float]:
-    """Share of n - 1 that stays behind each of the layers 1 to depth - 1, scaled to the target."""
+    """Share of n - 1 that stays after each of the layers 1 to depth - 1, scaled to the target."""
     steps = (slope * (i - x0 - slope) for i in range(1, depth))
     shares = [TOP / (1 + exp(min(step, 700.0))) for step in steps]  # e ** 710 is no float
     wanted, plain = depth * target, [int(n * share) for share in shares]
@@ -117,7 +117,7 @@ class AutoPrune(Method):
         super().check(n_layers, n_tokens, starts)
 
     def most(self, n_tokens: int) -> int:
-        """Tokens left behind layer 0."""
+        """Tokens left after layer 0."""
         return min(int(FIRST * count(self.target, n_tokens)), n_tokens)
 
     def left(self, n_tokens: int) -> tuple[int, ...]:

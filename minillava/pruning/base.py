@@ -101,11 +101,11 @@ def top(scores: Tensor, k: int, where: str) -> Tensor:
 class Method:
     """Base class of all methods. The fields here are options that every method takes."""
 
-    mode: str = option("drop", choices=("drop", "mask"), help="drop rows or hide them")
-    positions: str | None = option(None, choices=("original", "compact"), help="after a drop")
-    scope: str = option("image", choices=("image", "all"), help="one budget per image or for all")
+    mode: str = option("drop", choices=("drop", "mask"), help="drop rows, or hide them by a mask")
+    positions: str | None = option(None, choices=("original", "compact"), help="of kept rows")
+    scope: str = option("image", choices=("image", "all"), help="a budget per image, or for all")
     until: int | None = option(None, help="mode=mask: the mask ends where this layer begins")
-    cache: str | None = option("drop", choices=("drop", "all"), help="all: in earlier layers, too")
+    cache: str | None = option("drop", choices=("drop", "all"), help="all: cut earlier layers too")
 
     file: ClassVar[str] = ""  # the user's file that the class was read from
     name: ClassVar[str]  # default: the class's name in lower case

@@ -65,7 +65,7 @@ class FlowCut(BeforeDecoder):
     def check_model(self, model: LLaVA) -> None:
         if model.feature_layer < 2:
             raise ValueError(
-                "flowcut drops behind a block that another one follows, but LLaVA reads hidden "
+                "flowcut drops after a block that another one follows, but LLaVA reads hidden "
                 f"state {model.feature_layer} of this vision tower; it needs 2 or later"
             )
 

@@ -10,8 +10,8 @@ The int(keep * N) best stay, in reading order, and keep their positions.
 The released code is for LLaVA-NeXT: it treats the first 576 tokens as here, and the crops apart. A
 cosine that crosses `similarity` changes the number of neighbours of two tokens, and so the order.
 
-Deviations: cosines and shares are float32. Without the 1e-6 at which the released code takes a
-cosine for none, `similarity` below 1e-6 would differ.
+Deviations: cosines and shares are float32. The released code ignores cosines below 1e-6; here
+`similarity` alone decides.
 """
 
 from __future__ import annotations

@@ -10,8 +10,8 @@ cancels). Each run gets its share of `keep` by score, rounded down; what is left
 to the largest shares. Within a run the attention alone ranks. Rows are renumbered.
 
 As released, the tokens of a run stand by descending attention (in reading order if the whole run
-stays), and what a run's budget exceeds its length by is not given to other runs: rows of zeros at
-the end make up the number. Deviation: the released code hard-codes T = 64.
+stays), and the part of a budget that exceeds the run's length is not given to other runs: rows of
+zeros at the end make up the number. Deviation: the released code hard-codes T = 64.
 """
 
 from __future__ import annotations

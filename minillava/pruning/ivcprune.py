@@ -8,11 +8,11 @@ over heads. At the input of layer 16 these image tokens stay:
 2. the `foreground` that the question's rows and the seeds resemble most (mean over all of them),
 3. the `axes` positions with the largest mean cosine of their RoPE angles, and as many with the
    largest mean sine: there the rotation is closest to none and to a quarter turn.
-How many these are depends on how far they overlap. The question is the text behind the image
+How many these are depends on how far they overlap. The question is the text after the image
 without its first two rows, which are the line break. Positions stay, and the positions of new
 tokens follow the unpruned prompt. After the prefill the dropped rows also leave the caches of all
-earlier layers but the first, whose length the released code counts by; cache=drop cuts nothing,
-cache=all all layers.
+earlier layers but the first, whose length the released code counts by. With cache=drop nothing is
+cut, with cache=all every layer.
 
 Deviations: any number of images; rows of other images do not count. The mean cosine and sine are
 float32. The released evaluation of LLaVA-1.5 names row 5 as the image's first, but puts a system
@@ -42,7 +42,7 @@ RELEASED_START = 5  # that of the image in the prompt template of llava-hf
 class IVCPrune(Method):
     layer: int = option(16, low=1, help="layer whose input is pruned; it needs one before it")
     foreground: float = amount(0.2, help="number or share kept by likeness to question and seeds")
-    seeds: float = amount(0.01, help="number or share that is likest to the question")
+    seeds: float = amount(0.01, help="number or share that is most like the question")
     axes: float = amount(0.05, help="number or share kept by mean cosine, and by mean sine")
     cache: str | None = option(
         None, choices=("drop", "all"), help="unset: the released cut, from layer 1 on"
@@ -93,11 +93,11 @@ class IVCPrune(Method):
         # not top(), for which a GPU would wait: NaN is refused with that of the next score
         seeds = asked.sort(descending=True, stable=True).indices[: counts[0]]
         both = torch.cat((question, values[seeds]))
-        likest = attention_received(both, values).mean(0)[:n]
+        nearest = attention_received(both, values).mean(0)[:n]
         position = c.rows.position[c.candidates]
         halves = [x[:, 0].chunk(2, -1)[1] for x in c.model.llama.rope(position)]  # (n, Dh / 2)
         angles = [half.float().mean(1) for half in halves]
-        scores = torch.stack((asked, likest, *angles)).cpu()  # (4, n)
+        scores = torch.stack((asked, nearest, *angles)).cpu()  # (4, n)
         stays = torch.zeros(n, dtype=torch.bool)
         for score, k in zip(scores, counts, strict=True):
             stays[top(score, k, c.where)] = True

@@ -3,9 +3,9 @@
 Rounding depends on the machine, the batch size and the stored form of the weights, and two scores
 that are nearly equal may then change places. Each method says how nearly: the smallest difference
 that any of its decisions turned on, as a share of the numbers that were compared. Rounding moves an
-attention weight by a share of itself. It moves a cosine by at most a twentieth of that share of 1,
-however small the cosine is (on a demo of 64 tokens, in all stored forms, a fiftieth). A report
-works the same out from Keep.scores alone for a method whose only decision is their cut.
+attention weight by a share of itself, say 0.4. It moves a cosine, however small, by at most a
+twentieth of that, 0.02 (COSINE; on a demo of 64 tokens, in all stored forms, a fiftieth). A method
+whose only decision is the cut of Keep.scores need not give `closest`: the report computes it.
 
 The host waits for nothing here. All results are () and infinite where nothing was decided.
 """

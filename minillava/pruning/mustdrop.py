@@ -9,14 +9,14 @@ depends on the image, so there is no budget to set.
 2. The ceil(key * n) of the n rows with the most attention from the class token in the last block,
    mean over heads, are the key set. It is never dropped. (LLaVA reads the state before that block.)
 3. At the input of the layers 3, 7, 11 and 15 (the released code names the layers before) a row is
-   dropped if its attention from the text behind the image in the layer before, mean over heads and
+   dropped if its attention from the text after the image in the layer before, mean over heads and
    sum over the text, is less than `global` times the sum over all rows, and its largest from one
    text token is less than `individual`.
 Positions are renumbered. After the prefill the caches from the layer before the first stage on (2)
 are cut to the rows that the last stage left, and those before it stay whole. A new token's position
-in a layer is the number of rows that its cache holds; cache=drop cuts nothing, cache=all all
-layers. The released 192, 128 and 64 tokens are outcomes of global/individual = .001/.001,
-.0012/.001 and .011/.01.
+in a layer is the number of rows that its cache holds. With cache=drop nothing is cut, with
+cache=all every layer. The released 192, 128 and 64 tokens are outcomes of global/individual =
+.001/.001, .0012/.001 and .011/.01.
 
 Deviations: each image counts its own windows; the released code takes the smallest number of a
 batch. Where MustDrop is the only method, the normal tower is not run.
@@ -101,7 +101,7 @@ class MustDrop(Method):
 
     def check_model(self, model: LLaVA) -> None:
         if min(model.feature_layer, len(model.vision.blocks) - 1) < 1:
-            raise ValueError("mustdrop needs a vision tower that goes on behind its block 0")
+            raise ValueError("mustdrop needs a vision tower that goes on after its block 0")
 
     def vision_layers(self, n_layers: int) -> tuple[int, ...]:
         return (0,)

@@ -140,7 +140,7 @@ CATALOGUE: dict[str, Origin] = {
     ),
     "fitprune": Origin(
         "FitPrune, AAAI 2025, arXiv 2409.10197",
-        "behind the attention of most decoder layers",
+        "after the attention of most decoder layers",
         "the released function, transcribed, on 210 random draws; a reference in the tests",
         "ywh187/FitPrune d28e418, LLaVA_1.5 modeling_llama.py",
     ),

@@ -3,7 +3,7 @@
 Deng et al., NeurIPS 2025, arXiv 2510.24214. Released code: kinredon/SCOPE 6bf7306,
 scope/clip_encoder.py. After the vision tower, before the projector, a patch covers another as well
 as their features' cosine says; how well a patch is covered is the cosine to the nearest chosen one,
-at least 0. `keep` times the patch with the highest gain is chosen, which is the sum over all
+at least 0. Patches are chosen one by one, each time that with the highest gain: the sum over all
 patches of what it adds to their coverage, times its attention from the class token in the
 second-last block (sum over heads), to the power `alpha`. combine=add adds the attention instead. A
 sum of gains starts at the order of N and attention at that of heads / N, so it decides late. The

@@ -79,8 +79,8 @@ class AtLayers(Method):
 @dataclass(frozen=True)
 class TwoStages(Method):
     """A method that keeps `keep` tokens of every image before the decoder, and `final` of these
-    from decoder layer `layer` on. Without `final` it is a fixed share of `keep`; 0: no second stage
-    """
+    from decoder layer `layer` on. By default `final` is a fixed share of `keep`; final=0: there is
+    no second stage."""
 
     keep: float = amount(96, help="number or share kept before the decoder")
     layer: int = option(16, help="decoder layer of the second stage")
@@ -310,8 +310,8 @@ def check_lists(name: str, layers: Sequence[int], values: Sequence[float], optio
     said = "/".join(map(str, layers))
     if len(layers) != len(values):
         raise ValueError(
-            f"{name}: layers={said} are {len(layers)}, but {option}="
-            f"{'/'.join(map(str, values))} are {len(values)}; give one for each layer"
+            f"{name}: layers={said} has {len(layers)} numbers, but {option}="
+            f"{'/'.join(map(str, values))} has {len(values)}; give one for each layer"
         )
     check_ascending(name, layers)
 

@@ -23,7 +23,7 @@ PREFIX = "_user_method_"  # of the names of modules made from users' files
 
 
 def load_file_method(spec: str) -> type[Method]:
-    """The class behind FILE.py:Class.
+    """The class that FILE.py:Class names.
 
     Raises ValueError, in one line, for a file that does not run and for a class that is not one.
     """

@@ -7,7 +7,8 @@ While it is too long, it is split into its even and odd places, and the min(8, s
 with the largest cosine (of features) to any odd one are dropped. The next list is the rest of the
 even ones, by descending cosine, then the odd ones. All are in reading order and are renumbered.
 
-Deviation: on lists where that code breaks, the even part is longer, and dropped whole below 8.
+Deviation: the released code breaks on short lists and on most lists of odd length. Here the even
+half of an odd list is the longer one, and a half of fewer than 8 can be dropped whole.
 """
 
 from __future__ import annotations

@@ -9,7 +9,8 @@ import pytest
 
 from minillava.app import method_table
 from minillava.app.cli import main
-from minillava.pruning import CATALOGUE, METHODS, PRESETS, load_file_method
+from minillava.app.method_table import SHARED
+from minillava.pruning import CATALOGUE, METHODS, PRESETS, Method, load_file_method, option_fields
 
 README = Path(method_table.__file__).parents[1] / "pruning" / "README.md"
 
@@ -25,8 +26,17 @@ def test_the_list_describes_each_method() -> None:
         assert text.startswith(f"{name}: {origin.paper} acts {origin.acts} options ")
         assert f" checked {origin.checked}" in text
         assert text.endswith(f" released {origin.source}" if origin.source else origin.checked)
+        fields = [f for f in option_fields(METHODS[name]).values() if f.name not in SHARED]
+        helps = [f"{f.name}: {f.metadata['help']}" for f in fields if f.metadata.get("help")]
+        assert all(said in text for said in helps)
         presets = {p for p, preset in PRESETS.items() if f"{name}:" in preset.plan}
         assert set(re.findall(r" preset (\S+) = ", text)) == presets
+
+
+def test_the_list_ends_with_the_options_of_all_methods() -> None:
+    end = method_table.list_methods().split("\n\n")[-1]
+    for name in SHARED:
+        assert f"\n  {name:8} {option_fields(Method)[name].metadata['help']}" in end
 
 
 def test_every_method_has_a_name_paper_and_source() -> None:

@@ -471,7 +471,7 @@ def test_small_towers_and_models_without_words_are_refused(tmp_path: Any) -> Non
     model = load(tmp_path)[0]
     batch, model.tokenizer = tiny.make_batch(model, "ttItt"), None
     for plan, said in (
-        ("flowcut:keep=4", "flowcut drops behind a block that another one follows"),
+        ("flowcut:keep=4", "flowcut drops after a block that another one follows"),
         ("mmtok:keep=4", "mmtok reads the question's words"),
     ):
         with pytest.raises(ValueError, match=said):

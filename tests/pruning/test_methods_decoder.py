@@ -287,7 +287,7 @@ def test_published_counts() -> None:
 @pytest.mark.parametrize(
     ("plan", "said"),
     [
-        ("pyramiddrop:layers=2/4", "layers=2/4 are 2, but ratios=0.5/0.25/0.125 are 3"),
+        ("pyramiddrop:layers=2/4", "layers=2/4 has 2 numbers, but ratios=0.5/0.25/0.125 has 3"),
         ("pyramiddrop:layers=4/2/5", "layers=4/2/5 must ascend"),
         ("pyramiddrop:layers=2/2/5", "layers=2/2/5 must ascend"),
         ("pyramiddrop:ratios=0.5/0.7/0.1", "none larger than the one before"),
