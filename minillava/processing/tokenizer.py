@@ -22,7 +22,6 @@ import sentencepiece
 from .templates import IMAGE
 
 SPACE = "\u2581"  # tokenizers write a space as this character
-PREFIXES = ("prepend", "always", "first", "never")
 
 
 class Encoder(Protocol):

@@ -37,7 +37,13 @@ from ..rows import on_device
 from .base import Context, Keep, Method, Stages, option, top
 from .margins import distance_to, lead, least
 from .order import need_all_patches
-from .shared import check_ascending, check_whole_grid, refuse_nan, window_patches
+from .shared import (
+    check_ascending,
+    check_whole_grid,
+    other_numbers,
+    refuse_nan,
+    window_patches,
+)
 
 SIDE = 3  # patches along a side of a window
 
@@ -55,8 +61,7 @@ def merge_windows(x: Tensor, limit: float, where: str) -> tuple[Tensor, Keep]:
     rows = x[on_device(windows, x)]  # (w, 9, C)
     alike = likeness(rows).cpu()  # (w,)
     merged = top(alike, int((alike >= limit).sum()), where)  # (m,)
-    apart = torch.ones(len(x), dtype=torch.bool).index_fill(0, windows[merged].flatten(), False)
-    others = apart.nonzero()[:, 0]
+    others = other_numbers(len(x), windows[merged].flatten())
     means = rows[on_device(merged, x)].mean(1)
     into = torch.full((len(x),), -1)
     into[windows[merged, 1:]] = torch.arange(len(merged))[:, None]

@@ -60,6 +60,11 @@ def gathering_weights(states: Tensor, score: Tensor, kept: Tensor, distance: flo
     return w.scatter(1, kept[:, None], 1.0)
 
 
+def last_third(n_layers: int) -> range:
+    """Numbers of the tower's hidden states in its last third: 16 to 24 of 24 blocks."""
+    return range(round(n_layers * 2 / 3), n_layers + 1)
+
+
 @dataclass(frozen=True)
 class Nuwa(TwoStages):
     keep: float = amount(112, help="number or share kept before the decoder")
@@ -76,8 +81,7 @@ class Nuwa(TwoStages):
         return min(count(self.keep, n_tokens), cells * self.cell)
 
     def vision_layers(self, n_layers: int) -> tuple[int, ...]:
-        second_last_block(self.name, n_layers)
-        return tuple(range(min(n_layers - 2, round(n_layers * 2 / 3)), n_layers + 1))
+        return (second_last_block(self.name, n_layers), *last_third(n_layers))
 
     def choose(self, c: Context) -> Keep:
         k = self.left(c.n_tokens)[c.stage_index]
@@ -90,10 +94,9 @@ class Nuwa(TwoStages):
         score, depth = c.vision_attention(-2).sum(0), len(c.model.vision.blocks)  # (N,)
         candidates, closest = best_of_cells(score, self.cell)
         kept = candidates[top(score[candidates], k, c.where)].sort().values  # (K,)
-        last = range(round(depth * 2 / 3), depth + 1)
-        states = torch.stack([c.vision_state(i)[0, 1:] for i in last]).mean(0)  # (N, C)
+        states = [c.vision_state(i)[0, 1:] for i in last_third(depth)]  # (N, C) each
         features = c.features()
-        weights = gathering_weights(states, score, kept, self.distance)
+        weights = gathering_weights(torch.stack(states).mean(0), score, kept, self.distance)
         return Keep(
             kept,
             merged=weights.to(features.dtype) @ features,

@@ -305,6 +305,11 @@ def check_ascending(name: str, layers: Sequence[int]) -> None:
         raise ValueError(f"{name}: layers={'/'.join(map(str, layers))} must ascend")
 
 
+def other_numbers(n: int, chosen: Tensor) -> Tensor:
+    """The numbers 0..n-1 without those in chosen (k,), ascending: (n - k,). On the CPU."""
+    return torch.ones(n, dtype=torch.bool).index_fill(0, chosen, False).nonzero()[:, 0]
+
+
 def check_lists(name: str, layers: Sequence[int], values: Sequence[float], option: str) -> None:
     """Raise ValueError for lists that are not one value for each of some ascending layers."""
     said = "/".join(map(str, layers))

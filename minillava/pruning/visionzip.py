@@ -25,7 +25,7 @@ from ..rows import on_device
 from .base import Context, Keep, Method, Stages, option, top
 from .margins import lead
 from .order import need_patches
-from .shared import assignment, mark_nan, second_last_block, unchecked_cosines
+from .shared import assignment, mark_nan, other_numbers, second_last_block, unchecked_cosines
 
 
 def target_indices(n: int, contextual: int) -> Tensor:
@@ -77,8 +77,7 @@ class VisionZip(Method):
         features, keys = c.features(), c.vision_keys(-2).mean(1)  # (n, C), (n, Dh)
         score = mark_nan(c.vision_attention(-2).sum(0), keys).cpu()  # (n,)
         dominant = top(score, self.dominant - 1, c.where).sort().values
-        is_rest = torch.ones_like(score, dtype=torch.bool).index_fill(0, dominant, False)
-        rest = is_rest.nonzero()[:, 0]
+        rest = other_numbers(len(score), dominant)
         targets = target_indices(len(rest), self.contextual)
         index = torch.cat((dominant, rest[targets]))
         first, rest, targets, kept = (

@@ -31,7 +31,14 @@ from ..rows import on_device, take_rows
 from .base import Context, Keep, amount, option
 from .margins import COSINE, least
 from .order import need_patches
-from .shared import AtLayer, farthest_points, mark_nan, refuse_nan, unchecked_cosines
+from .shared import (
+    AtLayer,
+    farthest_points,
+    mark_nan,
+    other_numbers,
+    refuse_nan,
+    unchecked_cosines,
+)
 
 CHANNELS = 256
 
@@ -73,7 +80,7 @@ def admit_tokens(
 
 def blend_dropped(x: Tensor, cosine: Tensor, chosen: Tensor) -> tuple[Tensor, Tensor]:
     """The chosen rows (k, D) of x (n, D) blended with what goes into them; and Keep.merged_into."""
-    dropped = torch.ones(len(x), dtype=torch.bool).index_fill(0, chosen, False).nonzero()[:, 0]
+    dropped = other_numbers(len(x), chosen)
     rows, into = take_rows(x, chosen), torch.full((len(x),), -1)
     if not len(dropped):
         return rows, into

@@ -35,6 +35,7 @@ from .shared import (
     check_whole_grid,
     mark_nan,
     merge_dropped,
+    other_numbers,
     second_last_block,
     window_patches,
 )
@@ -94,6 +95,5 @@ class VScan(TwoStages):
         features = c.features()
         local, whole = mark_nan(scores, features).cpu()  # (N,) each
         kept, closest = scan_patches(local, whole, k, c.where)
-        dropped = torch.ones(len(features), dtype=torch.bool).index_fill(0, kept, False)
-        merged, into = merge_dropped(features, kept, dropped.nonzero()[:, 0])
+        merged, into = merge_dropped(features, kept, other_numbers(len(features), kept))
         return Keep(kept, merged, scores=whole, merged_into=into, closest=closest)
