@@ -29,18 +29,21 @@ from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from multiprocessing import get_context
+from multiprocessing.queues import SimpleQueue
 from pathlib import Path
 
 import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.multiprocessing.spawn import ProcessException, start_processes
 
 from minillava.app.command import (
     CommandParser,
     end_program,
     parse_float,
     parse_non_negative_int,
+    parse_path,
     parse_positive_int,
     run_command,
 )
@@ -58,6 +61,7 @@ from .demo_model import (
     salience_loss,
 )
 from .export_demo import export, write_example
+from .files import _explain_os_errors as explain_os_errors
 from .muon import Muon
 
 DEMO = Path(__file__).parent / "demo"
@@ -168,6 +172,11 @@ class Run:
     steps: int = 0  # 0: those of the stage
 
     @property
+    def state(self) -> Path:
+        """The file of the last saved state."""
+        return self.runs / f"{self.name}.pt"
+
+    @property
     def stage(self) -> Stage:
         stage = STAGES[self.name]
         return replace(stage, steps=self.steps) if self.steps else stage
@@ -224,19 +233,40 @@ def rate(stage: Stage, step: int) -> float:
 
 
 def start_stage(run: Run) -> None:
-    """Run a stage in single-threaded processes, which divide each step's images."""
+    """Run a stage in single-threaded processes, which divide each step's images. An error of one
+    ends all of them and is raised here."""
+    with explain_os_errors(run.runs):
+        run.runs.mkdir(parents=True, exist_ok=True)
+    if not run.state.exists():
+        for earlier in run.stage.after:
+            find_earlier_stage(run.runs, earlier)
+    if run.workers == 1:
+        run_stage(run)
+        return
     with socket.socket() as probe:  # any free port: after a kill the previous one may be taken
         probe.bind(("127.0.0.1", 0))
         run = replace(run, address=f"tcp://127.0.0.1:{probe.getsockname()[1]}")
-    others = [
-        get_context("spawn").Process(target=run_stage, args=(replace(run, rank=rank),))
-        for rank in range(1, run.workers)
-    ]
-    for process in others:
-        process.start()
-    run_stage(run)
-    for process in others:
-        process.join()
+    errors: SimpleQueue[Exception] = get_context("spawn").SimpleQueue()
+    started = start_processes(run_rank, (run, errors), run.workers, join=False, daemon=True)
+    try:
+        while not started.join():
+            pass
+    except ProcessException as error:
+        if not errors.empty():
+            raise errors.get() from error
+        raise ValueError(f"{error}; the same command continues from the last state") from None
+    finally:
+        for process in started.processes:
+            process.kill()
+
+
+def run_rank(rank: int, run: Run, errors: SimpleQueue[Exception]) -> None:
+    """Run a stage as one of several processes. The first error is the cause of the others'."""
+    try:
+        run_stage(replace(run, rank=rank))
+    except Exception as error:
+        errors.put(error)
+        raise
     if dist.is_initialized():  # not after a stage that was finished before
         dist.destroy_process_group()
 
@@ -255,16 +285,16 @@ class Training:
 
 def resume(run: Run) -> Training:
     """Load a stage's last saved state, or start it from the weights of the stages before it."""
-    stage, path = run.stage, run.runs / f"{run.name}.pt"
+    stage = run.stage
     model = Demo(run.seed)
     optimizers = make_optimizers(model, stage)
     rates = [[group["lr"] for group in optimizer.param_groups] for optimizer in optimizers]
-    if not path.exists():
+    if not run.state.exists():
         for earlier in stage.after:
             load_earlier_stage(model, run.runs, earlier)
         average = {key: p.detach().clone() for key, p in model.named_parameters()}
         return Training(model, average, optimizers, rates)
-    saved = torch.load(path, weights_only=True)
+    saved = torch.load(run.state, weights_only=True)
     model.load_state_dict(saved["model"])
     for optimizer, state in zip(optimizers, saved["optimizers"], strict=True):
         optimizer.load_state_dict(state)
@@ -384,12 +414,17 @@ def stage_loss(
     return total + losses.answers * answers + run.stage.guide * guided, figures
 
 
-def load_earlier_stage(model: Demo, runs: Path, earlier: str) -> None:
-    """Load the averaged weights of an earlier stage, but only the parts that it trained."""
+def find_earlier_stage(runs: Path, earlier: str) -> Path:
+    """The state of an earlier stage (ValueError if it is not there)."""
     path = runs / f"{earlier}.pt"
     if not path.exists():
         raise ValueError(f"{path} is not there; train its stage first: --stage {earlier}")
-    saved = torch.load(path, weights_only=True)["average"]
+    return path
+
+
+def load_earlier_stage(model: Demo, runs: Path, earlier: str) -> None:
+    """Load the averaged weights of an earlier stage, but only the parts that it trained."""
+    saved = torch.load(find_earlier_stage(runs, earlier), weights_only=True)["average"]
     parts = {"tower": ("vision", "projector", "heads"), "reader": ("llama",)}
     wanted = parts.get(earlier, ("vision", "projector", "heads", "llama"))
     state = {key: value for key, value in saved.items() if key.startswith(wanted)}
@@ -409,15 +444,15 @@ def save(run: Run, training: Training) -> None:
     }
     buffer = io.BytesIO()
     torch.save(state, buffer)
-    write_atomically(run.runs / f"{run.name}.pt", buffer.getvalue())
+    with explain_os_errors(run.runs):
+        write_atomically(run.state, buffer.getvalue())
 
 
 def log(run: Run, text: str) -> None:
     """Print a line with the time, and append it to the stage's log."""
     line = f"{time.strftime('%H:%M:%S')} {run.name}: {text}"
     print(line, flush=True)
-    run.runs.mkdir(parents=True, exist_ok=True)
-    with (run.runs / f"{run.name}.log").open("a") as file:
+    with explain_os_errors(run.runs), (run.runs / f"{run.name}.log").open("a") as file:
         file.write(line + "\n")
 
 
@@ -444,7 +479,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         description=(__doc__ or "").partition("\n")[0],
         allow_abbrev=False,
     )
-    parser.add_argument("--runs", type=Path, required=True, help="folder of the states and logs")
+    parser.add_argument(
+        "--runs", type=parse_path, required=True, help="folder of the states and logs"
+    )
     parser.add_argument("--stage", choices=STAGES, help="train only this stage")
     parser.add_argument("--seed", type=parse_non_negative_int, default=1, help="of the whole run")
     parser.add_argument("--workers", type=parse_positive_int, default=2, help="processes")
@@ -459,7 +496,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         choices=STAGES,
         help="write a checkpoint from this stage (tower, reader: with both)",
     )
-    parser.add_argument("--to", type=Path, default=DEMO, help="its folder; default: weights/demo")
+    parser.add_argument(
+        "--to", type=parse_path, default=DEMO, help="its folder; default: weights/demo"
+    )
     return run_command(lambda: _run(parser.parse_args(argv)))
 
 
@@ -490,8 +529,9 @@ def write_demo(runs: Path, stage: str, folder: Path, seed: int) -> None:
         load_earlier_stage(model, runs, earlier)
     parts = ("vision.", "projector.", "llama.")
     weights = {k: p.detach() for k, p in model.named_parameters() if k.startswith(parts)}
-    export(folder, CONFIG, weights, tokenizer().serialized_model_proto())
-    write_example(folder)
+    with explain_os_errors(folder):
+        export(folder, CONFIG, weights, tokenizer().serialized_model_proto())
+        write_example(folder)
 
 
 if __name__ == "__main__":

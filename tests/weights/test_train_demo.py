@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from tiny import refusal
 
 from eval.conditions import detail
 from minillava.generate import generate
@@ -125,6 +126,8 @@ def test_a_resumed_stage_continues_where_it_stopped(tmp_path, monkeypatch):
     once, twice = (
         train_demo.Run("reader", tmp_path / name, 1, Losses(), save_every=1e9) for name in "ab"
     )
+    for run in (once, twice):
+        run.runs.mkdir()
     train_demo.run_stage(once)
     train_demo.run_stage(replace(twice, steps=1))
     train_demo.run_stage(twice)
@@ -137,3 +140,42 @@ def test_an_ablation_leaves_a_loss_out():
     assert Losses().without(["salience", "drop"]) == replace(Losses(), salience=0.0, drop=0.0)
     with pytest.raises(ValueError, match="--without nothing: the losses are answers, patches"):
         Losses().without(["nothing"])
+
+
+@pytest.mark.parametrize(
+    ("options", "reason"),
+    [
+        (["--runs", "file"], "file cannot be written (File exists); give a writable folder"),
+        (["--runs", "file", "--workers", "1"], "file cannot be written (File exists)"),
+        (["--runs", "file/x"], "file/x cannot be written (Not a directory)"),
+        (["--runs", ""], "--runs: '' is empty"),
+        (["--runs", "new", "--stage", "captions"], "new/finish.pt is not there; train its stage"),
+    ],
+)
+def test_a_stage_is_checked_before_its_processes_start(
+    options, reason, tmp_path, monkeypatch, capsys
+):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(train_demo, "start_processes", None)
+    Path("file").write_text("")
+    assert train_demo.main(options) == 2
+    assert reason in refusal(capsys)
+
+
+@pytest.mark.parametrize(
+    ("name", "workers"), [("reader.log", "2"), ("reader.log", "1"), ("reader.pt", "1")]
+)
+def test_an_error_of_one_process_ends_all_with_one_line(
+    name, workers, tmp_path, monkeypatch, capfd
+):
+    """Only the first process writes; the second waits for its gradients."""
+    short = replace(train_demo.STAGES["reader"], images=1, steps=1)
+    monkeypatch.setitem(train_demo.STAGES, "reader", short)
+    path = tmp_path / name
+    (path if name == "reader.log" else path.with_suffix(".part")).mkdir()
+    options = ["--runs", str(tmp_path), "--stage", "reader", "--workers", workers]
+    assert train_demo.main(options) == 2
+    err = capfd.readouterr().err
+    assert err.startswith(f"error: {tmp_path}/reader.")
+    assert " cannot be written (Is a directory); give a writable folder" in err
+    assert err.count("\n") == 1
