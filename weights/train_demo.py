@@ -23,12 +23,14 @@ from __future__ import annotations
 
 import argparse
 import io
+import os
 import socket
+import threading
 import time
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from multiprocessing import get_context
+from multiprocessing import get_context, parent_process
 from multiprocessing.queues import SimpleQueue
 from pathlib import Path
 
@@ -262,6 +264,7 @@ def start_stage(run: Run) -> None:
 
 def run_rank(rank: int, run: Run, errors: SimpleQueue[Exception]) -> None:
     """Run a stage as one of several processes. The first error is the cause of the others'."""
+    threading.Thread(target=end_with_parent, daemon=True).start()
     try:
         run_stage(replace(run, rank=rank))
     except Exception as error:
@@ -269,6 +272,14 @@ def run_rank(rank: int, run: Run, errors: SimpleQueue[Exception]) -> None:
         raise
     if dist.is_initialized():  # not after a stage that was finished before
         dist.destroy_process_group()
+
+
+def end_with_parent() -> None:
+    """End this process as soon as its parent has ended, which may have been killed."""
+    parent = parent_process()
+    assert parent is not None
+    parent.join()
+    os._exit(1)
 
 
 @dataclass
