@@ -40,6 +40,7 @@ from minillava.quant.cpu import multiplies_bfloat16
 
 from .demo_data import write_atomically
 from .export_demo import export
+from .files import _explain_os_errors as explain_os_errors
 from .muon import Muon
 
 PACKAGES = ("torch", "numpy", "sklearn")  # beside Python's own library
@@ -137,10 +138,16 @@ def write_data(data: Path, held_out: Path) -> None:
     texts, others = read_texts()
     characters = sum(map(len, texts))
     print(f"{len(texts)} docstrings, {characters:,} characters; {len(others)} held out", flush=True)
-    write_atomically(held_out, "\n\n".join(others)[:HELD_OUT_CHARACTERS].encode())
+    write(held_out, "\n\n".join(others)[:HELD_OUT_CHARACTERS].encode())
     pieces, buffer = train_tokenizer(texts), io.BytesIO()
     torch.save({"pieces": pieces, "ids": encode(pieces, texts).int()}, buffer)
-    write_atomically(data, buffer.getvalue())
+    write(data, buffer.getvalue())
+
+
+def write(path: Path, data: bytes) -> None:
+    """Write a file as a whole (ValueError if that is not possible)."""
+    with explain_os_errors(path.parent):
+        write_atomically(path, data)
 
 
 # ---------------------------------------------------------------- model
@@ -234,7 +241,7 @@ def train(folder: Path, ids: Tensor) -> LLaVA:
             }
             buffer = io.BytesIO()
             torch.save(state, buffer)
-            write_atomically(path, buffer.getvalue())
+            write(path, buffer.getvalue())
     return model
 
 
@@ -250,14 +257,16 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _run(folder: Path) -> None:
-    folder.mkdir(parents=True, exist_ok=True)
+    with explain_os_errors(folder):
+        folder.mkdir(parents=True, exist_ok=True)
     data = folder / "training-data.pt"
     if not data.exists():
         write_data(data, folder / "held-out.txt")
     found = torch.load(data, weights_only=True)
     print(f"{len(found['ids']):,} tokens", flush=True)
     model = train(folder, found["ids"])
-    export(folder, CONFIG, model.state_dict(), found["pieces"], torch.float32)
+    with explain_os_errors(folder):
+        export(folder, CONFIG, model.state_dict(), found["pieces"], torch.float32)
 
 
 if __name__ == "__main__":

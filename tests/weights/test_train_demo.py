@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 from dataclasses import replace
 from pathlib import Path
 
@@ -16,7 +17,7 @@ from minillava.loading.checkpoint import load
 from minillava.processing.templates import conversation
 from minillava.pruning.parsing import parse_plan
 from weights import demo_data as data
-from weights import muon, scenes, train_demo
+from weights import muon, scenes, train_demo, train_text
 from weights.demo_accuracy import farthest, hide
 from weights.demo_model import DEPTH, A, Demo, Losses, random_drop
 from weights.export_demo import export
@@ -179,3 +180,23 @@ def test_an_error_of_one_process_ends_all_with_one_line(
     assert err.startswith(f"error: {tmp_path}/reader.")
     assert " cannot be written (Is a directory); give a writable folder" in err
     assert err.count("\n") == 1
+
+
+def test_a_folder_of_train_text_that_cannot_be_written_is_one_line(tmp_path, capsys):
+    file = tmp_path / "file"
+    file.write_text("")
+    for folder in (file, file / "x"):
+        assert train_text.main([str(folder)]) == 2
+        assert f"{folder} cannot be written (" in refusal(capsys)
+
+
+def test_a_full_disk_in_train_text_is_one_line(tmp_path, monkeypatch, capsys):
+    def full(path, data):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(train_text, "write_atomically", full)
+    monkeypatch.setattr(train_text, "read_texts", lambda: (["a"], ["b"]))
+    assert train_text.main([str(tmp_path)]) == 2
+    line = capsys.readouterr().err
+    assert line.startswith(f"error: {tmp_path} cannot be written (No space left on device); free")
+    assert line.count("\n") == 1
