@@ -21,6 +21,7 @@ and the logit of a new row is the mean of the existing logits, so it is never th
 from __future__ import annotations
 
 import os
+import shlex
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -91,7 +92,8 @@ def main(argv: list[str] | None = None) -> int:
     def run() -> None:
         args = parser.parse_args(argv)
         convert(args.src, args.dst, args.vision_tower, args.base)
-        print(f"{args.dst} is complete: python -m minillava.generate --model {args.dst}")
+        command = shlex.join(["python", "-m", "minillava.generate", "--model", str(args.dst)])
+        print(f"{args.dst} is complete: {command}")
 
     return run_command(run)
 

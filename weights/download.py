@@ -9,6 +9,7 @@ that its config names are downloaded; `python -m weights.convert` then writes th
 
 from __future__ import annotations
 
+import shlex
 import sys
 from pathlib import Path
 
@@ -34,7 +35,8 @@ def main(argv: list[str] | None = None) -> int:
         folder = fetch_any(args.hub_id, args.revision, args.to)
         print(folder)
         if "mm_vision_tower" in read_json(folder / "config.json"):
-            print(f"next: python -m weights.convert {folder} DST", file=sys.stderr)
+            command = f"python -m weights.convert {shlex.quote(str(folder))} DST"
+            print(f"next: {command}", file=sys.stderr)
 
     return run_command(run)
 

@@ -17,6 +17,7 @@ a time, and an interrupted run resumes (see files.py).
 from __future__ import annotations
 
 import functools
+import shlex
 from pathlib import Path
 
 import torch
@@ -62,7 +63,8 @@ def main(argv: list[str] | None = None) -> int:
     def run() -> None:
         args = parser.parse_args(argv)
         quantise(find(args.src), args.dst, "nf4" if args.nf4 else f"int{args.bits}")
-        print(f"{args.dst} is complete: python -m minillava.generate --model {args.dst}")
+        command = shlex.join(["python", "-m", "minillava.generate", "--model", str(args.dst)])
+        print(f"{args.dst} is complete: {command}")
 
     return run_command(run)
 

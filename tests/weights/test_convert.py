@@ -9,6 +9,7 @@ import hashlib
 import json
 import os
 import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -29,7 +30,7 @@ from torch import Tensor
 from minillava import load
 from minillava.generate import generate
 from weights import convert as converter
-from weights import download
+from weights import download, quantise
 from weights import files as writer
 from weights.convert import convert, main
 from weights.files import LOCK, PART, PROGRESS
@@ -292,6 +293,22 @@ def test_the_tower_comes_from_any_clip(
     assert load(dst)[1].image == load(HUB)[1].image
 
 
+def test_the_next_command_can_be_pasted(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], hub: State
+) -> None:
+    src = write_original(tmp_path / "src", hub, mm_vision_tower="not/there")
+    clip = write_clip(tmp_path / "clip", clip_model_names(hub), "model.safetensors")
+    for act, words in (
+        (main, [str(src), "--vision-tower", str(clip)]),
+        (quantise.main, [str(HUB), "--bits", "8"]),
+    ):
+        dst = tmp_path / act.__module__ / "it's ü"
+        assert act([*words, str(dst)]) == 0
+        told, _, command = capsys.readouterr().out.partition(" is complete: ")
+        assert told == str(dst)
+        assert shlex.split(command) == ["python", "-m", "minillava.generate", "--model", str(dst)]
+
+
 def test_one_file_of_weights_is_enough_if_heads_are_64_wide(
     tmp_path: Path, dst: Path, hub: State
 ) -> None:
@@ -401,7 +418,7 @@ def test_download_fetches_the_original_with_its_tower_and_names_the_next_command
     (remote[tower] / "tf_model.h5").touch()
 
     def snapshot_download(repo_id: str, allow_patterns: list[str], **kwargs: Any) -> str:
-        to = tmp_path / "cache" / repo_id.replace("/", "--")
+        to = tmp_path / "the cache" / repo_id.replace("/", "--")
         to.mkdir(parents=True, exist_ok=True)
         for path in remote[repo_id].iterdir():
             if path.is_file() and any(path.match(pattern) for pattern in allow_patterns):
@@ -412,9 +429,9 @@ def test_download_fetches_the_original_with_its_tower_and_names_the_next_command
     assert download.main(["liuhaotian/llava"]) == 0
     out, err = capsys.readouterr()
     src = Path(out.strip())
-    assert err == f"next: python -m weights.convert {src} DST\n"
+    assert shlex.split(err) == ["next:", "python", "-m", "weights.convert", str(src), "DST"]
     assert len(list(src.glob(f"*.{kind}"))) == 2
-    fetched = {path.name for path in (tmp_path / "cache" / tower.replace("/", "--")).iterdir()}
+    fetched = {path.name for path in (tmp_path / "the cache" / tower.replace("/", "--")).iterdir()}
     assert fetched == {"config.json", "preprocessor_config.json", "pytorch_model.bin"}
     convert(src, tmp_path / "dst")
     assert_same(tmp_path / "dst", hub)
