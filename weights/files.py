@@ -86,7 +86,7 @@ def write_checkpoint(
         contents[INDEX] = _index(shards)
     contents[CONFIG] = files[CONFIG]  # written last
     identity = _identity(shards, origin)
-    with _explain_os_errors(folder), _locked(folder):
+    with explain_os_errors(folder), _locked(folder):
         recorded = _read_progress(folder, identity)
         kept = {
             name: digest for name, digest in recorded.items() if _has_digest(folder, name, digest)
@@ -114,7 +114,7 @@ def check_folder(
     `write_checkpoint` checks this itself. Callers with long work before it call this first.
     """
     shards = _named_shards(divide(tensors, shard_bytes))
-    with _explain_os_errors(folder):
+    with explain_os_errors(folder):
         _refuse_other_files(folder, {INDEX, *shards, *files})
         _check_space(folder, shards)
 
@@ -310,7 +310,7 @@ def _check_space(folder: Path, shards: Mapping[str, Sequence[Planned]]) -> None:
 
 
 @contextmanager
-def _explain_os_errors(folder: Path) -> Iterator[None]:
+def explain_os_errors(folder: Path) -> Iterator[None]:
     """Turn an OSError into a ValueError that says how to continue; finished files are kept."""
     try:
         yield

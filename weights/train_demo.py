@@ -63,7 +63,7 @@ from .demo_model import (
     salience_loss,
 )
 from .export_demo import export, write_example
-from .files import _explain_os_errors as explain_os_errors
+from .files import explain_os_errors
 from .muon import Muon
 
 DEMO = Path(__file__).parent / "demo"

@@ -40,7 +40,7 @@ from minillava.quant.cpu import multiplies_bfloat16
 
 from .demo_data import write_atomically
 from .export_demo import export
-from .files import _explain_os_errors as explain_os_errors
+from .files import explain_os_errors
 from .muon import Muon
 
 PACKAGES = ("torch", "numpy", "sklearn")  # beside Python's own library

@@ -233,8 +233,9 @@ def _check_unicode(text: str) -> str:
         text.encode()
     except UnicodeEncodeError as error:
         raise ValueError(
-            f"the text has {text[error.start]!r} after {text[: error.start][-20:]!r}: half of a "
-            "character pair, or a byte that is not UTF-8; remove it, or save the text as UTF-8"
+            f"character {error.start} of the text is {text[error.start]!r}, half of a character "
+            f"pair or a byte that is not UTF-8 (after {text[: error.start][-20:]!r}); remove it, or "
+            "give the text as UTF-8"
         ) from None
     return text
 

@@ -126,7 +126,7 @@ def test_mustdrops_rows_are_read_as_patches(tmp_path):
     assert kept == [{*patches}, {*patches[::3]}]
     tensors["stage0_kept_image_index"][0] = 28
     write(path, tensors)
-    with pytest.raises(ValueError, match="names rows beyond the 28 behind the tower"):
+    with pytest.raises(ValueError, match="names rows beyond the 28 after the tower"):
         read_case(path, None)
 
 

@@ -245,7 +245,7 @@ def test_focus_can_differ_from_prompt_to_prompt() -> None:
         ({"prompts": ["a\ud800"]}, "half of a character pair"),
         (
             {"prompts": ["fu\udcfcr"]},
-            "has '\\udcfc' after 'fu': half of a character pair, or a byte",
+            "pair or a byte that is not UTF-8 (after 'fu')",
         ),
     ],
 )
