@@ -234,8 +234,8 @@ def _check_unicode(text: str) -> str:
     except UnicodeEncodeError as error:
         raise ValueError(
             f"character {error.start} of the text is {text[error.start]!r}, half of a character "
-            f"pair or a byte that is not UTF-8 (after {text[: error.start][-20:]!r}); remove it, or "
-            "give the text as UTF-8"
+            f"pair or a byte that is not UTF-8 (after {text[: error.start][-20:]!r}); remove it, "
+            "or give the text as UTF-8"
         ) from None
     return text
 
