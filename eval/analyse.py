@@ -240,7 +240,8 @@ def run(args: argparse.Namespace) -> str:
     for text in args.save:
         check_output("--save", Path(text.partition("=")[2]), ())
     folder = read_folder(args.folder, args.data, args.limit)
-    plans = [folder.require(plan) for plan in args.prune] if args.prune else folder.plans
+    named = map(folder.require, dict.fromkeys(args.prune or ()))
+    plans = list(named) or folder.plans
     against = [folder.require(args.against)] if args.against else []
     ordered = [*against, *(p for p in plans if p.plan != args.against)]
     parts = [format_scores(folder, plans, args.confidence)]

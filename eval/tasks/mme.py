@@ -138,7 +138,7 @@ def _category(folder: Path) -> Iterator[Item]:
     texts = image_folder(folder, "questions_answers_YN")
     texts = texts if texts.is_dir() else folder
     found = {p.stem: p for p in images.iterdir() if p.suffix.lower() in (".jpg", ".png", ".jpeg")}
-    for path in sorted(texts.glob("*.txt")):
+    for path in sorted(texts.glob("[!.]*.txt")):  # not the ._NAME.txt of a Mac's archives
         if path.stem not in found:
             raise ValueError(f"{path} has no image in {images}; download the release again")
         image = found[path.stem]

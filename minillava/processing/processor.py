@@ -143,7 +143,7 @@ class Processor:
             ids = encode(_split_choices(b, prompt, f"focus={focus!r}").options, False)
         else:
             ids = encode(focus, False)
-        if not ids or self.tokenizer.image_id in ids:
+        if not focus.strip() or not ids or self.tokenizer.image_id in ids:
             raise ValueError(
                 f"the focus {focus!r} of prompt {b} is empty or contains {IMAGE}; give a text, "
                 "'options' or 'options-lettered'"

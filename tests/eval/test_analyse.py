@@ -417,6 +417,15 @@ def test_lines_that_were_lost_are_told_by_file(
     assert words in refusal(capsys)
 
 
+def test_a_plan_that_is_named_twice_is_compared_once(
+    folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert analyse.main([str(folder), "--prune", "none", "text-only"]) == 0
+    once = capsys.readouterr().out
+    assert analyse.main([str(folder), "--prune", "none", "text-only", "none"]) == 0
+    assert capsys.readouterr().out == once
+
+
 def test_it_only_reads(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     missing, file = tmp_path / "missing", tmp_path / "file"
     file.touch()

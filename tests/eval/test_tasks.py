@@ -110,6 +110,7 @@ def mme(folder: Path) -> None:
     text = "Is it red? Please answer yes or no.\tYes\nIs it blue? Please answer yes or no.\tNo\n"
     picture(folder / "existence" / "1.jpg")
     (folder / "existence" / "1.txt").write_text(text)
+    (folder / "existence" / "._1.txt").write_bytes(b"\0\5Mac OS X")  # as archives of a Mac have
     picture(folder / "code_reasoning" / "images" / "2.png")
     (folder / "code_reasoning" / "questions_answers_YN").mkdir()
     (folder / "code_reasoning" / "questions_answers_YN" / "2.txt").write_text(text)

@@ -311,6 +311,13 @@ def test_a_forward_that_would_not_prune_is_refused(theirs: Any, processor: Any, 
     assert torch.equal(unpruned.logits, theirs(**one).logits)
 
 
+def test_a_focus_is_given_as_ids(theirs: Any, processor: Any, one: Any) -> None:
+    model = to_transformers(theirs, processor, parse_plan("simignore:keep=16"))
+    with pytest.raises(ValueError, match=r"focus must hold ids \(t,\) or None for each prompt"):
+        model.generate(**one, focus=["red"], max_new_tokens=1)
+    assert model.generate(**one, focus=[torch.tensor([5, 9])], max_new_tokens=1).numel()
+
+
 def test_a_plan_beyond_the_model_is_refused(theirs: Any, processor: Any, one: Any) -> None:
     model = to_transformers(theirs, processor, parse_plan("fastv:k=99,r=0.5"))
     with pytest.raises(ValueError, match="layer=99, but the decoder has layers 0 to 11"):

@@ -221,6 +221,7 @@ def test_focus_can_differ_from_prompt_to_prompt() -> None:
         ({"prompts": ["Hi"], "image_aspect": "Pad"}, "image_aspect='Pad' must be crop or pad"),
         ({"prompts": ["Hi"], "focus": ["a", "b"]}, "focus has 2 entries for 1 prompts"),
         ({"prompts": ["Hi"], "focus": ""}, "the focus '' of prompt 0 is empty"),
+        ({"prompts": ["Hi"], "focus": " "}, "the focus ' ' of prompt 0 is empty"),
         ({"prompts": ["Hi"], "focus": "the <image>"}, "or contains <image>; give a text"),
         (
             {"prompts": ["Hi"], "focus": "options"},
