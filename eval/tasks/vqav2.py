@@ -72,6 +72,11 @@ class VQAv2(Task):
         for i, row in enumerate(rows):
             number = id_field(row, "question_id", path, f"row {i}")
             image = int_field(row, "image_id", path, f"question {number}")
+            if answers and number not in answers:
+                raise ValueError(
+                    f"{path} has question {number}, but the annotations beside it have no answers "
+                    "to it; give files that belong together"
+                )
             images = (ImageSource.from_file(folder / f"COCO_{year}_{image:012d}.jpg"),)
             items.append(_item(row, path, i, images, answers.get(number)))
         return items

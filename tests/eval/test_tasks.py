@@ -358,6 +358,16 @@ def test_questions_that_are_left_out_are_not_missing(tmp_path: Path) -> None:
     assert (found.score.n, found.missing) == (2, 1)
 
 
+def test_a_question_of_vqav2_without_annotation_is_refused_when_it_is_read(tmp_path: Path) -> None:
+    vqav2(tmp_path)
+    path = tmp_path / "v2_OpenEnded_mscoco_val2014_questions.json"
+    rows = json.loads(path.read_text())["questions"]
+    save(path, {"questions": [*rows, {**rows[0], "question_id": 9002}]})
+    with pytest.raises(ValueError, match=r"has question 9002, but the annotations beside it"):
+        TASKS["vqav2"].items(tmp_path, "llava")
+    assert len(TASKS["vqav2"].items(tmp_path, "llava", limit=1)) == 1
+
+
 def test_the_picture_stands_before_the_question_wherever_the_file_has_it(tmp_path: Path) -> None:
     scienceqa(tmp_path)
     item = TASKS["scienceqa"].items(tmp_path, "llava")[0]
