@@ -238,7 +238,8 @@ def run(args: argparse.Namespace) -> str:
         plots.require_matplotlib()
         check_output("--figure", args.figure, (".png", ".svg"))
     for text in args.save:
-        check_output("--save", Path(text.partition("=")[2]), ())
+        if file := text.partition("=")[2]:
+            check_output("--save", Path(file), ())
     folder = read_folder(args.folder, args.data, args.limit)
     named = map(folder.require, dict.fromkeys(args.prune or ()))
     plans = list(named) or folder.plans

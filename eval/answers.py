@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -177,11 +178,12 @@ def _read_seed(path: Path, result: PlanResult, task: Task, items: Sequence[Item]
     if score.credits is None:  # it was read from its file
         answers = [Answer(item, row.text) for item, row in zip(items, rows, strict=True)]
         score = task.score(answers, result.run.protocol)
-        if score.value != result.scored.score.value:
+        noted = result.scored.score.value
+        if not math.isclose(score.value, noted, rel_tol=1e-9, abs_tol=1e-9):
             raise ValueError(
                 f"{path} scores {score.value:.4f}, but {path.with_suffix('.json').name} says "
-                f"{result.scored.score.value:.4f}: one of them was changed; give the command of "
-                "eval.run again, which scores the answers"
+                f"{noted:.4f}: it was scored in another way (version, tokeniser), or one of them "
+                f"was changed; give eval.run again with --prune {result.run.plan}"
             )
     if score.credits is None:
         raise ValueError(f"{task.name} has no right answers here, so plans cannot be compared")

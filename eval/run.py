@@ -260,7 +260,8 @@ def _run_and_report(args: argparse.Namespace, ranks: Ranks) -> None:
     if ranks.rank:
         return
     found, left_out = results.add_earlier(args.out, asked.results)
-    text = format_summary(found, left_out, _read_all(args.out, found, asked.bench))
+    found, answers, unread = _read_all(args.out, found, asked)
+    text = format_summary(found, {**left_out, **unread}, answers)
     store.write_atomically(args.out / "summary.md", text + "\n")
     print(
         json.dumps([result.json() for result in asked.results]) if args.json else text, flush=True
@@ -269,11 +270,23 @@ def _run_and_report(args: argparse.Namespace, ranks: Ranks) -> None:
         print(f"warning: {line}", file=sys.stderr)
 
 
-def _read_all(folder: Path, found: Sequence[PlanResult], bench: Bench) -> list[Answers]:
-    """The answers of results; none for a benchmark without right answers (VQAv2's test split)."""
+def _read_all(
+    folder: Path, found: Sequence[PlanResult], asked: Asked
+) -> tuple[list[PlanResult], list[Answers], dict[str, str]]:
+    """Those results whose answers can be read, with them; and why others cannot, by plan, if they
+    were not asked now. Without answers for a benchmark without right ones (VQAv2's test split)."""
     if math.isnan(found[0].scored.score.value):
-        return []
-    return [read_answers(folder, result, bench.task, bench.items) for result in found]
+        return list(found), [], {}
+    read, answers, unread = [], [], {}
+    for result in found:
+        try:
+            answers.append(read_answers(folder, result, asked.bench.task, asked.bench.items))
+            read.append(result)
+        except ValueError as error:
+            if result in asked.results:
+                raise
+            unread[result.run.plan] = str(error)
+    return read, answers, unread
 
 
 def run_locked(

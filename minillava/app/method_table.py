@@ -10,7 +10,7 @@ from ..pruning import CATALOGUE, METHODS, PRESETS, Method, option_fields
 from ..pruning.parsing import aliases
 
 WIDTH, INDENT = 100, 11
-SHARED = ("mode", "positions", "scope", "until", "cache")  # options of every method
+SHARED = ("mode", "positions", "scope", "until", "cache")  # options that methods share
 
 
 def list_methods() -> str:
@@ -55,7 +55,7 @@ def _describe(method: type[Method]) -> Iterator[str]:
     yield from _wrap_entry("acts", CATALOGUE[method.name].acts)
     yield from _wrap_entry("options", "; ".join(text for _, text in _list_options(method)))
     for name, field in option_fields(method).items():
-        if name not in SHARED and field.metadata.get("help"):
+        if field.metadata.get("help") and field is not option_fields(Method).get(name):
             yield from _wrap_entry("", f"{name}: {field.metadata['help']}")
     for name, plan in _list_presets(method):
         yield from _wrap_entry("preset", f"{name} = {plan}")

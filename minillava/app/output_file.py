@@ -20,9 +20,10 @@ def check_output(option: str, path: Path, suffixes: Sequence[str]) -> None:
             f"{option} {path} cannot be written ({error}); give another name"
         ) from error
     if (suffixes and path.suffix.lower() not in suffixes) or path.is_dir():
-        *first, last = suffixes or ["its name"]
+        *first, last = suffixes or ["no folder has"]
         names = f"{', '.join(first)} or {last}" if first else last
-        raise ValueError(f"{option} {path} must be a file; give a name that ends in {names}")
+        ends = f"ends in {names}" if suffixes else names
+        raise ValueError(f"{option} {path} must be a file; give a name that {ends}")
     if not path.parent.is_dir():
         raise ValueError(f"{option} {path}: there is no folder {path.parent}; create it first")
     if not os.access(path.parent, os.W_OK):

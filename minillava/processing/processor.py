@@ -51,7 +51,8 @@ class Processor:
         stand, without BOS; or any other text, without BOS. Raises ValueError if prompts, images
         and arguments do not fit each other.
         """
-        B = len(_check_texts(prompts))
+        prompts = _check_texts(prompts)
+        B = len(prompts)
         aspect = self.aspect if image_aspect is None else image_aspect
         check_aspect(aspect)
         if tokens not in TOKENS:
@@ -65,7 +66,8 @@ class Processor:
                 f"images has {len(lists)} entries for {B} prompts; give one list per prompt, "
                 "empty for a prompt without images"
             )
-        texts: Sequence[Any] = focus if isinstance(focus, list | tuple) else [focus] * B
+        several = isinstance(focus, Iterable) and not isinstance(focus, str)
+        texts: list[Any] = list(focus) if several else [focus] * B  # type: ignore[arg-type]
         if len(texts) != B:
             raise ValueError(f"focus has {len(texts)} entries for {B} prompts; give one per prompt")
 
@@ -158,13 +160,14 @@ def _split_choices(b: int, prompt: str, argument: str) -> Choices:
         raise ValueError(f"{argument} does not work for prompt {b}: {error}") from None
 
 
-def _check_texts(prompts: object) -> Sequence[str]:
-    if isinstance(prompts, list | tuple) and prompts:
-        others = [text for text in prompts if not isinstance(text, str)]
-        if not others:
-            return prompts
+def _check_texts(prompts: object) -> list[str]:
+    several = isinstance(prompts, Iterable) and not isinstance(prompts, str)
+    texts = list(prompts) if several else []  # type: ignore[call-overload]
+    if not texts:
+        raise ValueError(f"prompts is {prompts!r}; give a list of at least one prompt")
+    if others := [text for text in texts if not isinstance(text, str)]:
         raise ValueError(f"prompts has {others[0]!r}; give a list of texts")
-    raise ValueError(f"prompts is {prompts!r}; give a list of at least one prompt")
+    return texts
 
 
 def _check_images(b: int, images: object) -> list[Image.Image]:

@@ -17,7 +17,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
 from typing import Any, cast
 
-from .base import Method, Plan
+from .base import Method, Plan, Step
 
 SLACK = 0.5  # tokens by which average= may lie out of reach, since people type it rounded
 
@@ -97,7 +97,8 @@ def variants_of(method: Method, n_layers: int, n_tokens: int) -> list[Method]:
 def average_entering(method: Method, n_layers: int, n_tokens: int) -> float:
     """Image tokens of one image that enter a decoder layer, averaged over the layers."""
     total, now, since = 0, n_tokens, 0
-    for step in Plan((method,)).steps:
+    steps = [Step(0, method, i, *place) for i, place in enumerate(method.stages())]
+    for step in steps:
         total += now * (step.layer - since)
         now, since = step.left(n_tokens), step.layer
     return (total + now * (n_layers - since)) / n_layers

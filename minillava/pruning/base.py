@@ -102,7 +102,7 @@ class Method:
     """Base class of all methods. The fields here are options that every method takes."""
 
     mode: str = option("drop", choices=("drop", "mask"), help="drop rows, or hide them by a mask")
-    positions: str | None = option(None, choices=("original", "compact"), help="of kept rows")
+    positions: str | None = option(None, choices=("original", "compact"), help="kept rows' numbers")
     scope: str = option("image", choices=("image", "all"), help="a budget per image, or for all")
     until: int | None = option(None, help="mode=mask: the mask ends where this layer begins")
     cache: str | None = option("drop", choices=("drop", "all"), help="all: cut earlier layers too")
@@ -186,7 +186,7 @@ class Method:
         if self.until is not None and not max(layers) < self.until <= n_layers:
             allowed = f"a layer from {max(layers) + 1} to {n_layers}"
             raise ValueError(f"{self.name}: until={self.until} must be {allowed}")
-        if len(starts) > 1 and any(map(self.shift, starts)):
+        if len(starts) > 1 and getattr(self, "released", False) and any(map(self.shift, starts)):
             said = f"released=1 knows one image, the prompt has {len(starts)}; leave it out"
             raise ValueError(f"{self.name}: {said}")
         for name, value, rule in self.options():
@@ -240,7 +240,7 @@ def check_method(method: Any) -> None:
     cls, who = type(method), method.label
     for needed in ("stages", "choose"):
         if getattr(cls, needed) is getattr(Method, needed):
-            raise ValueError(f"class {cls.__name__} has no method {needed}(); see Method")
+            raise ValueError(f"{who}: class {cls.__name__} has no method {needed}(); see Method")
     if cls.numbering not in ("original", "compact"):
         raise ValueError(f"{who}: numbering={cls.numbering!r} must be original or compact")
     taken = min({f.name for f in fields(Method)} & get_annotations(cls).keys(), default=None)
@@ -525,7 +525,7 @@ class Step:
         numbers: Any = self.method.left(n_tokens)
         stages = len(self.method.stages())
         if not isinstance(numbers, tuple) or [*map(type, numbers)] != [int] * stages:
-            said, form = f"left({n_tokens}) gave {numbers!r}", f"a tuple of {stages} whole numbers"
+            said, form = f"left({n_tokens}) gave {numbers!r}", f"a tuple of {stages} int"
             raise ValueError(f"{self.method.label}: {said}; it must be {form}, one for each stage")
         return numbers[self.stage_index]
 

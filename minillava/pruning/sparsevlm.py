@@ -123,7 +123,7 @@ class SparseVLM(AtLayers):
     keep: tuple[float, ...] | None = amount(
         None, help="numbers or shares kept, without merged rows; unset: the list for 192"
     )
-    version: int = option(1, low=1, high=2, help="the paper's, which merges, or 2, SparseVLM+")
+    version: int = option(1, low=1, high=2, help="1: the paper's, which merges; 2: SparseVLM+")
     heads: int | None = option(None, low=1, help="of version 2: heads that rank; unset: 14")
 
     name, drops_only, numbering, adds_rows = "sparsevlm", False, "compact", True

@@ -439,10 +439,32 @@ def test_it_only_reads(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixtu
     assert sorted(folder.rglob("*")) == before
 
 
-@pytest.mark.parametrize("file", ["nodir/x.json", "."])
-def test_a_part_that_cannot_be_saved_is_refused_first(
-    file: str, folder: Path, capsys: pytest.CaptureFixture[str]
+@pytest.mark.parametrize(
+    ("part", "words"),
+    [
+        ("hard=nodir/x.json", "--save nodir/x.json: there is no folder nodir; create it first"),
+        ("hard=/tmp", "--save /tmp must be a file; give a name that no folder has"),
+        ("hard", "--save hard must be PART=FILE"),
+    ],
+)
+def test_a_part_that_cannot_be_saved_is_refused(
+    part: str, words: str, folder: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    argv = ["--judge", "pool:keep=16", "--save", f"hard={file}"]
-    assert analyse.main([str(folder), *argv]) == 2
-    assert f"error: --save {file}" in refusal(capsys)
+    assert analyse.main([str(folder), "--judge", "pool:keep=16", "--save", part]) == 2
+    assert words in refusal(capsys)
+
+
+def test_another_plan_that_was_scored_in_another_way_is_left_out(
+    folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """eval.run was not asked for it, and loses nothing. The last digit of a score may differ."""
+    path = folder / f"{file_name('pool:keep=16')}.json"
+    found = json.loads(path.read_text())
+    score, argv = found["score"]["value"], ["--limit", str(LIMIT), "--out", str(folder)]
+    for value, left_out in ((math.nextafter(score, 200), False), (score + 1e-4, True)):
+        path.write_text(json.dumps({**found, "score": {**found["score"], "value": value}}))
+        capsys.readouterr()
+        assert run.main([*argv, "--prune", "none"]) == 0
+        said = capsys.readouterr().out
+        assert ("give eval.run again with --prune pool:keep=16" in said) == left_out
+        assert ("`pool:keep=16` |" in said) != left_out

@@ -10,6 +10,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from PIL import Image
@@ -172,6 +173,13 @@ def test_focus_can_differ_from_prompt_to_prompt() -> None:
     assert batch.focus is not None
     assert [f is None for f in batch.focus] == [True, False, False]
     assert ours(["Hi"], focus=[None]).focus is None
+
+
+def test_columns_of_tables_are_lists_of_texts() -> None:
+    found = ours(np.array(["Hi", "Ho"]), focus=(text for text in ("red", "blue")))
+    expected = ours(["Hi", "Ho"], focus=["red", "blue"])
+    assert torch.equal(found.ids, expected.ids)
+    assert [own.tolist() for own in found.focus] == [own.tolist() for own in expected.focus]
 
 
 # ------------------------------------------------------------ errors

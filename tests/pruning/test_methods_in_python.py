@@ -238,6 +238,16 @@ def test_features_of_its_own_may_need_no_hidden_state(model: Any) -> None:
     assert run(model, Own(), max_new_tokens=1).tokens
 
 
+def test_a_window_that_it_moves_itself_serves_several_images(model: Any) -> None:
+    @dataclass(frozen=True)
+    class Moved(Loud):
+        def shift(self, start: int) -> int:
+            return 1
+
+    result = generate(model, make_batch(model, "tItIt"), Plan((Moved(),)), 1)
+    assert result.tokens[0]
+
+
 def test_declarations_that_the_engine_would_misread_are_refused() -> None:
     @dataclass(frozen=True)
     class Renumbered(Loud):

@@ -230,7 +230,7 @@ def test_what_is_left_is_a_number_for_each_stage(tried: Try, said: str, followed
     """Whichever check of the plan asks first: of the prompt's length, or of what can follow."""
     more = f"    def left(self, n_tokens):\n        return {said}\n"
     done = tried(more=more, stages='(("vision", 0),)', options=followed)
-    words = f"left(144) gave {said}; it must be a tuple of 1 whole numbers, one for each stage"
+    words = f"left(144) gave {said}; it must be a tuple of 1 int, one for each stage"
     refused(done, "error: mine (", f"mine.py): {words}")
 
 
@@ -241,7 +241,7 @@ def test_what_is_left_is_asked_for_a_table(tried: Try, said: str, tmp_path: Path
     tried(more=more)
     method = load_file_method(f"{tmp_path / 'mine.py'}:Mine")()
     for count, of in ((average_entering, method), (most_entering, Plan((method,)))):
-        with pytest.raises(ValueError, match=r"left\(64\) gave .*; it must be a tuple of 1 whole"):
+        with pytest.raises(ValueError, match=r"left\(64\) gave .*; it must be a tuple of 1 int"):
             count(of, 6, 64)
 
 
