@@ -177,8 +177,14 @@ BAD = [
 
 @pytest.mark.parametrize(("command", "words", "message"), BAD)
 def test_bad_input_is_one_line(
-    command: str, words: str, message: str, capsys: pytest.CaptureFixture[str]
+    command: str,
+    words: str,
+    message: str,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    monkeypatch.chdir(tmp_path)  # some check first that their folder can be written
     assert main_of(command)(words.split()) == 2
     assert message in refusal(capsys)
 
