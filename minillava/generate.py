@@ -78,8 +78,8 @@ def encode_images(model: LLaVA, batch: Batch, plan: Plan | None = None) -> Encod
     states that the plan's methods read; None for a batch without images."""
     prompts_of(model, batch)
     # Answer() checks the plan; without one nothing is checked, since a later plan may prune more
-    read = {model.feature_layer}
-    read = Answer(model, batch, plan, Settings(), None).states_read if plan else read
+    answer = Answer(model, batch, plan, Settings(), None) if plan else None
+    read = answer.states_read if answer else {model.feature_layer}
     return None if batch.pixels is None else model.encode(batch.pixels, read)
 
 

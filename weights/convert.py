@@ -21,7 +21,6 @@ and the logit of a new row is the mean of the existing logits, so it is never th
 from __future__ import annotations
 
 import os
-import shlex
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -40,7 +39,14 @@ from minillava.loading.processor_files import read_processor
 from minillava.loading.tensor_files import StoredTensor as Stored
 
 from . import original
-from .files import SHARD_BYTES, Planned, check_folder, refuse_inside, write_checkpoint
+from .files import (
+    SHARD_BYTES,
+    Planned,
+    check_folder,
+    command_to_ask,
+    refuse_inside,
+    write_checkpoint,
+)
 from .sources import DTYPES, Weight, shards_in, small_files, verify, weights_of
 from .towers import Part, Tower, add_part, find_tower, inner_tower, read_tower
 
@@ -92,8 +98,7 @@ def main(argv: list[str] | None = None) -> int:
     def run() -> None:
         args = parser.parse_args(argv)
         convert(args.src, args.dst, args.vision_tower, args.base)
-        command = shlex.join(["python", "-m", "minillava.generate", "--model", str(args.dst)])
-        print(f"{args.dst} is complete: {command}")
+        print(f"{args.dst} is complete: {command_to_ask(args.dst)}")
 
     return run_command(run)
 

@@ -24,6 +24,7 @@ from torch import Tensor
 from minillava.config import Config, TextConfig, VisionConfig
 
 from . import scenes
+from .files import explain_os_errors
 
 VOCAB = 640  # PIECES, <image> and <pad>, rounded up to a multiple of 64
 PIECES = 600
@@ -107,11 +108,13 @@ def encode(text: str) -> tuple[int, ...]:
 
 
 def write_atomically(path: Path, data: bytes) -> None:
-    """Write a file atomically: a killed process leaves the previous file."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_suffix(".part")
-    part.write_bytes(data)
-    part.replace(path)
+    """Write a file atomically: a killed process leaves the previous file. Raises ValueError if it
+    cannot be written."""
+    with explain_os_errors(path.parent):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        part = path.with_suffix(".part")
+        part.write_bytes(data)
+        part.replace(path)
 
 
 # Batches: pure functions of the random generator.

@@ -14,6 +14,7 @@ import hashlib
 import json
 import math
 import os
+import shlex
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -307,6 +308,11 @@ def _check_space(folder: Path, shards: Mapping[str, Sequence[Planned]]) -> None:
             f"{folder} needs {needed / 1e9:.2f} GB on a disk with {free / 1e9:.2f} GB free; "
             "free some space, or give a folder on another disk"
         )
+
+
+def command_to_ask(folder: Path) -> str:
+    """The command that asks the checkpoint in a folder, as it can be pasted into a shell."""
+    return shlex.join(["python", "-m", "minillava.generate", "--model", str(folder)])
 
 
 @contextmanager

@@ -17,7 +17,6 @@ a time, and an interrupted run resumes (see files.py).
 from __future__ import annotations
 
 import functools
-import shlex
 from pathlib import Path
 
 import torch
@@ -40,7 +39,15 @@ from minillava.quant.quantise import GROUP_COLUMNS as GROUP
 from minillava.quant.quantise import ROTATED_COLUMNS as ROTATED
 from minillava.quant.quantise import stored_parts
 
-from .files import SHARD_BYTES, Planned, check_folder, refuse_inside, to_json, write_checkpoint
+from .files import (
+    SHARD_BYTES,
+    Planned,
+    check_folder,
+    command_to_ask,
+    refuse_inside,
+    to_json,
+    write_checkpoint,
+)
 from .sources import small_files, verify
 
 _CPU = torch.device("cpu")
@@ -63,8 +70,7 @@ def main(argv: list[str] | None = None) -> int:
     def run() -> None:
         args = parser.parse_args(argv)
         quantise(find(args.src), args.dst, "nf4" if args.nf4 else f"int{args.bits}")
-        command = shlex.join(["python", "-m", "minillava.generate", "--model", str(args.dst)])
-        print(f"{args.dst} is complete: {command}")
+        print(f"{args.dst} is complete: {command_to_ask(args.dst)}")
 
     return run_command(run)
 

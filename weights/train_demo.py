@@ -455,8 +455,7 @@ def save(run: Run, training: Training) -> None:
     }
     buffer = io.BytesIO()
     torch.save(state, buffer)
-    with explain_os_errors(run.runs):
-        write_atomically(run.state, buffer.getvalue())
+    write_atomically(run.state, buffer.getvalue())
 
 
 def log(run: Run, text: str) -> None:

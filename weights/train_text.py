@@ -138,16 +138,10 @@ def write_data(data: Path, held_out: Path) -> None:
     texts, others = read_texts()
     characters = sum(map(len, texts))
     print(f"{len(texts)} docstrings, {characters:,} characters; {len(others)} held out", flush=True)
-    write(held_out, "\n\n".join(others)[:HELD_OUT_CHARACTERS].encode())
+    write_atomically(held_out, "\n\n".join(others)[:HELD_OUT_CHARACTERS].encode())
     pieces, buffer = train_tokenizer(texts), io.BytesIO()
     torch.save({"pieces": pieces, "ids": encode(pieces, texts).int()}, buffer)
-    write(data, buffer.getvalue())
-
-
-def write(path: Path, data: bytes) -> None:
-    """Write a file as a whole (ValueError if that is not possible)."""
-    with explain_os_errors(path.parent):
-        write_atomically(path, data)
+    write_atomically(data, buffer.getvalue())
 
 
 # ---------------------------------------------------------------- model
@@ -241,7 +235,7 @@ def train(folder: Path, ids: Tensor) -> LLaVA:
             }
             buffer = io.BytesIO()
             torch.save(state, buffer)
-            write(path, buffer.getvalue())
+            write_atomically(path, buffer.getvalue())
     return model
 
 

@@ -20,10 +20,9 @@ def check_output(option: str, path: Path, suffixes: Sequence[str]) -> None:
             f"{option} {path} cannot be written ({error}); give another name"
         ) from error
     if (suffixes and path.suffix.lower() not in suffixes) or path.is_dir():
-        *first, last = suffixes or ["no folder has"]
-        names = f"{', '.join(first)} or {last}" if first else last
-        ends = f"ends in {names}" if suffixes else names
-        raise ValueError(f"{option} {path} must be a file; give a name that {ends}")
+        names = " or ".join(filter(None, (", ".join(suffixes[:-1]), *suffixes[-1:])))
+        wanted = f"ends in {names}" if suffixes else "no folder has"
+        raise ValueError(f"{option} {path} must be a file; give a name that {wanted}")
     if not path.parent.is_dir():
         raise ValueError(f"{option} {path}: there is no folder {path.parent}; create it first")
     if not os.access(path.parent, os.W_OK):

@@ -121,8 +121,8 @@ class LlavaForConditionalGeneration(transformers.LlavaForConditionalGeneration):
             raise ValueError(f"generate({name}=…) does not go together with a plan; leave it out")
         if not isinstance(ids, Tensor) or ids.ndim != 2:
             raise ValueError("generate needs input_ids (B, T), as the processor makes them")
-        texts = focus if isinstance(focus, list | tuple) else [focus]
-        if not all(isinstance(own, Tensor | None) for own in texts):
+        each = focus if isinstance(focus, list | tuple) else [focus]
+        if not all(isinstance(own, Tensor | None) for own in each):
             raise ValueError("focus must hold ids (t,) or None for each prompt; tokenise its texts")
         request = Request(self.pruner, len(ids), pixel_values, focus, sizes)
         answer = super().generate(ids, generation_config, pruning=request, **arguments)

@@ -66,8 +66,8 @@ class Processor:
                 f"images has {len(lists)} entries for {B} prompts; give one list per prompt, "
                 "empty for a prompt without images"
             )
-        several = isinstance(focus, Iterable) and not isinstance(focus, str)
-        texts: list[Any] = list(focus) if several else [focus] * B  # type: ignore[arg-type]
+        several = _as_list(focus)
+        texts: list[Any] = [focus] * B if several is None else several
         if len(texts) != B:
             raise ValueError(f"focus has {len(texts)} entries for {B} prompts; give one per prompt")
 
@@ -160,9 +160,13 @@ def _split_choices(b: int, prompt: str, argument: str) -> Choices:
         raise ValueError(f"{argument} does not work for prompt {b}: {error}") from None
 
 
+def _as_list(values: object) -> list[Any] | None:
+    """Several values, such as a column of a table, as a list; None for a text or another object."""
+    return list(values) if isinstance(values, Iterable) and not isinstance(values, str) else None
+
+
 def _check_texts(prompts: object) -> list[str]:
-    several = isinstance(prompts, Iterable) and not isinstance(prompts, str)
-    texts = list(prompts) if several else []  # type: ignore[call-overload]
+    texts = _as_list(prompts)
     if not texts:
         raise ValueError(f"prompts is {prompts!r}; give a list of at least one prompt")
     if others := [text for text in texts if not isinstance(text, str)]:

@@ -164,7 +164,7 @@ class Method:
         return tuple(n_tokens for _ in self.stages())
 
     def variants(self, n_layers: int, n_tokens: int) -> Iterator[Method]:
-        """What average= chooses among; by default the method with every value of keep."""
+        """What average= chooses among; without any, every value of keep (average.py)."""
         return iter(())
 
     def check(self, n_layers: int, n_tokens: int, starts: tuple[int, ...]) -> None:
@@ -244,10 +244,9 @@ def check_method(method: Any) -> None:
     if cls.numbering not in ("original", "compact"):
         raise ValueError(f"{who}: numbering={cls.numbering!r} must be original or compact")
     taken = min({f.name for f in fields(Method)} & get_annotations(cls).keys(), default=None)
+    # a method of this package may give one of these another default
     if taken and not cls.__module__.startswith(f"{__package__}."):
-        raise ValueError(
-            f"{method.label}: the option {taken!r} is the engine's; choose another name"
-        )
+        raise ValueError(f"{who}: the option {taken!r} is the engine's; choose another name")
     stages: Any = method.stages()
     for pair in stages if isinstance(stages, tuple) and stages else (stages,):
         match pair:

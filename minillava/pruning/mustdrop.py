@@ -37,13 +37,7 @@ from ..rows import on_device
 from .base import Context, Keep, Method, Stages, option, top
 from .margins import distance_to, lead, least
 from .order import need_all_patches
-from .shared import (
-    check_ascending,
-    check_whole_grid,
-    other_numbers,
-    refuse_nan,
-    window_patches,
-)
+from .shared import check_ascending, check_whole_grid, other_numbers, refuse_nan, window_patches
 
 SIDE = 3  # patches along a side of a window
 

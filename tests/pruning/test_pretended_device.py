@@ -11,6 +11,7 @@ import json
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -102,7 +103,7 @@ def costs(model: Any, batch: Batch, plan: Plan, n: int = 3, **options: Any) -> t
     with pretended_cuda() as counts:
         answer = Answer(model, batch, plan, Settings(n, **options), None)
         totals += [counts.totals for _ in answer]
-    each = [(a - b, c - d) for (a, c), (b, d) in zip(totals[1:], totals, strict=False)]
+    each = [(c - a, d - b) for (a, b), (c, d) in pairwise(totals)]
     return each, answer.result
 
 

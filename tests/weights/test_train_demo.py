@@ -194,7 +194,7 @@ def test_a_full_disk_in_train_text_is_one_line(tmp_path, monkeypatch, capsys):
     def full(path, data):
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr(train_text, "write_atomically", full)
+    monkeypatch.setattr(Path, "write_bytes", full)
     monkeypatch.setattr(train_text, "read_texts", lambda: (["a"], ["b"]))
     assert train_text.main([str(tmp_path)]) == 2
     line = capsys.readouterr().err
